@@ -1,0 +1,99 @@
+"""Progress of a long run: a live line for a person, a JSONL log for machines."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from ..errors import OutputError
+
+
+class ProgressReporter:
+    """Reports stages and layers as they finish.
+
+    Args:
+        quiet: no live line (the log is still written).
+        log_path: JSONL file; a line an event, each with ``event`` and ``seconds`` since the start.
+        console: where the live line goes; standard error by default.
+
+    Raises:
+        OutputError: the log file cannot be written.
+    """
+
+    def __init__(self, quiet: bool = False, log_path: str | Path | None = None, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._quiet = quiet
+        self._start = time.perf_counter()
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._log: TextIO | None = None
+        if log_path is not None:
+            try:
+                self._log = Path(log_path).open("w", encoding="utf-8")
+            except OSError as error:
+                raise OutputError(f"log file {str(log_path)!r} cannot be written: {error.strerror}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.finish_layers()
+        if self._log is not None:
+            if error is not None:
+                self.event("error", kind=type(error).__name__, message=str(error))
+            self._log.close()
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Write one line to the log."""
+        if self._log is not None:
+            record = {"event": name, "seconds": round(time.perf_counter() - self._start, 3), **fields}
+            self._log.write(json.dumps(record) + "\n")
+            self._log.flush()
+
+    def stage(self, message: str, **fields: Any) -> None:
+        """A step of the run begins."""
+        self.event("stage", message=message, **fields)
+        if not self._quiet:
+            self.console.print(f"[bold]{message}[/bold]", highlight=False)
+
+    def warn(self, message: str) -> None:
+        """Something the user must not miss, also with ``--quiet``."""
+        self.event("warning", message=message)
+        self.console.print(f"[bold yellow]warning:[/bold yellow] {message}", highlight=False)
+
+    def start_layers(self, total: int) -> None:
+        """``total`` layers are about to be quantized."""
+        if self._quiet:
+            return
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[last]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("quantizing", total=total, last="")
+        self._progress.start()
+
+    def layer(self, name: str, **fields: Any) -> None:
+        """A layer is done; ``true_bits`` and ``error`` of the fields are shown."""
+        self.event("layer", name=name, **fields)
+        if self._progress is not None and self._task is not None:
+            last = f"{name}  {fields.get('true_bits', 0.0):.2f} bits  error {fields.get('error', 0.0):.2e}"
+            self._progress.update(self._task, advance=1, last=last)
+
+    def finish_layers(self) -> None:
+        """Stop the live line."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
