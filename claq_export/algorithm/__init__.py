@@ -1,0 +1,24 @@
+"""CLAQ itself, as functions over tensors: k-means codebooks, error feedback, adaptive precision, outliers, bit budget.
+
+Nothing here knows of graphs, files or models; the calibration walk calls :func:`quantize_layer` with a weight and a :class:`Hessian`.
+"""
+
+from __future__ import annotations
+
+from .accounting import Bits, measure, predict
+from .hessian import Factor, Hessian
+from .layer import ColumnPlan, LayerResult, plan_columns, quantize_layer
+from .settings import LayerSettings
+
+__all__ = [
+    "Bits",
+    "ColumnPlan",
+    "Factor",
+    "Hessian",
+    "LayerResult",
+    "LayerSettings",
+    "measure",
+    "plan_columns",
+    "predict",
+    "quantize_layer",
+]

@@ -1,0 +1,97 @@
+"""Coordinate descent after the loop: refit each column's codes, outliers and codebook against the whole layer's error.
+
+With all other columns fixed, the layer error tr(E H E^T) as a function of column j is, up to a constant, H_jj times the squared distance of the
+column from t_j = q_j - (E H)_j / H_jj; so its best codes and codebook are a k-means of t_j (claq.md, section 5; QuantEase, arXiv 2309.01885; LNQ in
+GuidedQuant, arXiv 2505.07004). Each step starts from the present codebook and is kept only if it lowers the error, so the error never rises.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .columns import ColumnCoder
+from .gptq import QuantizedColumns
+
+
+def descend(
+    state: QuantizedColumns,
+    target: torch.Tensor,
+    hessian: torch.Tensor,
+    order: list[int],
+    weights: npt.NDArray[np.float64],
+    coder: ColumnCoder,
+    block: int = 128,
+) -> float:
+    """One sweep over all columns; updates ``state`` in place.
+
+    Args:
+        state: the layer as it is.
+        target: float32 ``[K, N]``, what it should be (rows divided by their scales).
+        hessian: float32 ``[K, K]``, damped.
+        order: input features in the order to visit them.
+        weights: what a row's squared error counts (its squared scale), float64 ``[N]``.
+        coder: fits one column.
+        block: columns between two products with the full error.
+
+    Returns:
+        by how much the sweep lowered sum_n weights_n (E H E^T)_nn; never negative beyond rounding.
+    """
+    gained = 0.0
+    for start in range(0, len(order), block):
+        features = order[start : start + block]
+        index = torch.tensor(features, device=target.device)
+        pull = (hessian[index] @ (state.value - target)).cpu().numpy()
+        inner = hessian[index[:, None], index].cpu().numpy()
+        change = np.zeros_like(pull)
+        present = state.value[index].cpu().numpy()
+        for i, feature in enumerate(features):
+            old = state.columns[feature]
+            stiffness = inner[i, i]
+            slope = pull[i] + inner[i, :i] @ change[:i] if i else pull[i]
+            wanted = present[i] - slope / stiffness
+            before = float(weights @ np.square(present[i] - wanted, dtype=np.float64))
+            best, after = None, before
+            width = len(old.integers).bit_length() - 1
+            table = old.integers.astype(np.float64) * np.float64(old.scale)
+            for fresh in (
+                coder.quantize(wanted, width, len(old.rows), start=table),
+                coder.recode(wanted, old.integers, old.scale, old.rows),
+            ):
+                error = float(weights @ np.square(fresh.value - wanted, dtype=np.float64))
+                if error < after:
+                    best, after = fresh, error
+            if best is None:
+                continue
+            gained += float(stiffness) * (before - after)
+            change[i] = best.value - present[i]
+            present[i] = best.value
+            state.columns[feature] = best
+        state.value[index] = torch.from_numpy(present).to(target.device)
+    return gained
+
+
+def refit_row_scale(
+    weight: torch.Tensor, decoded: torch.Tensor, row_scale: torch.Tensor, hessian: torch.Tensor
+) -> torch.Tensor:
+    """Row scales that minimise the layer error for given codes: r_n = (w_n H q_n) / (q_n H q_n), rounded to float16.
+
+    Args:
+        weight: float32 ``[N, K]``, the original.
+        decoded: float32 ``[N, K]``, the decoded weight without its row scales.
+        row_scale: float16 ``[N]``, the present ones; kept where the rounded refit is no better.
+        hessian: float32 ``[K, K]``, damped.
+    """
+    product = decoded @ hessian
+    own = (product * decoded).sum(dim=1, dtype=torch.float64)
+    shared = (product * weight).sum(dim=1, dtype=torch.float64)
+    best = torch.where(own > 0, shared / own.clamp(min=1e-300), row_scale.to(torch.float64))
+    fresh = best.clamp(-65504.0, 65504.0).to(torch.float16)
+
+    def error(scale: torch.Tensor) -> torch.Tensor:
+        s = scale.to(torch.float64)
+        return s * s * own - 2 * s * shared
+
+    better = (error(fresh) < error(row_scale)) & (fresh != 0)
+    return torch.where(better, fresh, row_scale)

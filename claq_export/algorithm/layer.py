@@ -1,0 +1,238 @@
+"""Quantizing one linear layer, from its weight and Hessian to the stored format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from ..errors import ConfigError, ModelError
+from ..format.layer import QuantizedLinear, assemble
+from ..format.packing import WIDTHS
+from .accounting import Bits, measure, predict
+from .columns import ColumnCoder
+from .descent import descend, refit_row_scale
+from .gptq import QuantizedColumns, quantize_columns
+from .hessian import Factor, Hessian
+from .outliers import reserve_counts
+from .precision import assign_widths, column_scores, group_counts
+from .scales import row_scales
+from .settings import LayerSettings
+
+
+@dataclass(frozen=True)
+class ColumnPlan:
+    """What each column of a layer gets.
+
+    Attributes:
+        bits: uint8 ``[K]``: code widths.
+        reserve: int64 ``[K]``: reserved weights.
+    """
+
+    bits: torch.Tensor
+    reserve: torch.Tensor
+
+    def predict(self, out_features: int) -> Bits:
+        """Bits of a layer of ``out_features`` rows with this plan."""
+        counts = [int((self.bits == width).sum()) for width in WIDTHS]
+        outliers = [int(self.reserve[self.bits == width].sum()) for width in WIDTHS]
+        return predict(out_features, self.bits.numel(), counts, outliers)
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A quantized layer and what is known about it.
+
+    Attributes:
+        layer: the stored form.
+        error: relative layer error tr(dW H dW^T) / tr(W H W^T) on the calibration data, without damping; with no Hessian ||dW||^2 / ||W||^2.
+        weight_mse: mean squared difference of the weights.
+        true_bits, nominal_bits: a weight; see docs/format.md.
+        seconds: time by step: ``cholesky`` (0 if another layer paid for it), ``kmeans``, ``feedback``, ``descent``, ``total``.
+    """
+
+    layer: QuantizedLinear
+    error: float
+    weight_mse: float
+    true_bits: float
+    nominal_bits: float
+    seconds: dict[str, float]
+
+
+def plan_columns(
+    weight: torch.Tensor, hessian: Hessian | None, settings: LayerSettings, counts: Sequence[int] | None = None
+) -> ColumnPlan:
+    """Decide the width and the reserved weights of each column.
+
+    Args:
+        weight: float ``[N, K]``.
+        hessian: for rankings that use it.
+        settings: the switches.
+        counts: columns of each width of ``settings.mix()``, as :func:`precision.spread_counts` gives for a whole model; None: this layer for itself.
+    """
+    widths, shares = settings.mix()
+    if counts is None:
+        counts = group_counts(weight.shape[1], shares)
+    scores = column_scores(weight, _known(hessian), settings)
+    return ColumnPlan(assign_widths(scores, widths, counts), reserve_counts(weight, _known(hessian), scores, settings))
+
+
+def quantize_layer(
+    weight: torch.Tensor,
+    hessian: Hessian | None,
+    settings: LayerSettings,
+    *,
+    plan: ColumnPlan | None = None,
+    row_importance: torch.Tensor | None = None,
+) -> LayerResult:
+    """Quantize the weight of a linear layer. The same input gives the same bytes.
+
+    Args:
+        weight: float ``[N, K]``, CPU or CUDA; stays as it is.
+        hessian: of the layer's inputs; None, or one that saw no token: plain k-means of each column.
+        settings: every switch.
+        plan: widths and outliers of each column; None: :func:`plan_columns`.
+        row_importance: non-negative ``[N]``: what a squared error of each output counts (mean squared gradient of the loss, as in SqueezeLLM and
+            GuidedQuant), multiplied to the row weights of the k-means fits; None = 1.
+
+    Raises:
+        ModelError: a weight is not finite; names row and column.
+        ConfigError: shapes do not fit together.
+    """
+    began = perf_counter()
+    if weight.dim() != 2 or not weight.numel():
+        raise ConfigError(
+            f"a linear weight must be [out_features, in_features] and not empty, got shape {list(weight.shape)}"
+        )
+    _check_finite(weight)
+    hessian = _known(hessian)
+    if hessian is not None and hessian.in_features != weight.shape[1]:
+        raise ConfigError(f"the Hessian has {hessian.in_features} inputs, the weight {weight.shape[1]}")
+    plan = plan or plan_columns(weight, hessian, settings)
+    original = weight.detach().to(torch.float32)
+    wanted = original
+    tick = perf_counter()
+    factor = None
+    if hessian is not None:
+        factor = hessian.factor(settings.damping, settings.act_order)
+        factor = Factor(factor.order.to(weight.device), factor.upper.to(weight.device))
+        wanted = hessian.target(original, settings.damping)
+    cholesky = perf_counter() - tick
+
+    scale = row_scales(wanted, settings.row_scale)
+    scale, state, descent_seconds = _quantize_rows(wanted, scale, hessian, factor, plan, settings, row_importance)
+    layer = _store(state, scale, plan)
+    bits = measure(layer)
+    difference = layer.dequantize() - original
+    seconds = {
+        "cholesky": cholesky,
+        "kmeans": state.kmeans_seconds,
+        "feedback": state.feedback_seconds,
+        "descent": descent_seconds,
+        "total": perf_counter() - began,
+    }
+    mse = float(difference.square().mean(dtype=torch.float64))
+    return LayerResult(
+        layer, _relative_error(difference, original, hessian), mse, bits.true_bits, bits.nominal_bits, seconds
+    )
+
+
+def _quantize_rows(
+    wanted: torch.Tensor,
+    scale: torch.Tensor,
+    hessian: Hessian | None,
+    factor: Factor | None,
+    plan: ColumnPlan,
+    settings: LayerSettings,
+    row_importance: torch.Tensor | None,
+) -> tuple[torch.Tensor, QuantizedColumns, float]:
+    """The loop, then the sweeps, on the rows that are not all zero. Returns row scales ``[N]`` and the state of those rows."""
+    alive = torch.nonzero(scale).flatten()
+    rows = wanted[alive]
+    divisor = scale[alive].to(torch.float32)
+    target = (rows / divisor[:, None]).T.contiguous()
+    energy = divisor.to(torch.float64).square()
+    if row_importance is not None:
+        energy = energy * row_importance.to(energy)[alive]
+    importance = None
+    if settings.row_weights == "energy":
+        importance = energy
+    elif row_importance is not None:
+        importance = row_importance.to(energy)[alive]
+    coder = ColumnCoder(settings, None if importance is None else importance.cpu().numpy())
+    bits, reserve = plan.bits.tolist(), plan.reserve.clamp(max=max(0, len(alive) - 1)).tolist()
+    if not len(alive):
+        return scale, QuantizedColumns([], target), 0.0
+    state = quantize_columns(target, bits, reserve, factor, coder, settings.block)
+
+    began = perf_counter()
+    if hessian is None or factor is None:
+        return scale, state, 0.0
+    if settings.descent or settings.refit_row_scale:
+        damped = hessian.damped(settings.damping).to(device=target.device, dtype=torch.float32)
+        fast = ColumnCoder(settings, coder.weights)
+        for sweep in range(max(settings.descent, 1)):
+            if sweep < settings.descent:
+                descend(state, target, damped, factor.order.tolist(), energy.cpu().numpy(), fast, settings.block)
+            if settings.refit_row_scale:
+                fresh = refit_row_scale(rows, state.value.T, scale[alive], damped)
+                scale = scale.clone()
+                scale[alive] = fresh
+                target = (rows / fresh.to(torch.float32)[:, None]).T.contiguous()
+                energy = energy * (fresh.to(torch.float64) / divisor.to(torch.float64)).square()
+                divisor = fresh.to(torch.float32)
+    return scale, state, perf_counter() - began
+
+
+def _store(state: QuantizedColumns, scale: torch.Tensor, plan: ColumnPlan) -> QuantizedLinear:
+    """Put columns of the live rows into the format."""
+    device = scale.device
+    alive = torch.nonzero(scale).flatten()
+    N, K = scale.numel(), plan.bits.numel()
+    codes = torch.zeros(K, N, dtype=torch.uint8, device=device)
+    centroids = torch.zeros(K, 16, dtype=torch.int8)
+    scales = torch.zeros(K, dtype=torch.float16)
+    outliers = None
+    if state.columns:
+        stacked = np.stack([column.codes.astype(np.uint8) for column in state.columns])
+        codes[:, alive] = torch.from_numpy(stacked).to(device)
+        for k, column in enumerate(state.columns):
+            centroids[k, : len(column.integers)] = torch.from_numpy(column.integers)
+        scales = torch.from_numpy(np.array([column.scale for column in state.columns], dtype=np.float16))
+        rows = np.concatenate([column.rows for column in state.columns])
+        extra = np.concatenate([column.extra for column in state.columns])
+        features = np.repeat(np.arange(K), [len(column.rows) for column in state.columns])
+        real = extra != 0
+        if real.any():
+            index = torch.stack(
+                [alive[torch.from_numpy(rows[real]).to(device)], torch.from_numpy(features[real]).to(device)]
+            )
+            outliers = torch.sparse_coo_tensor(
+                index, torch.from_numpy(extra[real]).to(device), (N, K), check_invariants=True
+            )
+    return assemble(codes, centroids, scales, scale, plan.bits, outliers)
+
+
+def _known(hessian: Hessian | None) -> Hessian | None:
+    return None if hessian is None or hessian.tokens == 0 else hessian
+
+
+def _check_finite(weight: torch.Tensor) -> None:
+    wrong = torch.nonzero(~torch.isfinite(weight))
+    if wrong.numel():
+        row, column = wrong[0].tolist()
+        raise ModelError(
+            f"weight is not finite at row {row}, column {column}: {float(weight[row, column])} "
+            f"({len(wrong)} such values); the model file is damaged or overflowed"
+        )
+
+
+def _relative_error(difference: torch.Tensor, weight: torch.Tensor, hessian: Hessian | None) -> float:
+    if hessian is None:
+        lost, whole = difference.square().sum(dtype=torch.float64), weight.square().sum(dtype=torch.float64)
+    else:
+        lost, whole = hessian.energy(difference).sum(), hessian.energy(weight).sum()
+    return float(lost / whole) if float(whole) > 0 else 0.0
