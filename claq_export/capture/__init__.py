@@ -1,0 +1,20 @@
+"""Capture: a PyTorch model, given in Python or as a Hugging Face folder, becomes a graph of ATen operators."""
+
+from __future__ import annotations
+
+from .captured import CapturedModel, Source, text_inputs
+from .module import capture_module
+from .pretrained import capture_pretrained, load_pretrained
+from .tasks import TASKS, Task, TaskModel
+
+__all__ = [
+    "TASKS",
+    "CapturedModel",
+    "Source",
+    "Task",
+    "TaskModel",
+    "capture_module",
+    "capture_pretrained",
+    "load_pretrained",
+    "text_inputs",
+]

@@ -1,0 +1,412 @@
+"""Captures any ``nn.Module`` as a flat graph of ATen operators with named inputs, outputs and dynamic axes."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError, ConfigError
+from .captured import CapturedModel, module_source
+from .graph import unlift
+from .reasons import explain, user_frame
+from .tasks import TaskModel
+
+_log = logging.getLogger(__name__)
+_ENLARGED = 2
+"""torch.export takes an axis of size 1 for static, so axes meant to be dynamic are traced at this size at least."""
+
+
+class _Flat(nn.Module):
+    """The model as a function from a flat list of tensors to its output tensors; anything else is held constant."""
+
+    def __init__(self, model: nn.Module, arguments: _Arguments) -> None:
+        super().__init__()
+        self.model = model
+        self.arguments = arguments
+        self.training = False
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        args, kwargs = self.arguments.rebuild(tensors)
+        leaves = [leaf for leaf in pytree.tree_leaves(self.model(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+        return leaves[0] if len(leaves) == 1 else tuple(leaves)
+
+
+@dataclass
+class _Arguments:
+    """A call's arguments, split into named tensors and everything else."""
+
+    leaves: list[Any]
+    spec: pytree.TreeSpec
+    positions: list[int]
+    names: list[str]
+
+    def rebuild(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        leaves = list(self.leaves)
+        for position, tensor in zip(self.positions, tensors, strict=True):
+            leaves[position] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.leaves[position] for position in self.positions]
+
+
+def capture_module(
+    model: nn.Module,
+    example_inputs: torch.Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
+    dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> CapturedModel:
+    """Capture ``model`` through ``torch.export``.
+
+    The graph is compared with the model on the example and, where axes are dynamic, once more at other sizes.
+
+    Args:
+        model: any module; captured in evaluation mode. A :class:`~claq_export.capture.tasks.TaskModel` brings its own
+            example, names, task and source.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Tensors (also nested
+            in lists, tuples and dicts) become inputs, everything else is held constant.
+        dynamic_shapes: argument name -> {axis: name} (or a tuple of such dicts, one an argument). A name is a string or
+            a ``torch.export.Dim``; it is an error when such an axis cannot be dynamic. None: every axis that can be dynamic is.
+        input_names: names of the input tensors, in order; default: those of forward's parameters.
+        output_names: names of the output tensors, in order; default: the keys of the model's output.
+
+    Raises:
+        ConfigError: names or dynamic shapes do not fit the model's inputs and outputs.
+        CaptureError: the model does not run on the example, or cannot be turned into a graph; the message says why.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
+    title = type(model.model).__name__ if isinstance(model, TaskModel) else type(model).__name__
+    if isinstance(model, TaskModel):
+        input_names = input_names or model.input_names
+        output_names = output_names or model.output_names
+        if example_inputs is None:
+            example_inputs = model.example_inputs()
+        if isinstance(example_inputs, Mapping):
+            missing = [name for name in model.input_names if name not in example_inputs]
+            if missing:
+                raise ConfigError(f"example inputs lack {missing[0]!r}; {title} reads {', '.join(model.input_names)}")
+            example_inputs = tuple(example_inputs[name] for name in model.input_names)
+    if example_inputs is None:
+        raise ConfigError(f"{title} needs example inputs: a tensor, a tuple or a dict of them")
+
+    arguments = _split_arguments(model, example_inputs, title)
+    if input_names is not None:
+        arguments.names = _checked_names(input_names, len(arguments.positions), "input")
+    with _evaluation(model), torch.no_grad():
+        expected = _call(model, arguments, title)
+        requested = _requested_axes(arguments, dynamic_shapes)
+        _enlarge(model, arguments, requested)
+        names = _output_names(expected, output_names, arguments.names)
+        exported = _export(_Flat(model, arguments), arguments, requested, title)
+        prefix = "model." + getattr(model, "state_prefix", "")
+        graph_module = unlift(exported, prefix, arguments.names)
+        axes = _dynamic_axes(exported, arguments, requested)
+        _compare(model, graph_module, arguments, axes, exported, title)
+    inner = model.model if isinstance(model, TaskModel) else model
+    return CapturedModel(
+        graph_module=graph_module,
+        example_inputs=dict(zip(arguments.names, arguments.tensors, strict=True)),
+        dynamic_axes=axes,
+        output_names=names,
+        task=getattr(model, "task", None) if isinstance(model, TaskModel) else None,
+        source=(model.source if isinstance(model, TaskModel) else None) or module_source(inner),
+        aliases=_aliases(inner),
+        pad_token_id=model.pad_token_id if isinstance(model, TaskModel) else 0,
+        max_sequence=model.max_sequence if isinstance(model, TaskModel) else None,
+    )
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every submodule's own mode restored after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Nothing printed or logged: a failed trace prints its whole graph, and its reason is raised here anyway."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def _split_arguments(model: nn.Module, example: Any, title: str) -> _Arguments:
+    if isinstance(example, torch.Tensor):
+        args, kwargs = (example,), {}
+    elif isinstance(example, Mapping):
+        args, kwargs = (), dict(example)
+    elif isinstance(example, (tuple, list)):
+        args, kwargs = tuple(example), {}
+    else:
+        raise ConfigError(f"example inputs must be a tensor, a tuple or a dict, got {type(example).__name__}")
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(f"the example inputs do not fit {title}.forward{signature}: {error}") from None
+
+    labels = _argument_labels(signature, bound, len(args))
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    paths = [path for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]]
+    positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    if not positions:
+        raise ConfigError(f"the example inputs of {title} hold no tensor")
+    names = []
+    for index in positions:
+        group, entry, *rest = paths[index]
+        label = labels[entry.idx] if group.idx == 0 else entry.key
+        names.append(re.sub(r"\W", "_", "_".join([str(label), *(_key_text(key) for key in rest)])))
+    return _Arguments(leaves, spec, positions, names)
+
+
+def _key_text(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _argument_labels(signature: inspect.Signature, bound: inspect.BoundArguments, positional: int) -> list[str]:
+    labels: list[str] = []
+    for name in bound.arguments:
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            labels += [f"{name}_{index}" for index in range(len(bound.arguments[name]))]
+        elif kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
+            labels.append(name)
+    return labels[:positional]
+
+
+def _checked_names(names: Sequence[str], count: int, what: str) -> list[str]:
+    if len(names) != count:
+        raise ConfigError(f"{len(names)} {what} names were given for {count} {what} tensors: {', '.join(names)}")
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ConfigError(f"{what} name {name!r} must be letters, digits and underscores")
+    if len(set(names)) != len(names):
+        raise ConfigError(f"{what} names must differ from one another: {', '.join(names)}")
+    return list(names)
+
+
+def _call(model: nn.Module, arguments: _Arguments, title: str) -> Any:
+    args, kwargs = arguments.rebuild(arguments.tensors)
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:  # the model's own code may raise anything; it is reported, not swallowed
+        where = user_frame(error)
+        raise CaptureError(
+            f"{title} fails on the example inputs: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            + (f" at {where}" if where else "")
+        ) from error
+
+
+def _requested_axes(arguments: _Arguments, dynamic_shapes: Any) -> list[dict[int, Any]] | None:
+    """One ``{axis: Dim or name}`` a tensor, or None when every axis may be dynamic."""
+    if dynamic_shapes is None:
+        return None
+    if isinstance(dynamic_shapes, Mapping):
+        unknown = [name for name in dynamic_shapes if name not in arguments.names]
+        if unknown:
+            raise ConfigError(f"dynamic shapes name {unknown[0]!r}, which is no input; inputs: {', '.join(arguments.names)}")
+        given = [dynamic_shapes.get(name) for name in arguments.names]
+    else:
+        given = list(dynamic_shapes)
+        if len(given) != len(arguments.names):
+            raise ConfigError(f"dynamic shapes have {len(given)} entries for {len(arguments.names)} input tensors")
+    axes: list[dict[int, Any]] = []
+    for name, tensor, entry in zip(arguments.names, arguments.tensors, given, strict=True):
+        if isinstance(entry, (tuple, list)):
+            entry = dict(enumerate(entry))
+        entry = {axis: dim for axis, dim in (entry or {}).items() if dim is not None and dim is not torch.export.Dim.STATIC}
+        for axis in entry:
+            if not isinstance(axis, int) or not 0 <= axis < tensor.dim():
+                raise ConfigError(f"dynamic shapes name axis {axis} of {name!r}, which has {tensor.dim()} axes")
+        axes.append(entry)
+    return axes
+
+
+def _enlarge(model: nn.Module, arguments: _Arguments, requested: list[dict[int, Any]] | None) -> None:
+    """Repeat the example along axes of size 1 where the model still runs, since size 1 would be traced as static."""
+    for axis in range(max(tensor.dim() for tensor in arguments.tensors)):
+        positions = [
+            position
+            for index, (position, tensor) in enumerate(zip(arguments.positions, arguments.tensors, strict=True))
+            if axis < tensor.dim() and tensor.shape[axis] == 1 and (requested is None or axis in requested[index])
+        ]
+        if not positions or (axis > 1 and requested is None):
+            continue
+        before = {position: arguments.leaves[position] for position in positions}
+        for position, tensor in before.items():
+            arguments.leaves[position] = tensor.repeat_interleave(_ENLARGED, axis)
+        args, kwargs = arguments.rebuild(arguments.tensors)
+        try:
+            model(*args, **kwargs)
+        except Exception as error:  # the model's own code may raise anything: then this axis is not free to grow
+            _log.debug("axis %d of size 1 stays static: %s", axis, error)
+            for position, tensor in before.items():
+                arguments.leaves[position] = tensor
+
+
+def _output_names(result: Any, given: Sequence[str] | None, input_names: Sequence[str]) -> tuple[str, ...]:
+    entries = [
+        (path, leaf) for path, leaf in pytree.tree_flatten_with_path(result)[0] if isinstance(leaf, torch.Tensor)
+    ]
+    if not entries:
+        raise CaptureError("the model returns no tensor")
+    if given is not None:
+        return tuple(_checked_names(given, len(entries), "output"))
+    names: list[str] = []
+    for index, (path, _) in enumerate(entries):
+        keys = [key for key in path if hasattr(key, "key")]
+        if keys and len(keys) == len(path):
+            name = re.sub(r"\W", "_", "_".join(str(key.key) for key in keys))
+        else:
+            name = "output" if len(entries) == 1 else f"output_{index}"
+        while name in names or name in input_names:
+            name += "_out"
+        names.append(name)
+    return tuple(names)
+
+
+def _export(
+    flat: _Flat, arguments: _Arguments, requested: list[dict[int, Any]] | None, title: str
+) -> torch.export.ExportedProgram:
+    dim = torch.export.Dim
+    if requested is None:
+        shapes = [
+            {axis: dim.AUTO for axis, size in enumerate(tensor.shape) if size > 1} for tensor in arguments.tensors
+        ]
+    else:
+        shapes = [
+            {axis: dim.DYNAMIC if isinstance(name, str) else name for axis, name in axes.items()} for axes in requested
+        ]
+    try:
+        with _silenced():
+            return torch.export.export(flat, tuple(arguments.tensors), dynamic_shapes=(tuple(shapes),), strict=False)
+    except Exception as error:  # torch.export raises many unrelated types; each is reported as the reason
+        raise CaptureError(explain(error, title)) from error
+
+
+def _dynamic_axes(
+    exported: torch.export.ExportedProgram, arguments: _Arguments, requested: list[dict[int, Any]] | None
+) -> dict[str, dict[int, str]]:
+    """Names of the axes that stayed symbolic: axis 0 is the batch, axis 1 of tokens and of ``[B, S, D]`` the sequence."""
+    by_name = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    shapes = [by_name[name].meta["val"].shape for name in exported.graph_signature.user_inputs]
+    of_symbol: dict[str, str] = {}
+    size_of: dict[str, int] = {}
+    axes: dict[str, dict[int, str]] = {}
+    for index, (name, tensor, shape) in enumerate(zip(arguments.names, arguments.tensors, shapes, strict=True)):
+        axes[name] = {}
+        for axis, size in enumerate(shape):
+            if str(size).isdigit():  # also a symbol that the trace solved to one number
+                continue
+            label = None
+            if requested is not None:
+                wish = requested[index].get(axis)
+                label = wish if isinstance(wish, str) else getattr(wish, "__name__", None)
+            label = label or of_symbol.get(str(size)) or _axis_name(name, tensor, axis)
+            if requested is None and size_of.setdefault(label, tensor.shape[axis]) != tensor.shape[axis]:
+                label = f"{name}_dim_{axis}"
+            of_symbol.setdefault(str(size), label)
+            axes[name][axis] = label
+    return axes
+
+
+def _axis_name(name: str, tensor: torch.Tensor, axis: int) -> str:
+    if axis == 0:
+        return "batch"
+    if axis == 1 and tensor.dim() == (3 if tensor.is_floating_point() else 2):
+        return "sequence"
+    return f"{name}_dim_{axis}"
+
+
+def _compare(
+    model: nn.Module,
+    graph_module: torch.fx.GraphModule,
+    arguments: _Arguments,
+    axes: dict[str, dict[int, str]],
+    exported: torch.export.ExportedProgram,
+    title: str,
+) -> None:
+    """The graph must give the model's numbers on the example and at other sizes of the dynamic axes."""
+    _compare_once(model, graph_module, arguments, arguments.tensors, title)
+    grown = []
+    limits = {str(symbol): bound.upper for symbol, bound in exported.range_constraints.items()}
+    by_name = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    for name, tensor, user in zip(
+        arguments.names, arguments.tensors, exported.graph_signature.user_inputs, strict=True
+    ):
+        for axis in axes[name]:
+            symbol = str(by_name[user].meta["val"].shape[axis])
+            # An axis that is an expression of another one, or at its limit, is compared on the example only.
+            if symbol not in limits or limits[symbol] <= tensor.shape[axis]:
+                return
+            tensor = torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)
+        grown.append(tensor)
+    args, kwargs = arguments.rebuild(grown)
+    try:
+        model(*args, **kwargs)
+    except Exception as error:  # the model's own code may raise anything: these sizes are not valid for it
+        _log.debug("%s is compared on the example only, it does not run at other sizes: %s", title, error)
+        return
+    if any(axes.values()):
+        _compare_once(model, graph_module, arguments, grown, title)
+
+
+def _compare_once(
+    model: nn.Module,
+    graph_module: torch.fx.GraphModule,
+    arguments: _Arguments,
+    tensors: Sequence[torch.Tensor],
+    title: str,
+) -> None:
+    args, kwargs = arguments.rebuild(tensors)
+    expected = [leaf for leaf in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+    sizes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in zip(arguments.names, tensors, strict=True))
+    try:
+        result = graph_module(*tensors)
+    except Exception as error:
+        raise CaptureError(f"the graph of {title} does not run for {sizes}: {str(error).splitlines()[0]}") from error
+    found = [result] if isinstance(result, torch.Tensor) else list(result)
+    for want, have in zip(expected, found, strict=True):
+        if want.shape != have.shape or not torch.allclose(have, want, rtol=1e-3, atol=1e-4, equal_nan=True):
+            raise CaptureError(
+                f"the graph of {title} disagrees with the model for {sizes}: something that depends on sizes or values "
+                "was fixed while tracing; give the axes that must be dynamic with dynamic_shapes"
+            )
+
+
+def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """state_dict name -> the other names of the same tensor."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tensor), []).append(name)
+    for name, tensor in model.named_buffers(remove_duplicate=False):
+        names.setdefault(id(tensor), []).append(name)
+    groups = [group for group in names.values() if len(group) > 1]
+    return {name: tuple(other for other in group if other != name) for group in groups for name in group}

@@ -1,0 +1,212 @@
+"""Loads Hugging Face models (folder or hub id) for a task, refusing whatever would leave weights random or not finite."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ModelError
+from .captured import CapturedModel, Source
+from .checkpoint import digest, read_json, weight_files
+from .module import capture_module
+from .tasks import Task, TaskModel, canonical_task, infer_task
+
+_log = logging.getLogger(__name__)
+
+# Parts of a model that the task's output does not depend on; a checkpoint may lack them.
+_UNUSED = {
+    "feature-extraction": re.compile(r"(^|\.)pooler\."),
+    "fill-mask": re.compile(r"(^|\.)pooler\."),
+}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
+_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+
+def load_pretrained(
+    path_or_id: str | Path,
+    task: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> tuple[TaskModel, Any, str]:
+    """Load a model for a task.
+
+    Args:
+        path_or_id: folder with ``config.json`` and safetensors, or the id of such a repository on the Hugging Face hub.
+        task: task name or alias (:mod:`claq_export.capture.tasks`); None: inferred from the saved architecture.
+        dtype: of the weights after loading.
+        trust_remote_code: run Python code that comes with the model.
+
+    Returns:
+        ``(model, tokenizer or None, task name)``; the model's ``source`` holds path and digest.
+
+    Raises:
+        ModelError: the folder, a file, the architecture or the task is missing, damaged or unknown; a weight that the task
+            needs is not in the files or does not fit; a weight is NaN or infinite.
+    """
+    folder = _folder(path_or_id, trust_remote_code)
+    settings = read_json(folder / "config.json")
+    if settings.get("quantization_config"):
+        method = settings["quantization_config"].get("quant_method", "an unknown method")
+        raise ModelError(f"{path_or_id} is already quantized ({method}); claq needs the floating-point model")
+    files = weight_files(folder)
+    config = _config(folder, settings, trust_remote_code)
+    chosen = canonical_task(task) if task is not None else _inferred(folder, config)
+    model = _load(folder, config, chosen, dtype, trust_remote_code)
+    _check_finite(model, path_or_id)
+    source = Source(path=str(path_or_id), sha256=digest([folder / "config.json", *files]))
+    return TaskModel(model, chosen.name, source), _tokenizer(folder, trust_remote_code), chosen.name
+
+
+def capture_pretrained(
+    path_or_id: str | Path,
+    task: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> CapturedModel:
+    """Load and capture a model with dynamic batch and sequence; arguments and errors as :func:`load_pretrained`'s.
+
+    Raises:
+        CaptureError: the model cannot be turned into a graph.
+    """
+    model, tokenizer, _ = load_pretrained(path_or_id, task, dtype, trust_remote_code)
+    axes = {name: {0: "batch", 1: "sequence"} for name in model.input_names}
+    captured = capture_module(model, dynamic_shapes=axes)
+    captured.tokenizer = tokenizer
+    return captured
+
+
+def _folder(path_or_id: str | Path, trust_remote_code: bool) -> Path:
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder / 'config.json'} is missing; a Hugging Face model folder is expected")
+        return folder
+    text = str(path_or_id)
+    if folder.exists():
+        raise ModelError(f"{text} is a file; expected a folder with config.json and safetensors, or a hub id")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
+        raise ModelError(f"model folder {text} does not exist")
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])]
+    try:
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many types (network, login, unknown id); each is the reason
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"{text} is no folder here, and the Hugging Face hub does not give it: {reason}") from error
+
+
+def _config(folder: Path, settings: dict[str, Any], trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kind = settings.get("model_type")
+    remote = trust_remote_code and "auto_map" in settings
+    if not isinstance(kind, str) and not remote:
+        raise ModelError(f"{folder / 'config.json'} has no model_type, so the architecture is unknown")
+    if kind not in CONFIG_MAPPING_NAMES and not remote:
+        near = difflib.get_close_matches(str(kind), CONFIG_MAPPING_NAMES, 3)
+        code = "; it brings its own code: --trust-remote-code runs it" if "auto_map" in settings else ""
+        raise ModelError(
+            f"unknown architecture {kind!r} in {folder / 'config.json'}: transformers {_version()} knows "
+            f"{len(CONFIG_MAPPING_NAMES)} (bert, gpt2, llama, …){', near: ' + ', '.join(near) if near else ''}{code}"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # configuration classes validate in their own ways; each is the reason
+        raise ModelError(f"{folder / 'config.json'} is not valid: {_first_line(error)}") from error
+
+
+def _version() -> str:
+    import transformers
+
+    return str(transformers.__version__)
+
+
+def _inferred(folder: Path, config: Any) -> Task:
+    if (folder / "modules.json").is_file():  # sentence-transformers: pooled hidden states, whatever the checkpoint was
+        return canonical_task("feature-extraction")
+    return infer_task(config.architectures)
+
+
+def _load(folder: Path, config: Any, task: Task, dtype: torch.dtype, trust_remote_code: bool) -> torch.nn.Module:
+    import transformers
+
+    name = task.auto_class
+    if task.name == "feature-extraction" and getattr(config, "is_encoder_decoder", False):
+        name = "AutoModelForTextEncoding"
+    try:
+        with _quiet():
+            model, info = getattr(transformers, name).from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                use_safetensors=True,
+            )
+    except Exception as error:  # transformers raises many types; each is the reason
+        if "Unrecognized configuration class" in str(error):
+            raise ModelError(f"transformers has no {task.name} model for architecture {config.model_type!r}") from error
+        raise ModelError(f"{folder} cannot be loaded for {task.name}: {_first_line(error)}") from error
+    unused = _UNUSED.get(task.name)
+    missing = sorted(key for key in info["missing_keys"] if unused is None or not unused.search(key))
+    if missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        saved = (config.architectures or ["an unknown architecture"])[0]
+        raise ModelError(
+            f"{folder} lacks {len(missing)} weights that {type(model).__name__} needs for {task.name}: "
+            f"{', '.join(missing[:4])}{more}; the checkpoint was saved from {saved}"
+        )
+    mismatched = sorted(str(entry[0]) for entry in info.get("mismatched_keys", ()))
+    if mismatched:
+        raise ModelError(f"{folder} has weights of another shape than {type(model).__name__}'s: {', '.join(mismatched[:4])}")
+    return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no warnings from transformers: what they would say is checked and raised here."""
+    from transformers.utils import logging as transformers_logging
+
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_finite(model: torch.nn.Module, path_or_id: str | Path) -> None:
+    bad = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    bad += [name for name, buffer in model.named_buffers() if buffer.is_floating_point() and buffer.isnan().any()]
+    if bad:
+        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+        raise ModelError(f"{path_or_id} has NaN or infinite weights in {', '.join(bad[:4])}{more}")
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a model without a working tokenizer can still be quantized from token ids
+        _log.warning("the tokenizer in %s cannot be loaded: %s", folder, _first_line(error))
+        return None
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,152 @@
+"""Tasks of text models: which transformers class serves each, and a module that fixes its inputs and outputs."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+from .captured import Source, text_inputs
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task under the name optimum gives it.
+
+    Attributes:
+        name: task name.
+        auto_class: the transformers class that loads a model for it.
+        output: the field of the model's output that is the result.
+        suffixes: endings of architecture names (``config.architectures``) that mean this task, beside the ``Model`` ending.
+    """
+
+    name: str
+    auto_class: str
+    output: str
+    suffixes: tuple[str, ...]
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("feature-extraction", "AutoModel", "last_hidden_state", ("EncoderModel",)),
+        Task("text-classification", "AutoModelForSequenceClassification", "logits", ("ForSequenceClassification",)),
+        Task("fill-mask", "AutoModelForMaskedLM", "logits", ("ForMaskedLM", "WithLMHeadModel")),
+        Task("text-generation", "AutoModelForCausalLM", "logits", ("ForCausalLM", "LMHeadModel")),
+    )
+}
+
+ALIASES = {
+    "default": "feature-extraction",
+    "sentence-similarity": "feature-extraction",
+    "sequence-classification": "text-classification",
+    "masked-lm": "fill-mask",
+    "causal-lm": "text-generation",
+}
+
+# Decoders whose positions optimum's exports leave to the model: they count the mask's ones, or have no positions.
+_COUNTS_POSITIONS = frozenset({"opt", "bloom", "mpt", "xglm", "biogpt"})
+
+
+def canonical_task(name: str) -> Task:
+    """The task of that name or alias.
+
+    Raises:
+        ModelError: the task is unknown; the message names the known ones.
+    """
+    task = TASKS.get(ALIASES.get(name, name))
+    if task is None:
+        raise ModelError(f"unknown task {name!r}; known tasks: {', '.join(TASKS)} (also {', '.join(ALIASES)})")
+    return task
+
+
+def infer_task(architectures: list[str] | None) -> Task:
+    """The task an architecture was saved for (``BertForMaskedLM`` -> fill-mask).
+
+    Raises:
+        ModelError: no architecture is recorded, or it is for a task claq does not know.
+    """
+    known = ", ".join(TASKS)
+    if not architectures:
+        raise ModelError(f"config.json names no architecture, so the task is unknown; choose it with --task ({known})")
+    for task in TASKS.values():
+        if architectures[0].endswith(task.suffixes):
+            return task
+    if architectures[0].endswith("Model"):
+        return TASKS["feature-extraction"]
+    raise ModelError(
+        f"architecture {architectures[0]} belongs to no task claq knows ({known}); choose one with --task if its weights fit"
+    )
+
+
+class TaskModel(nn.Module):
+    """A transformers model with the inputs and the one output of its task, as positional tensors.
+
+    Attributes:
+        model: the transformers model; its parameters keep their names there.
+        task: task name.
+        input_names, output_names: of :meth:`forward`, as optimum names them.
+        source: where the model came from, set by the loader.
+    """
+
+    state_prefix = "model."
+    """Capture takes this off the names of parameters."""
+
+    def __init__(self, model: nn.Module, task: str, source: Source | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.source = source
+        self.input_names = _input_names(model, task)
+        self.output_names = (TASKS[task].output,)
+        self.eval()
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """Run the model on int64 ``[batch, sequence]`` tensors in the order of ``input_names``."""
+        named: dict[str, Any] = dict(zip(self.input_names, tensors, strict=True))
+        if self.task == "text-generation":
+            named["use_cache"] = False
+        result: torch.Tensor = getattr(self.model(**named, return_dict=True), self.output_names[0])
+        return result
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token that pads; 0 where the model names none."""
+        pad = getattr(self.model.config, "pad_token_id", None)
+        return pad if isinstance(pad, int) and pad >= 0 else 0
+
+    @property
+    def max_sequence(self) -> int | None:
+        """Most tokens a sequence may have, by the configuration."""
+        config = self.model.config
+        for key in ("max_position_embeddings", "n_positions"):
+            limit = getattr(config, key, None)
+            if isinstance(limit, int) and limit > 0:
+                # RoBERTa's table starts counting after the padding index.
+                offset = self.pad_token_id + 1 if "roberta" in config.model_type else 0
+                return limit - offset
+        return None
+
+    def example_inputs(self, batch: int = 2, sequence: int = 8) -> dict[str, torch.Tensor]:
+        """Inputs to trace with: fixed pseudo-random tokens, the last row padded."""
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, int(self.model.config.vocab_size), (batch, sequence), generator=generator)
+        mask = torch.ones(batch, sequence, dtype=torch.int64)
+        mask[-1, sequence - sequence // 4 :] = 0
+        tokens[mask == 0] = self.pad_token_id
+        return text_inputs(self.input_names, tokens, mask, self.pad_token_id)
+
+
+def _input_names(model: nn.Module, task: str) -> tuple[str, ...]:
+    accepted = inspect.signature(model.forward).parameters
+    config = model.config
+    names = ["input_ids", "attention_mask"]
+    if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0) > 1:
+        names.append("token_type_ids")
+    if task == "text-generation" and "position_ids" in accepted and config.model_type not in _COUNTS_POSITIONS:
+        names.append("position_ids")
+    return tuple(names)
