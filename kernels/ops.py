@@ -1,8 +1,8 @@
 """The torch operator ``claq::linear``: its schema, its fake (shape) kernel, and how its kernels are registered.
 
 One node of this operator stands for one quantized layer of ``docs/format.md`` wherever PyTorch keeps a graph
-(``torch.export``, ``torch.compile``, FX passes). The reference kernel (:mod:`.reference`) runs on every device and is the
-oracle of all others; on CPU the native library takes its place when it is installed.
+(``torch.export``, ``torch.compile``, FX passes). The reference kernel (:mod:`.reference`) runs on every device and is
+the oracle of all others; on CPU the native library takes its place when it is installed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Choose the CPU kernel of ``claq::linear`` inside a ``with`` block, in this thread.
 
     Args:
-        name: ``"auto"`` (native where the library is installed), ``"native"`` (an error where it is not) or ``"reference"``.
+        name: ``"auto"`` (native where the library is installed), ``"native"`` (an error where it is not) or
+            ``"reference"``.
 
     Raises:
         ValueError: unknown name.
@@ -69,7 +70,9 @@ def use_backend(name: str) -> Iterator[None]:
         _forced_backend.reset(token)
 
 
-def _check_arguments(x: torch.Tensor, bias: torch.Tensor, in_features: int, out_features: int, columns: Sequence[int]) -> None:
+def _check_arguments(
+    x: torch.Tensor, bias: torch.Tensor, in_features: int, out_features: int, columns: Sequence[int]
+) -> None:
     torch._check(x.dim() >= 1, lambda: "claq::linear: x must have at least one dimension")
     torch._check(
         x.dtype in ACTIVATION_DTYPES, lambda: f"claq::linear: x must be float32, float16 or bfloat16, got {x.dtype}"

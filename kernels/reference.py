@@ -28,8 +28,8 @@ def reference_linear(
 
     Args:
         x: ``[..., in_features]`` of any floating dtype.
-        codes, codebook, scale, row_scale, order, outlier_ptr, outlier_index, outlier_value: the layer's tensors, trusted
-            (see :meth:`claq_export.format.layer.QuantizedLinear.validate`); absent parts have length zero.
+        codes, codebook, scale, row_scale, order, outlier_ptr, outlier_index, outlier_value: the layer's tensors,
+            trusted (see :meth:`claq_export.format.layer.QuantizedLinear.validate`); absent parts have length zero.
         bias: ``[out_features]`` or empty.
         columns: stored columns of width 4, 3 and 2.
 

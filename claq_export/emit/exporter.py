@@ -1,0 +1,299 @@
+"""From a PyTorch graph with ``claq::linear`` nodes to ``model.onnx``: translation, tidying, naming, metadata."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+import onnxscript.optimizer
+import onnxscript.rewriter
+import torch
+
+import claq_export
+from claq_export.errors import CaptureError
+
+from .function import DOMAIN, OPSET, claq_matmul_function
+from .translation import translation_table
+from .writer import write_model
+
+IR_VERSION = 10
+"""ONNX IR version of emitted files; ONNX Runtime 1.20 reads up to 10."""
+
+FOLD_LIMIT = 1024
+"""Constants with more elements are left to the runtime to fold: a folded copy of a tied weight is stored twice."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What :func:`emit_onnx` wrote.
+
+    Attributes:
+        path: the model file.
+        files: all files written, the model first.
+        bytes: their sizes, summed.
+        inputs, outputs: names of the graph's inputs and outputs.
+        layers: names of the quantized layers, in graph order.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    bytes: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    layers: tuple[str, ...]
+
+
+def emit_onnx(
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    example_inputs: Mapping[str, torch.Tensor],
+    path: Path | str,
+    *,
+    dynamic_shapes: Mapping[str, Mapping[int, Any] | None] | None = None,
+    output_names: Sequence[str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Artifact:
+    """Write a quantized model as ONNX: ``path`` and, beside it, ``<path>.data``.
+
+    The file holds one ``com.claq::ClaqMatMul`` node a quantized layer and the same operator as a model-local function
+    of standard operators. The same input gives the same bytes.
+
+    Args:
+        model: a graph of aten operators and ``claq::linear`` (a ``GraphModule``, any module ``torch.export`` can
+            capture, or an ``ExportedProgram``).
+        example_inputs: input name to tensor, as keyword arguments of the forward; the names become the graph's inputs.
+        path: the ``.onnx`` file; its folder must exist.
+        dynamic_shapes: input name to ``{axis: name}``; a name is a string or a named ``torch.export.Dim``. Axes that
+            are not listed are static. With an ``ExportedProgram`` it only names the axes.
+        output_names: names of the graph's outputs, in order; by default those of the captured graph.
+        metadata: entries for the file's ``metadata_props``.
+
+    Returns:
+        what was written.
+
+    Raises:
+        CaptureError: the graph cannot be exported or translated; the message names the operator.
+        OutputError: the files cannot be written; nothing is left behind then.
+    """
+    path = Path(path)
+    axes = {name: dict(dims or {}) for name, dims in (dynamic_shapes or {}).items()}
+    with _quiet_exporter():
+        program = _exported_program(model, example_inputs, axes)
+        graph = _translate(program)
+    _tidy(graph)
+    _name_inputs(graph, list(example_inputs))
+    _name_outputs(graph, output_names)
+    _name_axes(graph, axes)
+    layers = _name_layers(graph)
+    graph.producer_name, graph.producer_version = "claq-export", claq_export.__version__
+    graph.ir_version = IR_VERSION
+    graph.metadata_props.clear()
+    graph.metadata_props.update({key: metadata[key] for key in sorted(metadata)} if metadata else {})
+    function = onnx.FunctionProto.FromString(claq_matmul_function())
+    files = write_model(graph, [function], path)
+    return Artifact(
+        path=path,
+        files=tuple(files),
+        bytes=sum(file.stat().st_size for file in files),
+        inputs=tuple(value.name or "" for value in graph.graph.inputs),
+        outputs=tuple(value.name or "" for value in graph.graph.outputs),
+        layers=tuple(layers),
+    )
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Silence the exporter's remarks about packages and operators that this model does not use."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _exported_program(
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    example_inputs: Mapping[str, torch.Tensor],
+    axes: Mapping[str, Mapping[int, Any]],
+) -> torch.export.ExportedProgram:
+    if isinstance(model, torch.export.ExportedProgram):
+        return model
+    shapes = {name: dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in example_inputs}
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, (), kwargs=dict(example_inputs), dynamic_shapes=shapes)
+    except Exception as error:
+        raise CaptureError(f"the quantized graph cannot be exported: {_first_line(error)}") from error
+
+
+def _translate(program: torch.export.ExportedProgram) -> ir.Model:
+    try:
+        # The version converter inlines functions and the optimizer folds large constants: both are done here instead.
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table=translation_table(),
+            optimize=False,
+            verbose=False,
+        )
+    except Exception as error:
+        raise CaptureError(f"the quantized graph cannot be written as ONNX: {_first_line(error)}") from error
+    assert onnx_program is not None
+    return onnx_program.model
+
+
+def _first_line(error: BaseException) -> str:
+    """The message of the innermost cause, without the exporter's multi-page report."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _tidy(model: ir.Model) -> None:
+    """Fold small constants, apply the exporter's standard rewrites, and drop what only the exporter needs."""
+    common_passes.InlinePass()(model)
+    _name_transposed_weights(model)
+    onnxscript.optimizer.fold_constants(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+    onnxscript.rewriter.rewrite(model)
+    for tidy in (
+        common_passes.RemoveUnusedNodesPass(),
+        common_passes.RemoveUnusedFunctionsPass(),
+        common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common_passes.LiftSubgraphInitializersToMainGraphPass(),
+        common_passes.CommonSubexpressionEliminationPass(),
+        common_passes.OutputFixPass(),
+        common_passes.NameFixPass(),
+        common_passes.ClearMetadataAndDocStringPass(),
+    ):
+        tidy(model)
+    for value in _values(model):
+        value.metadata_props.clear()
+        value.doc_string = None
+    model.graph.metadata_props.clear()
+    model.doc_string = None
+    _store_equal_tensors_once(model)
+
+
+def _name_transposed_weights(model: ir.Model) -> None:
+    """Let the transpose of a weight, which folding turns into an initializer, carry the weight's name."""
+    for node in model.graph:
+        source = node.inputs[0] if node.op_type == "Transpose" else None
+        if source is not None and source.is_initializer() and not node.outputs[0].is_graph_output():
+            node.outputs[0].name = f"{source.name}.transposed"
+
+
+def _store_equal_tensors_once(model: ir.Model) -> None:
+    """Merge equal large initializers (tied weights). Small ones stay, so that tensors keep the name of their layer."""
+    seen: dict[tuple[Any, ...], list[ir.Value]] = {}
+    for value in tuple(model.graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.size <= FOLD_LIMIT:
+            continue
+        content = tensor.tobytes()
+        key = (tensor.dtype, tuple(tensor.shape), hash(content))
+        for other in seen.setdefault(key, []):
+            assert other.const_value is not None
+            if other.const_value.tobytes() == content:
+                value.replace_all_uses_with(other)
+                del model.graph.initializers[value.name]  # type: ignore[arg-type]
+                break
+        else:
+            seen[key].append(value)
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    yield from model.graph.inputs
+    yield from model.graph.initializers.values()
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        yield from node.outputs
+
+
+def _name_inputs(model: ir.Model, names: list[str]) -> None:
+    present = [value.name for value in model.graph.inputs]
+    if len(present) != len(names):
+        raise CaptureError(f"the graph takes {len(present)} inputs ({', '.join(map(str, present))}), got {len(names)}")
+    if set(present) != set(names):
+        for value, name in zip(model.graph.inputs, names, strict=True):
+            _rename(model, value, name)
+
+
+def _name_outputs(model: ir.Model, names: Sequence[str] | None) -> None:
+    if names is None:
+        return
+    if len(names) != len(model.graph.outputs):
+        raise CaptureError(
+            f"the graph has {len(model.graph.outputs)} outputs, got {len(names)} names: {', '.join(names)}"
+        )
+    for value, name in zip(model.graph.outputs, names, strict=True):
+        _rename(model, value, name)
+
+
+def _rename(model: ir.Model, value: ir.Value, name: str) -> None:
+    """Give ``value`` its public name; another value that has the name already gets a suffix."""
+    if value.name == name:
+        return
+    taken = {other.name for other in _values(model)}
+    for other in _values(model):
+        if other is not value and other.name == name:
+            suffix = 1
+            while f"{name}_{suffix}" in taken:
+                suffix += 1
+            other.name = f"{name}_{suffix}"
+    value.name = name
+
+
+def _axis_name(name: object) -> str | None:
+    if isinstance(name, str):
+        return name
+    return getattr(name, "__name__", None)
+
+
+def _name_axes(model: ir.Model, axes: Mapping[str, Mapping[int, Any]]) -> None:
+    """Replace the exporter's symbols (``s31``) by the given names in every shape, also inside expressions."""
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for axis, given in axes.get(value.name or "", {}).items():
+            name = _axis_name(given)
+            dim = value.shape[axis] if value.shape is not None else None
+            if name and isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                names.setdefault(dim.value, name)
+    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b") if names else None
+    if symbol is None:
+        return
+    for value in _values(model):
+        if value.shape is None:
+            continue
+        for axis, dim in enumerate(value.shape):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                renamed = symbol.sub(lambda match: names[match.group()], dim.value)
+                if renamed != dim.value:
+                    value.shape[axis] = renamed
+
+
+def _name_layers(model: ir.Model) -> list[str]:
+    """Name each ``ClaqMatMul`` node after its layer: the name of its codes without ``.codes``."""
+    layers: list[str] = []
+    for node in model.graph:
+        if node.domain == DOMAIN:
+            codes = node.inputs[1]
+            assert codes is not None
+            if codes.name and codes.name.endswith(".codes"):
+                name = codes.name.removesuffix(".codes")
+                uses = sum(layer == name or layer.startswith(f"{name}#") for layer in layers)
+                node.name = name if not uses else f"{name}#{uses + 1}"
+            layers.append(node.name or "")
+    return layers
