@@ -1,0 +1,61 @@
+// The C interface: turns exceptions into status codes and messages.
+#include <cstdio>
+#include <exception>
+
+#include "claq.h"
+#include "family.h"
+#include "layer.h"
+#include "run.h"
+
+namespace {
+
+template <class Body>
+claq_status guarded(char* error, size_t error_size, Body body) noexcept {
+  const auto report = [&](const char* message) {
+    if (error && error_size) std::snprintf(error, error_size, "%s", message);
+  };
+  try {
+    body();
+    return CLAQ_OK;
+  } catch (const claq::InvalidLayer& failure) {
+    report(failure.what());
+    return CLAQ_INVALID_LAYER;
+  } catch (const claq::InvalidArgument& failure) {
+    report(failure.what());
+    return CLAQ_INVALID_ARGUMENT;
+  } catch (const std::exception& failure) {
+    report(failure.what());
+  } catch (...) {
+    report("unknown failure");
+  }
+  return CLAQ_INTERNAL_ERROR;
+}
+
+}  // namespace
+
+claq_status claq_create(const claq_layer_desc* desc, claq_layer** layer, char* error, size_t error_size) {
+  return guarded(error, error_size, [&] {
+    if (!layer) throw claq::InvalidArgument("layer: is null");
+    *layer = nullptr;
+    if (!desc || desc->struct_size != sizeof(claq_layer_desc)) {
+      throw claq::InvalidArgument("desc: struct_size is not that of this version of libclaq");
+    }
+    *layer = claq::make_layer(*desc).release();
+  });
+}
+
+claq_status claq_run(const claq_layer* layer, claq_dtype dtype, int32_t accuracy_level, const void* x, int64_t rows, void* y,
+                     claq_parallel_for parallel_for, void* context, char* error, size_t error_size) {
+  return guarded(error, error_size, [&] {
+    if (!layer) throw claq::InvalidArgument("layer: is null");
+    claq::run(*layer, dtype, accuracy_level, x, rows, y, parallel_for, context);
+  });
+}
+
+void claq_destroy(claq_layer* layer) { delete layer; }
+
+const char* claq_layer_kernel(const claq_layer* layer) { return layer ? layer->family->name : ""; }
+
+const char* claq_kernels(void) { return claq::family_names(); }
+
+const char* claq_version(void) { return CLAQ_VERSION; }

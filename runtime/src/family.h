@@ -1,0 +1,60 @@
+// What a family of kernels offers; one family is chosen for each layer when the layer is made.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.h"
+
+namespace claq {
+
+struct Family {
+  const char* name;
+  bool (*supported)();
+
+  // Fills row `row` of `activations.scaled` from x (already float32). Returns false if a result is not finite.
+  bool (*scale_row)(const LayerView& layer, const float* x, Activations& activations, int64_t row);
+
+  // Quantizes row `row` of `activations.scaled`. Returns false if the row needs float32 arithmetic (a block too small
+  // for a normal scale).
+  bool (*quantize_row)(const LayerView& layer, Activations& activations, int64_t row);
+
+  // sums[m - m0][n - n0] = sum over stored columns of activation * centroid, for output rows [n0, n1), rows [m0, m1).
+  // `stride` is that of `sums`; `scratch` holds scratch_bytes(...) bytes, aligned to 64.
+  void (*sums_int8)(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+                    float* sums, int64_t stride, void* scratch);
+  void (*sums_float)(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+                     float* sums, int64_t stride, void* scratch);
+
+  // Adds the outliers of those output rows to `sums`.
+  void (*add_outliers)(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0,
+                       int64_t n1, float* sums, int64_t stride);
+
+  // y[n] = row_scale[n] * sums[n] + bias[n] for one row.
+  void (*finish_row)(const LayerView& layer, int64_t n0, int64_t n1, const float* sums, float* y);
+
+  // Conversions of contiguous elements for hosts that pass 16-bit activations.
+  void (*half_to_float)(const uint16_t* from, float* to, int64_t count);
+  void (*float_to_half)(const float* from, uint16_t* to, int64_t count);
+};
+
+// Bytes of scratch for one call of sums_*; the largest need of any family.
+constexpr int64_t kScratchBytes = 256 * 1024;
+
+extern const Family kPortable;
+#if defined(__x86_64__)
+extern const Family kAvx2;
+extern const Family kAvxVnni;
+extern const Family kAvx512Bw;
+extern const Family kAvx512Vnni;
+#endif
+#if defined(__aarch64__)
+extern const Family kNeon;
+#endif
+
+// The named family, or for null what CLAQ_KERNEL says, or the best one; throws InvalidArgument for one that is unknown or
+// not supported here.
+const Family& choose_family(const char* name);
+
+const char* family_names();
+
+}  // namespace claq

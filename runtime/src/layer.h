@@ -1,0 +1,45 @@
+// The checked layer that kernels read: pointers into the caller's tensors and the small tables derived from them.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "claq.h"
+#include "layout.h"
+
+namespace claq {
+
+struct Family;
+
+// A statement of the format that does not hold; the message names the tensor.
+class InvalidLayer : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+class InvalidArgument : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+}  // namespace claq
+
+struct claq_layer {
+  claq::LayerView view{};
+  const claq::Family* family = nullptr;
+  // What `view` points to besides the caller's tensors.
+  std::vector<uint8_t> table;
+  std::vector<float> scale;
+  std::vector<float> row_scale;
+  std::vector<int32_t> gather;
+  std::vector<float> bias;
+};
+
+namespace claq {
+
+std::unique_ptr<claq_layer> make_layer(const claq_layer_desc& desc);
+
+}  // namespace claq

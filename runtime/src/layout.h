@@ -1,0 +1,74 @@
+// Geometry of the format and the plain structures that kernels work on; no code here may need a C++ library, because
+// kernels are compiled for CPUs that the rest of the library does not assume.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace claq {
+
+constexpr int kBlock = 32;          // stored columns that share an activation scale and whole rows of code words
+constexpr int kGroupsPerBlock = 8;  // a group is four columns: what one integer dot-product instruction consumes
+
+// A block whose largest magnitude is below this (and not zero) has no normal reciprocal: its row is done in float32.
+constexpr float kSmallestMagnitude = 1e-30f;
+
+// Outliers of an output row are summed in this many interleaved partial sums, then by halves: entry i goes to sum i % 8.
+constexpr int kOutlierLanes = 8;
+
+// Tasks get whole multiples of the first (a multiple of every vector length times a register tile), and a family is asked
+// for at most the second number of output rows at a time.
+constexpr int64_t kNarrowestTile = 48;
+constexpr int64_t kLongestTile = 48 * 80;
+
+// A code word holds interleaved columns: shifting it right by `width` times the group's number and masking leaves, in its
+// four bytes, the codes of four columns that are not neighbours. Tables and activations are therefore kept in that order,
+// which costs nothing at run time. Position 4 * group + byte holds the column given here.
+constexpr int column_of_position(int width, int position) {
+  const int group = position / 4;
+  const int byte = position % 4;
+  return width == 4 ? 8 * (group / 2) + 2 * byte + group % 2 : 16 * (group / 4) + 4 * byte + group % 4;
+}
+
+// One bit-width's run of blocks.
+struct Segment {
+  int width;
+  int64_t first_block;
+  int64_t blocks;
+  int64_t first_row;      // in codes
+  int64_t table_offset;   // in bytes, in LayerView::table
+};
+
+struct LayerView {
+  int64_t in_features;
+  int64_t out_features;
+  int64_t columns;  // stored columns P, a multiple of kBlock
+  int64_t blocks;
+  Segment segments[3];
+  int segment_count;
+  const uint32_t* codes;
+  // Centroids + 128 as unsigned bytes: per block, per group of four columns, per column, 2^width entries.
+  const uint8_t* table;
+  const float* scale;      // [columns]
+  const float* row_scale;  // [out_features]
+  const int32_t* gather;   // [columns] input feature of each stored column, -1 for padding
+  bool identity_order;     // stored column p is feature p for p < in_features
+  const int32_t* outlier_ptr;  // null: no outliers
+  const void* outlier_index;
+  bool wide_outlier_index;  // int32, else uint16
+  const uint16_t* outlier_value;
+  const float* bias;  // null: none
+};
+
+// A chunk of rows of x, gathered into stored order and scaled, and for int8 arithmetic quantized a block at a time.
+struct Activations {
+  int64_t rows;
+  int64_t stride;        // elements between rows of `scaled` and bytes between rows of `quantized`
+  int64_t block_stride;  // elements between rows of `block_scale` and `block_correction`
+  float* scaled;             // scale[p] * x[order[p]]
+  int8_t* quantized;         // positions within a block as column_of_position says
+  float* block_scale;        // maximum magnitude of the block / 127
+  int32_t* block_correction; // -128 * sum of the block's quantized values: undoes the table's offset
+};
+
+}  // namespace claq

@@ -1,0 +1,160 @@
+// The few parts of ONNX Runtime's stable C interface that the custom operator uses, declared from its public documentation
+// so that no header of ONNX Runtime is needed.
+//
+// The interface is a table of function pointers that only ever grows at its end; `Slot` gives the positions used here.
+// kOrtApiVersion is the lowest version whose table has all of them (KernelContext_ParallelFor came with 17).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+struct OrtStatus;
+struct OrtValue;
+struct OrtSessionOptions;
+struct OrtCustomOpDomain;
+struct OrtKernelInfo;
+struct OrtKernelContext;
+struct OrtTensorTypeAndShapeInfo;
+struct OrtShapeInferContext;
+
+struct OrtApi {
+  void* slots[1];
+};
+
+struct OrtApiBase {
+  const OrtApi* (*GetApi)(uint32_t version);
+  const char* (*GetVersionString)();
+};
+
+namespace claq::ort {
+
+constexpr uint32_t kOrtApiVersion = 17;
+
+enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kInvalidGraph = 10 };
+enum ElementType : int { kUndefined = 0, kFloat32 = 1, kInt8 = 3, kUint16 = 4, kInt32 = 6, kFloat16 = 10, kUint32 = 12, kBfloat16 = 16 };
+enum Characteristic : int { kRequired = 0 };
+enum MemoryType : int { kDefaultMemory = 0 };
+
+enum Slot : int {
+  kCreateStatus = 0,
+  kGetErrorMessage = 2,
+  kCreateCustomOpDomain = 26,
+  kCustomOpDomainAdd = 27,
+  kAddCustomOpDomain = 28,
+  kGetTensorMutableData = 51,
+  kGetTensorElementType = 60,
+  kGetDimensionsCount = 61,
+  kGetDimensions = 62,
+  kGetTensorTypeAndShape = 65,
+  kKernelInfoGetAttributeInt64 = 86,
+  kKernelContextGetInput = 90,
+  kKernelContextGetOutput = 91,
+  kReleaseStatus = 93,
+  kReleaseTensorTypeAndShapeInfo = 99,
+  kKernelInfoGetNodeName = 244,
+  kKernelInfoGetConstantInputTensor = 249,
+  kKernelContextParallelFor = 274,
+};
+
+struct CustomOp;
+
+// Layout of OrtCustomOp at version 17.
+struct CustomOp {
+  uint32_t version;
+  void* (*CreateKernel)(const CustomOp*, const OrtApi*, const OrtKernelInfo*);
+  const char* (*GetName)(const CustomOp*);
+  const char* (*GetExecutionProviderType)(const CustomOp*);
+  int (*GetInputType)(const CustomOp*, size_t);
+  size_t (*GetInputTypeCount)(const CustomOp*);
+  int (*GetOutputType)(const CustomOp*, size_t);
+  size_t (*GetOutputTypeCount)(const CustomOp*);
+  void (*KernelCompute)(void*, OrtKernelContext*);
+  void (*KernelDestroy)(void*);
+  int (*GetInputCharacteristic)(const CustomOp*, size_t);
+  int (*GetOutputCharacteristic)(const CustomOp*, size_t);
+  int (*GetInputMemoryType)(const CustomOp*, size_t);
+  int (*GetVariadicInputMinArity)(const CustomOp*);
+  int (*GetVariadicInputHomogeneity)(const CustomOp*);
+  int (*GetVariadicOutputMinArity)(const CustomOp*);
+  int (*GetVariadicOutputHomogeneity)(const CustomOp*);
+  OrtStatus* (*CreateKernelV2)(const CustomOp*, const OrtApi*, const OrtKernelInfo*, void**);
+  OrtStatus* (*KernelComputeV2)(void*, OrtKernelContext*);
+  OrtStatus* (*InferOutputShapeFn)(const CustomOp*, OrtShapeInferContext*);
+  int (*GetStartVersion)(const CustomOp*);
+  int (*GetEndVersion)(const CustomOp*);
+};
+
+// Typed access to the table.
+class Api {
+ public:
+  explicit Api(const OrtApi* table) : table_(table) {}
+
+  OrtStatus* create_status(ErrorCode code, const char* message) const {
+    return call<OrtStatus*(int, const char*)>(kCreateStatus)(code, message);
+  }
+  const char* error_message(const OrtStatus* status) const { return call<const char*(const OrtStatus*)>(kGetErrorMessage)(status); }
+  void release_status(OrtStatus* status) const { call<void(OrtStatus*)>(kReleaseStatus)(status); }
+
+  OrtStatus* create_domain(const char* name, OrtCustomOpDomain** out) const {
+    return call<OrtStatus*(const char*, OrtCustomOpDomain**)>(kCreateCustomOpDomain)(name, out);
+  }
+  OrtStatus* add_op(OrtCustomOpDomain* domain, const CustomOp* op) const {
+    return call<OrtStatus*(OrtCustomOpDomain*, const CustomOp*)>(kCustomOpDomainAdd)(domain, op);
+  }
+  OrtStatus* add_domain(OrtSessionOptions* options, OrtCustomOpDomain* domain) const {
+    return call<OrtStatus*(OrtSessionOptions*, OrtCustomOpDomain*)>(kAddCustomOpDomain)(options, domain);
+  }
+
+  OrtStatus* tensor_data(const OrtValue* value, void** out) const {
+    return call<OrtStatus*(OrtValue*, void**)>(kGetTensorMutableData)(const_cast<OrtValue*>(value), out);
+  }
+  OrtStatus* tensor_info(const OrtValue* value, OrtTensorTypeAndShapeInfo** out) const {
+    return call<OrtStatus*(const OrtValue*, OrtTensorTypeAndShapeInfo**)>(kGetTensorTypeAndShape)(value, out);
+  }
+  OrtStatus* element_type(const OrtTensorTypeAndShapeInfo* info, int* out) const {
+    return call<OrtStatus*(const OrtTensorTypeAndShapeInfo*, int*)>(kGetTensorElementType)(info, out);
+  }
+  OrtStatus* dimension_count(const OrtTensorTypeAndShapeInfo* info, size_t* out) const {
+    return call<OrtStatus*(const OrtTensorTypeAndShapeInfo*, size_t*)>(kGetDimensionsCount)(info, out);
+  }
+  OrtStatus* dimensions(const OrtTensorTypeAndShapeInfo* info, int64_t* out, size_t count) const {
+    return call<OrtStatus*(const OrtTensorTypeAndShapeInfo*, int64_t*, size_t)>(kGetDimensions)(info, out, count);
+  }
+  void release_tensor_info(OrtTensorTypeAndShapeInfo* info) const {
+    call<void(OrtTensorTypeAndShapeInfo*)>(kReleaseTensorTypeAndShapeInfo)(info);
+  }
+
+  OrtStatus* attribute(const OrtKernelInfo* info, const char* name, int64_t* out) const {
+    return call<OrtStatus*(const OrtKernelInfo*, const char*, int64_t*)>(kKernelInfoGetAttributeInt64)(info, name, out);
+  }
+  OrtStatus* node_name(const OrtKernelInfo* info, char* out, size_t* size) const {
+    return call<OrtStatus*(const OrtKernelInfo*, char*, size_t*)>(kKernelInfoGetNodeName)(info, out, size);
+  }
+  OrtStatus* constant_input(const OrtKernelInfo* info, size_t index, int* is_constant, const OrtValue** out) const {
+    return call<OrtStatus*(const OrtKernelInfo*, size_t, int*, const OrtValue**)>(kKernelInfoGetConstantInputTensor)(
+        info, index, is_constant, out);
+  }
+
+  OrtStatus* input(const OrtKernelContext* context, size_t index, const OrtValue** out) const {
+    return call<OrtStatus*(const OrtKernelContext*, size_t, const OrtValue**)>(kKernelContextGetInput)(context, index, out);
+  }
+  OrtStatus* output(OrtKernelContext* context, size_t index, const int64_t* shape, size_t rank, OrtValue** out) const {
+    return call<OrtStatus*(OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**)>(kKernelContextGetOutput)(
+        context, index, shape, rank, out);
+  }
+  // Runs task(data, i) for i in [0, total) on the session's intra-op threads.
+  OrtStatus* parallel_for(const OrtKernelContext* context, void (*task)(void*, size_t), size_t total, void* data) const {
+    return call<OrtStatus*(const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(kKernelContextParallelFor)(
+        context, task, total, 0, data);
+  }
+
+ private:
+  template <class Signature>
+  Signature* call(Slot slot) const {
+    return reinterpret_cast<Signature*>(table_->slots[slot]);
+  }
+
+  const OrtApi* table_;
+};
+
+}  // namespace claq::ort

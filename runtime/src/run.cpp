@@ -1,0 +1,191 @@
+#include "run.h"
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <string>
+
+#include "family.h"
+#include "half.h"
+#include "layer.h"
+#include "workspace.h"
+
+namespace claq {
+namespace {
+
+constexpr int64_t kSumsElements = 16 * 1024;     // a task's tile of results: small enough for the second-level cache
+constexpr int64_t kChunkElements = 1024 * 1024;  // rows of x are taken in chunks of at most this many activations
+constexpr double kTaskSeconds = 20e-6;           // less work than this is not worth a thread's wake-up
+constexpr int64_t kMostTasks = 256;
+
+// Rounded estimates, only used to decide into how many tasks to split.
+constexpr double kActivationsPerSecond = 1e9;
+constexpr double kWeightsPerSecond = 60e9;
+constexpr double kInt8ProductsPerSecond = 250e9;
+constexpr double kFloatProductsPerSecond = 60e9;
+
+struct Host {
+  claq_parallel_for parallel_for;
+  void* context;
+};
+
+// Runs body(i) for i in [0, total); an exception of a task is passed on after all have ended.
+template <class Body>
+void for_each(const Host& host, int64_t total, Body body) {
+  if (total <= 1 || !host.parallel_for) {
+    for (int64_t i = 0; i < total; ++i) body(i);
+    return;
+  }
+  struct Shared {
+    Body* body;
+    std::atomic<bool> failed{false};
+    std::exception_ptr failure;
+  } shared;
+  shared.body = &body;
+  host.parallel_for(
+      host.context,
+      [](void* data, size_t index) {
+        auto* state = static_cast<Shared*>(data);
+        try {
+          (*state->body)(static_cast<int64_t>(index));
+        } catch (...) {
+          if (!state->failed.exchange(true)) state->failure = std::current_exception();
+        }
+      },
+      static_cast<size_t>(total), &shared);
+  if (shared.failed) std::rethrow_exception(shared.failure);
+}
+
+int64_t task_count(double seconds, int64_t most) {
+  return std::clamp(static_cast<int64_t>(seconds / kTaskSeconds), int64_t{1}, std::min(most, kMostTasks));
+}
+
+const float* load_row(const Family& family, claq_dtype dtype, const void* x, int64_t row, int64_t length, float* buffer) {
+  if (dtype == CLAQ_FLOAT32) return static_cast<const float*>(x) + row * length;
+  const uint16_t* from = static_cast<const uint16_t*>(x) + row * length;
+  if (dtype == CLAQ_FLOAT16) {
+    family.half_to_float(from, buffer, length);
+  } else {
+    for (int64_t i = 0; i < length; ++i) buffer[i] = bfloat_to_float(from[i]);
+  }
+  return buffer;
+}
+
+void store_row(const Family& family, claq_dtype dtype, float* values, int64_t count, void* y, int64_t offset) {
+  uint16_t* to = static_cast<uint16_t*>(y) + offset;
+  if (dtype == CLAQ_FLOAT16) {
+    family.float_to_half(values, to, count);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = float_to_bfloat(values[i]);
+  }
+}
+
+struct Call {
+  const LayerView& layer;
+  const Family& family;
+  claq_dtype dtype;
+  bool int8;
+  const void* x;
+  void* y;
+  int64_t first_row;  // of x and y, of the present chunk
+};
+
+// Fills `activations`; exact[m] says that row m needs float32 arithmetic.
+void prepare(const Call& call, const Host& host, Activations& activations, uint8_t* exact) {
+  const LayerView& layer = call.layer;
+  const int64_t rows = activations.rows;
+  const double seconds = static_cast<double>(rows * layer.columns) / kActivationsPerSecond;
+  const int64_t tasks = task_count(seconds, rows);
+  for_each(host, tasks, [&](int64_t task) {
+    Workspace workspace(Workspace::bytes_for<float>(layer.in_features));
+    float* buffer = workspace.take<float>(layer.in_features);
+    for (int64_t m = rows * task / tasks; m < rows * (task + 1) / tasks; ++m) {
+      const float* x = load_row(call.family, call.dtype, call.x, call.first_row + m, layer.in_features, buffer);
+      bool exact_row = !call.family.scale_row(layer, x, activations, m);
+      if (call.int8 && !exact_row) exact_row = !call.family.quantize_row(layer, activations, m);
+      exact[m] = exact_row || !call.int8;
+    }
+  });
+}
+
+// Results of output rows [n0, n1) for all rows of the chunk.
+void compute(const Call& call, const Activations& activations, const uint8_t* exact, int64_t n0, int64_t n1) {
+  const LayerView& layer = call.layer;
+  Workspace workspace(static_cast<size_t>(kScratchBytes) + Workspace::bytes_for<float>(kSumsElements) +
+                      Workspace::bytes_for<float>(kLongestTile));
+  void* scratch = workspace.take<char>(kScratchBytes);
+  float* sums = workspace.take<float>(kSumsElements);
+  float* finished = workspace.take<float>(kLongestTile);
+  for (int64_t m0 = 0; m0 < activations.rows;) {
+    int64_t m1 = m0 + 1;
+    while (m1 < activations.rows && exact[m1] == exact[m0]) ++m1;
+    m1 = std::min(m1, m0 + kSumsElements / kNarrowestTile);
+    const int64_t tile = std::min(kLongestTile, kSumsElements / (m1 - m0) / kNarrowestTile * kNarrowestTile);
+    for (int64_t t0 = n0; t0 < n1; t0 += tile) {
+      const int64_t t1 = std::min(n1, t0 + tile);
+      const auto kernel = exact[m0] ? call.family.sums_float : call.family.sums_int8;
+      kernel(layer, activations, m0, m1, t0, t1, sums, tile, scratch);
+      if (layer.outlier_ptr) call.family.add_outliers(layer, activations, m0, m1, t0, t1, sums, tile);
+      for (int64_t m = m0; m < m1; ++m) {
+        const int64_t offset = (call.first_row + m) * layer.out_features + t0;
+        float* row = call.dtype == CLAQ_FLOAT32 ? static_cast<float*>(call.y) + offset : finished;
+        call.family.finish_row(layer, t0, t1, sums + (m - m0) * tile, row);
+        if (call.dtype != CLAQ_FLOAT32) store_row(call.family, call.dtype, row, t1 - t0, call.y, offset);
+      }
+    }
+    m0 = m1;
+  }
+}
+
+}  // namespace
+
+void run(const claq_layer& handle, claq_dtype dtype, int32_t accuracy_level, const void* x, int64_t rows, void* y,
+         claq_parallel_for parallel_for, void* context) {
+  if (dtype != CLAQ_FLOAT32 && dtype != CLAQ_FLOAT16 && dtype != CLAQ_BFLOAT16) {
+    throw InvalidArgument("x: expected float32, float16 or bfloat16");
+  }
+  if (accuracy_level != 0 && accuracy_level != 1 && accuracy_level != 4) {
+    throw InvalidArgument("accuracy_level: is " + std::to_string(accuracy_level) + ", expected 0, 1 or 4");
+  }
+  if (rows < 0) throw InvalidArgument("x: negative number of rows");
+  if (rows == 0) return;
+  if (!x || !y) throw InvalidArgument("x and y: expected data");
+
+  const LayerView& layer = handle.view;
+  const Host host{parallel_for, context};
+  Call call{layer, *handle.family, dtype, accuracy_level == 4, x, y, 0};
+  Activations activations{};
+  // Rows a power of two apart would compete for the same cache sets.
+  activations.stride = layer.columns + 64;
+  activations.block_stride = layer.blocks + 16;
+  const int64_t chunk = std::min(rows, std::clamp(kChunkElements / layer.columns / 8 * 8, int64_t{8}, int64_t{256}));
+
+  const int64_t elements = chunk * activations.stride;
+  const int64_t block_elements = chunk * activations.block_stride;
+  Workspace workspace(Workspace::bytes_for<float>(elements) + Workspace::bytes_for<int8_t>(elements) +
+                      Workspace::bytes_for<float>(block_elements) + Workspace::bytes_for<int32_t>(block_elements) +
+                      Workspace::bytes_for<uint8_t>(chunk));
+  activations.scaled = workspace.take<float>(elements);
+  activations.quantized = workspace.take<int8_t>(elements);
+  activations.block_scale = workspace.take<float>(block_elements);
+  activations.block_correction = workspace.take<int32_t>(block_elements);
+  uint8_t* exact = workspace.take<uint8_t>(chunk);
+
+  const double weights = static_cast<double>(layer.columns) * static_cast<double>(layer.out_features);
+  for (int64_t first = 0; first < rows; first += chunk) {
+    call.first_row = first;
+    activations.rows = std::min(chunk, rows - first);
+    prepare(call, host, activations, exact);
+    const double rate = call.int8 ? kInt8ProductsPerSecond : kFloatProductsPerSecond;
+    const double seconds = weights / kWeightsPerSecond + weights * static_cast<double>(activations.rows) / rate;
+    const int64_t tiles = (layer.out_features + kNarrowestTile - 1) / kNarrowestTile;
+    const int64_t tasks = task_count(seconds, tiles);
+    for_each(host, tasks, [&](int64_t task) {
+      const int64_t n0 = tiles * task / tasks * kNarrowestTile;
+      const int64_t n1 = std::min(layer.out_features, tiles * (task + 1) / tasks * kNarrowestTile);
+      compute(call, activations, exact, n0, n1);
+    });
+  }
+}
+
+}  // namespace claq

@@ -1,0 +1,93 @@
+// A small pool for hosts without one: threads sleep between calls and share each call's tasks through one counter.
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#include "claq.h"
+
+namespace {
+
+class Pool {
+ public:
+  void run(size_t threads, void (*task)(void*, size_t), size_t total, void* data) {
+    Job job{task, data, total};
+    // One call at a time has the helpers; others do their own work, which is no slower than waiting for them.
+    std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+    if (threads > 1 && total > 1 && turn.owns_lock()) {
+      const size_t helpers = start_helpers(threads < total ? threads - 1 : total - 1);
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        job_ = &job;
+        wanted_ = helpers;
+        ++generation_;
+      }
+      wake_.notify_all();
+      work(job);
+      std::unique_lock<std::mutex> lock(mutex_);
+      job_ = nullptr;
+      idle_.wait(lock, [&] { return busy_ == 0; });
+      return;
+    }
+    work(job);
+  }
+
+ private:
+  struct Job {
+    void (*task)(void*, size_t);
+    void* data;
+    size_t total;
+    std::atomic<size_t> next{0};
+  };
+
+  static void work(Job& job) {
+    for (size_t i = job.next++; i < job.total; i = job.next++) job.task(job.data, i);
+  }
+
+  // Fewer threads than asked for is no failure: the caller works too.
+  size_t start_helpers(size_t count) {
+    try {
+      for (; started_ < count; ++started_) std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error&) {
+      return started_;
+    }
+    return count;
+  }
+
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    uint64_t seen = 0;
+    for (;;) {
+      wake_.wait(lock, [&] { return generation_ != seen; });
+      seen = generation_;
+      if (!job_ || wanted_ == 0) continue;
+      --wanted_;
+      ++busy_;
+      Job* job = job_;
+      lock.unlock();
+      work(*job);
+      lock.lock();
+      if (--busy_ == 0) idle_.notify_one();
+    }
+  }
+
+  std::mutex turn_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::condition_variable idle_;
+  Job* job_ = nullptr;
+  size_t wanted_ = 0;
+  size_t busy_ = 0;
+  uint64_t generation_ = 0;
+  size_t started_ = 0;
+};
+
+}  // namespace
+
+void claq_pool_parallel_for(void* context, void (*task)(void* data, size_t index), size_t total, void* data) {
+  // Leaked on purpose: its threads run until the process ends.
+  static auto* pool = new Pool;
+  pool->run(reinterpret_cast<uintptr_t>(context), task, total, data);
+}
