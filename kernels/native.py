@@ -1,0 +1,221 @@
+"""Hosts libclaq's C interface on torch tensors: the fast CPU kernel of ``claq::linear``.
+
+No extension is compiled against torch. The library comes with the distribution ``claq-runtime``; without it :func:`native_available` says why and nothing else
+of this module may be used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+from claq_export.errors import FormatError
+
+TENSOR_NAMES = (
+    "codes",
+    "codebook",
+    "scale",
+    "row_scale",
+    "order",
+    "outlier_ptr",
+    "outlier_index",
+    "outlier_value",
+    "bias",
+)
+
+# The numbers of claq_dtype in claq.h, which are ONNX's.
+_DTYPES = {
+    torch.float32: 1,
+    torch.int8: 3,
+    torch.uint16: 4,
+    torch.int32: 6,
+    torch.float16: 10,
+    torch.uint32: 12,
+    torch.bfloat16: 16,
+}
+_ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ERROR_SIZE = 512
+
+
+class _Tensor(ctypes.Structure):
+    """``claq_tensor`` of claq.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("rank", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+class _LayerDesc(ctypes.Structure):
+    """``claq_layer_desc`` of claq.h."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_size_t),
+        ("in_features", ctypes.c_int64),
+        ("out_features", ctypes.c_int64),
+        ("columns_4", ctypes.c_int64),
+        ("columns_3", ctypes.c_int64),
+        ("columns_2", ctypes.c_int64),
+        *((name, _Tensor) for name in TENSOR_NAMES),
+        ("kernel", ctypes.c_char_p),
+    )
+
+
+@cache
+def _load() -> tuple[Any, str]:
+    """The library and an empty string, or None and the reason why there is none."""
+    try:
+        import claq_runtime
+    except ImportError:
+        return None, "the distribution claq-runtime is not installed (pip install ./runtime)"
+    try:
+        library = ctypes.CDLL(claq_runtime.library_path())
+    except OSError as error:  # FileNotFoundError, or what the dynamic loader says
+        return None, f"libclaq cannot be loaded: {error}"
+    library.claq_create.restype = ctypes.c_int
+    library.claq_create.argtypes = [
+        ctypes.POINTER(_LayerDesc),
+        ctypes.POINTER(ctypes.c_void_p),
+        ctypes.c_char_p,
+        ctypes.c_size_t,
+    ]
+    library.claq_run.restype = ctypes.c_int
+    library.claq_run.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.c_int32,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_char_p,
+        ctypes.c_size_t,
+    ]
+    library.claq_destroy.restype = None
+    library.claq_destroy.argtypes = [ctypes.c_void_p]
+    library.claq_layer_kernel.restype = ctypes.c_char_p
+    library.claq_layer_kernel.argtypes = [ctypes.c_void_p]
+    return library, ""
+
+
+def native_available() -> tuple[bool, str]:
+    """Whether libclaq can be used, and if not the reason."""
+    library, reason = _load()
+    return library is not None, reason
+
+
+class NativeLinear:
+    """One layer on libclaq: checked once when made, then called with activations.
+
+    The tensors are those of ``docs/format.md``, on the CPU. Contiguous ones are read in place and kept alive by this
+    object; they must not be changed afterwards.
+
+    Args:
+        codes, codebook, scale, row_scale, order, outlier_ptr, outlier_index, outlier_value, bias: the layer's tensors.
+        columns: stored columns of 4, 3 and 2 bits.
+        in_features, out_features: K and N.
+        kernel: name of a kernel family (``claq_runtime.kernels()``), or None for the best one here.
+
+    Raises:
+        RuntimeError: libclaq is not available, or the family is unknown.
+        FormatError: a tensor does not hold to the format; the message names it.
+    """
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        codebook: torch.Tensor,
+        scale: torch.Tensor,
+        row_scale: torch.Tensor,
+        order: torch.Tensor,
+        outlier_ptr: torch.Tensor,
+        outlier_index: torch.Tensor,
+        outlier_value: torch.Tensor,
+        bias: torch.Tensor,
+        *,
+        columns: Sequence[int],
+        in_features: int,
+        out_features: int,
+        kernel: str | None = None,
+    ) -> None:
+        self._handle = ctypes.c_void_p()
+        self._library, reason = _load()
+        if self._library is None:
+            raise RuntimeError(f"the native kernel cannot be used: {reason}")
+        self.in_features = in_features
+        self.out_features = out_features
+        given = (codes, codebook, scale, row_scale, order, outlier_ptr, outlier_index, outlier_value, bias)
+        self._tensors = tuple(tensor.detach().contiguous() for tensor in given)
+        desc = _LayerDesc(
+            struct_size=ctypes.sizeof(_LayerDesc),
+            in_features=in_features,
+            out_features=out_features,
+            columns_4=columns[0],
+            columns_3=columns[1],
+            columns_2=columns[2],
+            kernel=kernel.encode() if kernel else None,
+        )
+        for name, tensor in zip(TENSOR_NAMES, self._tensors, strict=True):
+            if tensor.device.type != "cpu":
+                raise FormatError(f"{name}: is on {tensor.device}, expected a CPU tensor")
+            shape = (ctypes.c_int64 * tensor.dim())(*tensor.shape)
+            setattr(desc, name, _Tensor(tensor.data_ptr(), shape, tensor.dim(), _DTYPES.get(tensor.dtype, 0)))
+        error = ctypes.create_string_buffer(_ERROR_SIZE)
+        status = self._library.claq_create(ctypes.byref(desc), ctypes.byref(self._handle), error, _ERROR_SIZE)
+        if status == 1:
+            raise FormatError(error.value.decode())
+        if status:
+            raise RuntimeError(error.value.decode())
+
+    @property
+    def kernel(self) -> str:
+        """Name of the kernel family in use."""
+        name: bytes = self._library.claq_layer_kernel(self._handle)
+        return name.decode()
+
+    def __call__(self, x: torch.Tensor, accuracy_level: int = 0) -> torch.Tensor:
+        """``y[..., out_features]`` of ``x[..., in_features]``, in x's dtype (float32, float16 or bfloat16).
+
+        Args:
+            x: CPU activations.
+            accuracy_level: 0 or 1 for float32 arithmetic, 4 for activations rounded to int8.
+
+        Raises:
+            ValueError: x is of another dtype, device or last dimension.
+            RuntimeError: the library refused the call.
+        """
+        if x.device.type != "cpu" or x.dtype not in _ACTIVATION_DTYPES:
+            raise ValueError(f"x: is {x.dtype} on {x.device}, expected float32, float16 or bfloat16 on the CPU")
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x: shape is {list(x.shape)}, expected the last dimension to be {self.in_features}")
+        x = x.detach().contiguous()
+        y = torch.empty((*x.shape[:-1], self.out_features), dtype=x.dtype)
+        threads = torch.get_num_threads()
+        pool = ctypes.cast(self._library.claq_pool_parallel_for, ctypes.c_void_p) if threads > 1 else None
+        error = ctypes.create_string_buffer(_ERROR_SIZE)
+        status = self._library.claq_run(
+            self._handle,
+            _DTYPES[x.dtype],
+            accuracy_level,
+            x.data_ptr(),
+            x.numel() // self.in_features,
+            y.data_ptr(),
+            pool,
+            threads,
+            error,
+            _ERROR_SIZE,
+        )
+        if status:
+            raise RuntimeError(f"claq_run: {error.value.decode()}")
+        return y
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.claq_destroy(self._handle)
