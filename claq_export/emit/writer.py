@@ -69,7 +69,8 @@ def write_model(model: ir.Model, functions: list[onnx.FunctionProto], path: Path
     )
     with StagedFiles(path.parent) as files:
         if external:
-            _write_external(model, data_path.name, files.open(data_path.name))
+            with files.stage(data_path.name).open("wb") as data:
+                _write_external(model, data_path.name, data)
         proto = ir.serde.serialize_model(model)
         imported = {entry.domain for entry in proto.opset_import}
         for function in functions:
@@ -77,5 +78,5 @@ def write_model(model: ir.Model, functions: list[onnx.FunctionProto], path: Path
             if function.domain not in imported:
                 proto.opset_import.append(onnx.helper.make_opsetid(function.domain, 1))
                 imported.add(function.domain)
-        files.write(path.name, proto.SerializeToString(deterministic=True))
+        files.stage(path.name).write_bytes(proto.SerializeToString(deterministic=True))
     return [path, data_path] if external else [path]

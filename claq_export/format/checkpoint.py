@@ -1,0 +1,261 @@
+"""The PyTorch container of a quantized model: ``claq.safetensors`` for tensors, ``claq.json`` for everything else.
+
+``claq.json`` is an object with
+
+- ``format`` = ``"claq"``, ``version`` = 1, and ``claq_version``, the version of this package that wrote it;
+- ``config``: the settings of the run, any JSON object;
+- ``layers``: name -> the integers of docs/format.md (``in_features``, ``out_features``, ``columns_4``, ``columns_3``,
+  ``columns_2``, ``accuracy_level``) and ``parts``, a list of ``{"name", "rows"}``: the linear layers of the PyTorch
+  model that the layer stands for, by qualified name, in the order of their rows. A layer that was quantized alone has
+  itself as its only part;
+- ``aliases``: names of tied tensors -> the name under which the tensor is stored.
+
+Biases are unquantized tensors of the model and stored under their own names, like all others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import claq_export
+
+from ..errors import FormatError, OutputError
+from .files import StagedFiles
+from .layer import TENSOR_NAMES, QuantizedLinear
+
+TENSORS_FILE = "claq.safetensors"
+CONFIG_FILE = "claq.json"
+VERSION = 1
+"""Version of the container, that of docs/format.md."""
+
+JSON_LIMIT = 256 << 20
+"""Bytes of ``claq.json`` a reader accepts; a model of a hundred thousand layers has 30 MB."""
+
+_ATTRIBUTES = ("in_features", "out_features", "columns_4", "columns_3", "columns_2")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A quantized model without its architecture.
+
+    Attributes:
+        layers: name -> quantized layer.
+        tensors: every unquantized tensor of the model, by its name in the model's ``state_dict()``.
+        config: settings of the run that made it.
+        parts: layer -> ((qualified name of a linear, its rows), ...), in the order of the layer's rows. A layer that is
+            not listed stands for the linear of its own name.
+        accuracy_levels: layer -> the operator's ``accuracy_level``; 0 where not listed.
+        aliases: tied name -> stored name.
+    """
+
+    layers: Mapping[str, QuantizedLinear]
+    tensors: Mapping[str, torch.Tensor]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Sequence[tuple[str, int]]] = field(default_factory=dict)
+    accuracy_levels: Mapping[str, int] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def parts_of(self, name: str) -> tuple[tuple[str, int], ...]:
+        """The linears that layer ``name`` stands for, with their rows."""
+        return tuple(self.parts.get(name) or ((name, self.layers[name].out_features),))
+
+
+def save_checkpoint(
+    folder: Path | str,
+    layers: Mapping[str, QuantizedLinear],
+    other_tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    *,
+    parts: Mapping[str, Sequence[tuple[str, int]]] | None = None,
+    accuracy_level: int = 0,
+) -> list[Path]:
+    """Write ``claq.safetensors`` and ``claq.json`` into ``folder``, both or none.
+
+    Args:
+        folder: an existing folder.
+        layers: name -> quantized layer.
+        other_tensors: every unquantized tensor of the model by its ``state_dict()`` name, biases included. Names that
+            share one tensor (tied weights) are stored once.
+        config: JSON values.
+        parts: for stacked layers, the linears they stand for and their rows; see :class:`Checkpoint`.
+        accuracy_level: of all layers.
+
+    Returns:
+        the two files, tensors first.
+
+    Raises:
+        FormatError: two tensors have the same name, or parts do not add up to their layer.
+        OutputError: the files cannot be written; nothing is left behind then.
+    """
+    folder = Path(folder)
+    checkpoint = Checkpoint(layers, other_tensors, config, parts or {}, dict.fromkeys(layers, accuracy_level))
+    _check_parts(checkpoint, "the checkpoint")
+    stored, aliases = _store_once(other_tensors)
+    for name, layer in layers.items():
+        for part, tensor in layer.tensors().items():
+            key = f"{name}.{part}"
+            if key in stored or key in aliases:
+                raise FormatError(f"tensor {key!r} of the model has the name of a part of layer {name!r}")
+            stored[key] = tensor.detach().cpu().contiguous()
+    description = {
+        "format": "claq",
+        "version": VERSION,
+        "claq_version": claq_export.__version__,
+        "config": dict(config),
+        "layers": {
+            name: {
+                **layer.attributes(),
+                "accuracy_level": accuracy_level,
+                "parts": [{"name": part, "rows": rows} for part, rows in checkpoint.parts_of(name)],
+            }
+            for name, layer in layers.items()
+        },
+        "aliases": aliases,
+    }
+    with StagedFiles(folder) as files:
+        tensors_path = files.stage(TENSORS_FILE)
+        try:
+            save_file(stored, tensors_path, metadata={"format": "claq"})
+        except SafetensorError as error:
+            raise OutputError(f"cannot write {folder / TENSORS_FILE}: {error}") from error
+        content = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        files.stage(CONFIG_FILE).write_text(content, encoding="utf-8")
+    return [folder / TENSORS_FILE, folder / CONFIG_FILE]
+
+
+def _store_once(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors to store, and names that stand for one of them because they share all of its memory."""
+    stored: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in tensors.items():
+        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
+            continue
+        first[key] = name
+        # A copy where memory is shared only in part: safetensors stores each tensor by itself.
+        whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+        dense = tensor.detach().cpu().contiguous()
+        stored[name] = dense if whole else dense.clone()
+    return stored, aliases
+
+
+def load_checkpoint(folder: Path | str) -> Checkpoint:
+    """Read and validate what :func:`save_checkpoint` wrote.
+
+    Raises:
+        FormatError: a file is missing, truncated or not what it should be, or a layer breaks a rule of docs/format.md;
+            the message names the file, the layer and the tensor.
+    """
+    folder = Path(folder)
+    description = _read_json(folder / CONFIG_FILE)
+    path = folder / TENSORS_FILE
+    tensors = _read_tensors(path)
+    layers: dict[str, QuantizedLinear] = {}
+    for name, entry in description["layers"].items():
+        parts = {part: tensors.pop(f"{name}.{part}", None) for part in TENSOR_NAMES}
+        missing = [part for part, tensor in parts.items() if tensor is None]
+        if missing:
+            raise FormatError(f"{path}: tensor '{name}.{missing[0]}' is missing")
+        try:
+            layers[name] = QuantizedLinear.from_parts(entry, parts)  # type: ignore[arg-type]
+        except FormatError as error:
+            raise FormatError(f"{path}: layer {name!r}: {error}") from error
+    for alias, name in description["aliases"].items():
+        if name not in tensors:
+            raise FormatError(f"{folder / CONFIG_FILE}: alias {alias!r} names tensor {name!r}, which is not stored")
+        tensors[alias] = tensors[name]
+    checkpoint = Checkpoint(
+        layers=layers,
+        tensors=tensors,
+        config=description["config"],
+        parts={
+            name: tuple((part["name"], part["rows"]) for part in entry["parts"])
+            for name, entry in description["layers"].items()
+        },
+        accuracy_levels={name: entry["accuracy_level"] for name, entry in description["layers"].items()},
+        aliases=description["aliases"],
+    )
+    _check_parts(checkpoint, str(folder / CONFIG_FILE))
+    return checkpoint
+
+
+def _check_parts(checkpoint: Checkpoint, where: str) -> None:
+    owner: dict[str, str] = {}
+    for name, layer in checkpoint.layers.items():
+        parts = checkpoint.parts_of(name)
+        rows = sum(count for _, count in parts)
+        if rows != layer.out_features or any(count < 1 for _, count in parts):
+            raise FormatError(
+                f"{where}: the parts of layer {name!r} must add up to its {layer.out_features} output features, "
+                f"got {[count for _, count in parts]}"
+            )
+        for part, _ in parts:
+            if part in owner:
+                raise FormatError(f"{where}: linear {part!r} is part of both {owner[part]!r} and {name!r}")
+            owner[part] = name
+    for name in checkpoint.parts:
+        if name not in checkpoint.layers:
+            raise FormatError(f"{where}: parts are given for {name!r}, which is not a layer")
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise FormatError(f"{path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FormatError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Parse ``claq.json`` and check every type a reader relies on."""
+    if not path.is_file():
+        raise FormatError(f"{path} does not exist")
+    if path.stat().st_size > JSON_LIMIT:
+        raise FormatError(f"{path} has {path.stat().st_size} bytes; at most {JSON_LIMIT} are expected")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise FormatError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict) or value.get("format") != "claq":
+        raise FormatError(f'{path} does not describe a claq model: "format" must be "claq"')
+    if value.get("version") != VERSION:
+        raise FormatError(f"{path} has format version {value.get('version')!r}; this package reads version {VERSION}")
+    for key in ("config", "layers", "aliases"):
+        if not isinstance(value.get(key), dict):
+            raise FormatError(f"{path}: {key!r} must be an object, got {type(value.get(key)).__name__}")
+    for name, entry in value["layers"].items():
+        _check_entry(path, name, entry)
+    for alias, name in value["aliases"].items():
+        if not isinstance(name, str):
+            raise FormatError(f"{path}: alias {alias!r} must be a name, got {name!r}")
+    return value
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
+
+
+def _check_entry(path: Path, name: str, entry: Any) -> None:
+    if not isinstance(entry, dict):
+        raise FormatError(f"{path}: layer {name!r} must be an object, got {type(entry).__name__}")
+    for key in (*_ATTRIBUTES, "accuracy_level"):
+        if not _is_whole(entry.get(key)):
+            raise FormatError(f"{path}: layer {name!r}: {key!r} must be an integer >= 0, got {entry.get(key)!r}")
+    parts = entry.get("parts")
+    if not isinstance(parts, list) or not parts:
+        raise FormatError(f"{path}: layer {name!r}: 'parts' must be a list with at least one entry")
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("name"), str) or not _is_whole(part.get("rows")):
+            raise FormatError(f"{path}: layer {name!r}: a part must have a name and a number of rows, got {part!r}")

@@ -1,0 +1,306 @@
+"""Verification of a written artifact: ONNX Runtime, with and without the native library, against the PyTorch model.
+
+Three questions are answered with the same sample inputs: does the file compute what the quantized PyTorch model
+computes (it fails otherwise), how far is that from the unquantized model, and how long does a run take.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import torch
+
+from .errors import VerificationError
+
+Inputs = Mapping[str, torch.Tensor]
+Model = Callable[..., Any]
+
+TOLERANCES = {np.dtype(np.float32): 1e-4, np.dtype(np.float16): 5e-3, np.dtype(np.float64): 1e-4}
+"""Largest deviation, relative to the output's largest magnitude, that rounding explains, by dtype of the output."""
+
+INT8_TOLERANCE = 0.05
+"""The same for a library that rounds activations to int8 (``accuracy_level`` 4)."""
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far one output is from a reference, the worst over all sample inputs.
+
+    Attributes:
+        maximum: largest absolute difference, divided by the reference's largest magnitude.
+        rms: root mean square of the difference, divided by that of the reference.
+        cosine: mean cosine between the vectors along the last axis.
+    """
+
+    maximum: float
+    rms: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to run the artifact.
+
+    Attributes:
+        name: ``"stock"`` (ONNX Runtime alone), ``"runtime"`` (with the native library) or ``"original"`` (unquantized).
+        load_seconds: creation of the session.
+        latency_ms: median time of one run of the first sample inputs.
+        deviations: output name -> deviation from the quantized PyTorch model; empty for ``"original"``.
+    """
+
+    name: str
+    load_seconds: float
+    latency_ms: float
+    deviations: Mapping[str, Deviation]
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """What :func:`verify_artifact` found.
+
+    Attributes:
+        path: the model file.
+        runs: by name; ``"runtime"`` and ``"original"`` are missing when there was nothing to run.
+        fidelity: output name -> deviation of the quantized from the unquantized PyTorch model; empty if none was given.
+        onnxruntime: version of ONNX Runtime.
+        note: why the native library was not tried, or empty.
+    """
+
+    path: Path
+    runs: Mapping[str, Run]
+    fidelity: Mapping[str, Deviation]
+    onnxruntime: str
+    note: str
+
+
+def verify_artifact(
+    path: Path | str,
+    reference: Model,
+    sample_inputs: Sequence[Inputs] | Inputs,
+    *,
+    unquantized: Model | None = None,
+    original_path: Path | str | None = None,
+    library: bool | str | Path | None = None,
+    tolerance: float | None = None,
+    library_tolerance: float | None = None,
+    rounds: int = 10,
+) -> VerificationReport:
+    """Check that an artifact computes what the quantized PyTorch model computes, and measure it.
+
+    Args:
+        path: the ``.onnx`` file.
+        reference: the quantized PyTorch model; called with the sample inputs as keyword arguments, returns a tensor, a
+            tuple or a mapping of tensors, in the order of the file's outputs.
+        sample_inputs: one set of inputs or several (other sizes of the dynamic axes, for example).
+        unquantized: the original PyTorch model, called in the same way.
+        original_path: the original model as ONNX, for its latency.
+        library: False = do not try the native library; a path = that library; None = the installed ``claq_runtime``, if
+            there is one; True = the installed one, which must be there.
+        tolerance: largest allowed :attr:`Deviation.maximum`; by default :data:`TOLERANCES` by the output's dtype.
+        library_tolerance: the same for the run with the library; by default ``tolerance``, but :data:`INT8_TOLERANCE`
+            where the file asks for int8 activations.
+        rounds: timed runs of each session, interleaved; 0 = none (latencies are NaN).
+
+    Returns:
+        the report.
+
+    Raises:
+        VerificationError: ONNX Runtime or the ONNX checker refuses the file, or an output deviates by more than the
+            tolerance; the message names the run, the output and the error.
+    """
+    path = Path(path)
+    samples = [sample_inputs] if isinstance(sample_inputs, Mapping) else list(sample_inputs)
+    if not samples:
+        raise ValueError("verification needs at least one set of sample inputs")
+    _check_model(path)
+    expected = [_call(reference, inputs) for inputs in samples]
+    register, note = _registration(library)
+
+    sessions: dict[str, tuple[onnxruntime.InferenceSession, float]] = {"stock": _session(path, "stock", None)}
+    if register is not None:
+        sessions["runtime"] = _session(path, "runtime", register)
+    names = [output.name for output in sessions["stock"][0].get_outputs()]
+    if len(names) != len(expected[0]):
+        raise VerificationError(f"{path} has {len(names)} outputs, the PyTorch model returns {len(expected[0])}")
+
+    if library_tolerance is None and tolerance is None and _uses_int8(path):
+        library_tolerance = INT8_TOLERANCE
+    limits = {"stock": tolerance, "runtime": tolerance if library_tolerance is None else library_tolerance}
+    deviations = {
+        run: _compare(path, run, session, names, samples, expected, limits[run])
+        for run, (session, _) in sessions.items()
+    }
+    if original_path is not None:
+        sessions["original"] = _session(Path(original_path), "original", None)
+    latencies = _latencies({run: session for run, (session, _) in sessions.items()}, samples[0], rounds)
+    fidelity: dict[str, Deviation] = {}
+    if unquantized is not None:
+        originals = [_call(unquantized, inputs) for inputs in samples]
+        fidelity = {
+            name: _deviation([outputs[i] for outputs in expected], [outputs[i] for outputs in originals])
+            for i, name in enumerate(names)
+        }
+    return VerificationReport(
+        path=path,
+        runs={
+            run: Run(run, seconds, latencies[run], deviations.get(run, {})) for run, (_, seconds) in sessions.items()
+        },
+        fidelity=fidelity,
+        onnxruntime=onnxruntime.__version__,
+        note=note,
+    )
+
+
+def _check_model(path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, OSError) as error:
+        raise VerificationError(f"{path} is not a valid ONNX model: {error}") from error
+
+
+def _registration(library: bool | str | Path | None) -> tuple[Callable[[Any], None] | None, str]:
+    """How to add the native library to session options, or why that is not done."""
+    if library is False:
+        return None, "not asked for"
+    if isinstance(library, (str, Path)):
+        return lambda options: options.register_custom_ops_library(str(library)), ""
+    try:
+        import claq_runtime
+
+        claq_runtime.library_path()
+    except (ImportError, FileNotFoundError) as error:
+        if library is True:
+            raise VerificationError(f"the native library is not installed: {error}") from error
+        return None, f"claq-runtime is not installed: {error}"
+    return claq_runtime.register, ""
+
+
+def _session(
+    path: Path, run: str, register: Callable[[Any], None] | None
+) -> tuple[onnxruntime.InferenceSession, float]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    start = time.perf_counter()
+    try:
+        if register is not None:
+            register(options)
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        # ONNX Runtime's exceptions share no base class but Exception.
+        raise VerificationError(f"{run}: ONNX Runtime {onnxruntime.__version__} refuses {path}: {error}") from error
+    return session, time.perf_counter() - start
+
+
+def _uses_int8(path: Path) -> bool:
+    nodes = onnx.load(str(path), load_external_data=False).graph.node
+    return any(
+        attribute.name == "accuracy_level" and attribute.i == 4 for node in nodes for attribute in node.attribute
+    )
+
+
+def _call(model: Model, inputs: Inputs) -> list[npt.NDArray[Any]]:
+    """Outputs of a PyTorch model as arrays, flattened in their order."""
+    with torch.no_grad():
+        result = model(**inputs)
+    if isinstance(result, torch.Tensor):
+        tensors: list[Any] = [result]
+    else:
+        tensors = list(result.values() if isinstance(result, Mapping) else result)
+    return [
+        (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().numpy()
+        for tensor in tensors
+        if isinstance(tensor, torch.Tensor)
+    ]
+
+
+def _feed(session: onnxruntime.InferenceSession, inputs: Inputs) -> dict[str, npt.NDArray[Any]]:
+    wanted = {value.name for value in session.get_inputs()}
+    return {name: tensor.detach().cpu().numpy() for name, tensor in inputs.items() if name in wanted}
+
+
+def _compare(
+    path: Path,
+    run: str,
+    session: onnxruntime.InferenceSession,
+    names: list[str],
+    samples: Sequence[Inputs],
+    expected: list[list[npt.NDArray[Any]]],
+    tolerance: float | None,
+) -> dict[str, Deviation]:
+    results: list[list[npt.NDArray[Any]]] = []
+    for inputs in samples:
+        try:
+            results.append(session.run(names, _feed(session, inputs)))
+        except Exception as error:
+            sizes = {name: list(tensor.shape) for name, tensor in inputs.items()}
+            raise VerificationError(f"{run}: {path} fails on inputs {sizes}: {error}") from error
+    deviations = {}
+    for i, name in enumerate(names):
+        for got, wanted in zip(results, expected, strict=True):
+            if got[i].shape != wanted[i].shape:
+                raise VerificationError(
+                    f"{run}: output {name!r} of {path} has shape {list(got[i].shape)}, "
+                    f"the PyTorch model's has {list(wanted[i].shape)}"
+                )
+        deviation = _deviation([got[i] for got in results], [wanted[i] for wanted in expected])
+        limit = TOLERANCES.get(results[0][i].dtype, 0.0) if tolerance is None else tolerance
+        if not deviation.maximum <= limit:
+            raise VerificationError(
+                f"{run}: output {name!r} of {path} deviates from the quantized PyTorch model by "
+                f"{deviation.maximum:.3g} of its largest value; at most {limit:.3g} is expected"
+            )
+        deviations[name] = deviation
+    return deviations
+
+
+def _deviation(got: Sequence[npt.NDArray[Any]], wanted: Sequence[npt.NDArray[Any]]) -> Deviation:
+    """Worst maximum and rms over pairs of equal shape; mean cosine over all their vectors."""
+    maximum = rms = 0.0
+    cosines: list[npt.NDArray[np.float64]] = []
+    for left, right in zip(got, wanted, strict=True):
+        if not left.size:
+            continue
+        a, b = np.atleast_1d(left).astype(np.float64), np.atleast_1d(right).astype(np.float64)
+        # Masked logits are -inf on both sides; that is agreement, and no scale to measure others by.
+        same = (a == b) | (np.isnan(a) & np.isnan(b))
+        finite = np.isfinite(a) & np.isfinite(b)
+        if not (same | finite).all():
+            return Deviation(math.inf, math.inf, math.nan)
+        a, b = np.where(finite, a, 0.0), np.where(finite, b, 0.0)
+        difference = np.abs(a - b)
+        maximum = max(maximum, _ratio(difference.max(), np.abs(b).max()))
+        rms = max(rms, _ratio(math.sqrt((difference**2).mean()), math.sqrt((b**2).mean())))
+        lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        used = lengths > 0
+        cosines.append(((a * b).sum(-1)[used] / lengths[used]).ravel())
+    vectors = np.concatenate(cosines) if cosines else np.zeros(0)
+    return Deviation(maximum, rms, float(vectors.mean()) if vectors.size else math.nan)
+
+
+def _ratio(part: float, whole: float) -> float:
+    if part == 0:
+        return 0.0
+    return float(part / whole) if whole else math.inf
+
+
+def _latencies(sessions: Mapping[str, onnxruntime.InferenceSession], inputs: Inputs, rounds: int) -> dict[str, float]:
+    """Median milliseconds of a run; the sessions take turns, so that a busy machine slows all of them alike."""
+    feeds = {run: _feed(session, inputs) for run, session in sessions.items()}
+    times: dict[str, list[float]] = {run: [] for run in sessions}
+    for round_ in range(rounds + 1):
+        for run, session in sessions.items():
+            start = time.perf_counter()
+            session.run(None, feeds[run])
+            if round_:  # the first one warms up
+                times[run].append(time.perf_counter() - start)
+    return {run: 1000 * statistics.median(values) if values else math.nan for run, values in times.items()}
