@@ -200,7 +200,7 @@ def restore(model: nn.Module, checkpoint: Checkpoint, *, strict: bool = True) ->
             continue
         if tuple(tensor.shape) != tuple(state[name].shape):
             raise ModelError(
-                f"tensor {name!r} has shape {list(tensor.shape)} in the checkpoint, {list(state[name].shape)} in the model"
+                f"tensor {name!r} has shape {list(state[name].shape)} in the model, {list(tensor.shape)} here"
             )
     replace_linears(model, checkpoint.layers, parts=checkpoint.parts, accuracy_levels=checkpoint.accuracy_levels)
     # Materialized models keep their own (possibly tied) parameters and take the values; those on meta take the tensors.

@@ -1,27 +1,22 @@
-"""The torch operator ``claq::linear``: its schema, its fake (shape) kernel, and how its kernels are registered.
+"""The torch operator ``claq::linear``: its schema, its fake (shape) kernel, and which kernel serves which device.
 
 One node of this operator stands for one quantized layer of ``docs/format.md`` wherever PyTorch keeps a graph
 (``torch.export``, ``torch.compile``, FX passes). The reference kernel (:mod:`.reference`) runs on every device and is
-the oracle of all others; on CPU the native library takes its place when it is installed.
+the oracle of all others; on CPU the native library takes its place where it is installed (:mod:`.cpu`).
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from .cpu import cpu_linear
 from .reference import reference_linear
 
 OPERATOR = "claq::linear"
 """Qualified name of the operator; ``torch.ops.claq.linear.default`` once this module is imported."""
-
-BACKENDS = ("auto", "native", "reference")
-"""Values of ``CLAQ_BACKEND`` and of :func:`use_backend`."""
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of ``x`` the operator takes."""
@@ -32,42 +27,8 @@ _SCHEMA = (
     "int in_features, int out_features, int[] columns, int accuracy_level) -> Tensor"
 )
 
-_forced_backend: ContextVar[str | None] = ContextVar("claq_backend", default=None)
-
 _library = torch.library.Library("claq", "DEF")
 _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-
-
-def backend() -> str:
-    """The CPU backend in force: that of :func:`use_backend`, else the environment's ``CLAQ_BACKEND``, else ``"auto"``.
-
-    Raises:
-        ValueError: ``CLAQ_BACKEND`` is none of :data:`BACKENDS`.
-    """
-    chosen = _forced_backend.get() or os.environ.get("CLAQ_BACKEND") or "auto"
-    if chosen not in BACKENDS:
-        raise ValueError(f"CLAQ_BACKEND must be one of {', '.join(BACKENDS)}, got {chosen!r}")
-    return chosen
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Choose the CPU kernel of ``claq::linear`` inside a ``with`` block, in this thread.
-
-    Args:
-        name: ``"auto"`` (native where the library is installed), ``"native"`` (an error where it is not) or
-            ``"reference"``.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
-    token = _forced_backend.set(name)
-    try:
-        yield
-    finally:
-        _forced_backend.reset(token)
 
 
 def _check_arguments(
@@ -89,16 +50,20 @@ def _check_arguments(
 
 
 def _reference(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-    codes, codebook, scale, row_scale, order, ptr, index, value, bias, in_features, out_features, columns, _ = rest
-    _check_arguments(x, bias, in_features, out_features, columns)
-    return reference_linear(
-        x, codes, codebook, scale, row_scale, order, ptr, index, value, bias, in_features, out_features, columns
-    )
+    *tensors, in_features, out_features, columns, _accuracy_level = rest
+    _check_arguments(x, tensors[-1], in_features, out_features, columns)
+    return reference_linear(x, tensors, in_features, out_features, columns)
+
+
+def _cpu(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    *tensors, in_features, out_features, columns, accuracy_level = rest
+    _check_arguments(x, tensors[-1], in_features, out_features, columns)
+    return cpu_linear(x, tensors, in_features, out_features, columns, accuracy_level)
 
 
 def _fake(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-    bias, in_features, out_features, columns = rest[8], rest[9], rest[10], rest[11]
-    _check_arguments(x, bias, in_features, out_features, columns)
+    *tensors, in_features, out_features, columns, _accuracy_level = rest
+    _check_arguments(x, tensors[-1], in_features, out_features, columns)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -110,7 +75,14 @@ def _backward(_ctx: Any, *_gradients: torch.Tensor) -> None:
 
 
 _library.impl("linear", _reference, "CompositeExplicitAutograd")
+_library.impl("linear", _cpu, "CPU")
 torch.library.register_fake(OPERATOR, _fake, lib=_library)
 torch.library.register_autograd(OPERATOR, _backward, lib=_library)
 
 linear = torch.ops.claq.linear.default
+"""The operator. Arguments as in the schema; tensors as in ``docs/format.md``, absent parts of length zero.
+
+``x[..., in_features]`` is float32, float16 or bfloat16; the result ``[..., out_features]`` has its dtype. ``columns``
+are the stored columns of width 4, 3 and 2; ``accuracy_level`` is the arithmetic of the native kernels. There is no
+gradient.
+"""

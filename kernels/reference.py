@@ -6,20 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from claq_export.format.layer import QuantizedLinear
+from claq_export.format.layer import TENSOR_NAMES, QuantizedLinear
 
 
 def reference_linear(
     x: torch.Tensor,
-    codes: torch.Tensor,
-    codebook: torch.Tensor,
-    scale: torch.Tensor,
-    row_scale: torch.Tensor,
-    order: torch.Tensor,
-    outlier_ptr: torch.Tensor,
-    outlier_index: torch.Tensor,
-    outlier_value: torch.Tensor,
-    bias: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
     in_features: int,
     out_features: int,
     columns: Sequence[int],
@@ -28,9 +20,8 @@ def reference_linear(
 
     Args:
         x: ``[..., in_features]`` of any floating dtype.
-        codes, codebook, scale, row_scale, order, outlier_ptr, outlier_index, outlier_value: the layer's tensors,
-            trusted (see :meth:`claq_export.format.layer.QuantizedLinear.validate`); absent parts have length zero.
-        bias: ``[out_features]`` or empty.
+        tensors: codes, codebook, scale, row_scale, order, outlier_ptr, outlier_index, outlier_value and bias; absent
+            parts have length zero. They are trusted: see :meth:`claq_export.format.layer.QuantizedLinear.validate`.
         columns: stored columns of width 4, 3 and 2.
 
     Returns:
@@ -40,15 +31,8 @@ def reference_linear(
         in_features=in_features,
         out_features=out_features,
         columns=(columns[0], columns[1], columns[2]),
-        codes=codes,
-        codebook=codebook,
-        scale=scale,
-        row_scale=row_scale,
-        order=order,
-        outlier_ptr=outlier_ptr,
-        outlier_index=outlier_index,
-        outlier_value=outlier_value,
+        **dict(zip(TENSOR_NAMES, tensors[:-1], strict=True)),
     )
-    rows = x.reshape(-1, in_features).to(torch.float32)
-    y = torch.nn.functional.linear(rows, layer.dequantize(), bias.to(torch.float32) if bias.numel() else None)
+    bias = tensors[-1].to(torch.float32) if tensors[-1].numel() else None
+    y = torch.nn.functional.linear(x.reshape(-1, in_features).to(torch.float32), layer.dequantize(), bias)
     return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
