@@ -1,0 +1,56 @@
+"""Graph passes: they find the linears of a captured graph, choose which to quantize, and put the quantized ones in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .base import ContractError, Pass, PassContext, PassResult
+from .canonicalize_linears import CanonicalizeLinears
+from .fuse_siblings import FuseSiblings
+from .pipeline import PassRecord, Pipeline
+from .plan import LinearSite, Plan, PlanRow, Skipped
+from .remove_noops import RemoveNoops
+from .remove_unused import RemoveUnused
+from .replace_linears import ReplaceLinears
+from .select_linears import SelectLinears, four_bit_bytes
+
+__all__ = [
+    "CanonicalizeLinears",
+    "ContractError",
+    "FuseSiblings",
+    "LinearSite",
+    "Pass",
+    "PassContext",
+    "PassRecord",
+    "PassResult",
+    "Pipeline",
+    "Plan",
+    "PlanRow",
+    "RemoveNoops",
+    "RemoveUnused",
+    "ReplaceLinears",
+    "SelectLinears",
+    "Skipped",
+    "planning_pipeline",
+]
+
+
+def planning_pipeline(
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    *,
+    predicted_bytes: Callable[[int, int], int] = four_bit_bytes,
+    fuse_siblings: bool = True,
+    dump_dir: Path | None = None,
+) -> Pipeline:
+    """The passes from a captured graph to a plan in the context; arguments as :class:`SelectLinears`'s."""
+    passes: list[Pass] = [
+        RemoveNoops(),
+        CanonicalizeLinears(),
+        RemoveUnused(),
+        SelectLinears(include, exclude, predicted_bytes),
+    ]
+    if fuse_siblings:
+        passes.append(FuseSiblings())
+    return Pipeline(passes, dump_dir)

@@ -45,13 +45,19 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(mapping.values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise ModelError(f"{len(missing)} of {len(names)} weight files are missing from {folder}: {', '.join(missing[:4])}")
+            raise ModelError(
+                f"{len(missing)} of {len(names)} weight files are missing from {folder}: {', '.join(missing[:4])}"
+            )
         files = [folder / name for name in names]
     elif (folder / _WEIGHTS).is_file():
         mapping, files = None, [folder / _WEIGHTS]
     else:
-        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(f"pytorch_model{pattern[1:]}"))
-        hint = f"; {pickles[0]} is a pickle, which claq does not read: save the model with safetensors" if pickles else ""
+        pickles = sorted(
+            path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(f"pytorch_model{pattern[1:]}")
+        )
+        hint = (
+            f"; {pickles[0]} is a pickle, which claq does not read: save the model with safetensors" if pickles else ""
+        )
         raise ModelError(f"{folder} has no weights: expected {_WEIGHTS} or {_INDEX}{hint}")
     held = {path.name: safetensors_names(path) for path in files}
     for tensor, name in (mapping or {}).items():

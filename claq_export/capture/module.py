@@ -231,7 +231,9 @@ def _requested_axes(arguments: _Arguments, dynamic_shapes: Any) -> list[dict[int
     if isinstance(dynamic_shapes, Mapping):
         unknown = [name for name in dynamic_shapes if name not in arguments.names]
         if unknown:
-            raise ConfigError(f"dynamic shapes name {unknown[0]!r}, which is no input; inputs: {', '.join(arguments.names)}")
+            raise ConfigError(
+                f"dynamic shapes name {unknown[0]!r}, which is no input; inputs: {', '.join(arguments.names)}"
+            )
         given = [dynamic_shapes.get(name) for name in arguments.names]
     else:
         given = list(dynamic_shapes)
@@ -241,7 +243,9 @@ def _requested_axes(arguments: _Arguments, dynamic_shapes: Any) -> list[dict[int
     for name, tensor, entry in zip(arguments.names, arguments.tensors, given, strict=True):
         if isinstance(entry, (tuple, list)):
             entry = dict(enumerate(entry))
-        entry = {axis: dim for axis, dim in (entry or {}).items() if dim is not None and dim is not torch.export.Dim.STATIC}
+        entry = {
+            axis: dim for axis, dim in (entry or {}).items() if dim is not None and dim is not torch.export.Dim.STATIC
+        }
         for axis in entry:
             if not isinstance(axis, int) or not 0 <= axis < tensor.dim():
                 raise ConfigError(f"dynamic shapes name axis {axis} of {name!r}, which has {tensor.dim()} axes")

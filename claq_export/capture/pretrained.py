@@ -25,7 +25,14 @@ _UNUSED = {
     "feature-extraction": re.compile(r"(^|\.)pooler\."),
     "fill-mask": re.compile(r"(^|\.)pooler\."),
 }
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "tokenizer.model",
+)
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
@@ -167,7 +174,9 @@ def _load(folder: Path, config: Any, task: Task, dtype: torch.dtype, trust_remot
         )
     mismatched = sorted(str(entry[0]) for entry in info.get("mismatched_keys", ()))
     if mismatched:
-        raise ModelError(f"{folder} has weights of another shape than {type(model).__name__}'s: {', '.join(mismatched[:4])}")
+        raise ModelError(
+            f"{folder} has weights of another shape than {type(model).__name__}'s: {', '.join(mismatched[:4])}"
+        )
     return model.eval()
 
 

@@ -1,0 +1,90 @@
+"""Follows a value back through views to the parameter it is made of, without copying it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .attributes import get_attribute
+
+_aten = torch.ops.aten
+
+# The result equals the argument in value; only memory layout or autograd state differ.
+_SAME_VALUE = {
+    _aten.detach.default,
+    _aten.alias.default,
+    _aten.contiguous.default,
+    _aten.clone.default,
+    _aten.lift_fresh_copy.default,
+}
+# A change of dtype or device; followed only when it changes neither.
+_CASTS = {_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten._to_copy.default}
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A value made of one parameter by views.
+
+    Attributes:
+        target: attribute of the GraphModule that holds the parameter.
+        tensor: the value; shares memory with the parameter.
+    """
+
+    target: str
+    tensor: torch.Tensor
+
+
+def resolve(gm: fx.GraphModule, value: object) -> Constant | None:
+    """The constant a node stands for, or None if it depends on an input or is computed from parameters.
+
+    An ``expand`` over leading dimensions (a weight repeated for a batched product) is taken as the unexpanded value.
+    """
+    if not isinstance(value, fx.Node):
+        return None
+    if value.op == "get_attr":
+        tensor = get_attribute(gm, str(value.target))
+        return Constant(str(value.target), tensor) if isinstance(tensor, torch.Tensor) else None
+    if value.op != "call_function" or not value.args:
+        return None
+    source = resolve(gm, value.args[0])
+    if source is None:
+        return None
+    target: Any = value.target
+    if target in _SAME_VALUE:
+        return source
+    if target in _CASTS:
+        result = target(source.tensor, *value.args[1:], **value.kwargs)
+        same = result.dtype == source.tensor.dtype and result.device == source.tensor.device
+        return source if same else None
+    if target is _aten.expand.default:
+        return _unexpanded(source, value)
+    if not getattr(target, "is_view", False) or len(value.all_input_nodes) > 1:
+        return None
+    with torch.no_grad():
+        viewed = target(source.tensor, *value.args[1:], **value.kwargs)
+    if not isinstance(viewed, torch.Tensor):
+        return None
+    if viewed.untyped_storage().data_ptr() != source.tensor.untyped_storage().data_ptr():
+        return None
+    return Constant(source.target, viewed)
+
+
+def _unexpanded(source: Constant, value: fx.Node) -> Constant | None:
+    sizes = value.args[1]
+    assert isinstance(sizes, (list, tuple))
+    extra = len(sizes) - source.tensor.dim()
+    tensor = source.tensor
+    kept = sizes[extra:]
+    while tensor.dim() > 2 and tensor.shape[0] == 1:
+        tensor, kept = tensor[0], kept[1:]
+    if any(size not in (-1, have) for size, have in zip(kept, tensor.shape, strict=True)):
+        return None
+    return Constant(source.target, tensor)
+
+
+def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are the same elements in the same arrangement of the same memory."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
