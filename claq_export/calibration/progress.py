@@ -48,13 +48,13 @@ class ProgressReporter:
         self.finish_layers()
         if self._log is not None:
             if error is not None:
-                self.event("error", kind=type(error).__name__, message=str(error))
+                self.event("error", type=type(error).__name__, message=str(error))
             self._log.close()
 
-    def event(self, name: str, **fields: Any) -> None:
+    def event(self, kind: str, /, **fields: Any) -> None:
         """Write one line to the log."""
         if self._log is not None:
-            record = {"event": name, "seconds": round(time.perf_counter() - self._start, 3), **fields}
+            record = {"event": kind, "seconds": round(time.perf_counter() - self._start, 3), **fields}
             self._log.write(json.dumps(record) + "\n")
             self._log.flush()
 

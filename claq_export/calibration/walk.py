@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from ..errors import CalibrationError
+from ..passes.attributes import get_attribute
 from .data import Batch
 
 LinearVisitor = Callable[[fx.Node, Sequence[torch.Tensor]], torch.Tensor | None]
@@ -31,13 +32,6 @@ def ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
             needed.add(node)
             stack.extend(node.all_input_nodes)
     return needed
-
-
-def _fetch_attribute(root: torch.nn.Module, target: str) -> Any:
-    value: Any = root
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _identity(value: Any) -> Any:
@@ -109,7 +103,7 @@ class NodeWalk:
         if node.op == "placeholder":
             return [batch[self._input_name[node]] for batch in self._batches]
         if node.op == "get_attr":
-            return [_fetch_attribute(self._module, str(node.target))] * len(self._batches)
+            return [get_attribute(self._module, str(node.target))] * len(self._batches)
         if node in self._linears:
             return self._evaluate_linear(node, values, visit)
         function = node.target if node.op == "call_function" else self._bound_callable(node)

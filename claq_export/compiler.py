@@ -1,0 +1,353 @@
+"""The compiler: capture -> passes -> calibrate and quantize -> lower -> emit -> verify, data flowing one way.
+
+Each stage is a method of :class:`Compilation`; ``claq_export.export`` and the command line call them in order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import claq_export
+
+from .algorithm import predict
+from .calibration.data import (
+    Batch,
+    batches_from_iterable,
+    fingerprint,
+    group_equal_shapes,
+    iterate_texts,
+    read_texts,
+    tokenize_texts,
+)
+from .calibration.progress import ProgressReporter
+from .calibration.stage import CalibrationStage, QuantizedSite, column_counts
+from .calibration.store import LayerStore
+from .capture import CapturedModel
+from .config import DEFAULT_CALIBRATION, NO_CALIBRATION, Config
+from .emit.exporter import Artifact, emit_onnx
+from .errors import CalibrationError, OutputError
+from .format.checkpoint import save_checkpoint
+from .format.packing import WIDTHS
+from .passes import Pass, PassContext, Pipeline, Plan, RemoveUnused, ReplaceLinears, planning_pipeline
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_TEXT = Path(__file__).parent / "calibration" / "texts" / "state_of_the_union.txt"
+
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+"""Small files of a Hugging Face folder that those who load the ONNX file look for beside it."""
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """What will become of one linear layer (or stack of siblings), before any calibration.
+
+    Attributes:
+        name: of the site.
+        parts: qualified names of the linears stacked in it.
+        out_features, in_features: shape of the weight.
+        columns: input features at 4, 3 and 2 bits.
+        dense_bytes: of the weight now.
+        nbytes, true_bits, nominal_bits: predicted.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    out_features: int
+    in_features: int
+    columns: tuple[int, int, int]
+    dense_bytes: int
+    nbytes: int
+    true_bits: float
+    nominal_bits: float
+
+
+@dataclass
+class Compilation:
+    """One model on its way from a captured graph to an artifact.
+
+    Args:
+        captured: the graph; it is rewritten in place.
+        config: the settings.
+        reporter: told of stages and layers.
+        state: every tensor of the original model by its ``state_dict()`` name, for the PyTorch checkpoint.
+    """
+
+    captured: CapturedModel
+    config: Config
+    reporter: ProgressReporter
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    sites: dict[str, QuantizedSite] = field(default_factory=dict)
+    _context: PassContext | None = None
+    _batches: list[Batch] | None = None
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    @property
+    def plan(self) -> Plan:
+        """The linears to quantize and those left alone; runs the planning passes at the first call."""
+        if self._context is None:
+            with self._timed("passes"):
+                context = PassContext(task=self.captured.task, aliases=self.captured.aliases)
+                pipeline = planning_pipeline(
+                    self.config.include, self.config.exclude, fuse_siblings=self.config.fuse_siblings
+                )
+                for record in pipeline.run(self.captured.graph_module, context):
+                    self.reporter.event("pass", name=record.name, modified=record.modified, nodes=record.nodes_after)
+                self._context = context
+        assert self._context.plan is not None
+        return self._context.plan
+
+    def predicted_layers(self) -> list[PlannedLayer]:
+        """The plan with its predicted sizes, for ``--dry-run``."""
+        settings = self.config.layer_settings()
+        widths, _ = settings.mix()
+        planned = []
+        for site, counts in zip(self.plan.sites, column_counts(self.plan.sites, settings), strict=True):
+            by_width = dict(zip(widths, counts, strict=True))
+            columns = tuple(by_width.get(width, 0) for width in WIDTHS)
+            weights = site.in_features * site.out_features
+            outliers = [round(settings.outliers * weights * count / site.in_features) for count in columns]
+            bits = predict(site.out_features, site.in_features, columns, outliers)
+            planned.append(
+                PlannedLayer(
+                    name=site.name,
+                    parts=tuple(name for name, _ in site.parts),
+                    out_features=site.out_features,
+                    in_features=site.in_features,
+                    columns=(columns[0], columns[1], columns[2]),
+                    dense_bytes=site.dense_bytes,
+                    nbytes=bits.nbytes,
+                    true_bits=bits.true_bits,
+                    nominal_bits=bits.nominal_bits,
+                )
+            )
+        return planned
+
+    def batches(self) -> list[Batch] | None:
+        """Calibration batches as the settings say; None for ``calibration="none"``.
+
+        Raises:
+            CalibrationError: the data cannot be read, is not enough, or does not fit the model.
+        """
+        if self._batches is None and self.config.calibration != NO_CALIBRATION:
+            with self._timed("calibration data"):
+                self._batches = load_calibration(self.captured, self.config)
+        return self._batches
+
+    def quantize(self, work: Path | None = None, resume: bool = False) -> None:
+        """Calibrate, quantize and put the quantized operators into the graph.
+
+        Args:
+            work: folder for finished layers, so that an interrupted run can go on; None = keep nothing.
+            resume: refuse a ``work`` folder of another run instead of discarding it.
+        """
+        plan = self.plan
+        batches = self.batches()
+        if batches is None:
+            self.reporter.warn(
+                "no calibration: every column gets plain k-means, without error feedback; "
+                "a calibration text lowers the error a lot"
+            )
+        store = None
+        if work is not None:
+            store = LayerStore(work, self._fingerprint(batches), resume)
+        with self._timed("quantization"):
+            stage = CalibrationStage(
+                self.captured.graph_module,
+                plan.sites,
+                settings=self.config.layer_settings(),
+                token_clip=self.config.token_clip,
+                device=self.config.device,
+                reporter=self.reporter,
+                store=store,
+            )
+            self.sites = stage.run(batches)
+        with self._timed("passes"):
+            self._lower()
+
+    def _lower(self) -> None:
+        layers = {name: done.layer for name, done in self.sites.items()}
+        for site in self.plan.sites:
+            for part, _ in site.parts:
+                self.state.pop(f"{part}.weight", None)
+                self.state.pop(part, None)
+        lowering: list[Pass] = [ReplaceLinears(layers, self.config.accuracy_level), RemoveUnused()]
+        assert self._context is not None
+        Pipeline(lowering).run(self.captured.graph_module, self._context)
+
+    def _fingerprint(self, batches: Sequence[Batch] | None) -> dict[str, str]:
+        settings = {key: value for key, value in self.config.to_json().items() if key not in ("accuracy", "device")}
+        return {
+            "claq version": claq_export.__version__,
+            "model": self.captured.source.sha256,
+            "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+            "calibration data": fingerprint(batches or []),
+        }
+
+    @property
+    def true_bits(self) -> float:
+        """True bits a weight over all quantized layers."""
+        weights = self.quantized_weights
+        return 8 * sum(done.bits.nbytes for done in self.sites.values()) / weights if weights else 0.0
+
+    @property
+    def nominal_bits(self) -> float:
+        """The paper's bits a weight over all quantized layers."""
+        weights = self.quantized_weights
+        total = sum(d.bits.nominal_bits * d.layer.in_features * d.layer.out_features for d in self.sites.values())
+        return total / weights if weights else 0.0
+
+    @property
+    def quantized_weights(self) -> int:
+        """Number of weights in quantized layers."""
+        return sum(done.layer.in_features * done.layer.out_features for done in self.sites.values())
+
+    def metadata(self) -> dict[str, str]:
+        """What the ONNX file says about itself."""
+        return {
+            "claq.version": claq_export.__version__,
+            "claq.config": json.dumps(self.config.to_json(), sort_keys=True),
+            "claq.true_bits": f"{self.true_bits:.4f}",
+            "claq.nominal_bits": f"{self.nominal_bits:.4f}",
+            "claq.source": Path(self.captured.source.path).name,
+            "claq.source_sha256": self.captured.source.sha256,
+            "claq.task": self.captured.task or "",
+        }
+
+    def emit(self, out: Path) -> Artifact:
+        """Write ``out``, its external data, ``claq.safetensors`` and ``claq.json``, and what a loader looks for beside them.
+
+        Raises:
+            OutputError: a file cannot be written.
+        """
+        check_writable(out)
+        with self._timed("emission"):
+            artifact = emit_onnx(
+                self.captured.graph_module,
+                self.captured.example_inputs,
+                out,
+                dynamic_shapes=self.captured.dynamic_shapes,
+                output_names=self.captured.output_names,
+                metadata=self.metadata(),
+            )
+            save_checkpoint(
+                out.parent,
+                {name: done.layer for name, done in self.sites.items()},
+                self.state,
+                self.config.to_json(),
+                parts={name: done.site.parts for name, done in self.sites.items()},
+                accuracy_level=self.config.accuracy_level,
+            )
+            copy_companions(Path(self.captured.source.path), out.parent)
+        return artifact
+
+
+def load_calibration(captured: CapturedModel, config: Config) -> list[Batch]:
+    """The calibration batches ``config`` asks for.
+
+    Raises:
+        CalibrationError: the data cannot be read, is not enough, or does not fit the model.
+    """
+    source = config.calibration
+    if not isinstance(source, (str, Path)):
+        items = list(source)
+        if items and all(isinstance(item, str) for item in items):
+            return _batches_of_texts(list(iterate_texts(items)), captured, config)
+        batches = batches_from_iterable(items, captured.input_names, captured.example_inputs, config.samples)
+        return batches
+    return _batches_of_texts(read_texts(DEFAULT_TEXT if source == DEFAULT_CALIBRATION else source), captured, config)
+
+
+def default_sequence_length(captured: CapturedModel) -> int:
+    """Tokens a calibration sample: 1024 for decoders, 128 for the rest, if the model takes as many."""
+    wanted = 1024 if captured.task == "text-generation" else 128
+    return min(wanted, captured.max_sequence or wanted)
+
+
+def _batches_of_texts(texts: Iterable[str], captured: CapturedModel, config: Config) -> list[Batch]:
+    if captured.tokenizer is None:
+        raise CalibrationError(
+            "the model has no tokenizer, so text cannot calibrate it; pass calibration batches from Python, or "
+            "--calibration none"
+        )
+    length = config.sequence_length or default_sequence_length(captured)
+    if captured.max_sequence is not None and length > captured.max_sequence:
+        raise CalibrationError(f"sequence length {length} is more than the model takes, {captured.max_sequence}")
+    samples = tokenize_texts(
+        texts,
+        captured.tokenizer,
+        input_names=captured.input_names,
+        samples=config.samples,
+        sequence_length=length,
+        seed=config.seed,
+        whole_documents=captured.task != "text-generation",
+    )
+    return group_equal_shapes(samples, config.batch_size)
+
+
+def check_writable(out: Path) -> None:
+    """Make the folder of ``out`` and see that a file can be made in it.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    if out.is_dir():
+        raise OutputError(f"{str(out)!r} is a folder; --out names the file to write, for example {str(out / 'model.onnx')!r}")
+    probe = out.parent / f".{out.name}.probe"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"output folder {str(out.parent)!r} is not writable: {error.strerror or error}") from error
+
+
+def copy_companions(source: Path, folder: Path) -> list[Path]:
+    """Copy configuration and tokenizer files from a Hugging Face folder; none if the source is not a folder."""
+    copied = []
+    if source.is_dir() and source.resolve() != folder.resolve():
+        for name in _COMPANIONS:
+            if (source / name).is_file():
+                try:
+                    copied.append(Path(shutil.copyfile(source / name, folder / name)))
+                except OSError as error:
+                    raise OutputError(f"{name} cannot be copied to {str(folder)!r}: {error.strerror or error}") from error
+    return copied
+
+
+def unquantized_state(model: nn.Module) -> dict[str, Any]:
+    """Every tensor of a model's ``state_dict()``, for the PyTorch checkpoint."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
