@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -101,67 +101,84 @@ class ClaqLinear(nn.Module):
         return self
 
 
-def linear_bias(module: nn.Module) -> torch.Tensor | None:
-    """The bias of an ``nn.Linear`` or transformers ``Conv1D``, or None."""
-    bias = getattr(module, "bias", None)
-    return bias if isinstance(bias, torch.Tensor) and bias.numel() else None
-
-
-def _features(module: nn.Module) -> tuple[int, int] | None:
-    """``(in_features, out_features)`` of a linear module, or None for any other."""
-    if isinstance(module, (nn.Linear, ClaqLinear)):
-        return module.in_features, module.out_features
-    weight = getattr(module, "weight", None)
-    if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor) and weight.dim() == 2:
-        return weight.shape[0], weight.shape[1]
-    return None
-
-
 def replace_linears(
     model: nn.Module,
     layers: Mapping[str, QuantizedLinear],
     *,
     parts: Mapping[str, Sequence[tuple[str, int]]] | None = None,
     accuracy_levels: Mapping[str, int] | None = None,
+    transposed: Collection[str] = (),
 ) -> nn.Module:
     """Put quantized layers in the place of a model's linear modules (``nn.Linear``, transformers ``Conv1D``).
+
+    A weight that belongs to another kind of module, which may use it in its own way (``nn.MultiheadAttention``, for
+    example), is overwritten with the dequantized one instead.
 
     Args:
         model: changed in place; biases stay.
         layers: name -> quantized layer.
-        parts: for stacked layers, the qualified names of their linears and the rows of each; a layer that is not listed
-            replaces the module of its own name.
+        parts: for stacked layers, the names of their linears and the rows of each; a layer that is not listed has the
+            linear of its own name as its only part. A name is that of a module with a ``weight``, or of a parameter.
         accuracy_levels: layer -> the operator's ``accuracy_level``, 0 where not listed.
+        transposed: layers whose weight the model stores as ``[in_features, out_features]``; it need not be said of
+            linear modules, whose class tells.
 
     Returns:
         ``model``.
 
     Raises:
-        ModelError: a module is missing, is not linear, or has another size; the model is unchanged then.
+        ModelError: a weight is missing or has another size; the model is unchanged then.
     """
-    replacements: dict[str, ClaqLinear] = {}
+    modules: dict[str, ClaqLinear] = {}
+    dense: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name, layer in layers.items():
         start = 0
-        members = (parts or {}).get(name) or ((name, layer.out_features),)
-        for target, rows in members:
-            try:
-                module = model.get_submodule(target)
-            except AttributeError:
-                raise ModelError(f"the model has no module {target!r}, which layer {name!r} stands for") from None
-            found, expected = _features(module), (layer.in_features, rows)
-            if found is None:
-                raise ModelError(f"module {target!r} is a {type(module).__name__}, not a linear layer")
-            if found != expected:
+        for target, rows in (parts or {}).get(name) or ((name, layer.out_features),):
+            owner, weight = _weight_of(model, target, name)
+            linear = _linear_kind(owner)
+            flipped = linear == "Conv1D" if linear else name in transposed
+            shape = (layer.in_features, rows) if flipped else (rows, layer.in_features)
+            if tuple(weight.shape) != shape:
                 raise ModelError(
-                    f"module {target!r} has {found[0]} input and {found[1]} output features; "
-                    f"layer {name!r} holds {expected[0]} and {expected[1]} for it"
+                    f"the weight of {target!r} has shape {list(weight.shape)}, layer {name!r} is for {list(shape)}"
                 )
             part = layer if rows == layer.out_features else slice_rows(layer, start, start + rows)
-            replacements[target] = ClaqLinear(part, linear_bias(module), (accuracy_levels or {}).get(name, 0))
             start += rows
-    for target, replacement in replacements.items():
-        model.set_submodule(target, replacement)
+            if linear:
+                bias = getattr(owner, "bias", None)
+                modules[target] = ClaqLinear(part, bias, (accuracy_levels or {}).get(name, 0))
+            else:
+                value = part.dequantize(weight.dtype)
+                dense.append((weight, value.T if flipped else value))
+    for target, module in modules.items():
+        model.set_submodule(target, module)
+    with torch.no_grad():
+        for weight, value in dense:
+            weight.copy_(value)
     return model
+
+
+def _linear_kind(module: nn.Module | None) -> str | None:
+    """``"Linear"`` or ``"Conv1D"`` for modules that do nothing but multiply by their weight, else None."""
+    if type(module) is nn.Linear:  # subclasses may do anything
+        return "Linear"
+    name, home = type(module).__name__, type(module).__module__
+    return "Conv1D" if name == "Conv1D" and home.startswith("transformers.") else None
+
+
+def _weight_of(model: nn.Module, target: str, layer: str) -> tuple[nn.Module | None, torch.Tensor]:
+    """The module ``target`` and its weight, or None and the parameter ``target``."""
+    try:
+        module = model.get_submodule(target)
+    except AttributeError:
+        module = None
+    weight = getattr(module, "weight", None) if module is not None else None
+    if isinstance(weight, torch.Tensor):
+        return module, weight
+    try:
+        return None, model.get_parameter(target)
+    except AttributeError:
+        raise ModelError(f"the model has no linear layer {target!r}, which layer {layer!r} stands for") from None
 
 
 def load(folder: Path | str, model: nn.Module, *, strict: bool = True) -> nn.Module:
@@ -169,7 +186,7 @@ def load(folder: Path | str, model: nn.Module, *, strict: bool = True) -> nn.Mod
 
     Args:
         folder: holds ``claq.safetensors`` and ``claq.json``.
-        model: a model of the original architecture, its weights of any value (or on the meta device); changed in place.
+        model: a model of the original architecture, its weights of any value; changed in place.
         strict: refuse a checkpoint without values for all weights of the model; otherwise those keep their values.
 
     Returns:
@@ -185,8 +202,9 @@ def load(folder: Path | str, model: nn.Module, *, strict: bool = True) -> nn.Mod
 def restore(model: nn.Module, checkpoint: Checkpoint, *, strict: bool = True) -> nn.Module:
     """As :func:`load`, from a checkpoint in memory."""
     state = model.state_dict(keep_vars=True)
-    replaced = {f"{part}.weight" for name in checkpoint.layers for part, _ in checkpoint.parts_of(name)}
-    needed = [name for name in state if name not in replaced]
+    parts = [part for name in checkpoint.layers for part, _ in checkpoint.parts_of(name)]
+    quantized = {f"{part}.weight" for part in parts} | set(parts)
+    needed = [name for name in state if name not in quantized]
     # Tied weights are one object under several names; one of them is enough.
     given = {id(state[name]) for name in checkpoint.tensors if name in state}
     missing = [name for name in needed if id(state[name]) not in given]
@@ -195,19 +213,18 @@ def restore(model: nn.Module, checkpoint: Checkpoint, *, strict: bool = True) ->
             f"the checkpoint has no tensor {missing[0]!r}, which the model has ({len(missing)} in all); "
             "with strict=False such tensors keep the model's values"
         )
-    for name, tensor in checkpoint.tensors.items():
-        if name not in state:
-            continue
+    values = {name: checkpoint.tensors[name] for name in needed if name in checkpoint.tensors}
+    for name, tensor in values.items():
         if tuple(tensor.shape) != tuple(state[name].shape):
             raise ModelError(
                 f"tensor {name!r} has shape {list(state[name].shape)} in the model, {list(tensor.shape)} here"
             )
-    replace_linears(model, checkpoint.layers, parts=checkpoint.parts, accuracy_levels=checkpoint.accuracy_levels)
-    # Materialized models keep their own (possibly tied) parameters and take the values; those on meta take the tensors.
-    on_meta = any(tensor.is_meta for tensor in state.values())
-    values = {name: checkpoint.tensors[name] for name in needed if name in checkpoint.tensors}
-    model.load_state_dict(values, strict=False, assign=on_meta)
-    tie_weights = getattr(model, "tie_weights", None)
-    if on_meta and callable(tie_weights):
-        tie_weights()
+    replace_linears(
+        model,
+        checkpoint.layers,
+        parts=checkpoint.parts,
+        accuracy_levels=checkpoint.accuracy_levels,
+        transposed=checkpoint.transposed,
+    )
+    model.load_state_dict(values, strict=False)
     return model

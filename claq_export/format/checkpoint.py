@@ -5,9 +5,9 @@
 - ``format`` = ``"claq"``, ``version`` = 1, and ``claq_version``, the version of this package that wrote it;
 - ``config``: the settings of the run, any JSON object;
 - ``layers``: name -> the integers of docs/format.md (``in_features``, ``out_features``, ``columns_4``, ``columns_3``,
-  ``columns_2``, ``accuracy_level``) and ``parts``, a list of ``{"name", "rows"}``: the linear layers of the PyTorch
-  model that the layer stands for, by qualified name, in the order of their rows. A layer that was quantized alone has
-  itself as its only part;
+  ``columns_2``, ``accuracy_level``), ``transposed`` (the model stores this weight as ``[K, N]``), and ``parts``, a list
+  of ``{"name", "rows"}``: the linear layers of the PyTorch model that the layer stands for, by qualified name, in the
+  order of their rows. A layer that was quantized alone has itself as its only part;
 - ``aliases``: names of tied tensors -> the name under which the tensor is stored.
 
 Biases are unquantized tensors of the model and stored under their own names, like all others.
@@ -16,7 +16,7 @@ Biases are unquantized tensors of the model and stored under their own names, li
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Checkpoint:
             not listed stands for the linear of its own name.
         accuracy_levels: layer -> the operator's ``accuracy_level``; 0 where not listed.
         aliases: tied name -> stored name.
+        transposed: layers whose weight the model stores as ``[K, N]``.
     """
 
     layers: Mapping[str, QuantizedLinear]
@@ -62,6 +63,7 @@ class Checkpoint:
     parts: Mapping[str, Sequence[tuple[str, int]]] = field(default_factory=dict)
     accuracy_levels: Mapping[str, int] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    transposed: Collection[str] = ()
 
     def parts_of(self, name: str) -> tuple[tuple[str, int], ...]:
         """The linears that layer ``name`` stands for, with their rows."""
@@ -76,6 +78,7 @@ def save_checkpoint(
     *,
     parts: Mapping[str, Sequence[tuple[str, int]]] | None = None,
     accuracy_level: int = 0,
+    transposed: Collection[str] = (),
 ) -> list[Path]:
     """Write ``claq.safetensors`` and ``claq.json`` into ``folder``, both or none.
 
@@ -83,10 +86,12 @@ def save_checkpoint(
         folder: an existing folder.
         layers: name -> quantized layer.
         other_tensors: every unquantized tensor of the model by its ``state_dict()`` name, biases included. Names that
-            share one tensor (tied weights) are stored once.
+            share one tensor (tied weights) are stored once. The stacked bias ``<layer>.bias`` of a stacked layer is
+            stored as the biases of its parts.
         config: JSON values.
         parts: for stacked layers, the linears they stand for and their rows; see :class:`Checkpoint`.
         accuracy_level: of all layers.
+        transposed: layers whose weight the model stores as ``[K, N]``.
 
     Returns:
         the two files, tensors first.
@@ -98,7 +103,7 @@ def save_checkpoint(
     folder = Path(folder)
     checkpoint = Checkpoint(layers, other_tensors, config, parts or {}, dict.fromkeys(layers, accuracy_level))
     _check_parts(checkpoint, "the checkpoint")
-    stored, aliases = _store_once(other_tensors)
+    stored, aliases = _store_once(_with_split_biases(checkpoint))
     for name, layer in layers.items():
         for part, tensor in layer.tensors().items():
             key = f"{name}.{part}"
@@ -114,6 +119,7 @@ def save_checkpoint(
             name: {
                 **layer.attributes(),
                 "accuracy_level": accuracy_level,
+                "transposed": name in transposed,
                 "parts": [{"name": part, "rows": rows} for part, rows in checkpoint.parts_of(name)],
             }
             for name, layer in layers.items()
@@ -129,6 +135,17 @@ def save_checkpoint(
         content = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         files.stage(CONFIG_FILE).write_text(content, encoding="utf-8")
     return [folder / TENSORS_FILE, folder / CONFIG_FILE]
+
+
+def _with_split_biases(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The unquantized tensors, the bias of each stacked layer replaced by those of its parts."""
+    tensors = dict(checkpoint.tensors)
+    for name in checkpoint.layers:
+        parts = checkpoint.parts_of(name)
+        if len(parts) > 1 and (bias := tensors.pop(f"{name}.bias", None)) is not None:
+            for (part, _), values in zip(parts, bias.split([rows for _, rows in parts]), strict=True):
+                tensors.setdefault(f"{part}.bias", values)
+    return tensors
 
 
 def _store_once(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -184,6 +201,7 @@ def load_checkpoint(folder: Path | str) -> Checkpoint:
         },
         accuracy_levels={name: entry["accuracy_level"] for name, entry in description["layers"].items()},
         aliases=description["aliases"],
+        transposed=frozenset(name for name, entry in description["layers"].items() if entry["transposed"]),
     )
     _check_parts(checkpoint, str(folder / CONFIG_FILE))
     return checkpoint
@@ -253,6 +271,10 @@ def _check_entry(path: Path, name: str, entry: Any) -> None:
     for key in (*_ATTRIBUTES, "accuracy_level"):
         if not _is_whole(entry.get(key)):
             raise FormatError(f"{path}: layer {name!r}: {key!r} must be an integer >= 0, got {entry.get(key)!r}")
+    if not isinstance(entry.get("transposed"), bool):
+        raise FormatError(
+            f"{path}: layer {name!r}: 'transposed' must be true or false, got {entry.get('transposed')!r}"
+        )
     parts = entry.get("parts")
     if not isinstance(parts, list) or not parts:
         raise FormatError(f"{path}: layer {name!r}: 'parts' must be a list with at least one entry")
