@@ -9,6 +9,9 @@ namespace claq {
 namespace {
 
 constexpr const Family* kBestFirst[] = {
+#if defined(__x86_64__)
+    &kAvx512Vnni,
+#endif
     &kPortable,
 };
 

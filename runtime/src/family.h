@@ -11,21 +11,21 @@ struct Family {
   const char* name;
   bool (*supported)();
 
-  // Fills row `row` of `activations.scaled` from x (already float32). Returns false if a result is not finite.
-  bool (*scale_row)(const LayerView& layer, const float* x, Activations& activations, int64_t row);
+  // Fills row `row` of `activations.scaled` (if not null) from x, and if `quantize` is set that of the int8 parts. Returns
+  // false if the row needs float32 arithmetic: a value is not finite, or a block too small for a normal scale.
+  bool (*prepare_row)(const LayerView& layer, const float* x, Activations& activations, int64_t row, bool quantize);
 
-  // Quantizes row `row` of `activations.scaled`. Returns false if the row needs float32 arithmetic (a block too small
-  // for a normal scale).
-  bool (*quantize_row)(const LayerView& layer, Activations& activations, int64_t row);
+  // Fills tile `tile` of `activations.transposed` from `scaled`.
+  void (*transpose)(const LayerView& layer, Activations& activations, int64_t tile);
 
   // sums[m - m0][n - n0] = sum over stored columns of activation * centroid, for output rows [n0, n1), rows [m0, m1).
-  // `stride` is that of `sums`; `scratch` holds scratch_bytes(...) bytes, aligned to 64.
+  // `stride` is that of `sums`, at least n1 - n0 rounded up to kNarrowestTile; `scratch` holds scratch_bytes(...) bytes, aligned to 64.
   void (*sums_int8)(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                     float* sums, int64_t stride, void* scratch);
   void (*sums_float)(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                      float* sums, int64_t stride, void* scratch);
 
-  // Adds the outliers of those output rows to `sums`.
+  // Adds the outliers of those output rows to `sums`, from `scaled` if there is no `transposed`.
   void (*add_outliers)(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0,
                        int64_t n1, float* sums, int64_t stride);
 

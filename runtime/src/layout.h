@@ -61,14 +61,18 @@ struct LayerView {
 };
 
 // A chunk of rows of x, gathered into stored order and scaled, and for int8 arithmetic quantized a block at a time.
+// Parts that a run does not need are null.
 struct Activations {
   int64_t rows;
-  int64_t stride;        // elements between rows of `scaled` and bytes between rows of `quantized`
-  int64_t block_stride;  // elements between rows of `block_scale` and `block_correction`
-  float* scaled;             // scale[p] * x[order[p]]
-  int8_t* quantized;         // positions within a block as column_of_position says
-  float* block_scale;        // maximum magnitude of the block / 127
-  int32_t* block_correction; // -128 * sum of the block's quantized values: undoes the table's offset
+  int64_t stride;             // elements between rows of `scaled` and bytes between rows of `quantized`
+  int64_t block_stride;       // elements between rows of `block_scale` and `block_correction`
+  float* scaled;              // scale[p] * x[order[p]]
+  float* transposed;          // `scaled` as [rows / 16][columns][16], rows past the last are 0; for outliers
+  int8_t* quantized;          // positions within a block as column_of_position says
+  float* block_scale;         // maximum magnitude of the block / 127
+  int32_t* block_correction;  // -128 * sum of the block's quantized values: undoes the table's offset
 };
+
+constexpr int64_t kTransposedRows = 16;
 
 }  // namespace claq

@@ -13,7 +13,9 @@
 namespace claq {
 namespace {
 
-constexpr int64_t kSumsElements = 16 * 1024;     // a task's tile of results: small enough for the second-level cache
+constexpr int64_t kMostChunkRows = 256;
+constexpr int64_t kSumsElements = kMostChunkRows * kNarrowestTile;  // a task's tile of results
+constexpr int64_t kCachedSums = 6 * 1024;                           // the same, where there is a choice
 constexpr int64_t kChunkElements = 1024 * 1024;  // rows of x are taken in chunks of at most this many activations
 constexpr double kTaskSeconds = 20e-6;           // less work than this is not worth a thread's wake-up
 constexpr int64_t kMostTasks = 256;
@@ -80,6 +82,11 @@ void store_row(const Family& family, claq_dtype dtype, float* values, int64_t co
   }
 }
 
+// Rows of x that are taken together: the weights are decoded once for each chunk, and its activations stay in the cache.
+int64_t chunk_rows(const LayerView& layer) {
+  return std::clamp(kChunkElements / layer.columns / kTransposedRows * kTransposedRows, kTransposedRows, kMostChunkRows);
+}
+
 struct Call {
   const LayerView& layer;
   const Family& family;
@@ -90,22 +97,23 @@ struct Call {
   int64_t first_row;  // of x and y, of the present chunk
 };
 
-// Fills `activations`; exact[m] says that row m needs float32 arithmetic.
-void prepare(const Call& call, const Host& host, Activations& activations, uint8_t* exact) {
-  const LayerView& layer = call.layer;
-  const int64_t rows = activations.rows;
-  const double seconds = static_cast<double>(rows * layer.columns) / kActivationsPerSecond;
-  const int64_t tasks = task_count(seconds, rows);
+// Runs body(row, its float32 values) over the rows of the chunk.
+template <class Body>
+void for_each_row(const Call& call, const Host& host, int64_t rows, Body body) {
+  const int64_t length = call.layer.in_features;
+  const int64_t tasks = task_count(static_cast<double>(rows * call.layer.columns) / kActivationsPerSecond, rows);
   for_each(host, tasks, [&](int64_t task) {
-    Workspace workspace(Workspace::bytes_for<float>(layer.in_features));
-    float* buffer = workspace.take<float>(layer.in_features);
+    Workspace workspace(call.dtype == CLAQ_FLOAT32 ? 0 : Workspace::bytes_for<float>(length));
+    float* buffer = workspace.take<float>(length);
     for (int64_t m = rows * task / tasks; m < rows * (task + 1) / tasks; ++m) {
-      const float* x = load_row(call.family, call.dtype, call.x, call.first_row + m, layer.in_features, buffer);
-      bool exact_row = !call.family.scale_row(layer, x, activations, m);
-      if (call.int8 && !exact_row) exact_row = !call.family.quantize_row(layer, activations, m);
-      exact[m] = exact_row || !call.int8;
+      body(m, load_row(call.family, call.dtype, call.x, call.first_row + m, length, buffer));
     }
   });
+}
+
+void transpose(const Call& call, const Host& host, Activations& activations) {
+  const int64_t tiles = (activations.rows + kTransposedRows - 1) / kTransposedRows;
+  for_each(host, tiles, [&](int64_t tile) { call.family.transpose(call.layer, activations, tile); });
 }
 
 // Results of output rows [n0, n1) for all rows of the chunk.
@@ -119,8 +127,8 @@ void compute(const Call& call, const Activations& activations, const uint8_t* ex
   for (int64_t m0 = 0; m0 < activations.rows;) {
     int64_t m1 = m0 + 1;
     while (m1 < activations.rows && exact[m1] == exact[m0]) ++m1;
-    m1 = std::min(m1, m0 + kSumsElements / kNarrowestTile);
-    const int64_t tile = std::min(kLongestTile, kSumsElements / (m1 - m0) / kNarrowestTile * kNarrowestTile);
+    const int64_t tile =
+        std::clamp(kCachedSums / (m1 - m0) / kNarrowestTile * kNarrowestTile, kNarrowestTile, kLongestTile);
     for (int64_t t0 = n0; t0 < n1; t0 += tile) {
       const int64_t t1 = std::min(n1, t0 + tile);
       const auto kernel = exact[m0] ? call.family.sums_float : call.family.sums_int8;
@@ -154,29 +162,48 @@ void run(const claq_layer& handle, claq_dtype dtype, int32_t accuracy_level, con
   const LayerView& layer = handle.view;
   const Host host{parallel_for, context};
   Call call{layer, *handle.family, dtype, accuracy_level == 4, x, y, 0};
+  const int64_t chunk = std::min(rows, chunk_rows(layer));
   Activations activations{};
   // Rows a power of two apart would compete for the same cache sets.
   activations.stride = layer.columns + 64;
   activations.block_stride = layer.blocks + 16;
-  const int64_t chunk = std::min(rows, std::clamp(kChunkElements / layer.columns / 8 * 8, int64_t{8}, int64_t{256}));
-
   const int64_t elements = chunk * activations.stride;
-  const int64_t block_elements = chunk * activations.block_stride;
-  Workspace workspace(Workspace::bytes_for<float>(elements) + Workspace::bytes_for<int8_t>(elements) +
-                      Workspace::bytes_for<float>(block_elements) + Workspace::bytes_for<int32_t>(block_elements) +
-                      Workspace::bytes_for<uint8_t>(chunk));
-  activations.scaled = workspace.take<float>(elements);
-  activations.quantized = workspace.take<int8_t>(elements);
+  const int64_t block_elements = call.int8 ? chunk * activations.block_stride : 0;
+  const int64_t quantized_elements = call.int8 ? elements : 0;
+  const int64_t scaled_elements = !call.int8 || layer.outlier_ptr ? elements : 0;
+  const int64_t transposed_rows = (chunk + kTransposedRows - 1) / kTransposedRows * kTransposedRows;
+  const int64_t transposed_elements = layer.outlier_ptr && chunk > 1 ? transposed_rows * layer.columns : 0;
+  Workspace workspace(Workspace::bytes_for<float>(scaled_elements) + Workspace::bytes_for<float>(transposed_elements) +
+                      Workspace::bytes_for<int8_t>(quantized_elements) + Workspace::bytes_for<float>(block_elements) +
+                      Workspace::bytes_for<int32_t>(block_elements) + Workspace::bytes_for<uint8_t>(chunk));
+  float* scaled = workspace.take<float>(scaled_elements);
+  float* transposed = workspace.take<float>(transposed_elements);
+  activations.quantized = workspace.take<int8_t>(quantized_elements);
   activations.block_scale = workspace.take<float>(block_elements);
   activations.block_correction = workspace.take<int32_t>(block_elements);
   uint8_t* exact = workspace.take<uint8_t>(chunk);
 
   const double weights = static_cast<double>(layer.columns) * static_cast<double>(layer.out_features);
+  const double rate = call.int8 ? kInt8ProductsPerSecond : kFloatProductsPerSecond;
   for (int64_t first = 0; first < rows; first += chunk) {
     call.first_row = first;
     activations.rows = std::min(chunk, rows - first);
-    prepare(call, host, activations, exact);
-    const double rate = call.int8 ? kInt8ProductsPerSecond : kFloatProductsPerSecond;
+    activations.scaled = scaled_elements ? scaled : nullptr;
+    activations.transposed = transposed_elements ? transposed : nullptr;
+    for_each_row(call, host, activations.rows, [&](int64_t m, const float* row) {
+      exact[m] = !call.family.prepare_row(layer, row, activations, m, call.int8) || !call.int8;
+    });
+    const bool any_exact = std::find(exact, exact + activations.rows, 1) != exact + activations.rows;
+    const bool late_scaled = any_exact && !activations.scaled;
+    const Workspace late(late_scaled ? Workspace::bytes_for<float>(elements) : 0);
+    if (late_scaled) {
+      activations.scaled = late.first<float>();
+      for_each_row(call, host, activations.rows, [&](int64_t m, const float* row) {
+        if (exact[m]) call.family.prepare_row(layer, row, activations, m, false);
+      });
+    }
+    if (activations.transposed) transpose(call, host, activations);
+
     const double seconds = weights / kWeightsPerSecond + weights * static_cast<double>(activations.rows) / rate;
     const int64_t tiles = (layer.out_features + kNarrowestTile - 1) / kNarrowestTile;
     const int64_t tasks = task_count(seconds, tiles);

@@ -30,6 +30,7 @@ constexpr size_t kMostKept = 64;
 }  // namespace
 
 Workspace::Workspace(size_t bytes) : data_(nullptr), capacity_(0) {
+  if (bytes == 0) return;
   FreeList& list = free_list();
   {
     const std::lock_guard<std::mutex> lock(list.mutex);
@@ -57,6 +58,7 @@ Workspace::Workspace(size_t bytes) : data_(nullptr), capacity_(0) {
 }
 
 Workspace::~Workspace() {
+  if (!data_) return;
   if (capacity_ <= kLargestKept) {
     FreeList& list = free_list();
     const std::lock_guard<std::mutex> lock(list.mutex);

@@ -9,7 +9,7 @@ namespace claq {
 
 class Workspace {
  public:
-  // Throws std::bad_alloc.
+  // Throws std::bad_alloc. Zero bytes take no buffer.
   explicit Workspace(size_t bytes);
   ~Workspace();
   Workspace(const Workspace&) = delete;
@@ -21,6 +21,12 @@ class Workspace {
     T* taken = reinterpret_cast<T*>(data_ + used_);
     used_ += bytes_for<T>(count);
     return taken;
+  }
+
+  // The whole buffer; null if it was made for no bytes.
+  template <class T>
+  T* first() const {
+    return reinterpret_cast<T*>(data_);
   }
 
   template <class T>

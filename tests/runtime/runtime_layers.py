@@ -36,11 +36,15 @@ DTYPES = {
 
 @dataclass
 class Layer:
-    """The tensors and attributes of one layer, and the float64 weights [out_features, in_features] they stand for."""
+    """The tensors and attributes of one layer, and the float64 weights [out_features, in_features] they stand for.
+
+    `magnitude` is the weights' with the magnitudes of centroid and outlier added instead, which may cancel in `weight`.
+    """
 
     tensors: dict[str, np.ndarray]
     attributes: dict[str, int]
     weight: np.ndarray
+    magnitude: np.ndarray
 
     @property
     def bias(self) -> np.ndarray:
@@ -98,6 +102,7 @@ def make_layer(
     scale[order == in_features] = 0
     row_scale = rng.uniform(-1.0, 1.0, out_features).astype(np.float16)
     stored = np.concatenate(decoded)
+    magnitude = np.abs(stored)
     empty = np.zeros(0, np.int32)
     index_dtype = np.uint16 if columns <= 65536 else np.int32
     ptr, index, value = empty, empty.astype(index_dtype), empty.astype(np.float16)
@@ -113,9 +118,15 @@ def make_layer(
             extra = np.zeros((out_features, columns))
             extra[mask] = value
             stored = stored + extra.T
+            magnitude = magnitude + np.abs(extra.T)
     order_dtype = np.uint16 if in_features <= 65535 else np.int32
-    weight = np.zeros((in_features + 1, out_features))
-    weight[order] = stored * scale.astype(np.float64)[:, None] * row_scale.astype(np.float64)
+    factor = scale.astype(np.float64)[:, None] * row_scale.astype(np.float64)
+
+    def in_feature_order(values: np.ndarray) -> np.ndarray:
+        result = np.zeros((in_features + 1, out_features))
+        result[order] = values
+        return result[:in_features].T
+
     tensors = {
         "codes": np.concatenate(words),
         "codebook": np.concatenate(books),
@@ -134,7 +145,7 @@ def make_layer(
         "columns_3": widths.get(3, 0),
         "columns_2": widths.get(2, 0),
     }
-    return Layer(tensors, attributes, weight[:in_features].T)
+    return Layer(tensors, attributes, in_feature_order(stored * factor), in_feature_order(np.abs(magnitude * factor)))
 
 
 def make_model(

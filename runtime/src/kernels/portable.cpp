@@ -11,43 +11,44 @@ namespace {
 
 bool always() { return true; }
 
-bool scale_row(const LayerView& layer, const float* x, Activations& activations, int64_t row) {
-  float* scaled = activations.scaled + row * activations.stride;
-  bool finite = true;
-  for (int64_t p = 0; p < layer.columns; ++p) {
-    const int32_t feature = layer.gather[p];
-    scaled[p] = feature < 0 ? 0.0f : layer.scale[p] * x[feature];
-    finite &= std::isfinite(scaled[p]);
-  }
-  return finite;
-}
-
-bool quantize_row(const LayerView& layer, Activations& activations, int64_t row) {
-  const float* scaled = activations.scaled + row * activations.stride;
-  int8_t* quantized = activations.quantized + row * activations.stride;
-  float* block_scale = activations.block_scale + row * activations.block_stride;
-  int32_t* correction = activations.block_correction + row * activations.block_stride;
-  bool normal = true;
+bool prepare_row(const LayerView& layer, const float* x, Activations& activations, int64_t row, bool quantize) {
+  float* scaled = activations.scaled ? activations.scaled + row * activations.stride : nullptr;
+  bool exact = false;
   for (int s = 0; s < layer.segment_count; ++s) {
     const Segment& segment = layer.segments[s];
     for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
-      const float* from = scaled + b * kBlock;
+      float values[kBlock];
       float largest = 0;
-      for (int i = 0; i < kBlock; ++i) largest = std::max(largest, std::fabs(from[i]));
-      normal &= largest == 0 || largest >= kSmallestMagnitude;
-      const float inverse = largest >= kSmallestMagnitude ? 127.0f / largest : 0.0f;
-      block_scale[b] = largest / 127.0f;
+      for (int i = 0; i < kBlock; ++i) {
+        const int64_t p = b * kBlock + i;
+        values[i] = layer.gather[p] < 0 ? 0.0f : layer.scale[p] * x[layer.gather[p]];
+        exact |= !std::isfinite(values[i]);
+        largest = std::max(largest, std::fabs(values[i]));
+      }
+      if (scaled) std::memcpy(scaled + b * kBlock, values, sizeof values);
+      exact |= largest != 0 && largest < kSmallestMagnitude;
+      if (!quantize || exact) continue;
+      const float inverse = largest == 0 ? 0.0f : 127.0f / largest;
+      int8_t* quantized = activations.quantized + row * activations.stride + b * kBlock;
       int32_t sum = 0;
       for (int position = 0; position < kBlock; ++position) {
-        const float value = from[column_of_position(segment.width, position)] * inverse;
-        const auto rounded = static_cast<int8_t>(std::lrint(value));
-        quantized[b * kBlock + position] = rounded;
-        sum += rounded;
+        quantized[position] = static_cast<int8_t>(std::lrint(values[column_of_position(segment.width, position)] * inverse));
+        sum += quantized[position];
       }
-      correction[b] = -128 * sum;
+      activations.block_scale[row * activations.block_stride + b] = largest / 127.0f;
+      activations.block_correction[row * activations.block_stride + b] = -128 * sum;
     }
   }
-  return normal;
+  return !exact;
+}
+
+void transpose(const LayerView& layer, Activations& activations, int64_t tile) {
+  float* to = activations.transposed + tile * kTransposedRows * layer.columns;
+  for (int64_t i = 0; i < kTransposedRows; ++i) {
+    const int64_t row = tile * kTransposedRows + i;
+    const float* from = activations.scaled + row * activations.stride;
+    for (int64_t p = 0; p < layer.columns; ++p) to[p * kTransposedRows + i] = row < activations.rows ? from[p] : 0.0f;
+  }
 }
 
 // The code of a position within a block, whose words for one output are `stride` apart.
@@ -148,7 +149,7 @@ void float_row_to_half(const float* from, uint16_t* to, int64_t count) {
 
 }  // namespace
 
-const Family kPortable = {"portable",   always,       scale_row,  quantize_row,      sums_int8,
-                          sums_float,   add_outliers, finish_row, half_row_to_float, float_row_to_half};
+const Family kPortable = {"portable",   always,     prepare_row,       transpose,        sums_int8, sums_float,
+                          add_outliers, finish_row, half_row_to_float, float_row_to_half};
 
 }  // namespace claq
