@@ -104,11 +104,12 @@ class Compilation:
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     sites: dict[str, QuantizedSite] = field(default_factory=dict)
+    store: LayerStore | None = None
     _context: PassContext | None = None
     _batches: list[Batch] | None = None
 
     @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
+    def timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
             yield
@@ -119,7 +120,7 @@ class Compilation:
     def plan(self) -> Plan:
         """The linears to quantize and those left alone; runs the planning passes at the first call."""
         if self._context is None:
-            with self._timed("passes"):
+            with self.timed("passes"):
                 context = PassContext(task=self.captured.task, aliases=self.captured.aliases)
                 pipeline = planning_pipeline(
                     self.config.include, self.config.exclude, fuse_siblings=self.config.fuse_siblings
@@ -163,7 +164,7 @@ class Compilation:
             CalibrationError: the data cannot be read, is not enough, or does not fit the model.
         """
         if self._batches is None and self.config.calibration != NO_CALIBRATION:
-            with self._timed("calibration data"):
+            with self.timed("calibration data"):
                 self._batches = load_calibration(self.captured, self.config)
         return self._batches
 
@@ -181,10 +182,9 @@ class Compilation:
                 "no calibration: every column gets plain k-means, without error feedback; "
                 "a calibration text lowers the error a lot"
             )
-        store = None
         if work is not None:
-            store = LayerStore(work, self._fingerprint(batches), resume)
-        with self._timed("quantization"):
+            self.store = LayerStore(work, self._fingerprint(batches), resume)
+        with self.timed("quantization"):
             stage = CalibrationStage(
                 self.captured.graph_module,
                 plan.sites,
@@ -192,10 +192,10 @@ class Compilation:
                 token_clip=self.config.token_clip,
                 device=self.config.device,
                 reporter=self.reporter,
-                store=store,
+                store=self.store,
             )
             self.sites = stage.run(batches)
-        with self._timed("passes"):
+        with self.timed("passes"):
             self._lower()
 
     def _lower(self) -> None:
@@ -254,7 +254,7 @@ class Compilation:
             OutputError: a file cannot be written.
         """
         check_writable(out)
-        with self._timed("emission"):
+        with self.timed("emission"):
             artifact = emit_onnx(
                 self.captured.graph_module,
                 self.captured.example_inputs,

@@ -1,0 +1,300 @@
+"""The Python API: ``export`` a model to an artifact, or ``quantize`` it inside PyTorch."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .calibration.progress import ProgressReporter
+from .capture import CapturedModel, capture_module, load_pretrained
+from .compiler import Compilation, check_writable, unquantized_state
+from .config import Config
+from .emit.exporter import Artifact, emit_onnx
+from .errors import ConfigError
+from .modules import replace_linears
+from .passes import Skipped
+from .verify import VerificationReport, verify_artifact
+
+_ORIGINAL_LIMIT = 2 << 30
+"""Bytes of weights up to which the unquantized model is written to a temporary folder too, for its latency."""
+
+_VERIFY_TEXTS = (
+    "The committee will meet again on Thursday to discuss the budget for the coming year.",
+    "Rain fell all night.",
+    "She had never seen the sea before, and for a long while she said nothing at all, only listening to the waves.",
+)
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One quantized layer: its name, shape ``[out_features, in_features]``, bits, bytes and relative error."""
+
+    name: str
+    out_features: int
+    in_features: int
+    true_bits: float
+    nominal_bits: float
+    nbytes: int
+    error: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export made.
+
+    Attributes:
+        artifact: the ONNX files.
+        layers: the quantized layers in graph order.
+        skipped: weights left alone, with reasons.
+        true_bits, nominal_bits: a weight, over all quantized layers.
+        original_bytes: of the model's weights as they were loaded.
+        artifact_bytes: of ``model.onnx`` and its data.
+        seconds: by stage.
+        verification: None when it was switched off.
+    """
+
+    artifact: Artifact
+    layers: tuple[LayerSummary, ...]
+    skipped: tuple[Skipped, ...]
+    true_bits: float
+    nominal_bits: float
+    original_bytes: int
+    artifact_bytes: int
+    seconds: Mapping[str, float]
+    verification: VerificationReport | None
+
+
+def capture(
+    model: nn.Module | str | Path,
+    example_inputs: Any = None,
+    *,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    task: str | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+) -> tuple[CapturedModel, nn.Module]:
+    """A model as a graph, and the module it came from.
+
+    Args:
+        model: a module (``example_inputs`` needed), or a Hugging Face folder or hub id.
+        example_inputs, dynamic_shapes, input_names, output_names: see
+            :func:`claq_export.capture.capture_module`; ignored for a folder, whose batch and sequence are dynamic.
+        task: of a folder, where it cannot be inferred.
+        tokenizer: for text calibration of a module given in Python.
+        trust_remote_code: run Python code that comes with a folder.
+
+    Raises:
+        ModelError, CaptureError, ConfigError: see :mod:`claq_export.errors`.
+    """
+    if isinstance(model, nn.Module):
+        captured = capture_module(model, example_inputs, dynamic_shapes, input_names, output_names)
+        captured.tokenizer = tokenizer
+        return captured, model
+    loaded, found_tokenizer, _ = load_pretrained(model, task, trust_remote_code=trust_remote_code)
+    axes = {name: {0: "batch", 1: "sequence"} for name in loaded.input_names}
+    captured = capture_module(loaded, dynamic_shapes=axes)
+    captured.tokenizer = tokenizer if tokenizer is not None else found_tokenizer
+    return captured, loaded.model
+
+
+def export(
+    model: nn.Module | str | Path,
+    example_inputs: Any = None,
+    out: str | Path = "model.onnx",
+    config: Config | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    task: str | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+    verify: bool = True,
+    work: str | Path | None = None,
+    resume: bool = False,
+    reporter: ProgressReporter | None = None,
+) -> ExportResult:
+    """Quantize a model and write it as one ONNX file that runs with and without claq's runtime.
+
+    Writes ``out``, ``<out>.data``, ``claq.safetensors`` and ``claq.json`` into the folder of ``out``, and copies the
+    configuration and tokenizer of a Hugging Face folder beside them.
+
+    Args:
+        model, example_inputs, dynamic_shapes, input_names, output_names, task, tokenizer, trust_remote_code: see :func:`capture`.
+        out: the ``.onnx`` file.
+        config: the settings; 4 bits by default.
+        verify: compare the written file, run by ONNX Runtime, with the PyTorch quantized model.
+        work: folder for finished layers; an interrupted run with the same model, data and settings goes on from it. It is
+            removed when the export is complete. None = keep nothing.
+        resume: refuse a ``work`` folder of another run instead of discarding it.
+        reporter: told of stages and layers; silent by default.
+
+    Raises:
+        ClaqError: see :mod:`claq_export.errors`; nothing half-written is left behind.
+    """
+    out = Path(out)
+    config = config or Config()
+    reporter = reporter or ProgressReporter(quiet=True)
+    check_writable(out)
+    reporter.stage("capturing the model")
+    start = time.perf_counter()
+    captured, module = capture(
+        model,
+        example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        input_names=input_names,
+        output_names=output_names,
+        task=task,
+        tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
+    )
+    compilation = Compilation(captured, config, reporter, unquantized_state(module))
+    compilation.seconds["capture"] = time.perf_counter() - start
+    original_bytes = weight_bytes(module)
+    del module
+
+    if not compilation.plan.sites:
+        reasons = "; ".join(f"{skipped.name}: {skipped.reason}" for skipped in compilation.plan.skipped[:5])
+        raise ConfigError(f"there is no linear layer to quantize ({reasons or 'the model has none'})")
+    reporter.stage("reading calibration data")
+    compilation.batches()
+    with tempfile.TemporaryDirectory(prefix="claq-") as scratch:
+        samples = verification_inputs(captured)
+        originals = _Recorded(captured, samples) if verify else None
+        original_path = None
+        if verify and original_bytes <= _ORIGINAL_LIMIT:
+            original_path = Path(scratch) / "original.onnx"
+            with compilation.timed("emission"):
+                _emit_original(captured, original_path)
+        reporter.stage(f"quantizing {len(compilation.plan.sites)} layers")
+        compilation.quantize(Path(work) if work is not None else None, resume)
+        reporter.stage(f"writing {out}")
+        artifact = compilation.emit(out)
+        report = None
+        if verify:
+            reporter.stage("verifying the artifact in ONNX Runtime")
+            with compilation.timed("verification"):
+                report = verify_artifact(
+                    out,
+                    captured.graph_module,
+                    samples,
+                    unquantized=originals,
+                    original_path=original_path,
+                )
+    if work is not None and compilation.store is not None:
+        compilation.store.remove()
+    return ExportResult(
+        artifact=artifact,
+        layers=tuple(_summary(compilation)),
+        skipped=tuple(compilation.plan.skipped),
+        true_bits=compilation.true_bits,
+        nominal_bits=compilation.nominal_bits,
+        original_bytes=original_bytes,
+        artifact_bytes=artifact.bytes,
+        seconds=dict(compilation.seconds),
+        verification=report,
+    )
+
+
+def quantize(
+    model: nn.Module,
+    example_inputs: Any,
+    config: Config | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    tokenizer: Any = None,
+    reporter: ProgressReporter | None = None,
+) -> nn.Module:
+    """Quantize the linear modules of a model in place.
+
+    Args:
+        model: its ``nn.Linear`` and transformers ``Conv1D`` modules become :class:`claq_export.modules.ClaqLinear`.
+        example_inputs, dynamic_shapes, tokenizer: see :func:`capture`.
+        config: the settings; 4 bits by default.
+        reporter: told of stages and layers; silent by default.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ClaqError: see :mod:`claq_export.errors`; the model is unchanged then.
+    """
+    config = config or Config()
+    captured, _ = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, tokenizer=tokenizer)
+    compilation = Compilation(captured, config, reporter or ProgressReporter(quiet=True))
+    compilation.quantize()
+    layers = {name: done.layer for name, done in compilation.sites.items()}
+    return replace_linears(
+        model,
+        layers,
+        parts={name: done.site.parts for name, done in compilation.sites.items()},
+        accuracy_levels=dict.fromkeys(layers, config.accuracy_level),
+    )
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers, tied ones once."""
+    seen: dict[int, int] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(seen.values())
+
+
+def verification_inputs(captured: CapturedModel) -> list[dict[str, torch.Tensor]]:
+    """Inputs to compare runs with: the example, and for text models a padded batch of other sizes."""
+    samples = [dict(captured.example_inputs)]
+    if captured.tokenizer is not None and "input_ids" in captured.input_names:
+        limit = captured.max_sequence or 512
+        rows = [captured.tokenizer(text)["input_ids"][:limit] for text in _VERIFY_TEXTS]
+        samples.insert(0, captured.inputs_from_tokens(rows))
+    return samples
+
+
+class _Recorded:
+    """The unquantized model's outputs for some inputs, recorded before its graph is rewritten."""
+
+    def __init__(self, captured: CapturedModel, samples: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        self._outputs = {self._key(inputs): captured.run(inputs) for inputs in samples}
+
+    @staticmethod
+    def _key(inputs: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+        return tuple(id(tensor) for tensor in inputs.values())
+
+    def __call__(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self._outputs[self._key(inputs)]
+
+
+def _emit_original(captured: CapturedModel, path: Path) -> None:
+    emit_onnx(
+        captured.graph_module,
+        captured.example_inputs,
+        path,
+        dynamic_shapes=captured.dynamic_shapes,
+        output_names=captured.output_names,
+    )
+
+
+def _summary(compilation: Compilation) -> list[LayerSummary]:
+    return [
+        LayerSummary(
+            name=name,
+            out_features=done.layer.out_features,
+            in_features=done.layer.in_features,
+            true_bits=done.bits.true_bits,
+            nominal_bits=done.bits.nominal_bits,
+            nbytes=done.bits.nbytes,
+            error=done.error,
+            seconds=done.seconds,
+        )
+        for name, done in compilation.sites.items()
+    ]

@@ -1,0 +1,234 @@
+"""The command line: ``claq-export MODEL --out model.onnx``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from claq_export import __version__
+
+_EXAMPLES = """\
+examples:
+  claq-export ./all-MiniLM-L6-v2 --out minilm/model.onnx
+      4 bits a weight, calibrated on the text that comes with claq
+  claq-export ./all-MiniLM-L6-v2 --out minilm/model.onnx --bits 3 --calibration sentences.txt
+      3 bits, calibrated on your own text (the closer to what the model will see, the better)
+  claq-export ./SmolLM2-135M --out smol/model.onnx --bits 2.5 --outliers 0.005 --calibration corpus.jsonl
+      columns of 2 and 4 bits, half a percent of the weights kept at 16 bits
+  claq-export ./all-MiniLM-L6-v2 --dry-run --bits 3
+      what would be quantized, what not and why, and how large the result would be
+
+the result is a folder that ONNX Runtime loads as it is:
+  onnxruntime.InferenceSession("minilm/model.onnx")              runs everywhere, on standard operators
+  options = onnxruntime.SessionOptions()
+  claq_runtime.register(options)                                 pip install claq-runtime: fast, small in memory
+  onnxruntime.InferenceSession("minilm/model.onnx", options)
+
+exit status: 0 done; 2 wrong settings; 3 model unreadable; 4 model not capturable; 5 calibration data; 6 damaged artifact;
+7 output not writable; 8 verification failed; 130 interrupted
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``claq-export``."""
+    parser = argparse.ArgumentParser(
+        prog="claq-export",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=textwrap.fill(
+            "Quantize a PyTorch model to 2 to 4 bits a weight with CLAQ (a k-means codebook a column inside the GPTQ loop) and "
+            "write it as one ONNX file.",
+            100,
+        ),
+        epilog=_EXAMPLES,
+    )
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face folder (config.json + safetensors) or hub id")
+    parser.add_argument("--version", action="version", version=f"claq-export {__version__}")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", metavar="FILE", help="the .onnx file to write, for example out/model.onnx")
+    output.add_argument("--dry-run", action="store_true", help="print the plan and stop; nothing is calibrated or written")
+    output.add_argument(
+        "--accuracy",
+        choices=("fp32", "int8"),
+        default="fp32",
+        help="arithmetic in claq-runtime: fp32 is exact to rounding, int8 rounds activations and is faster (default: fp32)",
+    )
+    output.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run the file in ONNX Runtime, with and without claq-runtime, and fail if it disagrees with PyTorch (default: on)",
+    )
+    bits = parser.add_argument_group("quantization")
+    bits.add_argument(
+        "--bits",
+        type=float,
+        default=4.0,
+        metavar="B",
+        help="code width, 2 to 4: whole = one width; a fraction mixes two widths by column (default: 4)",
+    )
+    bits.add_argument(
+        "--outliers", type=float, default=0.0, metavar="SHARE", help="share of the weights kept at 16 bits, 0 to 0.1 (default: 0)"
+    )
+    bits.add_argument(
+        "--reservation",
+        choices=("fixed", "dynamic", "saliency"),
+        default="dynamic",
+        help="how they are shared out over the columns (default: dynamic, more in the columns that need it)",
+    )
+    bits.add_argument(
+        "--include", action="append", default=[], metavar="PATTERN", help="quantize only layers whose name matches (repeatable)"
+    )
+    bits.add_argument(
+        "--exclude", action="append", default=[], metavar="PATTERN", help="leave layers alone whose name matches (repeatable)"
+    )
+    bits.add_argument(
+        "--fuse-siblings",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="quantize layers that read the same value (q/k/v, gate/up) as one (default: on)",
+    )
+    bits.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="set a switch of the algorithm, for example row_scale=none (docs/algorithm.md lists them; repeatable)",
+    )
+    data = parser.add_argument_group("calibration")
+    data.add_argument(
+        "--calibration",
+        default="default",
+        metavar="FILE",
+        help="text (a document a line, or running text), .jsonl or .parquet; 'default' = the English text that comes with claq; "
+        "'none' = no calibration, much worse",
+    )
+    data.add_argument("--samples", type=int, default=128, metavar="N", help="calibration samples at most (default: 128)")
+    data.add_argument(
+        "--sequence-length", type=int, metavar="N", help="tokens a sample (default: 128, for decoders 1024, or what the model takes)"
+    )
+    data.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples that run at once (default: 8)")
+    data.add_argument("--seed", type=int, default=0, help="of the draw of samples (default: 0)")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--task", help="feature-extraction, text-classification, fill-mask or text-generation (default: by the architecture)"
+    )
+    model.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    run = parser.add_argument_group("run")
+    run.add_argument("--work", metavar="FOLDER", help="where finished layers are kept until the export is done (default: OUT.work)")
+    run.add_argument("--resume", action="store_true", help="go on with an interrupted run; refuse if anything changed since")
+    run.add_argument("--device", default="cpu", help="where layers are quantized, for example cuda (default: cpu)")
+    run.add_argument("--log", metavar="FILE", help="write a JSON line for every stage and layer")
+    run.add_argument("--quiet", action="store_true", help="no progress, only warnings and the result")
+    run.add_argument("--verbose", action="store_true", help="log every graph pass")
+    return parser
+
+
+def parse_overrides(entries: Sequence[str]) -> dict[str, Any]:
+    """``["row_scale=none", "block=64"]`` as values of LayerSettings: numbers, true/false/none, else strings.
+
+    Raises:
+        ConfigError: an entry is not ``name=value``.
+    """
+    from .errors import ConfigError
+
+    values: dict[str, Any] = {}
+    for entry in entries:
+        name, separator, text = entry.partition("=")
+        if not separator or not name:
+            raise ConfigError(f"--set takes NAME=VALUE, got {entry!r}")
+        values[name] = _parse_value(text)
+    return values
+
+
+def _parse_value(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def run_export(options: argparse.Namespace) -> None:
+    """Do what the parsed command line says.
+
+    Raises:
+        ClaqError: see :mod:`claq_export.errors`.
+    """
+    from rich.console import Console
+
+    from .api import capture, export
+    from .calibration.progress import ProgressReporter
+    from .compiler import Compilation
+    from .config import Config
+    from .errors import ConfigError
+    from .summary import print_plan, print_result
+
+    if options.out is None and not options.dry_run:
+        raise ConfigError("--out FILE is needed (or --dry-run)")
+    if options.out is not None and not options.out.endswith(".onnx"):
+        raise ConfigError(f"--out names an .onnx file, got {options.out!r}")
+    config = Config(
+        bits=options.bits,
+        outliers=options.outliers,
+        reservation=options.reservation,
+        calibration=options.calibration,
+        samples=options.samples,
+        sequence_length=options.sequence_length,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        include=tuple(options.include),
+        exclude=tuple(options.exclude),
+        fuse_siblings=options.fuse_siblings,
+        accuracy=options.accuracy,
+        device=options.device,
+        algorithm=parse_overrides(options.set),
+    )
+    # Piped output has no width of its own; names of layers should not be broken at 80 columns then.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    with ProgressReporter(quiet=options.quiet, log_path=options.log) as reporter:
+        if options.dry_run:
+            captured, _ = capture(options.model, task=options.task, trust_remote_code=options.trust_remote_code)
+            compilation = Compilation(captured, config, reporter)
+            print_plan(console, compilation.predicted_layers(), compilation.plan.skipped)
+            return
+        result = export(
+            options.model,
+            out=options.out,
+            config=config,
+            task=options.task,
+            trust_remote_code=options.trust_remote_code,
+            verify=options.verify,
+            work=options.work or f"{options.out}.work",
+            resume=options.resume,
+            reporter=reporter,
+        )
+        reporter.event("result", true_bits=result.true_bits, artifact_bytes=result.artifact_bytes)
+    print_result(console, result)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``claq-export``; returns the exit status."""
+    options = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.ERROR, format="%(name)s: %(message)s")
+    from .errors import ClaqError
+
+    try:
+        run_export(options)
+    except ClaqError as error:
+        print(f"claq-export: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("claq-export: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

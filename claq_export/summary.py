@@ -1,0 +1,115 @@
+"""The tables the command line prints: the plan of a dry run, and what an export made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from .api import ExportResult
+from .compiler import PlannedLayer
+from .passes import Skipped
+from .verify import VerificationReport
+
+_WORST_SHOWN = 5
+
+
+def megabytes(nbytes: float) -> str:
+    """Bytes as a person reads them (decimal megabytes)."""
+    return f"{nbytes / 1e6:.2f} MB" if nbytes >= 1e4 else f"{nbytes / 1e3:.2f} kB"
+
+
+def print_plan(console: Console, layers: Sequence[PlannedLayer], skipped: Sequence[Skipped]) -> None:
+    """The plan of a dry run: every layer with its predicted size, every weight left alone with the reason."""
+    table = Table(title="to quantize", title_justify="left")
+    for heading in ("layer", "out x in", "columns at 4 / 3 / 2 bits", "before", "after", "true bits", "nominal"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right", overflow="fold")
+    for layer in layers:
+        table.add_row(
+            layer.name,
+            f"{layer.out_features} x {layer.in_features}",
+            " / ".join(str(count) for count in layer.columns),
+            megabytes(layer.dense_bytes),
+            megabytes(layer.nbytes),
+            f"{layer.true_bits:.3f}",
+            f"{layer.nominal_bits:.3f}",
+        )
+    console.print(table)
+    if skipped:
+        left = Table(title="left alone", title_justify="left")
+        left.add_column("weight", overflow="fold")
+        left.add_column("shape", justify="right")
+        left.add_column("size", justify="right")
+        left.add_column("reason", overflow="fold")
+        for entry in skipped:
+            left.add_row(entry.name, " x ".join(map(str, entry.shape)), megabytes(entry.nbytes), entry.reason)
+        console.print(left)
+    weights = sum(layer.out_features * layer.in_features for layer in layers)
+    dense = sum(layer.dense_bytes for layer in layers)
+    nbytes = sum(layer.nbytes for layer in layers)
+    if weights:
+        console.print(
+            f"{len(layers)} layers, {weights / 1e6:.1f} M weights: {megabytes(dense)} -> {megabytes(nbytes)} predicted, "
+            f"{8 * nbytes / weights:.3f} true bits a weight",
+            highlight=False,
+        )
+
+
+def print_result(console: Console, result: ExportResult) -> None:
+    """Size, bits, error and latency of a finished export."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    weights = sum(layer.out_features * layer.in_features for layer in result.layers)
+    nbytes = sum(layer.nbytes for layer in result.layers)
+    ratio = result.original_bytes / result.artifact_bytes
+    table.add_row("artifact", str(result.artifact.path))
+    table.add_row(
+        "size", f"{megabytes(result.original_bytes)} -> {megabytes(result.artifact_bytes)} ({ratio:.2f} times smaller)"
+    )
+    table.add_row(
+        "quantized", f"{len(result.layers)} layers, {weights / 1e6:.1f} M weights in {megabytes(nbytes)}"
+    )
+    left = sum(entry.nbytes for entry in result.skipped)
+    if result.skipped:
+        table.add_row("left alone", f"{len(result.skipped)} weights, {megabytes(left)} (--dry-run tells why)")
+    table.add_row("true bits", f"{result.true_bits:.3f} a weight (nominal {result.nominal_bits:.3f})")
+    worst = sorted(result.layers, key=lambda layer: -layer.error)[:_WORST_SHOWN]
+    table.add_row("worst layers", ", ".join(f"{layer.name} {layer.error:.1e}" for layer in worst))
+    table.add_row("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items()))
+    console.print(table)
+    if result.verification is not None:
+        print_verification(console, result.verification)
+
+
+def print_verification(console: Console, report: VerificationReport) -> None:
+    """Agreement of the runs, distance from the unquantized model, latencies."""
+    labels = {
+        "original": "unquantized, ONNX Runtime",
+        "stock": "artifact, ONNX Runtime alone",
+        "runtime": "artifact, with claq-runtime",
+    }
+    table = Table(title=f"verified with ONNX Runtime {report.onnxruntime}", title_justify="left")
+    for heading in ("run", "agrees with PyTorch within", "session", "latency"):
+        table.add_column(heading, justify="left" if heading == "run" else "right")
+    for name in ("original", "stock", "runtime"):
+        run = report.runs.get(name)
+        if run is None:
+            continue
+        agreement = max((d.maximum for d in run.deviations.values()), default=math.nan)
+        table.add_row(
+            labels[name],
+            "-" if math.isnan(agreement) else f"{agreement:.1e}",
+            f"{run.load_seconds:.2f} s",
+            f"{run.latency_ms:.2f} ms",
+        )
+    console.print(table)
+    if report.note:
+        console.print(f"[yellow]{report.note}[/yellow]", highlight=False)
+    for output, deviation in report.fidelity.items():
+        console.print(
+            f"{output}: cosine to the unquantized model {deviation.cosine:.4f}, relative error {deviation.rms:.4f}",
+            highlight=False,
+        )
