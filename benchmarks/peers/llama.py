@@ -1,0 +1,126 @@
+"""Walks a Llama model block by block: what each group of linears sees, with all groups before it quantized already (or
+not)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that read the same input: q/k/v, o, gate/up or down of one block.
+
+    Attributes:
+        name: such as ``3.qkv``.
+        linears: by name; their weights, stacked, are what is quantized.
+        scale_folds: whether a scale of the input folds into what comes before (AWQ).
+        frozen_rows: first rows that belong to q and k.
+    """
+
+    name: str
+    linears: dict[str, nn.Linear]
+    scale_folds: bool = True
+    frozen_rows: int = 0
+
+    def stacked(self) -> torch.Tensor:
+        return torch.cat([linear.weight.data for linear in self.linears.values()])
+
+    def assign(self, weight: torch.Tensor) -> None:
+        rows = [linear.out_features for linear in self.linears.values()]
+        for linear, part in zip(self.linears.values(), weight.split(rows), strict=True):
+            linear.weight.data.copy_(part)
+
+
+@dataclass
+class Inputs:
+    """What a group reads, over all calibration tokens: X^T X ``[K, K]``, sum of ``|x|`` ``[K]``, and how many
+    tokens."""
+
+    hessian: torch.Tensor
+    magnitude: torch.Tensor
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, values: list[torch.Tensor]) -> Inputs:
+        K = values[0].shape[-1]
+        inputs = cls(torch.zeros(K, K), torch.zeros(K))
+        for value in values:
+            x = value.reshape(-1, K)
+            inputs.hessian.addmm_(x.T, x)
+            inputs.magnitude += x.abs().sum(0)
+            inputs.tokens += len(x)
+        inputs.magnitude /= inputs.tokens
+        return inputs
+
+
+def groups_of(block: nn.Module, number: int) -> dict[str, Group]:
+    """The four groups of a block, in order of execution."""
+    a, m = block.self_attn, block.mlp
+    shared = a.q_proj.out_features != a.v_proj.out_features
+    return {
+        "qkv": Group(
+            f"{number}.qkv",
+            {"q_proj": a.q_proj, "k_proj": a.k_proj, "v_proj": a.v_proj},
+            frozen_rows=a.q_proj.out_features + a.k_proj.out_features,
+        ),
+        "o": Group(f"{number}.o", {"o_proj": a.o_proj}, scale_folds=not shared),
+        "gate_up": Group(f"{number}.gate_up", {"gate_proj": m.gate_proj, "up_proj": m.up_proj}),
+        "down": Group(f"{number}.down", {"down_proj": m.down_proj}),
+    }
+
+
+Visit = Callable[[Group, list[torch.Tensor]], None]
+
+
+@torch.no_grad()
+def walk(model: nn.Module, windows: torch.Tensor, visit: Visit) -> None:
+    """Run calibration windows ``[W, S]`` through the blocks, every linear once a window.
+
+    ``visit(group, inputs)`` is called when a group is reached, with its input for each window ``[1, S, K]``; the
+    weights it leaves in the group's linears are those that the rest of the walk runs with.
+    """
+    core = model.model
+    states = [core.embed_tokens(window[None]) for window in windows]
+    positions = torch.arange(windows.shape[1])[None]
+    rotary = core.rotary_emb(states[0], positions)
+    for number, block in enumerate(core.layers):
+        groups = groups_of(block, number)
+        normed = [block.input_layernorm(x) for x in states]
+        visit(groups["qkv"], normed)
+        output, block.self_attn.o_proj = block.self_attn.o_proj, nn.Identity()
+        heads = [block.self_attn(x, position_embeddings=rotary, attention_mask=None)[0] for x in normed]
+        block.self_attn.o_proj = output
+        visit(groups["o"], heads)
+        for i, x in enumerate(heads):
+            states[i] = states[i] + output(x)
+        normed = [block.post_attention_layernorm(x) for x in states]
+        visit(groups["gate_up"], normed)
+        mlp = block.mlp
+        hidden = [mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x) for x in normed]
+        visit(groups["down"], hidden)
+        for i, x in enumerate(hidden):
+            states[i] = states[i] + mlp.down_proj(x)
+
+
+def squared_gradients(model: nn.Module, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sum over windows of the squared gradient of the next-token loss, by parameter name of the blocks' linears
+    (SqueezeLLM's Fisher)."""
+    linears = {name: m for name, m in model.model.layers.named_modules() if isinstance(m, nn.Linear)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for linear in linears.values():
+        linear.weight.requires_grad_(True)
+    fisher = {name: torch.zeros_like(linear.weight) for name, linear in linears.items()}
+    for window in windows:
+        logits = model(input_ids=window[None], use_cache=False).logits
+        nn.functional.cross_entropy(logits[0, :-1], window[1:]).backward()
+        for name, linear in linears.items():
+            fisher[name] += linear.weight.grad.square()
+            linear.weight.grad = None
+    for linear in linears.values():
+        linear.weight.requires_grad_(False)
+    return fisher

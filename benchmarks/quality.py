@@ -1,0 +1,426 @@
+"""Compares weight quantizers at equal true bits: same language model, same calibration text, same evaluation text.
+
+Every linear of the decoder blocks is quantized, embeddings and head stay as they are. Prints and writes one table
+(perplexity, KL divergence to the original, top-1 agreement, all bits counted) and a plot.
+
+    python benchmarks/quality.py --model FOLDER --text wiki.test.raw [--only 'gptq*'] [--work FOLDER]
+
+Each configuration's result is kept in the work folder, so that a run can be interrupted, done in pieces, and resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import itertools
+
+from benchmarks.peers.awq import awq
+from benchmarks.peers.bench import Bench
+from benchmarks.peers.common import Quantized
+from benchmarks.peers.ggml import find_library, k_quant
+from benchmarks.peers.hqq import hqq
+from benchmarks.peers.llama import Inputs
+from benchmarks.peers.rows import squeezellm
+from benchmarks.peers.uniform import gptq, round_to_nearest
+from claq_export.algorithm import Hessian, LayerSettings, quantize_layer
+from claq_export.evaluation import open_tokenizer, read_text
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the table.
+
+    Attributes:
+        name: key, also of the cached result.
+        family: what the plot joins by a line.
+        label: what the table prints.
+        quantize: leaves the bench's model quantized; returns all bits stored.
+        settings: what the result depends on; a cached result with other settings is made again.
+    """
+
+    name: str
+    family: str
+    label: str
+    quantize: Callable[[Bench], float]
+    settings: dict[str, Any]
+
+
+def _grouping(group: int | None) -> str:
+    return "row" if group is None else f"g{group}"
+
+
+def peers(library: Path | None) -> list[Candidate]:
+    """Everybody else. Four bits in groups of 32 or 64 are left out: the model comes from such a grid and would look
+    unhurt."""
+    found: list[Candidate] = []
+
+    def add(name: str, family: str, label: str, run: Callable[[Bench], float], **settings: Any) -> None:
+        found.append(Candidate(name, family, label, run, settings))
+
+    for bits, group in ((4, None), (4, 128), (3, None), (3, 128), (3, 32), (2, None), (2, 128), (2, 32)):
+        where = _grouping(group)
+        add(
+            f"gptq-{bits}-{where}",
+            "GPTQ (per row)" if group is None else "GPTQ (groups)",
+            f"GPTQ {bits} bits, {'per row' if group is None else f'groups of {group}'}, act-order",
+            lambda b, bits=bits, group=group: b.in_sequence(lambda g, w, x: gptq(w, Inputs.of(x).hessian, bits, group)),
+            bits=bits,
+            group=group,
+        )
+    for bits, group in ((4, None), (4, 128), (3, 128), (3, 32), (2, 32)):
+        add(
+            f"rtn-{bits}-{_grouping(group)}",
+            "Round to nearest",
+            f"Round to nearest {bits} bits, {'per row' if group is None else f'groups of {group}'}",
+            lambda b, bits=bits, group=group: b.at_once(lambda g, w: round_to_nearest(w, bits, group)),
+            bits=bits,
+            group=group,
+        )
+    for bits, group in ((4, 128), (3, 128), (3, 64), (2, 64), (2, 32), (2, 16)):
+        add(
+            f"hqq-{bits}-g{group}",
+            "HQQ",
+            f"HQQ {bits} bits, groups of {group}",
+            lambda b, bits=bits, group=group: b.at_once(lambda g, w: hqq(w, bits, group)),
+            bits=bits,
+            group=group,
+        )
+    for bits, group in ((4, 128), (3, 128), (3, 32), (2, 32)):
+        add(
+            f"awq-{bits}-g{group}",
+            "AWQ",
+            f"AWQ {bits} bits, groups of {group}",
+            lambda b, bits=bits, group=group: b.at_once(
+                lambda g, w: awq(
+                    w,
+                    b.statistics[g.name].hessian,
+                    b.statistics[g.name].magnitude,
+                    bits,
+                    group,
+                    scaled=g.scale_folds,
+                    frozen_rows=g.frozen_rows,
+                )
+            ),
+            bits=bits,
+            group=group,
+        )
+    for bits, sparse in ((4, 0.0), (3, 0.0), (3, 0.0045), (2, 0.0), (2, 0.0045)):
+        add(
+            f"squeezellm-{bits}" + (f"-{sparse}" if sparse else ""),
+            "SqueezeLLM (sparse)" if sparse else "SqueezeLLM",
+            f"SqueezeLLM {bits} bits, codebook a row" + (f", {sparse:.2%} sparse" if sparse else ""),
+            lambda b, bits=bits, sparse=sparse: b.at_once(lambda g, w: squeezellm(w, b.fisher[g.name], bits, sparse)),
+            bits=bits,
+            sparse=sparse,
+        )
+    if library is not None:
+        for kind in ("Q4_K", "Q3_K", "Q2_K"):
+            add(
+                f"gguf-{kind}",
+                "GGUF K-quants",
+                f"GGUF {kind} with importance matrix",
+                lambda b, kind=kind: b.at_once(lambda g, w: shifted_k_quant(b, g.name, w, kind, library)),
+                kind=kind,
+            )
+    return found
+
+
+def shifted_k_quant(bench: Bench, name: str, weight: torch.Tensor, kind: str, library: Path) -> Quantized:
+    """A K-quant whose blocks lie across those of the Q4_1 grid that the model comes from: columns are rotated by half a
+    block."""
+    importance = bench.statistics[name].hessian.diagonal() / bench.statistics[name].tokens
+    result = k_quant(weight.roll(16, 1).contiguous(), importance.roll(16), kind, library)
+    return Quantized(result.weight.roll(-16, 1), result.bits)
+
+
+def claq(settings: LayerSettings, token_clip: float | None) -> Callable[[Bench], float]:
+    """claq's own quantizer of one layer, in the same walk as GPTQ."""
+
+    def quantize(_: Any, weight: torch.Tensor, inputs: Sequence[torch.Tensor]) -> Quantized:
+        hessian = Hessian(weight.shape[1], token_clip=token_clip)
+        for x in inputs:
+            hessian.add(x)
+        result = quantize_layer(weight, hessian, settings)
+        return Quantized(result.layer.dequantize(), result.true_bits * weight.numel())
+
+    return lambda bench: bench.in_sequence(quantize)
+
+
+def paper() -> list[Candidate]:
+    """The paper's configurations, by the presets of the product (docs: nominal bits as the paper counts, all bits
+    counted here)."""
+    from claq_export.algorithm.presets import PRESETS, preset_settings
+
+    return [
+        Candidate(
+            name,
+            "CLAQ (paper)",
+            f"CLAQ as in the paper, preset {name}",
+            claq(preset_settings(name), None),
+            dataclasses.asdict(preset_settings(name)),
+        )
+        for name in PRESETS
+    ]
+
+
+def ours() -> list[Candidate]:
+    """claq's defaults at the bits that matter."""
+    found = []
+    for bits, outliers in ((4, 0.0), (3, 0.0), (2, 0.0), (2, 0.004), (2.1, 0.002), (3, 0.004)):
+        settings = LayerSettings(bits=bits, outliers=outliers)
+        kept = f", {outliers:.1%} reserved" if outliers else ""
+        found.append(
+            Candidate(
+                f"ours-{bits}" + (f"-{outliers}" if outliers else ""),
+                "claq (this project)",
+                f"claq {bits:g} bits{kept}",
+                claq(settings, 2.0),
+                dataclasses.asdict(settings) | {"token_clip": 2.0},
+            )
+        )
+    return found
+
+
+def run(bench: Bench, candidate: Candidate, common: dict[str, Any], work: Path) -> dict[str, Any]:
+    """The cached result of a candidate, or a fresh one."""
+    path = work / f"{candidate.name}.json"
+    settings = json.loads(json.dumps(common | candidate.settings))
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["settings"] == settings:
+            return kept
+    began = time.perf_counter()
+    bits = candidate.quantize(bench)
+    quantized = time.perf_counter() - began
+    quality = bench.evaluate()
+    row = {
+        "name": candidate.name,
+        "family": candidate.family,
+        "label": candidate.label,
+        "true_bits": bits / bench.weights,
+        **quality.to_json(),
+        "seconds": round(quantized, 1),
+        "settings": settings,
+    }
+    path.write_text(json.dumps(row, indent=1), encoding="utf-8")
+    print(
+        f"{candidate.name:24} {row['true_bits']:.3f} bits  perplexity {quality.perplexity:10.2f}  "
+        f"KL {quality.kl_mean:.4f}  top-1 {quality.top1_agreement:.3f}  {quantized:.0f} s",
+        flush=True,
+    )
+    return row
+
+
+def rise(row: dict[str, Any]) -> float:
+    """How much log-perplexity rises over the unquantized model."""
+    return math.log(row["perplexity"] / row["reference_perplexity"])
+
+
+def rise_at(rows: Sequence[dict[str, Any]], bits: float) -> float | None:
+    """The rise of a family at a number of bits: log-linear between the lower envelope's neighbouring points; None
+    outside of them."""
+    best: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda r: (r["true_bits"], r["perplexity"])):
+        if rise(row) > 0 and (not best or rise(row) < rise(best[-1])):
+            best.append(row)
+    for low, high in itertools.pairwise(best):
+        if low["true_bits"] <= bits <= high["true_bits"]:
+            share = (bits - low["true_bits"]) / (high["true_bits"] - low["true_bits"])
+            return math.exp((1 - share) * math.log(rise(low)) + share * math.log(rise(high)))
+    return None
+
+
+def markdown(rows: Sequence[dict[str, Any]], title: str, missing: Sequence[str]) -> str:
+    """The table, by true bits."""
+    lines = [title, "", "| method | true bits | perplexity | KL mean | KL median | KL 99 % | top-1 agreement |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    for row in sorted(rows, key=lambda r: -r["true_bits"]):
+        own = row["family"].startswith("claq (")
+        label = f"**{row['label']}**" if own else row["label"]
+        perplexity = f"{row['perplexity']:.2f}" if row["perplexity"] < 1e4 else f"{row['perplexity']:.1e}"
+        lines.append(
+            f"| {label} | {row['true_bits']:.3f} | {perplexity} | {row['kl_mean']:.4f} | {row['kl_median']:.4f} | "
+            f"{row['kl_p99']:.3f} | {row['top1_agreement']:.1%} |"
+        )
+    own_rows = [r for r in rows if r["family"].startswith("claq (")]
+    families = [f for f in dict.fromkeys(r["family"] for r in rows) if not f.startswith("claq (")]
+    lines += [
+        "",
+        "Rise of log-perplexity over the unquantized model, ours over theirs at the same true bits "
+        "(theirs interpolated log-linearly between the neighbouring points of their lower envelope; empty where they have none):",
+        "",
+    ]
+    lines.append("| ours | true bits | " + " | ".join(families) + " |")
+    lines.append("|---|---:|" + "---:|" * len(families))
+    for own_row in sorted(own_rows, key=lambda r: -r["true_bits"]):
+        cells = []
+        for family in families:
+            theirs = rise_at([r for r in rows if r["family"] == family], own_row["true_bits"])
+            cells.append("" if theirs is None else f"{rise(own_row) / theirs:.2f}")
+        lines.append(f"| {own_row['label']} | {own_row['true_bits']:.3f} | " + " | ".join(cells) + " |")
+    if missing:
+        lines += ["", *(f"Not measured: {text}" for text in missing)]
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path, baseline: float) -> None:
+    """Perplexity over true bits, one line a family."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8.4, 5.2), dpi=150)
+    families = sorted({r["family"] for r in rows}, key=lambda f: (not f.startswith("claq ("), f))
+    colours = pyplot.get_cmap("tab10").colors
+    for number, family in enumerate(families):
+        points = sorted(
+            (r["true_bits"], r["perplexity"]) for r in rows if r["family"] == family and r["perplexity"] < 2000
+        )
+        if not points:
+            continue
+        own = family.startswith("claq (")
+        axes.plot(
+            *zip(*points, strict=True),
+            marker="o" if own else "osD^vPX*"[number % 8],
+            linewidth=2.6 if own else 1.2,
+            markersize=7 if own else 5,
+            color="black" if own else colours[number % 10],
+            label=family,
+            zorder=3 if own else 2,
+        )
+    axes.axhline(baseline, color="grey", linestyle="--", linewidth=1)
+    axes.text(
+        axes.get_xlim()[1], baseline, f" unquantized {baseline:.2f}", va="bottom", ha="right", color="grey", fontsize=8
+    )
+    axes.set_yscale("log")
+    ticks = [t for t in (30, 40, 50, 70, 100, 200, 500, 1000, 2000) if t <= axes.get_ylim()[1]]
+    axes.set_yticks(ticks, [str(t) for t in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("true bits a weight (codes, codebooks, scales, order, outliers: everything counted)")
+    axes.set_ylabel("perplexity, WikiText-2 test")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face folder of a Llama model")
+    parser.add_argument("--text", required=True, help="evaluation text, joined as it is")
+    parser.add_argument(
+        "--calibration", nargs="*", help="calibration texts (default: the package's State of the Union excerpt)"
+    )
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--calibration-windows", type=int, default=16)
+    parser.add_argument("--only", nargs="*", default=["*"], help="glob patterns over configuration names")
+    parser.add_argument("--skip-claq", action="store_true", help="peers only")
+    parser.add_argument("--ggml", help="path of libggml-base, for the K-quants")
+    parser.add_argument(
+        "--baseline", default="dequantized Q4_1", help="what the unquantized weights are, for the title"
+    )
+    parser.add_argument("--work", default="quality-work", help="folder of cached results")
+    parser.add_argument("--out", default=str(RESULTS / "quality"), help="path of the table, without suffix")
+    parser.add_argument("--list", action="store_true", help="print the configurations and stop")
+    parser.add_argument("--render", action="store_true", help="only write table and plot from what is cached")
+    arguments = parser.parse_args()
+    library = find_library(arguments.ggml)
+    candidates = peers(library)
+    if not arguments.skip_claq:
+        candidates += paper() + ours()
+    candidates = [c for c in candidates if any(fnmatch.fnmatch(c.name, pattern) for pattern in arguments.only)]
+    if arguments.list:
+        print("\n".join(f"{c.name:24} {c.label}" for c in candidates))
+        return
+    work = Path(arguments.work)
+    work.mkdir(parents=True, exist_ok=True)
+    if arguments.calibration:
+        names = [Path(p).name for p in arguments.calibration]
+        calibration = "\n\n".join(read_text(p) for p in arguments.calibration)
+    else:
+        names = ["state_of_the_union.txt (packaged)"]
+        calibration = (resources.files("claq_export.calibration") / "texts/state_of_the_union.txt").read_text("utf-8")
+    common = {
+        "text": Path(arguments.text).name,
+        "calibration": names if len(names) < 4 else f"{len(names)} files, {names[0]} to {names[-1]}",
+        "context": arguments.context,
+        "windows": arguments.windows,
+        "calibration_windows": arguments.calibration_windows,
+    }
+    if arguments.render:
+        rows = []
+        for candidate in candidates:
+            path = work / f"{candidate.name}.json"
+            if path.is_file():
+                rows.append(json.loads(path.read_text(encoding="utf-8")))
+    else:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+        bench = Bench(
+            model,
+            open_tokenizer(arguments.model),
+            read_text(arguments.text),
+            calibration,
+            arguments.context,
+            arguments.windows,
+            arguments.calibration_windows,
+            work,
+        )
+        rows = [run(bench, candidate, common, work) for candidate in candidates]
+    write(rows, common, arguments, library)
+
+
+def write(
+    rows: list[dict[str, Any]], common: dict[str, Any], arguments: argparse.Namespace, library: Path | None
+) -> None:
+    """Table, numbers and plot beside each other."""
+    if not rows:
+        print("no results")
+        return
+    baseline = rows[0]["reference_perplexity"]
+    source = common["calibration"]
+    title = (
+        f"Unquantized perplexity {baseline:.2f} (baseline: {arguments.baseline}). Evaluation: {common['text']}, first "
+        f"{common['windows']} windows of {common['context']} tokens. Calibration: {common['calibration_windows']} "
+        f"windows of {common['context']} tokens of {source if isinstance(source, str) else ', '.join(source)}."
+    )
+    missing = (
+        []
+        if library
+        else ["GGUF K-quants (neither llama-cpp-python nor pywhispercpp, which carry libggml, is installed)"]
+    )
+    table = markdown(rows, title, missing)
+    out = Path(arguments.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".md").write_text(table, encoding="utf-8")
+    out.with_suffix(".json").write_text(
+        json.dumps(sorted(rows, key=lambda r: r["name"]), indent=1) + "\n", encoding="utf-8"
+    )
+    plot(rows, out.with_suffix(".png"), baseline)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
