@@ -1,6 +1,7 @@
 """CLAQ itself, as functions over tensors: k-means codebooks, error feedback, adaptive precision, outliers, bit budget.
 
-Nothing here knows of graphs, files or models; the calibration walk calls :func:`quantize_layer` with a weight and a :class:`Hessian`.
+Nothing here knows of graphs, files or models; the calibration walk calls :func:`quantize_layer` with a weight and a
+:class:`Hessian`.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ def predict(
         out_features, in_features: N and K.
         counts: columns of width 4, 3 and 2, adding up to K.
         outliers: reserved weights in columns of those widths.
-        identity_order: whether columns are stored as they stand, which saves ``order``; None: if there is one width only.
+        identity_order: whether columns are stored as they stand, which saves ``order``; None: if there is one width
+            only.
     """
     N, K = out_features, in_features
     stored = [count + -count % BLOCK for count in counts]

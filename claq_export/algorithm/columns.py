@@ -1,7 +1,7 @@
 """Quantizing one column: reserve outliers, fit the codebook, round it to what is stored, assign codes.
 
-This is the inner step of the error-feedback loop (gptq.py) and of coordinate descent (descent.py). It works on NumPy arrays: at a
-thousand values a column, the overhead of a call counts more than the arithmetic.
+This is the inner step of the error-feedback loop (gptq.py) and of coordinate descent (descent.py). It works on NumPy
+arrays: at a thousand values a column, the overhead of a call counts more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def _encode(
     value = table[codes]
     extra = _NO_VALUES
     if len(rows) and scale > 0:
-        # In the order of operations of QuantizedLinear.dequantize, so that the loop believes in the very bits a reader sees.
+        # In the order of operations of QuantizedLinear.dequantize, so that the loop believes in the very bits a
+        # reader sees.
         entry = integers[codes[rows]].astype(np.float32)
         extra = (column[rows] / np.float32(scale) - entry).astype(np.float16)
         value[rows] = (entry + extra.astype(np.float32)) * np.float32(scale)

@@ -1,8 +1,9 @@
 """Coordinate descent after the loop: refit each column's codes, outliers and codebook against the whole layer's error.
 
-With all other columns fixed, the layer error tr(E H E^T) as a function of column j is, up to a constant, H_jj times the squared distance of the
-column from t_j = q_j - (E H)_j / H_jj; so its best codes and codebook are a k-means of t_j (claq.md, section 5; QuantEase, arXiv 2309.01885; LNQ in
-GuidedQuant, arXiv 2505.07004). Each step starts from the present codebook and is kept only if it lowers the error, so the error never rises.
+With all other columns fixed, the layer error tr(E H E^T) as a function of column j is, up to a constant, H_jj times
+the squared distance of the column from t_j = q_j - (E H)_j / H_jj; so its best codes and codebook are a k-means of
+t_j (claq.md, section 5; QuantEase, arXiv 2309.01885; LNQ in GuidedQuant, arXiv 2505.07004). Each step starts from
+the present codebook and is kept only if it lowers the error, so the error never rises.
 """
 
 from __future__ import annotations

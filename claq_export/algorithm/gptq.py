@@ -1,7 +1,7 @@
 """The column loop: quantize columns one after another and let the later ones make up for the error of the earlier ones.
 
-GPTQ (arXiv 2210.17323, algorithm 1) with a k-means codebook a column (CLAQ, section 3.2; claq.md, 1.2-1.3). Columns are processed in the
-order of the Hessian factor, whatever order they are stored in.
+GPTQ (arXiv 2210.17323, algorithm 1) with a k-means codebook a column (CLAQ, section 3.2; claq.md, 1.2-1.3). Columns
+are processed in the order of the Hessian factor, whatever order they are stored in.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def quantize_columns(
 ) -> QuantizedColumns:
     """Quantize all columns, with error feedback when there is a factor.
 
-    The matrix products run on the device of ``target``; the columns of a block are fitted on the CPU. Within a block the correction of a
-    column is gathered when it is its turn (one vector-matrix product), not scattered after each column: the same sums, a fraction
-    of the memory traffic.
+    The matrix products run on the device of ``target``; the columns of a block are fitted on the CPU. Within a block
+    the correction of a column is gathered when it is its turn (one vector-matrix product), not scattered after each
+    column: the same sums, a fraction of the memory traffic.
 
     Args:
         target: float32 ``[K, N]``: the weight transposed, rows divided by their scales.

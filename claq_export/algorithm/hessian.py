@@ -19,7 +19,8 @@ class Factor:
 
     Attributes:
         order: int64 ``[K]``; ``order[i]`` is the input feature processed at step i.
-        upper: float32 ``[K, K]`` upper triangular U with ``U^T U = (H + damping)^-1``, rows and columns in processing order.
+        upper: float32 ``[K, K]`` upper triangular U with ``U^T U = (H + damping)^-1``, rows and columns in
+            processing order.
     """
 
     order: torch.Tensor
@@ -31,8 +32,9 @@ class Hessian:
 
     Args:
         in_features: K.
-        token_clip: each token's norm is clipped to this multiple of the median norm of its call; None leaves tokens as they are. Attention
-            sinks have norms hundreds of times the median and would own H; leaving them out breaks the model (design.md, section 4).
+        token_clip: each token's norm is clipped to this multiple of the median norm of its call; None leaves tokens
+            as they are. Attention sinks have norms hundreds of times the median and would own H; leaving them out
+            breaks the model (design.md, section 4).
         device: where the matrix lives; None = the CPU.
 
     Raises:
@@ -106,7 +108,8 @@ class Hessian:
         return self.matrix.diagonal()
 
     def damped(self, damping: float) -> torch.Tensor:
-        """float64 ``[K, K]``: H plus ``damping`` times its mean diagonal; dead inputs (H_jj = 0) get that mean as their diagonal.
+        """float64 ``[K, K]``: H plus ``damping`` times its mean diagonal; dead inputs (H_jj = 0) get that mean as
+        their diagonal.
 
         Raises:
             ConfigError: ``damping`` not positive.
@@ -137,8 +140,9 @@ class Hessian:
             order = torch.arange(count, device=matrix.device)
             if act_order:
                 order = torch.argsort(self.diagonal, descending=True, stable=True)
-            # H = R R^T with R upper comes from the Cholesky factor of H with both axes reversed; then H^-1 = R^-T R^-1, so U = R^-1:
-            # one factorization and one triangular inverse instead of two factorizations and a full inverse.
+            # H = R R^T with R upper comes from the Cholesky factor of H with both axes reversed; then H^-1 = R^-T
+            # R^-1, so U = R^-1: one factorization and one triangular inverse instead of two factorizations and a
+            # full inverse.
             flipped = order.flip(0)
             lower, info = torch.linalg.cholesky_ex(matrix[flipped[:, None], flipped])
             if int(info) != 0:
@@ -152,9 +156,11 @@ class Hessian:
         return self._factors[key]
 
     def target(self, weight: torch.Tensor, damping: float) -> torch.Tensor:
-        """The weight that best reproduces the unquantized output from quantized inputs; ``weight`` itself without references.
+        """The weight that best reproduces the unquantized output from quantized inputs; ``weight`` itself without
+        references.
 
-        W* = W + W (C - H) (H + damping)^-1 with C = X_ref^T X: the minimum of ||W X_ref - W* X||^2, pulled towards W by the damping.
+        W* = W + W (C - H) (H + damping)^-1 with C = X_ref^T X: the minimum of ||W X_ref - W* X||^2, pulled towards W
+        by the damping.
         """
         if self._cross is None:
             return weight

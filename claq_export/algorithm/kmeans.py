@@ -1,19 +1,25 @@
 """One-dimensional k-means with exact sums: one sort, prefix sums, and a binary search of the borders a step.
 
-A cluster of sorted values is an interval, so its sum is a difference of two prefix sums and a Lloyd step costs ``k - 1`` binary
-searches, whatever the number of values; no distance matrix is ever formed. Three methods share that machinery:
+A cluster of sorted values is an interval, so its sum is a difference of two prefix sums and a Lloyd step costs ``k -
+1`` binary searches, whatever the number of values; no distance matrix is ever formed. Three methods share that
+machinery:
 
-- ``"lloyd"``: Lloyd from a companded start (centroids at the quantiles of density^(1/3), the optimum of Panter and Dite 1951 for many centroids).
-- ``"coarse"``: the optimal partition over 64 companded candidate borders by dynamic programming, then Lloyd. On weight columns it lies
-  within 0.1 / 0.2 / 0.5 % of the optimum at 2 / 3 / 4 bits (benchmarks/kmeans.py), at a tenth of the optimum's price.
-- ``"optimal"``: the global optimum by dynamic programming with divide and conquer (Wang and Song 2011; Groenlund et al. 2017).
+- ``"lloyd"``: Lloyd from a companded start (centroids at the quantiles of density^(1/3), the optimum of Panter and
+  Dite 1951 for many centroids).
+- ``"coarse"``: the optimal partition over 64 companded candidate borders by dynamic programming, then Lloyd. On
+  weight columns it lies within 0.1 / 0.2 / 0.5 % of the optimum at 2 / 3 / 4 bits (benchmarks/kmeans.py), at a tenth
+  of the optimum's price.
+- ``"optimal"``: the global optimum by dynamic programming with divide and conquer (Wang and Song 2011; Groenlund et
+  al. 2017).
 
-The paper's section 3.2 calls for k-means of each column; its code runs a general library with a random start (claq.md, 1.3).
+The paper's section 3.2 calls for k-means of each column; its code runs a general library with a random start
+(claq.md, 1.3).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -29,8 +35,12 @@ Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 _CANDIDATES = 64
-# Panter-Dite: the best density of centroids goes with the cube root of the density of values. A gap between neighbouring order
-# statistics goes with 1/density, so raising it to 2/3 and summing gives the companding function.
+_SAMPLES = 384
+_TAIL = 48
+# Lloyd ends when no centroid moves by more than this share of the range of values: a thirtieth of what int8 resolves.
+_TOLERANCE = 2e-4
+# Panter-Dite: the best density of centroids goes with the cube root of the density of values. A gap between
+# neighbouring order statistics goes with 1/density, so raising it to 2/3 and summing gives the companding function.
 _COMPANDING = 2.0 / 3.0
 
 
@@ -51,10 +61,19 @@ class Clusters:
     iterations: int
 
 
+@lru_cache(maxsize=64)
+def _counts(n: int) -> Float64:
+    """0, 1, ..., n: the mass below each border when every value counts once."""
+    counts = np.arange(n + 1, dtype=np.float64)
+    counts.flags.writeable = False
+    return counts
+
+
 class SortedValues:
     """Sorted values with the prefix sums that every method here works on.
 
-    ``values`` ascending float64 ``[n]``; ``mass[i]`` the weight, ``moment[i]`` the weighted sum of the first ``i`` values.
+    ``values`` ascending float64 ``[n]``; ``mass[i]`` the weight, ``moment[i]`` the weighted sum of the first ``i``
+    values.
     """
 
     __slots__ = ("mass", "moment", "values", "weights")
@@ -65,8 +84,8 @@ class SortedValues:
         self.weights = weights
         self.moment = np.zeros(n + 1)
         if weights is None:
-            self.mass: Float64 = np.arange(n + 1, dtype=np.float64)
-            np.cumsum(values, out=self.moment[1:])
+            self.mass = _counts(n)
+            np.add.accumulate(values, out=self.moment[1:])
         else:
             self.mass = np.zeros(n + 1)
             np.cumsum(weights, out=self.mass[1:])
@@ -89,55 +108,68 @@ def _means(data: SortedValues, borders: Int64) -> Float64:
     return np.where(mass > 0, np.diff(data.moment[borders]) / np.where(mass > 0, mass, 1.0), middle)
 
 
-def _companded(data: SortedValues) -> Float64:
-    """Companding function at each value: rises from 0, steps by gap^(2/3), flat over equal values."""
-    curve = np.zeros(len(data.values))
-    np.cumsum(np.diff(data.values) ** _COMPANDING, out=curve[1:])
-    return curve
+@lru_cache(maxsize=64)
+def _sample(n: int) -> tuple[Int64, Float64]:
+    """Order statistics that describe the density of ``n`` sorted values: all at the ends, every so many in between.
+
+    Returns their indices and the cube root of how many values each gap stands for.
+    """
+    stride = max(1, n // _SAMPLES)
+    tail = min(n, _TAIL)
+    index = np.unique(np.concatenate([np.arange(tail), np.arange(tail, n, stride), np.arange(n - tail, n)]))
+    return index, np.cbrt(np.diff(index).astype(np.float64))
+
+
+def _companded(data: SortedValues) -> tuple[Int64, Float64]:
+    """Companding function at a sample of the values: their indices, and a curve that rises from 0 and is flat over
+    equal values."""
+    index, share = _sample(len(data.values))
+    curve = np.zeros(len(index))
+    np.cumsum(np.diff(data.values[index]) ** _COMPANDING * share, out=curve[1:])
+    return index, curve
 
 
 def _companded_start(data: SortedValues, k: int) -> Float64:
-    curve = _companded(data)
-    return cast(Float64, np.interp((np.arange(k) + 0.5) * (curve[-1] / k), curve, data.values))
+    index, curve = _companded(data)
+    return cast(Float64, np.interp((np.arange(k) + 0.5) * (curve[-1] / k), curve, data.values[index]))
 
 
 def _coarse_start(data: SortedValues, k: int) -> Float64 | None:
     """Optimal centroids when borders may stand at the companded candidates only; None if those are fewer than k + 1."""
-    n = len(data.values)
-    curve = _companded(data)
+    index, curve = _companded(data)
     candidates = max(_CANDIDATES, 4 * k)
-    cuts = curve.searchsorted(np.linspace(0.0, curve[-1], candidates + 1))
-    cuts[0], cuts[-1] = 0, n
-    cuts = np.unique(cuts)
+    cuts = index[curve.searchsorted(np.linspace(0.0, curve[-1], candidates + 1))]
+    cuts[0], cuts[-1] = 0, len(data.values)
+    cuts = cuts[np.concatenate([[True], cuts[1:] > cuts[:-1]])]
     m = len(cuts)
     if m < k + 1:
         return None
     moment, mass = data.moment[cuts], data.mass[cuts]
-    # gain[j, i]: what the cluster between cuts i < j takes off the sum of squares; the best partition has the largest sum of gains.
+    # gain[j, i]: what the cluster between cuts i < j takes off the sum of squares; the best partition has the largest
+    # sum of gains. Only the best sums are kept on the way; which border gave them is found again on the way back.
     with np.errstate(divide="ignore", invalid="ignore"):
-        gain = (moment[:, None] - moment) ** 2 / (mass[:, None] - mass)
-    gain[np.triu_indices(m)] = -np.inf
-    best = gain[:, 0]
-    rows = np.arange(m)
-    choices = []
-    for _ in range(k - 1):
-        total = gain + best
-        choice = total.argmax(axis=1)
-        best = total[rows, choice]
-        choices.append(choice)
+        gain = np.square(moment[:, None] - moment) / (mass[:, None] - mass)
+    gain[_upper_triangle(m)] = -np.inf
+    layers = [gain[:, 0]]
+    for _ in range(k - 2):
+        layers.append((gain + layers[-1]).max(axis=1))
     chosen = np.empty(k + 1, dtype=np.int64)
-    chosen[k] = m - 1
+    chosen[0], chosen[k] = 0, m - 1
     for level in range(k - 1, 0, -1):
-        chosen[level] = choices[level - 1][chosen[level + 1]]
-    chosen[0] = 0
+        chosen[level] = (gain[chosen[level + 1]] + layers[level - 1]).argmax()
     return _means(data, cuts[chosen])
+
+
+@lru_cache(maxsize=64)
+def _upper_triangle(size: int) -> npt.NDArray[np.bool_]:
+    return np.triu(np.ones((size, size), dtype=bool))
 
 
 def optimal_borders(data: SortedValues, k: int) -> Int64:
     """Borders ``[k + 1]`` of the partition with the least error (dynamic programming, O(k n log n)).
 
-    The best last border never moves left as more values are taken in, so each layer is filled by divide and conquer; all
-    subproblems of one depth are evaluated together.
+    The best last border never moves left as more values are taken in, so each layer is filled by divide and conquer;
+    all subproblems of one depth are evaluated together.
     """
     n = len(data.values)
     moment, mass = data.moment, data.mass
@@ -192,22 +224,28 @@ def lloyd(data: SortedValues, centroids: Float64, max_iterations: int) -> tuple[
     k = len(centroids)
     borders = np.zeros(k + 1, dtype=np.int64)
     borders[k] = len(data.values)
-    values, moment, mass = data.values, data.moment, data.mass
+    inner, left, right = borders[1:k], borders[:-1], borders[1:]
+    find, mass, moment = data.values.searchsorted, data.mass, data.moment
+    middle = np.empty(k - 1)
+    near = _TOLERANCE * (data.values[-1] - data.values[0])
     seen, step = b"", 0
-    for step in range(max_iterations):  # noqa: B007 - the count is returned
-        borders[1:k] = values.searchsorted((centroids[1:] + centroids[:-1]) * 0.5)
+    for step in range(max_iterations):
+        np.add(centroids[1:], centroids[:-1], out=middle)
+        inner[:] = find(np.multiply(middle, 0.5, out=middle))
         state = borders.tobytes()
         if state == seen:
             break
         seen = state
-        inside = mass[borders]
-        inside = inside[1:] - inside[:-1]
-        sums = moment[borders]
+        inside = right - left if data.weights is None else np.diff(mass.take(borders))
+        sums = moment.take(borders)
         sums = sums[1:] - sums[:-1]
-        if inside.all():
-            centroids = sums / inside
+        if np.logical_and.reduce(inside):
+            moved = sums / inside
         else:
-            centroids = np.where(inside > 0, sums / np.where(inside > 0, inside, 1.0), centroids)
+            moved = np.where(inside > 0, sums / np.where(inside > 0, inside, 1.0), centroids)
+        if np.maximum.reduce(np.abs(moved - centroids)) < near:
+            return moved, borders, step + 1
+        centroids = moved
     return centroids, borders, step
 
 
@@ -227,11 +265,12 @@ def centroids_of(
         centroids, _, steps = lloyd(data, start, max_iterations)
         return centroids, steps
     values = data.values
-    if method != "optimal" and len(values) > 2 * k and values[0] < values[-1]:
-        first = _coarse_start(data, k) if method == "coarse" else _companded_start(data, k)
-        if first is not None:
-            centroids, _, steps = lloyd(data, first, max_iterations)
-            if len(values) > 64 * k or (np.diff(centroids) > 0).all():
+    if method != "optimal" and len(values) > 2 * k:
+        probe = values[_sample(len(values))[0]]
+        if np.count_nonzero(probe[1:] - probe[:-1]) > 2 * k:
+            first = _coarse_start(data, k) if method == "coarse" else _companded_start(data, k)
+            if first is not None:
+                centroids, _, steps = lloyd(data, first, max_iterations)
                 return centroids, steps
     distinct = np.unique(values)
     if len(distinct) <= k:
@@ -305,8 +344,8 @@ def sort_values(values: npt.NDArray[Any], weights: npt.NDArray[Any] | None = Non
 def cluster_columns(columns: torch.Tensor, k: int, *, max_iterations: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
     """Lloyd from the companded start for many columns at once, on the tensor's own device.
 
-    For work without a dependency between columns (profiles of the bit budget); at two orders of magnitude less overhead a column than
-    :func:`cluster` on small columns.
+    For work without a dependency between columns (profiles of the bit budget); at two orders of magnitude less
+    overhead a column than :func:`cluster` on small columns.
 
     Args:
         columns: float ``[C, n]``, n >= 1.
@@ -323,7 +362,11 @@ def cluster_columns(columns: torch.Tensor, k: int, *, max_iterations: int = 100)
     curve = torch.zeros_like(values)
     torch.cumsum(values.diff(dim=1) ** _COMPANDING, dim=1, out=curve[:, 1:])
     targets = (torch.arange(k, dtype=torch.float64, device=values.device) + 0.5) / k * curve[:, -1:]
-    centroids = values.gather(1, torch.searchsorted(curve, targets).clamp_(max=n - 1))
+    above = torch.searchsorted(curve, targets).clamp_(1 if n > 1 else 0, n - 1)
+    below = (above - 1).clamp_(min=0)
+    low, high = curve.gather(1, below), curve.gather(1, above)
+    share = ((targets - low) / (high - low).clamp(min=1e-300)).clamp_(0, 1)
+    centroids = torch.lerp(values.gather(1, below), values.gather(1, above), share)
     borders = torch.zeros(count, k + 1, dtype=torch.int64, device=values.device)
     borders[:, k] = n
     for _ in range(max_iterations):

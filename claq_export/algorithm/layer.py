@@ -48,10 +48,12 @@ class LayerResult:
 
     Attributes:
         layer: the stored form.
-        error: relative layer error tr(dW H dW^T) / tr(W H W^T) on the calibration data, without damping; with no Hessian ||dW||^2 / ||W||^2.
+        error: relative layer error tr(dW H dW^T) / tr(W H W^T) on the calibration data, without damping; with no
+            Hessian ||dW||^2 / ||W||^2.
         weight_mse: mean squared difference of the weights.
         true_bits, nominal_bits: a weight; see docs/format.md.
-        seconds: time by step: ``cholesky`` (0 if another layer paid for it), ``kmeans``, ``feedback``, ``descent``, ``total``.
+        seconds: time by step: ``cholesky`` (0 if another layer paid for it), ``kmeans``, ``feedback``, ``descent``,
+            ``total``.
     """
 
     layer: QuantizedLinear
@@ -71,7 +73,8 @@ def plan_columns(
         weight: float ``[N, K]``.
         hessian: for rankings that use it.
         settings: the switches.
-        counts: columns of each width of ``settings.mix()``, as :func:`precision.spread_counts` gives for a whole model; None: this layer for itself.
+        counts: columns of each width of ``settings.mix()``, as :func:`precision.spread_counts` gives for a whole
+            model; None: this layer for itself.
     """
     widths, shares = settings.mix()
     if counts is None:
@@ -95,8 +98,8 @@ def quantize_layer(
         hessian: of the layer's inputs; None, or one that saw no token: plain k-means of each column.
         settings: every switch.
         plan: widths and outliers of each column; None: :func:`plan_columns`.
-        row_importance: non-negative ``[N]``: what a squared error of each output counts (mean squared gradient of the loss, as in SqueezeLLM and
-            GuidedQuant), multiplied to the row weights of the k-means fits; None = 1.
+        row_importance: non-negative ``[N]``: what a squared error of each output counts (mean squared gradient of
+            the loss, as in SqueezeLLM and GuidedQuant), multiplied to the row weights of the k-means fits; None = 1.
 
     Raises:
         ModelError: a weight is not finite; names row and column.
@@ -149,7 +152,8 @@ def _quantize_rows(
     settings: LayerSettings,
     row_importance: torch.Tensor | None,
 ) -> tuple[torch.Tensor, QuantizedColumns, float]:
-    """The loop, then the sweeps, on the rows that are not all zero. Returns row scales ``[N]`` and the state of those rows."""
+    """The loop, then the sweeps, on the rows that are not all zero. Returns row scales ``[N]`` and the state of
+    those rows."""
     alive = torch.nonzero(scale).flatten()
     rows = wanted[alive]
     divisor = scale[alive].to(torch.float32)

@@ -1,7 +1,7 @@
 """Outlier Reservation: how many weights of each column are kept in float16, and which.
 
-Paper: section 3.4 and claq.md, 1.6. Corrected against the authors' code (claq.md, 1.8): the share is what is really kept (both sides
-together), ratios follow the true column, and reserved weights take no part in the codebook fit.
+Paper: section 3.4 and claq.md, 1.6. Corrected against the authors' code (claq.md, 1.8): the share is what is really
+kept (both sides together), ratios follow the true column, and reserved weights take no part in the codebook fit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def reserve_counts(
         settings: ``outliers`` and ``reservation`` with its parameters.
 
     Returns:
-        int64 ``[K]`` on the CPU, adding up to ``round(outliers * N * K)`` as far as no column exceeds half of its weights.
+        int64 ``[K]`` on the CPU, adding up to ``round(outliers * N * K)`` as far as no column exceeds half of its
+        weights.
     """
     N, K = weight.shape
     total = round(settings.outliers * N * K)
@@ -59,7 +60,8 @@ def split_reserved(ordered: npt.NDArray[Any], count: int, choice: str) -> tuple[
     Args:
         ordered: ascending ``[N]``.
         count: less than N.
-        choice: ``"sides"``: half each, an odd one from the end with the larger magnitude; ``"magnitude"``: the largest magnitudes.
+        choice: ``"sides"``: half each, an odd one from the end with the larger magnitude; ``"magnitude"``: the
+            largest magnitudes.
     """
     n = len(ordered)
     if choice == "sides":

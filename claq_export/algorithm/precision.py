@@ -16,10 +16,11 @@ from .settings import LayerSettings
 
 
 def outlier_order(weight: torch.Tensor, threshold: float) -> torch.Tensor:
-    """The paper's outlier order: how many weights of a column exceed ``threshold`` times the mean magnitude of the matrix.
+    """The paper's outlier order: how many weights of a column exceed ``threshold`` times the mean magnitude of the
+    matrix.
 
-    At the paper's threshold of 13 most columns count none; among equals the larger peak goes first, where the paper's code leaves
-    their order to an unstable sort.
+    At the paper's threshold of 13 most columns count none; among equals the larger peak goes first, where the
+    paper's code leaves their order to an unstable sort.
 
     Args:
         weight: float ``[N, K]``.
@@ -42,7 +43,8 @@ def saliency(weight: torch.Tensor, hessian: Hessian | None) -> torch.Tensor:
 
 
 def loss(weight: torch.Tensor, hessian: Hessian | None, damping: float, act_order: bool) -> torch.Tensor:
-    """``||w_j||^2 / U_jj^2``: saliency with what the error of column j costs once later columns have made up for it; float64 ``[K]``."""
+    """``||w_j||^2 / U_jj^2``: saliency with what the error of column j costs once later columns have made up for it;
+    float64 ``[K]``."""
     squares = weight.to(torch.float32).square().sum(dim=0, dtype=torch.float64)
     if hessian is None:
         return squares
@@ -62,7 +64,8 @@ def column_scores(weight: torch.Tensor, hessian: Hessian | None, settings: Layer
 
 
 def group_counts(columns: int, shares: Sequence[float], offset: Sequence[float] | None = None) -> tuple[int, ...]:
-    """How many of a layer's columns each width gets: whole blocks of 32 for all but one group, so that padding is minimal.
+    """How many of a layer's columns each width gets: whole blocks of 32 for all but one group, so that padding is
+    minimal.
 
     Args:
         columns: K.
@@ -70,7 +73,8 @@ def group_counts(columns: int, shares: Sequence[float], offset: Sequence[float] 
         offset: columns to add to each wish before rounding (what earlier layers fell short of); None = 0.
 
     Returns:
-        counts adding up to K; at most one is not a multiple of 32 (the part block, if K has one, goes to the group with the most columns).
+        counts adding up to K; at most one is not a multiple of 32 (the part block, if K has one, goes to the group
+        with the most columns).
     """
     wishes = [columns * share + (offset[i] if offset else 0.0) for i, share in enumerate(shares)]
     blocks = columns // BLOCK
@@ -90,7 +94,8 @@ def group_counts(columns: int, shares: Sequence[float], offset: Sequence[float] 
 def spread_counts(columns: Sequence[int], rows: Sequence[int], shares: Sequence[float]) -> list[tuple[int, ...]]:
     """:func:`group_counts` for all layers of a model, so that the mean width over all weights comes out as asked.
 
-    A layer with few columns cannot hit 2.1 bits by itself in groups of 32; what it misses (in weights) is passed on to the next.
+    A layer with few columns cannot hit 2.1 bits by itself in groups of 32; what it misses (in weights) is passed on
+    to the next.
 
     Args:
         columns, rows: K and N of each layer, in order.

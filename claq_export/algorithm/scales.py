@@ -1,4 +1,5 @@
-"""The two scales of the format: one float16 a row, divided out before clustering, and the column's float16 under its int8 codebook.
+"""The two scales of the format: one float16 a row, divided out before clustering, and the column's float16 under its
+int8 codebook.
 
 Error feedback must see what is stored, so every function here returns the rounded values.
 """
@@ -13,7 +14,8 @@ import torch
 
 _FLOAT16_MAX = 65504.0
 _FLOAT16_TINY = 2.0**-24
-# Outlier values are stored in units of the column scale as float16; stay clear of its end so that rounding cannot overflow.
+# Outlier values are stored in units of the column scale as float16; stay clear of its end so that rounding cannot
+# overflow.
 _OUTLIER_REACH = 60000.0
 _BALANCE_ROUNDS = 8
 

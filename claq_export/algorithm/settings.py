@@ -21,22 +21,28 @@ class LayerSettings:
     """How to quantize a layer.
 
     Attributes:
-        bits: nominal width, 2 to 4: the mean over columns. A whole number is one width; anything between mixes two (Adaptive Precision).
+        bits: nominal width, 2 to 4: the mean over columns. A whole number is one width; anything between mixes two
+            (Adaptive Precision).
         widths: the widths to mix, descending. None: 4 and 2 below 3 bits, 4 and 3 above (the paper's mixes).
-        shares: share of the columns for each of ``widths``; needed for three widths, and then ``bits`` is their mean (None: from ``bits``).
-        ranking: who gets the wide codes and, with "dynamic", the outliers: ``"outlier_order"`` (paper: how many weights of the column exceed
-            ``outlier_threshold`` times the mean magnitude), ``"saliency"`` (``||w_j||^2 H_jj``) or ``"loss"`` (``||w_j||^2 / [H^-1]_jj``).
+        shares: share of the columns for each of ``widths``; needed for three widths, and then ``bits`` is their mean
+            (None: from ``bits``).
+        ranking: who gets the wide codes and, with "dynamic", the outliers: ``"outlier_order"`` (paper: how many
+            weights of the column exceed ``outlier_threshold`` times the mean magnitude), ``"saliency"`` (``||w_j||^2
+            H_jj``) or ``"loss"`` (``||w_j||^2 / [H^-1]_jj``).
         outlier_threshold: S of the outlier order; the paper's code has 13.
         outliers: share of the weights kept in float16 (Outlier Reservation), 0 to 0.25.
-        reservation: ``"fixed"`` (same share in each column), ``"dynamic"`` (``dynamic_top`` of the columns get ``dynamic_ratio`` times
-            the share of the others) or ``"saliency"`` (columns get what of their weights is among the largest ``w^2 H_jj`` of the layer).
+        reservation: ``"fixed"`` (same share in each column), ``"dynamic"`` (``dynamic_top`` of the columns get
+            ``dynamic_ratio`` times the share of the others) or ``"saliency"`` (columns get what of their weights is
+            among the largest ``w^2 H_jj`` of the layer).
         dynamic_top, dynamic_ratio: the paper's 10 % and 0.014/0.004.
         outlier_choice: within a column ``"sides"`` (half from each end; paper) or ``"magnitude"``.
-        fit_outliers: let reserved weights take part in the k-means fit, as the paper's code does (a defect; for comparisons).
-        row_scale: what rows are divided by before clustering: ``"rms"``, ``"mean"`` (of magnitudes), ``"max"``, ``"balanced"`` (RMS after
-            columns were brought to unit RMS, iterated) or ``"none"`` (one number for all rows).
-        row_weights: ``"uniform"``: every normalised weight counts alike in a column's k-means; ``"energy"``: by its row's squared scale,
-            which is the layer's output error.
+        fit_outliers: let reserved weights take part in the k-means fit, as the paper's code does (a defect; for
+            comparisons).
+        row_scale: what rows are divided by before clustering: ``"rms"``, ``"mean"`` (of magnitudes), ``"max"``,
+            ``"balanced"`` (RMS after columns were brought to unit RMS, iterated) or ``"none"`` (one number for all
+            rows).
+        row_weights: ``"uniform"``: every normalised weight counts alike in a column's k-means; ``"energy"``: by its
+            row's squared scale, which is the layer's output error.
         kmeans: ``"lloyd"``, ``"coarse"`` or ``"optimal"``; see kmeans.py.
         kmeans_iterations: most Lloyd steps a column.
         damping: share of the mean diagonal added to the Hessian's diagonal.
