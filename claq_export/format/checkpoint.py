@@ -85,9 +85,9 @@ def save_checkpoint(
     Args:
         folder: an existing folder.
         layers: name -> quantized layer.
-        other_tensors: every unquantized tensor of the model by its ``state_dict()`` name, biases included. Names that
-            share one tensor (tied weights) are stored once. The stacked bias ``<layer>.bias`` of a stacked layer is
-            stored as the biases of its parts.
+        other_tensors: the model's tensors by their ``state_dict()`` names. Weights that the layers stand for are left
+            out; names that share one tensor (tied weights) are stored once; the bias ``<layer>.bias`` of a stacked
+            layer is stored as the biases of its parts.
         config: JSON values.
         parts: for stacked layers, the linears they stand for and their rows; see :class:`Checkpoint`.
         accuracy_level: of all layers.
@@ -103,7 +103,7 @@ def save_checkpoint(
     folder = Path(folder)
     checkpoint = Checkpoint(layers, other_tensors, config, parts or {}, dict.fromkeys(layers, accuracy_level))
     _check_parts(checkpoint, "the checkpoint")
-    stored, aliases = _store_once(_with_split_biases(checkpoint))
+    stored, aliases = _store_once(_unquantized(checkpoint))
     for name, layer in layers.items():
         for part, tensor in layer.tensors().items():
             key = f"{name}.{part}"
@@ -137,11 +137,15 @@ def save_checkpoint(
     return [folder / TENSORS_FILE, folder / CONFIG_FILE]
 
 
-def _with_split_biases(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The unquantized tensors, the bias of each stacked layer replaced by those of its parts."""
+def _unquantized(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The tensors without quantized weights, the bias of each stacked layer replaced by those of its parts."""
     tensors = dict(checkpoint.tensors)
     for name in checkpoint.layers:
         parts = checkpoint.parts_of(name)
+        for part, _ in parts:
+            # A layer is named after its module, or after the parameter itself where that is not called weight.
+            tensors.pop(f"{part}.weight", None)
+            tensors.pop(part, None)
         if len(parts) > 1 and (bias := tensors.pop(f"{name}.bias", None)) is not None:
             for (part, _), values in zip(parts, bias.split([rows for _, rows in parts]), strict=True):
                 tensors.setdefault(f"{part}.bias", values)
