@@ -97,7 +97,7 @@ def save_checkpoint(
         the two files, tensors first.
 
     Raises:
-        FormatError: two tensors have the same name, or parts do not add up to their layer.
+        FormatError: two tensors have the same name, parts do not add up to their layer, or config is not JSON.
         OutputError: the files cannot be written; nothing is left behind then.
     """
     folder = Path(folder)
@@ -126,13 +126,16 @@ def save_checkpoint(
         },
         "aliases": aliases,
     }
+    try:
+        content = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"config cannot be written as JSON: {error}") from error
     with StagedFiles(folder) as files:
         tensors_path = files.stage(TENSORS_FILE)
         try:
             save_file(stored, tensors_path, metadata={"format": "claq"})
         except SafetensorError as error:
             raise OutputError(f"cannot write {folder / TENSORS_FILE}: {error}") from error
-        content = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         files.stage(CONFIG_FILE).write_text(content, encoding="utf-8")
     return [folder / TENSORS_FILE, folder / CONFIG_FILE]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,7 @@ class StagedFiles:
 
     def __init__(self, folder: Path | str) -> None:
         self._folder = Path(folder)
-        self._staged: list[tuple[Path, Path]] = []
+        self._staged: list[tuple[Path, Path, int]] = []
 
     def __enter__(self) -> StagedFiles:
         if not self._folder.is_dir():
@@ -50,17 +51,14 @@ class StagedFiles:
         return self
 
     def stage(self, name: str) -> Path:
-        """Path of the temporary file that becomes ``name``; it exists and is empty.
-
-        It is made here, not by tempfile, so that it gets the permissions that the umask gives to any new file.
-        """
+        """Path of the temporary file that becomes ``name``; it exists and is empty."""
         target = self._folder / name
         if target.is_dir():
             raise OutputError(f"cannot write {target}: it is a folder")
         temporary = self._folder / f".{name}.{os.getpid()}.tmp"
         with _as_output_error(target):
             temporary.write_bytes(b"")
-        self._staged.append((temporary, target))
+        self._staged.append((temporary, target, temporary.stat().st_mode))
         return temporary
 
     def __exit__(
@@ -69,17 +67,19 @@ class StagedFiles:
         renamed = 0
         try:
             if kind is None:
-                for temporary, target in self._staged:
+                for temporary, target, mode in self._staged:
                     with _as_output_error(target):
+                        # Writers that make their own file (safetensors) let only its owner read it.
+                        temporary.chmod(stat.S_IMODE(mode))
                         _flush(temporary)
-                for temporary, target in self._staged:
+                for temporary, target, _ in self._staged:
                     with _as_output_error(target):
                         os.replace(temporary, target)
                     renamed += 1
                 with _as_output_error(self._folder):
                     _flush(self._folder, getattr(os, "O_DIRECTORY", 0))
         finally:
-            for temporary, _ in self._staged[renamed:]:
+            for temporary, _, _ in self._staged[renamed:]:
                 temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OutputError(f"cannot write into {self._folder}: {error.strerror or error}") from error
