@@ -139,16 +139,18 @@ def ClaqMatMul(
     weight = op.Mul(scaled, op.Cast(row_scale, to=_FLOAT))
 
     # Stored columns back to input features; padding columns land in rows from in_features on, which are cut off.
-    identity = op.Range(op.Constant(value_int=0), op.Squeeze(stored), op.Constant(value_int=1))
-    feature = op.Slice(op.Concat(op.Cast(order, to=_INT64), identity, axis=0), zero, stored, zero)
+    # An empty order stands for the identity; the Reshape refuses any other length but the right one.
+    implied = op.Mul(op.Cast(op.Equal(op.Shape(order), zero), to=_INT64), stored)
+    identity = op.Range(op.Constant(value_int=0), op.Squeeze(implied), op.Constant(value_int=1))
+    feature = op.Reshape(op.Concat(op.Cast(order, to=_INT64), identity, axis=0), stored)
     by_feature = op.ScatterND(
         op.ConstantOfShape(op.Concat(op.Add(stored, one), n, axis=0)), op.Unsqueeze(feature, one), weight
     )
     dense = op.Slice(by_feature, zero, k, zero)
 
     product = op.MatMul(op.Cast(x, to=_FLOAT), dense)
-    no_bias = op.ConstantOfShape(n)
-    offset = op.Slice(op.Concat(op.Cast(bias, to=_FLOAT), no_bias, axis=0), zero, n, zero)
+    no_bias = op.ConstantOfShape(op.Mul(op.Cast(op.Equal(op.Shape(bias), zero), to=_INT64), n))
+    offset = op.Reshape(op.Concat(op.Cast(bias, to=_FLOAT), no_bias, axis=0), n)
     return op.CastLike(op.Add(product, offset), x)
 
 
