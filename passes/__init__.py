@@ -1,4 +1,4 @@
-"""Graph passes: they find the linears of a captured graph, choose which to quantize, and put the quantized ones in place."""
+"""Graph passes: they find a captured graph's linears, choose which to quantize, and put the quantized ones in place."""
 
 from __future__ import annotations
 

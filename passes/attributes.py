@@ -74,12 +74,23 @@ def free_name(gm: nn.Module, target: str) -> str:
 
 def fetch(graph: fx.Graph, target: str) -> fx.Node:
     """The ``get_attr`` node of ``target``: the present one if it stands at the graph's head, else a new one there."""
-    first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
-    for node in graph.nodes:
-        if node is first:
+    first: fx.Node = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
+    head: fx.Node
+    for head in graph.nodes:
+        if head is first:
             break
-        if node.op == "get_attr" and node.target == target:
-            return node
+        if head.op == "get_attr" and head.target == target:
+            return head
     with graph.inserting_before(first):
-        # A node whose owner module does not exist as an attribute path yet would be warned about; callers register first.
         return graph.get_attr(target)
+
+
+def release(gm: fx.GraphModule, node: fx.Node, *also: str) -> None:
+    """Remove an unused ``get_attr`` node, with its attribute and those in ``also`` unless other nodes fetch them."""
+    if node.users:
+        return
+    gm.graph.erase_node(node)
+    fetched = {str(other.target) for other in gm.graph.nodes if other.op == "get_attr"}
+    for target in {str(node.target), *also} - fetched:
+        if has_attribute(gm, target):
+            delete_attribute(gm, target)

@@ -50,7 +50,7 @@ class PassResult:
 class Pass(abc.ABC):
     """A rewriting or an analysis of the graph with checked pre- and postconditions.
 
-    Calling a pass checks ``requires``, runs it, lints and recompiles the graph if it was modified, and checks ``ensures``.
+    Calling a pass checks ``requires``, runs it, lints and recompiles a modified graph, and checks ``ensures``.
     """
 
     name: ClassVar[str]

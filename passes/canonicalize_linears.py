@@ -1,7 +1,7 @@
 """Rewrites every spelling of a linear layer as ``aten.linear(x, weight [N, K], bias)``.
 
-A rule looks at one node and either rewrites it or returns the reason it does not; reasons of nodes that look like a linear
-layer are kept in ``PassContext.reasons`` and shown in the plan.
+A rule looks at one node and either rewrites it or returns the reason it does not; reasons of nodes that look like a
+linear layer are kept in ``PassContext.reasons`` and shown in the plan.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -33,7 +33,7 @@ class NoMatch:
 
 
 class CanonicalizeLinears(Pass):
-    """Finds ``linear``, ``addmm``, ``mm``, ``matmul``, ``bmm``, ``einsum`` with a constant matrix, and biases added after."""
+    """Finds ``addmm``, ``mm``, ``matmul``, ``bmm``, ``einsum`` with a constant matrix, and biases added after."""
 
     name = "canonicalize_linears"
     doc = "Rewrites addmm, mm, matmul, bmm and einsum with a constant matrix as aten.linear, and folds biases in."
@@ -57,7 +57,7 @@ class CanonicalizeLinears(Pass):
                 modified = True
                 notes.append(f"{name} ({kind}) -> {outcome.name} {weight_origin(outcome)[0]}")
         for node in list(gm.graph.nodes):
-            if node.op == "call_function" and node.target is _aten.add.Tensor:
+            if node.op == "call_function" and node.target in (_aten.add.Tensor, _aten.add_.Tensor):
                 fused = rewriter.fold_added_bias(node)
                 if fused is not None:
                     modified = True
@@ -90,8 +90,14 @@ def weight_origin(node: fx.Node) -> tuple[str, bool]:
     """Of a canonical linear: the weight's name in the state_dict, and whether it is stored there as ``[K, N]``."""
     weight = node.args[1]
     assert isinstance(weight, fx.Node)
-    name, transposed = weight.meta.get(WEIGHT_KEY, (str(weight.target), False))
-    return name, transposed
+    transposed: bool = weight.meta.get(WEIGHT_KEY, ("", False))[1]
+    return stored_name(weight), transposed
+
+
+def stored_name(fetched: fx.Node) -> str:
+    """The state_dict name behind a ``get_attr`` node: its target's, or that of the parameter it is a view of."""
+    name: str = fetched.meta.get(WEIGHT_KEY, (str(fetched.target), False))[0]
+    return name
 
 
 class _Rewriter:
@@ -100,30 +106,37 @@ class _Rewriter:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self.graph = gm.graph
+        self.transposed: dict[str, str] = {}
 
     def resolve(self, value: object) -> Constant | None:
         return resolve(self.gm, value)
 
+    def check_matrix(self, constant: Constant) -> NoMatch | None:
+        """Why a constant cannot be a weight, or None if it can: a stored matrix or its transpose, in floating point."""
+        tensor = constant.tensor
+        if tensor.dim() != 2:
+            return NoMatch(f"the constant {constant.target} has {tensor.dim()} dimensions, not 2")
+        if not tensor.is_floating_point():
+            return NoMatch(f"the constant {constant.target} is {tensor.dtype}, not floating point")
+        stored = get_attribute(self.gm, constant.target)
+        if stored.dim() != 2 or not (same_layout(stored, tensor) or same_layout(stored.t(), tensor)):
+            return NoMatch(f"the matrix is not {constant.target} as a whole but a part or a reshape of it")
+        return None
+
     def weight_node(self, constant: Constant) -> fx.Node:
-        """A ``get_attr`` node of a constant matrix."""
+        """A ``get_attr`` node of a matrix that passed :meth:`check_matrix`; a transpose is registered once."""
         stored = get_attribute(self.gm, constant.target)
         if same_layout(stored, constant.tensor):
             return fetch(self.graph, constant.target)
-        target = f"{constant.target}_view"
-        while True:
-            try:
-                present = get_attribute(self.gm, target)
-            except AttributeError:
-                break
-            if same_layout(present, constant.tensor):
-                return fetch(self.graph, target)
-            target = free_name(self.gm, target)
+        if constant.target in self.transposed:
+            return fetch(self.graph, self.transposed[constant.target])
+        target = free_name(self.gm, f"{constant.target}_transposed")
+        self.transposed[constant.target] = target
         view = constant.tensor.detach()
         is_parameter = isinstance(stored, torch.nn.Parameter)
         set_tensor(self.gm, target, torch.nn.Parameter(view, requires_grad=False) if is_parameter else view)
         node = fetch(self.graph, target)
-        transposed = stored.dim() == 2 and same_layout(stored.t(), constant.tensor)
-        node.meta[WEIGHT_KEY] = (constant.target, transposed)
+        node.meta[WEIGHT_KEY] = (constant.target, True)
         return node
 
     def replace(self, node: fx.Node, x: fx.Node, weight: Constant, bias: fx.Node | None) -> fx.Node:
@@ -174,21 +187,13 @@ class _Rewriter:
 Rule = Callable[[_Rewriter, fx.Node], "fx.Node | NoMatch"]
 
 
-def _matrix(constant: Constant) -> NoMatch | None:
-    if constant.tensor.dim() != 2:
-        return NoMatch(f"the constant {constant.target} has {constant.tensor.dim()} dimensions, not 2")
-    if not constant.tensor.is_floating_point():
-        return NoMatch(f"the constant {constant.target} is {constant.tensor.dtype}, not floating point")
-    return None
-
-
 def _rewrite_linear(rewriter: _Rewriter, node: fx.Node) -> fx.Node | NoMatch:
     """``aten.linear`` whose weight or bias is not a plain attribute, or is given by keyword."""
     named = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
     x, weight, bias = named["input"], rewriter.resolve(named["weight"]), named.get("bias")
     if weight is None:
         return NoMatch(_computed(named["weight"]))
-    wrong = _matrix(weight)
+    wrong = rewriter.check_matrix(weight)
     if wrong is not None:
         return wrong
     bias_node = None if bias is None else rewriter.bias_node(bias, weight.tensor.shape[0])
@@ -197,6 +202,7 @@ def _rewrite_linear(rewriter: _Rewriter, node: fx.Node) -> fx.Node | NoMatch:
     weight_node = rewriter.weight_node(weight)
     if is_canonical(node) and node.args[1:] == (weight_node, bias_node):
         return node
+    assert isinstance(x, fx.Node)
     return rewriter.replace(node, x, weight, bias_node)
 
 
@@ -211,14 +217,16 @@ def _rewrite_product(rewriter: _Rewriter, node: fx.Node) -> fx.Node | NoMatch:
         return NoMatch()
     if not isinstance(x, fx.Node) or rewriter.resolve(x) is not None:
         return NoMatch("both operands are constants")
-    wrong = _matrix(constant)
+    wrong = rewriter.check_matrix(constant)
     if wrong is not None:
         return wrong
+    if not _keeps_leading_axes(x, node):
+        return NoMatch(f"the product broadcasts over axes that only {constant.target} has")
     return rewriter.replace(node, x, Constant(constant.target, constant.tensor.t()), None)
 
 
 def _rewrite_addmm(rewriter: _Rewriter, node: fx.Node) -> fx.Node | NoMatch:
-    """``addmm(b, x, C)`` (transformers' Conv1D): views around it go too, where the shapes show that they only flatten."""
+    """``addmm(b, x, C)`` (transformers' Conv1D); views that only flatten go too, where the shapes prove it."""
     addend, x, other = node.args[:3]
     if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1 or len(node.args) > 3:
         return NoMatch("alpha or beta is not 1")
@@ -228,7 +236,7 @@ def _rewrite_addmm(rewriter: _Rewriter, node: fx.Node) -> fx.Node | NoMatch:
         return NoMatch(f"the constant {left.target} is the left operand" if left is not None else None)
     if not isinstance(x, fx.Node) or rewriter.resolve(x) is not None:
         return NoMatch("both operands are constants")
-    wrong = _matrix(constant)
+    wrong = rewriter.check_matrix(constant)
     if wrong is not None:
         return wrong
     bias = rewriter.bias_node(addend, constant.tensor.shape[1])
@@ -252,12 +260,12 @@ def _unflatten(rewriter: _Rewriter, linear: fx.Node) -> fx.Node:
     if restore.target not in _RESHAPES or not isinstance(x, fx.Node):
         return linear
     outer, inner = restore.meta.get("val"), x.meta.get("val")
-    product = linear.meta.get("val")
-    if not all(isinstance(value, torch.Tensor) for value in (outer, inner, product)):
+    product, flattened = linear.meta.get("val"), flat.meta.get("val")
+    if not (_is_tensor(outer) and _is_tensor(inner) and _is_tensor(product) and _is_tensor(flattened)):
         return linear
     if [str(size) for size in outer.shape] != [*(str(size) for size in inner.shape[:-1]), str(product.shape[-1])]:
         return linear
-    if str(inner.shape[-1]) != str(flat.meta["val"].shape[-1]):
+    if str(inner.shape[-1]) != str(flattened.shape[-1]):
         return linear
     linear.args = (x, *linear.args[1:])
     linear.meta = dict(restore.meta)
@@ -269,7 +277,7 @@ def _unflatten(rewriter: _Rewriter, linear: fx.Node) -> fx.Node:
 
 
 def _rewrite_einsum(rewriter: _Rewriter, node: fx.Node) -> fx.Node | NoMatch:
-    """``einsum("...k,nk->...n")`` of a value and a constant matrix, in either order of operands and of the matrix's axes."""
+    """``einsum("...k,nk->...n")`` with a constant matrix, in either order of operands and of the matrix's axes."""
     equation, operands = node.args[:2]
     if not isinstance(equation, str) or not isinstance(operands, (list, tuple)) or len(operands) != 2:
         return NoMatch()
@@ -280,7 +288,7 @@ def _rewrite_einsum(rewriter: _Rewriter, node: fx.Node) -> fx.Node | NoMatch:
     constant, x = constants[which], operands[1 - which]
     assert constant is not None
     assert isinstance(x, fx.Node)
-    wrong = _matrix(constant)
+    wrong = rewriter.check_matrix(constant)
     if wrong is not None:
         return wrong
     match = re.fullmatch(r"([a-zA-Z.]+),([a-zA-Z.]+)->([a-zA-Z.]+)", equation.replace(" ", ""))
@@ -295,6 +303,18 @@ def _rewrite_einsum(rewriter: _Rewriter, node: fx.Node) -> fx.Node | NoMatch:
         return NoMatch(f"einsum {equation!r} is not a product over the last axis")
     weight = constant.tensor if matrix == free + contracted else constant.tensor.t()
     return rewriter.replace(node, x, Constant(constant.target, weight), None)
+
+
+def _keeps_leading_axes(x: fx.Node, product: fx.Node) -> bool:
+    """Whether a product has the leading axes of ``x``, by the recorded shapes."""
+    before, after = x.meta.get("val"), product.meta.get("val")
+    if not _is_tensor(before) or not _is_tensor(after):
+        return False
+    return [str(size) for size in before.shape[:-1]] == [str(size) for size in after.shape[:-1]]
+
+
+def _is_tensor(value: object) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor)
 
 
 def _computed(value: object) -> str:

@@ -73,11 +73,11 @@ def resolve(gm: fx.GraphModule, value: object) -> Constant | None:
 
 
 def _unexpanded(source: Constant, value: fx.Node) -> Constant | None:
+    """The constant before an ``expand`` that only repeats leading axes, those of size 1 taken off."""
     sizes = value.args[1]
     assert isinstance(sizes, (list, tuple))
-    extra = len(sizes) - source.tensor.dim()
+    kept = list(sizes[len(sizes) - source.tensor.dim() :])
     tensor = source.tensor
-    kept = sizes[extra:]
     while tensor.dim() > 2 and tensor.shape[0] == 1:
         tensor, kept = tensor[0], kept[1:]
     if any(size not in (-1, have) for size, have in zip(kept, tensor.shape, strict=True)):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import operator
-import os
 
 import torch
 from torch import fx
 
-from .attributes import delete_attribute, fetch, free_name, get_attribute, set_tensor
+from .attributes import fetch, free_name, get_attribute, release, set_tensor
 from .base import ContractError, Pass, PassContext, PassResult
-from .canonicalize_linears import LINEAR, WEIGHT_KEY, is_canonical
+from .canonicalize_linears import LINEAR, WEIGHT_KEY, is_canonical, stored_name
 from .plan import LinearSite, Plan
 
 _aten = torch.ops.aten
@@ -19,7 +18,7 @@ _aten = torch.ops.aten
 class FuseSiblings(Pass):
     """Replaces planned sites that read one value by one stacked site, rows in graph order.
 
-    One activation pass and one operator call serve all of them at inference. Rows share the codebook of each column then.
+    One pass over the activation and one operator call serve all of them. Their rows share the codebook of each column.
     A site is stacked only if its weight is used once; biases are stacked, zeros standing for absent ones.
     """
 
@@ -30,11 +29,11 @@ class FuseSiblings(Pass):
         plan = context.plan
         if plan is None:
             raise ContractError("there is no plan; select_linears goes first")
-        groups: dict[tuple[fx.Node, torch.dtype], list[LinearSite]] = {}
+        groups: dict[tuple[fx.Node, torch.dtype, bool], list[LinearSite]] = {}
         notes: list[str] = []
         for site in plan.sites:
             if len(site.nodes) == 1:
-                groups.setdefault((site.inputs[0], site.dtype), []).append(site)
+                groups.setdefault((site.inputs[0], site.dtype, site.transposed), []).append(site)
             elif any(other is not site and set(other.inputs) & set(site.inputs) for other in plan.sites):
                 notes.append(f"{site.name} is not stacked: its weight is used {len(site.nodes)} times")
         modified = False
@@ -55,7 +54,11 @@ class FuseSiblings(Pass):
 
 def stacked_name(names: list[str]) -> str:
     """``a.b.q, a.b.k, a.b.v`` -> ``a.b.q+k+v``."""
-    common = os.path.commonprefix([name.split(".")[:-1] for name in names])
+    common: list[str] = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
     rest = ["_".join(name.split(".")[len(common) :]) for name in names]
     return ".".join([*common, "+".join(rest)])
 
@@ -98,9 +101,7 @@ def _stack(gm: fx.GraphModule, members: list[LinearSite]) -> LinearSite:
         node.replace_all_uses_with(piece)
         gm.graph.erase_node(node)
         for value in fetched:
-            if not value.users:
-                gm.graph.erase_node(value)
-                delete_attribute(gm, str(value.target))
+            release(gm, value, stored_name(value))
     return LinearSite(
         name=name,
         weight_name=f"{name}.weight",
@@ -109,6 +110,7 @@ def _stack(gm: fx.GraphModule, members: list[LinearSite]) -> LinearSite:
         out_features=sum(rows),
         dtype=members[0].dtype,
         parts=[part for site in members for part in site.parts],
+        transposed=members[0].transposed,
     )
 
 

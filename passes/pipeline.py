@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PassRecord:
-    """One line of the pipeline's log: a pass, whether it changed the graph, nodes before and after, seconds, its notes."""
+    """One line of the pipeline's log: a pass, whether it changed the graph, node counts, seconds, its notes."""
 
     name: str
     modified: bool

@@ -16,7 +16,7 @@ class LinearSite:
     """A weight to quantize and the ``aten.linear`` nodes that use it.
 
     Attributes:
-        name: qualified name of the layer: that of its module, or of the parameter itself if it is not called ``weight``.
+        name: qualified name of the layer: its module's, or the parameter's own if that is not called ``weight``.
         weight_name: the weight's name in the model's ``state_dict()`` (the first one, for a stacked site).
         nodes: every node that multiplies by this weight, in topological order.
         in_features, out_features: K and N.

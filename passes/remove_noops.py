@@ -1,4 +1,4 @@
-"""Removes operators that do nothing at inference: dropout, detach, casts to the dtype a value already has, full slices."""
+"""Removes operators that do nothing at inference: dropout, detach, casts to the same dtype, slices of everything."""
 
 from __future__ import annotations
 

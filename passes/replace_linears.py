@@ -9,8 +9,9 @@ from torch import fx
 
 from ..format.layer import TENSOR_NAMES, QuantizedLinear
 from ..kernels import ops
-from .attributes import delete_attribute, fetch, get_attribute, has_attribute, set_tensor
+from .attributes import fetch, get_attribute, has_attribute, release, set_tensor
 from .base import ContractError, Pass, PassContext, PassResult
+from .canonicalize_linears import stored_name
 from .plan import LinearSite
 
 NO_BIAS = "claq_no_bias"
@@ -59,12 +60,11 @@ class ReplaceLinears(Pass):
         device = site.weight(gm).device
         new: list[fx.Node] = []
         old_weights: list[fx.Node] = []
-        arguments = [(node, *node.args[:3]) for node in site.nodes]
-        for node, _, weight, _ in arguments:
+        for node in site.nodes:
+            x, weight, bias = node.args
             assert isinstance(weight, fx.Node)
             if weight not in old_weights:
                 old_weights.append(weight)
-        for node, x, _, bias in arguments:
             bias_node = bias if isinstance(bias, fx.Node) else _no_bias(gm, site.dtype, device)
             with gm.graph.inserting_before(node):
                 call = gm.graph.call_function(ops.linear, (x, *[bias_node] * (len(TENSOR_NAMES) + 1)))
@@ -73,7 +73,7 @@ class ReplaceLinears(Pass):
             gm.graph.erase_node(node)
             new.append(call)
         for weight in old_weights:
-            _drop_weight(gm, weight)
+            release(gm, weight, stored_name(weight))
         prefix = _buffer_prefix(gm, site.name)
         fetched = []
         for name, tensor in layer.tensors().items():
@@ -88,19 +88,6 @@ class ReplaceLinears(Pass):
         for node in gm.graph.nodes:
             if node.op == "get_attr" and not has_attribute(gm, str(node.target)):
                 raise ContractError(f"{node.name} fetches {node.target}, which is gone")
-
-
-def _drop_weight(gm: fx.GraphModule, weight: fx.Node) -> None:
-    """Remove a weight that nothing uses; a view registered for it shares its memory, so the parameter behind goes too."""
-    if weight.users:
-        return
-    storage = get_attribute(gm, str(weight.target)).untyped_storage().data_ptr()
-    gm.graph.erase_node(weight)
-    used = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
-    tensors = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
-    for name, tensor in tensors:
-        if name not in used and tensor.untyped_storage().data_ptr() == storage:
-            delete_attribute(gm, name)
 
 
 def _buffer_prefix(gm: fx.GraphModule, name: str) -> str:

@@ -12,7 +12,7 @@ from ..algorithm.accounting import predict
 from ..errors import ConfigError
 from .attributes import get_attribute
 from .base import Pass, PassContext, PassResult
-from .canonicalize_linears import is_canonical, weight_origin
+from .canonicalize_linears import LINEAR, is_canonical, weight_origin
 from .constants import resolve
 from .plan import LinearSite, Plan, PlanRow, Skipped
 
@@ -54,19 +54,20 @@ _HEAD_TASKS = {
 
 def four_bit_bytes(out_features: int, in_features: int) -> int:
     """Bytes of a layer with all columns at 4 bits and no reserved weights."""
-    return predict(out_features, in_features, (in_features, 0, 0)).nbytes
+    nbytes: int = predict(out_features, in_features, (in_features, 0, 0)).nbytes
+    return nbytes
 
 
 class SelectLinears(Pass):
     """Puts a :class:`Plan` into the context; the graph stays as it is.
 
-    A weight is left alone by default when quantizing it would save less than half of its bytes, when an embedding uses it
-    too (its table stays, so the file would grow), or when it is the output head of the model's task.
+    A weight is left alone by default when quantizing it would save less than half of its bytes, when an embedding uses
+    it too (its table stays, so the file would grow), or when it is the output head of the model's task.
 
     Args:
         include: glob patterns over layer names; empty: all. A layer named here is quantized even if it is a head.
-        exclude: glob patterns over layer names; wins over ``include``. A pattern also matches everything below the module
-            it names.
+        exclude: glob patterns over layer names; wins over ``include``. A pattern also matches everything below the
+            module it names.
         predicted_bytes: ``(N, K)`` -> bytes of the quantized layer; default: 4 bits a weight.
         largest_share: a layer is quantized if its predicted bytes are at most this share of its present ones.
     """
@@ -89,11 +90,13 @@ class SelectLinears(Pass):
     def run(self, gm: fx.GraphModule, context: PassContext) -> PassResult:
         uses = _weight_uses(gm)
         heads = _heads(gm, context.task)
-        candidates = _candidates(gm)
+        candidates, both_ways = _candidates(gm)
         self._check_patterns([site.name for site in candidates.values()])
         plan = Plan(predict=self._predicted_bytes)
         for storage, site in candidates.items():
             reason = self._reason(site, uses.get(storage, []), heads)
+            if storage in both_ways:
+                reason = "its weight is used both as it is and transposed"
             if reason is None:
                 plan.sites.append(site)
             else:
@@ -104,9 +107,10 @@ class SelectLinears(Pass):
         return PassResult(gm, False, (f"{len(plan.sites)} linears to quantize", *notes))
 
     def _reason(self, site: LinearSite, users: Sequence[fx.Node], heads: dict[fx.Node, str]) -> str | None:
-        if _matches(site, self._exclude):
-            return "excluded"
-        named = _matches(site, self._include)
+        excluded = next((pattern for pattern in self._exclude if _match(site.name, pattern)), None)
+        if excluded is not None:
+            return f"excluded by the pattern {excluded!r}"
+        named = any(_match(site.name, pattern) for pattern in self._include)
         if self._include and not named:
             return "not among those included"
         if site.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -115,7 +119,7 @@ class SelectLinears(Pass):
             return "tied to the embedding, whose table stays as it is"
         head = next((heads[node] for node in site.nodes if node in heads), None)
         if head is not None and not named:
-            return f"{head}, left at full precision by default (--include names it to quantize it)"
+            return f"{head}, left at full precision by default (name it in include to quantize it)"
         predicted = self._predicted_bytes(site.out_features, site.in_features)
         if predicted > self._largest_share * site.dense_bytes:
             return f"too small to gain: {predicted} bytes quantized against {site.dense_bytes}"
@@ -135,13 +139,9 @@ def _match(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
-def _matches(site: LinearSite, patterns: Sequence[str]) -> bool:
-    return any(_match(site.name, pattern) for pattern in patterns)
-
-
 def _key(tensor: torch.Tensor) -> int:
-    """Tied weights and views of one parameter have the same key."""
-    return tensor.untyped_storage().data_ptr()
+    """Tied weights and a parameter and its transpose have the same key."""
+    return tensor.data_ptr()
 
 
 def layer_name(weight_name: str) -> str:
@@ -149,18 +149,19 @@ def layer_name(weight_name: str) -> str:
     return weight_name.removesuffix(".weight")
 
 
-def _candidates(gm: fx.GraphModule) -> dict[int, LinearSite]:
-    """One site for each weight used by canonical linears, by storage, in graph order."""
+def _candidates(gm: fx.GraphModule) -> tuple[dict[int, LinearSite], set[int]]:
+    """One site for each weight used by canonical linears, by memory, in graph order; and those used in both layouts."""
     sites: dict[int, LinearSite] = {}
+    both_ways: set[int] = set()
     for node in gm.graph.nodes:
         if not is_canonical(node):
             continue
         weight = get_attribute(gm, str(node.args[1].target))
         key = _key(weight)
-        if key in sites and (sites[key].out_features, sites[key].in_features) == tuple(weight.shape):
-            sites[key].nodes.append(node)
-            continue
         if key in sites:
+            sites[key].nodes.append(node)
+            if get_attribute(gm, sites[key].weight_target).stride() != weight.stride():
+                both_ways.add(key)
             continue
         name, transposed = weight_origin(node)
         layer = layer_name(name)
@@ -175,7 +176,7 @@ def _candidates(gm: fx.GraphModule) -> dict[int, LinearSite]:
             parts=[(layer, out_features)],
             transposed=transposed,
         )
-    return sites
+    return sites, both_ways
 
 
 def _weight_uses(gm: fx.GraphModule) -> dict[int, list[fx.Node]]:
@@ -241,4 +242,6 @@ def _use(users: Sequence[fx.Node], context: PassContext) -> str:
         return "embedding table"
     if targets & _CONVOLUTIONS:
         return "convolution"
+    if LINEAR in targets:
+        return "a value that linears read, not a weight of theirs"
     return "not used by a linear layer but by " + ", ".join(sorted(str(target) for target in targets))

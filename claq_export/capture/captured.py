@@ -78,14 +78,14 @@ class CapturedModel:
 
     @property
     def dynamic_shapes(self) -> dict[str, dict[int, str]]:
-        """What ``torch.onnx.export(graph_module, kwargs=example_inputs, dynamic_shapes=...)`` takes to keep the axes dynamic."""
+        """What ``torch.onnx.export(graph_module, kwargs=example_inputs, dynamic_shapes=...)`` takes."""
         return {name: dict(self.dynamic_axes.get(name, {})) for name in self.example_inputs}
 
     @property
     def export_shapes(self) -> dict[str, dict[int, Any]]:
         """What ``torch.export.export(graph_module, (), kwargs=example_inputs, dynamic_shapes=...)`` takes."""
         dim = torch.export.Dim.DYNAMIC
-        return {name: {axis: dim for axis in axes} for name, axes in self.dynamic_shapes.items()}
+        return {name: dict.fromkeys(axes, dim) for name, axes in self.dynamic_shapes.items()}
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Run the graph without gradients; always a tuple, in the order of ``output_names``."""
@@ -100,7 +100,7 @@ class CapturedModel:
 
         Args:
             tokens: int64 ``[batch, sequence]``, or one list of token ids a document (padded on the right here).
-            attention_mask: ``[batch, sequence]``, 1 for tokens and 0 for padding; default: no padding but that added here.
+            attention_mask: ``[batch, sequence]``, 1 for tokens and 0 for padding; default: all ones.
 
         Raises:
             ConfigError: the model does not read tokens, or reads an input that tokens do not determine.
@@ -114,7 +114,12 @@ def text_inputs(
     attention_mask: torch.Tensor | None = None,
     pad_token_id: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """The inputs ``names`` of a text model (``input_ids``, ``attention_mask``, ``token_type_ids``, ``position_ids``) for tokens.
+    """The inputs of a text model for tokens.
+
+    Args:
+        names: any of ``input_ids``, ``attention_mask``, ``token_type_ids``, ``position_ids``.
+        tokens, attention_mask: as :meth:`CapturedModel.inputs_from_tokens` takes them.
+        pad_token_id: what pads ragged lists.
 
     Raises:
         ConfigError: ``names`` has no ``input_ids``, or a name whose value tokens do not determine.

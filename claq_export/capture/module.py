@@ -78,8 +78,9 @@ def capture_module(
             example, names, task and source.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Tensors (also nested
             in lists, tuples and dicts) become inputs, everything else is held constant.
-        dynamic_shapes: argument name -> {axis: name} (or a tuple of such dicts, one an argument). A name is a string or
-            a ``torch.export.Dim``; it is an error when such an axis cannot be dynamic. None: every axis that can be dynamic is.
+        dynamic_shapes: argument name -> {axis: name} (or a tuple of such dicts, one an input tensor). A name is a
+            string or a ``torch.export.Dim``; it is an error when such an axis cannot be dynamic. None: every axis that
+            can be dynamic is.
         input_names: names of the input tensors, in order; default: those of forward's parameters.
         output_names: names of the output tensors, in order; default: the keys of the model's output.
 
@@ -155,12 +156,14 @@ def _silenced() -> Iterator[None]:
 
 
 def _split_arguments(model: nn.Module, example: Any, title: str) -> _Arguments:
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(example, torch.Tensor):
-        args, kwargs = (example,), {}
+        args = (example,)
     elif isinstance(example, Mapping):
-        args, kwargs = (), dict(example)
+        kwargs = dict(example)
     elif isinstance(example, (tuple, list)):
-        args, kwargs = tuple(example), {}
+        args = tuple(example)
     else:
         raise ConfigError(f"example inputs must be a tensor, a tuple or a dict, got {type(example).__name__}")
     signature = inspect.signature(model.forward)
@@ -177,17 +180,18 @@ def _split_arguments(model: nn.Module, example: Any, title: str) -> _Arguments:
         raise ConfigError(f"the example inputs of {title} hold no tensor")
     names = []
     for index in positions:
-        group, entry, *rest = paths[index]
-        label = labels[entry.idx] if group.idx == 0 else entry.key
-        names.append(re.sub(r"\W", "_", "_".join([str(label), *(_key_text(key) for key in rest)])))
+        group, entry, *rest = [_key(key) for key in paths[index]]
+        label = labels[int(entry)] if group == "0" else entry
+        names.append(re.sub(r"\W", "_", "_".join([label, *rest])))
     return _Arguments(leaves, spec, positions, names)
 
 
-def _key_text(key: Any) -> str:
+def _key(entry: Any) -> str:
+    """The dict key, list index or field name of one step of a pytree path, as text."""
     for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
 
 
 def _argument_labels(signature: inspect.Signature, bound: inspect.BoundArguments, positional: int) -> list[str]:
@@ -312,13 +316,13 @@ def _export(
         with _silenced():
             return torch.export.export(flat, tuple(arguments.tensors), dynamic_shapes=(tuple(shapes),), strict=False)
     except Exception as error:  # torch.export raises many unrelated types; each is reported as the reason
-        raise CaptureError(explain(error, title)) from error
+        raise CaptureError(explain(error, title, arguments.names)) from error
 
 
 def _dynamic_axes(
     exported: torch.export.ExportedProgram, arguments: _Arguments, requested: list[dict[int, Any]] | None
 ) -> dict[str, dict[int, str]]:
-    """Names of the axes that stayed symbolic: axis 0 is the batch, axis 1 of tokens and of ``[B, S, D]`` the sequence."""
+    """Names of the axes that stayed symbolic: axis 0 is the batch, axis 1 of tokens and of 3-D values the sequence."""
     by_name = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
     shapes = [by_name[name].meta["val"].shape for name in exported.graph_signature.user_inputs]
     of_symbol: dict[str, str] = {}
@@ -359,27 +363,40 @@ def _compare(
 ) -> None:
     """The graph must give the model's numbers on the example and at other sizes of the dynamic axes."""
     _compare_once(model, graph_module, arguments, arguments.tensors, title)
+    fixed = _axes_at_limit(exported, arguments, axes)
     grown = []
-    limits = {str(symbol): bound.upper for symbol, bound in exported.range_constraints.items()}
-    by_name = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
-    for name, tensor, user in zip(
-        arguments.names, arguments.tensors, exported.graph_signature.user_inputs, strict=True
-    ):
-        for axis in axes[name]:
-            symbol = str(by_name[user].meta["val"].shape[axis])
-            # An axis that is an expression of another one, or at its limit, is compared on the example only.
-            if symbol not in limits or limits[symbol] <= tensor.shape[axis]:
-                return
-            tensor = torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)
+    for name, tensor in zip(arguments.names, arguments.tensors, strict=True):
+        for axis, label in axes[name].items():
+            if label not in fixed:
+                tensor = torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)
         grown.append(tensor)
+    if all(new.shape == old.shape for new, old in zip(grown, arguments.tensors, strict=True)):
+        return
     args, kwargs = arguments.rebuild(grown)
     try:
         model(*args, **kwargs)
     except Exception as error:  # the model's own code may raise anything: these sizes are not valid for it
         _log.debug("%s is compared on the example only, it does not run at other sizes: %s", title, error)
         return
-    if any(axes.values()):
-        _compare_once(model, graph_module, arguments, grown, title)
+    _compare_once(model, graph_module, arguments, grown, title)
+
+
+def _axes_at_limit(
+    exported: torch.export.ExportedProgram, arguments: _Arguments, axes: dict[str, dict[int, str]]
+) -> set[str]:
+    """Names of axes that cannot grow by one: those at their limit, and those that are an expression of another axis."""
+    limits = {str(symbol): bound.upper for symbol, bound in exported.range_constraints.items()}
+    by_name = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    fixed = set()
+    for name, tensor, user in zip(
+        arguments.names, arguments.tensors, exported.graph_signature.user_inputs, strict=True
+    ):
+        shape = by_name[user].meta["val"].shape
+        for axis, label in axes[name].items():
+            symbol = str(shape[axis])
+            if symbol not in limits or limits[symbol] <= tensor.shape[axis]:
+                fixed.add(label)
+    return fixed
 
 
 def _compare_once(
@@ -398,19 +415,29 @@ def _compare_once(
         raise CaptureError(f"the graph of {title} does not run for {sizes}: {str(error).splitlines()[0]}") from error
     found = [result] if isinstance(result, torch.Tensor) else list(result)
     for want, have in zip(expected, found, strict=True):
-        if want.shape != have.shape or not torch.allclose(have, want, rtol=1e-3, atol=1e-4, equal_nan=True):
+        if not _agree(want, have):
             raise CaptureError(
                 f"the graph of {title} disagrees with the model for {sizes}: something that depends on sizes or values "
                 "was fixed while tracing; give the axes that must be dynamic with dynamic_shapes"
             )
 
 
+def _agree(want: torch.Tensor, have: torch.Tensor) -> bool:
+    if want.shape != have.shape or want.dtype != have.dtype:
+        return False
+    if not want.is_floating_point():
+        return torch.equal(want, have)
+    return torch.allclose(have, want, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """state_dict name -> the other names of the same tensor."""
     names: dict[int, list[str]] = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(tensor), []).append(name)
-    for name, tensor in model.named_buffers(remove_duplicate=False):
+    tensors: list[tuple[str, torch.Tensor]] = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in tensors:
         names.setdefault(id(tensor), []).append(name)
     groups = [group for group in names.values() if len(group) > 1]
     return {name: tuple(other for other in group if other != name) for group in groups for name in group}

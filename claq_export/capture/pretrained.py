@@ -1,4 +1,4 @@
-"""Loads Hugging Face models (folder or hub id) for a task, refusing whatever would leave weights random or not finite."""
+"""Loads Hugging Face models (folder or hub id) for a task; refuses what would leave weights random or not finite."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def load_pretrained(
         ``(model, tokenizer or None, task name)``; the model's ``source`` holds path and digest.
 
     Raises:
-        ModelError: the folder, a file, the architecture or the task is missing, damaged or unknown; a weight that the task
-            needs is not in the files or does not fit; a weight is NaN or infinite.
+        ModelError: the folder, a file, the architecture or the task is missing, damaged or unknown; a weight that the
+            task needs is not in the files or does not fit; a weight is NaN or infinite.
     """
     folder = _folder(path_or_id, trust_remote_code)
     settings = read_json(folder / "config.json")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 _TORCH = Path(torch.__file__).resolve().parent
 _OURS = Path(__file__).resolve().parents[1]
+_SIZE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
+_FIXED = re.compile(r"You marked (axis \d+ of \w+) as dynamic but your code specialized it to be a constant \((\d+)\)")
 _NOISE = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -33,20 +36,25 @@ def user_frame(error: BaseException) -> str | None:
     return None
 
 
-def explain(error: BaseException, model_name: str) -> str:
+def explain(error: BaseException, model_name: str, input_names: Sequence[str]) -> str:
     """Why ``model_name`` cannot be captured, in at most two lines, with the source line at fault when it is known."""
     where = user_frame(error)
     at = f" at {where}" if where else ""
     text = _NOISE.sub("", str(error)).strip()
+    text = _SIZE.sub(lambda match: f"axis {match[2]} of {input_names[int(match[1])]}", text)
     kind = type(error).__name__
     if "data-dependent" in text or "GuardOnDataDependent" in kind or "DataDependentOutput" in kind:
         return (
             f"cannot capture {model_name}: its control flow depends on tensor values{at}.\n"
             "Decide by shapes or settings instead, or use torch.where / torch.cond."
         )
+    fixed = _FIXED.search(text)
+    if fixed is not None:
+        return f"cannot capture {model_name}: {fixed[1]} cannot be dynamic, the model needs it to be {fixed[2]}{at}"
     if "Constraints violated" in text or "ConstraintViolation" in kind:
         details = [line.strip(" -") for line in text.splitlines() if line.strip().startswith("-")]
-        return f"cannot capture {model_name} with the dynamic axes asked for: {_first_sentence(details[0] if details else text)}"
+        reason = _first_sentence(details[0] if details else text)
+        return f"cannot capture {model_name} with the dynamic axes asked for: {reason}"
     if "DynamicOutputShape" in kind:
         return f"cannot capture {model_name}: the shape of a result depends on tensor values{at}"
     return f"cannot capture {model_name}: {_first_sentence(text) or kind}{' (' + kind + ')' if text else ''}{at}"

@@ -21,7 +21,7 @@ class Task:
         name: task name.
         auto_class: the transformers class that loads a model for it.
         output: the field of the model's output that is the result.
-        suffixes: endings of architecture names (``config.architectures``) that mean this task, beside the ``Model`` ending.
+        suffixes: endings of architecture names (``config.architectures``) that mean this task.
     """
 
     name: str
@@ -79,7 +79,7 @@ def infer_task(architectures: list[str] | None) -> Task:
     if architectures[0].endswith("Model"):
         return TASKS["feature-extraction"]
     raise ModelError(
-        f"architecture {architectures[0]} belongs to no task claq knows ({known}); choose one with --task if its weights fit"
+        f"architecture {architectures[0]} belongs to no task claq knows ({known}); choose one with --task if it fits"
     )
 
 
@@ -99,6 +99,7 @@ class TaskModel(nn.Module):
     def __init__(self, model: nn.Module, task: str, source: Source | None = None) -> None:
         super().__init__()
         self.model = model
+        self.config: Any = model.config
         self.task = task
         self.source = source
         self.input_names = _input_names(model, task)
@@ -116,25 +117,24 @@ class TaskModel(nn.Module):
     @property
     def pad_token_id(self) -> int:
         """The token that pads; 0 where the model names none."""
-        pad = getattr(self.model.config, "pad_token_id", None)
+        pad = getattr(self.config, "pad_token_id", None)
         return pad if isinstance(pad, int) and pad >= 0 else 0
 
     @property
     def max_sequence(self) -> int | None:
         """Most tokens a sequence may have, by the configuration."""
-        config = self.model.config
         for key in ("max_position_embeddings", "n_positions"):
-            limit = getattr(config, key, None)
+            limit = getattr(self.config, key, None)
             if isinstance(limit, int) and limit > 0:
                 # RoBERTa's table starts counting after the padding index.
-                offset = self.pad_token_id + 1 if "roberta" in config.model_type else 0
+                offset = self.pad_token_id + 1 if "roberta" in self.config.model_type else 0
                 return limit - offset
         return None
 
     def example_inputs(self, batch: int = 2, sequence: int = 8) -> dict[str, torch.Tensor]:
         """Inputs to trace with: fixed pseudo-random tokens, the last row padded."""
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, int(self.model.config.vocab_size), (batch, sequence), generator=generator)
+        tokens = torch.randint(0, int(self.config.vocab_size), (batch, sequence), generator=generator)
         mask = torch.ones(batch, sequence, dtype=torch.int64)
         mask[-1, sequence - sequence // 4 :] = 0
         tokens[mask == 0] = self.pad_token_id
@@ -143,7 +143,7 @@ class TaskModel(nn.Module):
 
 def _input_names(model: nn.Module, task: str) -> tuple[str, ...]:
     accepted = inspect.signature(model.forward).parameters
-    config = model.config
+    config: Any = model.config
     names = ["input_ids", "attention_mask"]
     if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0) > 1:
         names.append("token_type_ids")
