@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation of the Triton kernels for GPUs that need not be present."""
