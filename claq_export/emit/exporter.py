@@ -20,6 +20,7 @@ import torch
 
 import claq_export
 from claq_export.errors import CaptureError
+from claq_export.format.files import check_target
 
 from .function import DOMAIN, OPSET, claq_matmul_function
 from .translation import translation_table
@@ -84,6 +85,7 @@ def emit_onnx(
         OutputError: the files cannot be written; nothing is left behind then.
     """
     path = Path(path)
+    check_target(path)
     axes = {name: dict(dims or {}) for name, dims in (dynamic_shapes or {}).items()}
     with _quiet_exporter():
         program = _exported_program(model, example_inputs, axes)

@@ -29,6 +29,20 @@ def _flush(path: Path, flags: int = 0) -> None:
         os.close(descriptor)
 
 
+def check_target(path: Path) -> None:
+    """Say early, before hours of work, that ``path`` cannot be written.
+
+    Raises:
+        OutputError: its folder is missing or not writable, or it is a folder itself.
+    """
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: no such folder")
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {path}: the folder is not writable")
+
+
 class StagedFiles:
     """Files of one folder that appear together once all of them are complete.
 
@@ -53,8 +67,7 @@ class StagedFiles:
     def stage(self, name: str) -> Path:
         """Path of the temporary file that becomes ``name``; it exists and is empty."""
         target = self._folder / name
-        if target.is_dir():
-            raise OutputError(f"cannot write {target}: it is a folder")
+        check_target(target)
         temporary = self._folder / f".{name}.{os.getpid()}.tmp"
         with _as_output_error(target):
             temporary.write_bytes(b"")

@@ -265,6 +265,19 @@ def test_missing_folder(tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "nowhere", {}, {}, {})
 
 
+def test_folder_that_cannot_be_written() -> None:
+    # /proc refuses new files even to root, whom permissions do not stop.
+    with pytest.raises(OutputError, match=r"cannot write /proc/claq\.safetensors"):
+        save_checkpoint("/proc", {}, {}, {})
+
+
+def test_target_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).mkdir()
+    with pytest.raises(OutputError, match=r"claq\.json: it is a folder"):
+        save_checkpoint(tmp_path, {}, {}, {})
+    assert [path.name for path in tmp_path.iterdir()] == [CONFIG_FILE]
+
+
 def test_full_disk_leaves_the_old_files(saved: Path) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     # A limit on the size of files stops the writer in the middle, as a full disk does.
