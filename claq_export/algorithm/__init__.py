@@ -7,19 +7,27 @@ Nothing here knows of graphs, files or models; the calibration walk calls :func:
 from __future__ import annotations
 
 from .accounting import Bits, measure, predict
+from .budget import Budget, LayerProfile, profile_layer, solve
 from .hessian import Factor, Hessian
 from .layer import ColumnPlan, LayerResult, plan_columns, quantize_layer
+from .presets import PRESETS, preset_settings
 from .settings import LayerSettings
 
 __all__ = [
+    "PRESETS",
     "Bits",
+    "Budget",
     "ColumnPlan",
     "Factor",
     "Hessian",
+    "LayerProfile",
     "LayerResult",
     "LayerSettings",
     "measure",
     "plan_columns",
     "predict",
+    "preset_settings",
+    "profile_layer",
     "quantize_layer",
+    "solve",
 ]

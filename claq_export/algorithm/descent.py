@@ -21,7 +21,6 @@ def descend(
     target: torch.Tensor,
     hessian: torch.Tensor,
     order: list[int],
-    weights: npt.NDArray[np.float64],
     coder: ColumnCoder,
     block: int = 128,
 ) -> float:
@@ -32,12 +31,11 @@ def descend(
         target: float32 ``[K, N]``, what it should be (rows divided by their scales).
         hessian: float32 ``[K, K]``, damped.
         order: input features in the order to visit them.
-        weights: what a row's squared error counts (its squared scale), float64 ``[N]``.
-        coder: fits one column.
+        coder: fits one column; its row weights are those of the objective.
         block: columns between two products with the full error.
 
     Returns:
-        by how much the sweep lowered sum_n weights_n (E H E^T)_nn; never negative beyond rounding.
+        by how much the sweep lowered sum_n weights_n (E H E^T)_nn, E in units of the row scales; never negative.
     """
     gained = 0.0
     for start in range(0, len(order), block):
@@ -52,7 +50,7 @@ def descend(
             stiffness = inner[i, i]
             slope = pull[i] + inner[i, :i] @ change[:i] if i else pull[i]
             wanted = present[i] - slope / stiffness
-            before = float(weights @ np.square(present[i] - wanted, dtype=np.float64))
+            before = _distance(present[i], wanted, coder)
             best, after = None, before
             width = len(old.integers).bit_length() - 1
             table = old.integers.astype(np.float64) * np.float64(old.scale)
@@ -60,7 +58,7 @@ def descend(
                 coder.quantize(wanted, width, len(old.rows), start=table),
                 coder.recode(wanted, old.integers, old.scale, old.rows),
             ):
-                error = float(weights @ np.square(fresh.value - wanted, dtype=np.float64))
+                error = _distance(fresh.value, wanted, coder)
                 if error < after:
                     best, after = fresh, error
             if best is None:
@@ -71,6 +69,12 @@ def descend(
             state.columns[feature] = best
         state.value[index] = torch.from_numpy(present).to(target.device)
     return gained
+
+
+def _distance(value: npt.NDArray[np.float32], wanted: npt.NDArray[np.float32], coder: ColumnCoder) -> float:
+    """(Weighted) squared distance of two columns."""
+    squares = np.square(value - wanted, dtype=np.float64)
+    return float(squares.sum() if coder.weights is None else coder.weights @ squares)
 
 
 def refit_row_scale(

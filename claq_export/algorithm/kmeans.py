@@ -341,42 +341,69 @@ def sort_values(values: npt.NDArray[Any], weights: npt.NDArray[Any] | None = Non
     return SortedValues(values[order].astype(np.float64), weights[order].astype(np.float64))
 
 
-def cluster_columns(columns: torch.Tensor, k: int, *, max_iterations: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lloyd from the companded start for many columns at once, on the tensor's own device.
-
-    For work without a dependency between columns (profiles of the bit budget); at two orders of magnitude less
-    overhead a column than :func:`cluster` on small columns.
+class SortedColumns:
+    """Many columns sorted at once, on the tensor's own device, for work without a dependency between columns.
 
     Args:
         columns: float ``[C, n]``, n >= 1.
-        k: number of centroids.
-        max_iterations: most Lloyd steps; it ends as soon as no column changes.
-
-    Returns:
-        centroids float64 ``[C, k]`` ascending, and the summed squared distance float64 ``[C]``.
     """
-    values = columns.sort(dim=1).values.to(torch.float64)
-    count, n = values.shape
-    moment = torch.zeros(count, n + 1, dtype=torch.float64, device=values.device)
-    torch.cumsum(values, dim=1, out=moment[:, 1:])
-    curve = torch.zeros_like(values)
-    torch.cumsum(values.diff(dim=1) ** _COMPANDING, dim=1, out=curve[:, 1:])
-    targets = (torch.arange(k, dtype=torch.float64, device=values.device) + 0.5) / k * curve[:, -1:]
-    above = torch.searchsorted(curve, targets).clamp_(1 if n > 1 else 0, n - 1)
-    below = (above - 1).clamp_(min=0)
-    low, high = curve.gather(1, below), curve.gather(1, above)
-    share = ((targets - low) / (high - low).clamp(min=1e-300)).clamp_(0, 1)
-    centroids = torch.lerp(values.gather(1, below), values.gather(1, above), share)
-    borders = torch.zeros(count, k + 1, dtype=torch.int64, device=values.device)
-    borders[:, k] = n
-    for _ in range(max_iterations):
-        cuts = torch.searchsorted(values, (centroids[:, 1:] + centroids[:, :-1]) * 0.5)
-        if torch.equal(cuts, borders[:, 1:k]):
-            break
-        borders[:, 1:k] = cuts
-        inside = borders.diff(dim=1)
-        centroids = torch.where(inside > 0, moment.gather(1, borders).diff(dim=1) / inside.clamp(min=1), centroids)
-    inside = borders.diff(dim=1)
-    sums = moment.gather(1, borders).diff(dim=1)
-    error = (values * values).sum(dim=1) - (sums * sums / inside.clamp(min=1)).sum(dim=1)
-    return centroids, error.clamp(min=0)
+
+    def __init__(self, columns: torch.Tensor) -> None:
+        self.values = columns.sort(dim=1).values.to(torch.float64)
+        count, n = self.values.shape
+        self.moment, self.square = (self.values.new_zeros(count, n + 1) for _ in range(2))
+        torch.cumsum(self.values, dim=1, out=self.moment[:, 1:])
+        torch.cumsum(self.values * self.values, dim=1, out=self.square[:, 1:])
+        self.curve = torch.zeros_like(self.values)
+        torch.cumsum(self.values.diff(dim=1) ** _COMPANDING, dim=1, out=self.curve[:, 1:])
+
+    def without_extremes(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where each sorted column begins and ends once its ``count`` largest magnitudes are gone: two int64
+        ``[C]``."""
+        columns, n = self.values.shape
+        low = torch.zeros(columns, dtype=torch.int64, device=self.values.device)
+        if count:
+            ends = torch.cat([-self.values[:, :count], self.values[:, n - count :].flip(1)], dim=1)
+            largest = torch.argsort(ends, dim=1, descending=True, stable=True)[:, :count]
+            low = (largest < count).sum(dim=1)
+        return low, low + (n - count)
+
+    def fit(self, k: int, reserved: int = 0, max_iterations: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lloyd from the companded start.
+
+        Args:
+            k: number of centroids.
+            reserved: the largest magnitudes of each column that take no part; less than n.
+            max_iterations: most Lloyd steps; it ends as soon as no column changes.
+
+        Returns:
+            centroids float64 ``[C, k]`` ascending, and the summed squared distance float64 ``[C]``.
+        """
+        low, high = self.without_extremes(reserved)
+        first, last = low[:, None], high[:, None] - 1
+        bottom, top = self.curve.gather(1, first), self.curve.gather(1, last)
+        steps = (torch.arange(k, dtype=torch.float64, device=self.values.device) + 0.5) / k
+        targets = bottom + steps * (top - bottom)
+        above = torch.minimum(torch.maximum(torch.searchsorted(self.curve, targets), first), last)
+        below = torch.maximum(above - 1, first)
+        start, stop = self.curve.gather(1, below), self.curve.gather(1, above)
+        share = ((targets - start) / (stop - start).clamp(min=1e-300)).clamp_(0, 1)
+        centroids = torch.lerp(self.values.gather(1, below), self.values.gather(1, above), share)
+
+        borders = torch.empty(len(low), k + 1, dtype=torch.int64, device=low.device)
+        borders[:, 0], borders[:, k] = low, high
+        borders[:, 1:k] = -1
+        for _ in range(max_iterations):
+            cuts = torch.searchsorted(self.values, (centroids[:, 1:] + centroids[:, :-1]) * 0.5)
+            cuts = torch.minimum(torch.maximum(cuts, low[:, None]), high[:, None])
+            if torch.equal(cuts, borders[:, 1:k]):
+                break
+            borders[:, 1:k] = cuts
+            inside = borders.diff(dim=1)
+            centroids = torch.where(
+                inside > 0, self.moment.gather(1, borders).diff(dim=1) / inside.clamp(min=1), centroids
+            )
+        sums = self.moment.gather(1, borders).diff(dim=1)
+        squares = self.square.gather(1, borders[:, [0, k]]).diff(dim=1)[:, 0]
+        error = squares - (sums * sums / borders.diff(dim=1).clamp(min=1)).sum(dim=1)
+        return centroids, error.clamp(min=0)

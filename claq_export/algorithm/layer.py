@@ -158,14 +158,7 @@ def _quantize_rows(
     rows = wanted[alive]
     divisor = scale[alive].to(torch.float32)
     target = (rows / divisor[:, None]).T.contiguous()
-    energy = divisor.to(torch.float64).square()
-    if row_importance is not None:
-        energy = energy * row_importance.to(energy)[alive]
-    importance = None
-    if settings.row_weights == "energy":
-        importance = energy
-    elif row_importance is not None:
-        importance = row_importance.to(energy)[alive]
+    importance = _row_weights(divisor, alive, settings, row_importance)
     coder = ColumnCoder(settings, None if importance is None else importance.cpu().numpy())
     bits, reserve = plan.bits.tolist(), plan.reserve.clamp(max=max(0, len(alive) - 1)).tolist()
     if not len(alive):
@@ -177,18 +170,26 @@ def _quantize_rows(
         return scale, state, 0.0
     if settings.descent or settings.refit_row_scale:
         damped = hessian.damped(settings.damping).to(device=target.device, dtype=torch.float32)
-        fast = ColumnCoder(settings, coder.weights)
         for sweep in range(max(settings.descent, 1)):
             if sweep < settings.descent:
-                descend(state, target, damped, factor.order.tolist(), energy.cpu().numpy(), fast, settings.block)
+                descend(state, target, damped, factor.order.tolist(), coder, settings.block)
             if settings.refit_row_scale:
                 fresh = refit_row_scale(rows, state.value.T, scale[alive], damped)
                 scale = scale.clone()
                 scale[alive] = fresh
                 target = (rows / fresh.to(torch.float32)[:, None]).T.contiguous()
-                energy = energy * (fresh.to(torch.float64) / divisor.to(torch.float64)).square()
-                divisor = fresh.to(torch.float32)
     return scale, state, perf_counter() - began
+
+
+def _row_weights(
+    divisor: torch.Tensor, alive: torch.Tensor, settings: LayerSettings, row_importance: torch.Tensor | None
+) -> torch.Tensor | None:
+    """What a row's squared error counts in normalised units, float64; None = all alike."""
+    weights = divisor.to(torch.float64).square() if settings.row_weights == "energy" else None
+    if row_importance is None:
+        return weights
+    importance = row_importance.to(device=divisor.device, dtype=torch.float64)[alive]
+    return importance if weights is None else weights * importance
 
 
 def _store(state: QuantizedColumns, scale: torch.Tensor, plan: ColumnPlan) -> QuantizedLinear:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from claq_export.algorithm.kmeans import (
     METHODS,
+    SortedColumns,
     SortedValues,
     centroids_of,
     cluster,
-    cluster_columns,
     lloyd,
     nearest,
     sort_values,
@@ -164,11 +164,22 @@ def test_batched_columns_agree_with_single_ones() -> None:
     columns = torch.randn(7, 500, generator=generator) ** 3
     columns[3] = 2.0
     for k in (4, 16):
-        centroids, error = cluster_columns(columns, k)
+        centroids, error = SortedColumns(columns).fit(k)
         assert centroids.shape == (7, k)
         for row, total in zip(columns, error, strict=True):
             assert float(total) <= 1.1 * cluster(row, k, method="lloyd").error + 1e-6
     assert float(error[3]) == pytest.approx(0, abs=1e-9)
+
+
+def test_batched_columns_leave_out_their_largest_magnitudes() -> None:
+    columns = torch.randn(5, 300, generator=torch.Generator().manual_seed(4)) ** 3
+    batch = SortedColumns(columns)
+    _, error = batch.fit(4, reserved=7)
+    for row, total in zip(columns, error, strict=True):
+        keep = torch.ones(300, dtype=torch.bool)
+        keep[row.abs().topk(7).indices] = False
+        assert float(total) == pytest.approx(cluster(row, 4, method="lloyd", keep=keep).error, rel=0.1)
+        assert float(total) >= cluster(row, 4, method="optimal", keep=keep).error * (1 - 1e-9)
 
 
 def test_deterministic() -> None:

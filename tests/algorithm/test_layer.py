@@ -16,6 +16,7 @@ from claq_export.algorithm.gptq import quantize_columns
 from claq_export.algorithm.layer import ColumnPlan
 from claq_export.algorithm.scales import row_scales
 from claq_export.errors import ConfigError, ModelError
+from claq_export.format.layer import QuantizedLinear
 
 
 def problem(rows: int, columns: int, tokens: int = 400, seed: int = 0) -> tuple[torch.Tensor, Hessian]:
@@ -168,12 +169,14 @@ def test_error_is_measured_on_what_is_stored() -> None:
 def test_descent_lowers_the_error_monotonically(sweeps: int, row_weights: str) -> None:
     weight, hessian = problem(150, 96)
     base = LayerSettings(bits=3, outliers=0.01, row_weights=row_weights)
-    before = quantize_layer(weight, hessian, replace(base, descent=sweeps - 1)).layer.dequantize()
-    after = quantize_layer(weight, hessian, replace(base, descent=sweeps)).layer.dequantize()
+    before = quantize_layer(weight, hessian, replace(base, descent=sweeps - 1)).layer
+    after = quantize_layer(weight, hessian, replace(base, descent=sweeps)).layer
     damped = hessian.damped(base.damping)
 
-    def objective(decoded: torch.Tensor) -> float:
-        difference = (decoded - weight).double()
+    def objective(layer: QuantizedLinear) -> float:
+        difference = (layer.dequantize() - weight).double()
+        if row_weights == "uniform":
+            difference = difference / layer.row_scale.double()[:, None]
         return float(((difference @ damped) * difference).sum())
 
     assert objective(after) < objective(before)
