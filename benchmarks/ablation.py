@@ -180,8 +180,8 @@ def main() -> None:
         "",
         f"`python benchmarks/ablation.py` on {len(matrices)} (stacked) linear layers of "
         f"{args.model.resolve().parent.name}/{args.model.name}, "
-        f"{args.tokens} calibration tokens of {args.text.name}, token norms clipped to twice the median. Relative error "
-        "tr(dW H dW^T) / tr(W H W^T), geometric mean over layers, at the true bits of the format (means over layers). "
+        f"{args.tokens} calibration tokens of {args.text.name}, token norms clipped to twice the median. Relative "
+        "error tr(dW H dW^T) / tr(W H W^T), geometric mean over layers, at the true bits of the format (means over layers). "
         "'better' counts the layers whose error fell against the line before.",
     ]
     section, before = "", None

@@ -1,5 +1,4 @@
 """The bit budget lands where it should and beats fixed fractions; presets have the nominal bits of the paper."""
-bits."""
 
 from __future__ import annotations
 
