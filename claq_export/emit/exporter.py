@@ -71,6 +71,7 @@ def emit_onnx(
         model: a graph of aten operators and ``claq::linear`` (a ``GraphModule``, any module ``torch.export`` can
             capture, or an ``ExportedProgram``).
         example_inputs: input name to tensor, as keyword arguments of the forward; the names become the graph's inputs.
+            Dynamic axes must have a size of at least 2 here.
         path: the ``.onnx`` file; its folder must exist.
         dynamic_shapes: input name to ``{axis: name}``; a name is a string or a named ``torch.export.Dim``. Axes that
             are not listed are static. With an ``ExportedProgram`` it only names the axes.
@@ -137,7 +138,7 @@ def _exported_program(
         with torch.no_grad():
             return torch.export.export(model, (), kwargs=dict(example_inputs), dynamic_shapes=shapes)
     except Exception as error:
-        raise CaptureError(f"the quantized graph cannot be exported: {_first_line(error)}") from error
+        raise CaptureError(f"the quantized graph cannot be exported: {_reason(error)}") from error
 
 
 def _translate(program: torch.export.ExportedProgram) -> ir.Model:
@@ -152,17 +153,17 @@ def _translate(program: torch.export.ExportedProgram) -> ir.Model:
             verbose=False,
         )
     except Exception as error:
-        raise CaptureError(f"the quantized graph cannot be written as ONNX: {_first_line(error)}") from error
+        raise CaptureError(f"the quantized graph cannot be written as ONNX: {_reason(error)}") from error
     assert onnx_program is not None
     return onnx_program.model
 
 
-def _first_line(error: BaseException) -> str:
-    """The message of the innermost cause, without the exporter's multi-page report."""
+def _reason(error: BaseException) -> str:
+    """The start of the innermost cause's message, without the exporter's multi-page report."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:500] if lines else type(error).__name__
 
 
 def _tidy(model: ir.Model) -> None:

@@ -296,6 +296,16 @@ def test_an_operator_without_translation_is_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_axis_that_cannot_be_dynamic_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match=r"inputs\['x'\]\.shape\[0\]"):
+        emit_onnx(
+            ClaqLinear(random_layer(8, 4)),
+            {"x": torch.randn(1, 8)},
+            tmp_path / "m.onnx",
+            dynamic_shapes={"x": {0: "n"}},
+        )
+
+
 def test_wrong_number_of_output_names(tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match="the graph has 1 outputs, got 2 names: a, b"):
         emit_onnx(
