@@ -10,7 +10,7 @@ namespace {
 
 constexpr const Family* kBestFirst[] = {
 #if defined(__x86_64__)
-    &kAvx512Vnni,
+    &kAvx512Vnni, &kAvx512Bw,
 #endif
     &kPortable,
 };

@@ -14,8 +14,9 @@ namespace claq {
 namespace {
 
 constexpr int64_t kMostChunkRows = 256;
-constexpr int64_t kSumsElements = kMostChunkRows * kNarrowestTile;  // a task's tile of results
-constexpr int64_t kCachedSums = 6 * 1024;                           // the same, where there is a choice
+constexpr int64_t kCachedSums = 6 * 1024;  // a task's tile of results, where there is a choice
+// With outliers and many rows: the more outputs, the more often a tile of transposed activations is used once it is cached.
+constexpr int64_t kOutlierSums = 64 * 1024;
 constexpr int64_t kChunkElements = 1024 * 1024;  // rows of x are taken in chunks of at most this many activations
 constexpr double kTaskSeconds = 20e-6;           // less work than this is not worth a thread's wake-up
 constexpr int64_t kMostTasks = 256;
@@ -119,16 +120,17 @@ void transpose(const Call& call, const Host& host, Activations& activations) {
 // Results of output rows [n0, n1) for all rows of the chunk.
 void compute(const Call& call, const Activations& activations, const uint8_t* exact, int64_t n0, int64_t n1) {
   const LayerView& layer = call.layer;
-  Workspace workspace(static_cast<size_t>(kScratchBytes) + Workspace::bytes_for<float>(kSumsElements) +
+  Workspace workspace(static_cast<size_t>(kScratchBytes) + Workspace::bytes_for<float>(kOutlierSums) +
                       Workspace::bytes_for<float>(kLongestTile));
   void* scratch = workspace.take<char>(kScratchBytes);
-  float* sums = workspace.take<float>(kSumsElements);
+  float* sums = workspace.take<float>(kOutlierSums);
   float* finished = workspace.take<float>(kLongestTile);
   for (int64_t m0 = 0; m0 < activations.rows;) {
     int64_t m1 = m0 + 1;
     while (m1 < activations.rows && exact[m1] == exact[m0]) ++m1;
+    const int64_t wanted = layer.outlier_ptr && m1 - m0 > kTransposedRows ? kOutlierSums : kCachedSums;
     const int64_t tile =
-        std::clamp(kCachedSums / (m1 - m0) / kNarrowestTile * kNarrowestTile, kNarrowestTile, kLongestTile);
+        std::clamp(wanted / (m1 - m0) / kNarrowestTile * kNarrowestTile, kNarrowestTile, kLongestTile);
     for (int64_t t0 = n0; t0 < n1; t0 += tile) {
       const int64_t t1 = std::min(n1, t0 + tile);
       const auto kernel = exact[m0] ? call.family.sums_float : call.family.sums_int8;

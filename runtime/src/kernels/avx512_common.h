@@ -24,6 +24,21 @@ struct Constant {
   static constexpr int kValue = kNumber;
 };
 
+// Calls tile(Constant<left>) for 0 < left <= kMost, nothing for 0.
+template <int kMost, class Tile>
+inline void for_tail(int64_t left, const Tile& tile) {
+  if constexpr (kMost > 0) {
+    if (left == kMost) tile(Constant<kMost>{});
+    else for_tail<kMost - 1>(left, tile);
+  }
+}
+
+// Sixteen code words of one row of `codes`; lanes past the last output read as 0.
+template <bool kTail>
+inline __m512i load_words(const uint32_t* words, __mmask16 mask) {
+  return kTail ? _mm512_maskz_loadu_epi32(mask, words) : _mm512_loadu_si512(words);
+}
+
 // Zeroes the tile, rounded up to whole vectors.
 inline void clear_sums(int64_t rows, int64_t count, float* sums, int64_t stride) {
   for (int64_t m = 0; m < rows; ++m) {

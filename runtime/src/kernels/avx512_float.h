@@ -10,12 +10,6 @@
 namespace claq {
 namespace {
 
-// Sixteen code words of one row of `codes`; lanes past the last output read as 0.
-template <bool kTail>
-inline __m512i load_words(const uint32_t* words, __mmask16 mask) {
-  return kTail ? _mm512_maskz_loadu_epi32(mask, words) : _mm512_loadu_si512(words);
-}
-
 // The 16-lane index of column `column` of a block; lanes' bits above the width are undefined unless stated.
 template <int kWidth, int kColumn>
 inline __m512i column_index(const __m512i (&words)[kWidth]) {
@@ -190,16 +184,7 @@ inline void float_panel(const LayerView& layer, const Activations& activations, 
       m += kRows;
     };
     while (m1 - m >= 8) tile(Constant<8>{});
-    switch (m1 - m) {
-      case 7: tile(Constant<7>{}); break;
-      case 6: tile(Constant<6>{}); break;
-      case 5: tile(Constant<5>{}); break;
-      case 4: tile(Constant<4>{}); break;
-      case 3: tile(Constant<3>{}); break;
-      case 2: tile(Constant<2>{}); break;
-      case 1: tile(Constant<1>{}); break;
-      default: break;
-    }
+    for_tail<7>(m1 - m, tile);
   }
 }
 
