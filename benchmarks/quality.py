@@ -263,8 +263,8 @@ def markdown(rows: Sequence[dict[str, Any]], title: str, missing: Sequence[str])
     families = [f for f in dict.fromkeys(r["family"] for r in rows) if not f.startswith("claq (")]
     lines += [
         "",
-        "Rise of log-perplexity over the unquantized model, ours over theirs at the same true bits "
-        "(theirs interpolated log-linearly between the neighbouring points of their lower envelope; empty where they have none):",
+        "Rise of log-perplexity over the unquantized model, ours over theirs at the same true bits. Theirs is "
+        "interpolated log-linearly between the neighbouring points of their lower envelope; empty where they have none.",
         "",
     ]
     lines.append("| ours | true bits | " + " | ".join(families) + " |")
@@ -334,7 +334,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--calibration-windows", type=int, default=16)
-    parser.add_argument("--only", nargs="*", default=["*"], help="glob patterns over configuration names")
+    parser.add_argument("--only", nargs="*", default=["*"], help="glob patterns over configuration names, in order")
     parser.add_argument("--skip-claq", action="store_true", help="peers only")
     parser.add_argument("--ggml", help="path of libggml-base, for the K-quants")
     parser.add_argument(
@@ -349,7 +349,8 @@ def main() -> None:
     candidates = peers(library)
     if not arguments.skip_claq:
         candidates += paper() + ours()
-    candidates = [c for c in candidates if any(fnmatch.fnmatch(c.name, pattern) for pattern in arguments.only)]
+    chosen = [c for pattern in arguments.only for c in candidates if fnmatch.fnmatch(c.name, pattern)]
+    candidates = list({c.name: c for c in chosen}.values())
     if arguments.list:
         print("\n".join(f"{c.name:24} {c.label}" for c in candidates))
         return

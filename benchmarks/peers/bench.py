@@ -66,15 +66,11 @@ class Bench:
         self.groups = [g for n, b in enumerate(model.model.layers) for g in groups_of(b, n).values()]
         self.original = {group.name: group.stacked().clone() for group in self.groups}
         self.weights = sum(weight.numel() for weight in self.original.values())
+        self.reference = FinalStates(model, self.windows)
 
     def restore(self) -> None:
         for group in self.groups:
             group.assign(self.original[group.name])
-
-    @cached_property
-    def reference(self) -> FinalStates:
-        self.restore()
-        return FinalStates(self.model, self.windows)
 
     @cached_property
     def statistics(self) -> dict[str, Inputs]:
@@ -109,6 +105,7 @@ class Bench:
 
     def at_once(self, quantize: Callable[[Group, torch.Tensor], Quantized]) -> float:
         """Quantize every group from its original weight alone; returns all bits."""
+        self.restore()
         bits = 0.0
         for group in self.groups:
             result = quantize(group, self.original[group.name])

@@ -210,10 +210,11 @@ def open_model(
     if (path / "claq.safetensors").is_file():
         from ..modules import load
 
-        original = path if (path / "config.json").is_file() else reference
-        if original is None:
-            raise ConfigError(f"{str(path)!r} holds quantized weights only; name the original model with --reference")
-        return TorchModel(load(path, _pretrained(original, causal)))
+        if (path / "config.json").is_file():
+            return TorchModel(load(path, _untrained(path, causal)))
+        if reference is None:
+            raise ConfigError(f"{str(path)!r} has no config.json; name the original model with --reference")
+        return TorchModel(load(path, _pretrained(reference, causal)))
     return TorchModel(_pretrained(source, causal))
 
 
@@ -225,6 +226,14 @@ def _pretrained(source: str | Path, causal: bool) -> torch.nn.Module:
         return kind.from_pretrained(str(source), dtype=torch.float32).eval()
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load {str(source)!r} with transformers: {error}") from error
+
+
+def _untrained(folder: Path, causal: bool) -> torch.nn.Module:
+    """The architecture that a folder's ``config.json`` describes, without weights of its own."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(folder))
+    return (AutoModelForCausalLM if causal else AutoModel).from_config(config, dtype=torch.float32).eval()
 
 
 def open_tokenizer(*sources: str | Path | None) -> Any:
