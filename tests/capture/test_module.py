@@ -1,4 +1,4 @@
-"""Capturing modules given in Python: names, nesting, dynamic axes, agreement at other sizes, and modules that cannot be."""
+"""Capturing modules given in Python: names, nesting, dynamic axes, other sizes, and modules that cannot be captured."""
 
 from __future__ import annotations
 
@@ -214,7 +214,9 @@ class Broken(Branches):
 
 
 def test_data_dependent_control_flow_is_explained(capfd):
-    with pytest.raises(CaptureError, match=r"cannot capture Branches: its control flow depends on tensor values") as info:
+    with pytest.raises(
+        CaptureError, match=r"cannot capture Branches: its control flow depends on tensor values"
+    ) as info:
         capture_module(Branches(), torch.randn(3, 8))
     message = str(info.value)
     assert "if y.sum() > 0:" in message
@@ -226,7 +228,9 @@ def test_data_dependent_control_flow_is_explained(capfd):
 
 
 def test_unsupported_code_is_named():
-    with pytest.raises(CaptureError, match=r"cannot capture LeavesTorch: .*numpy.* at test_module.py:\d+: `return torch"):
+    with pytest.raises(
+        CaptureError, match=r"cannot capture LeavesTorch: .*numpy.* at test_module.py:\d+: `return torch"
+    ):
         capture_module(LeavesTorch(), torch.randn(3, 8))
 
 
@@ -278,7 +282,7 @@ def test_inputs_that_forward_does_not_take():
 
 
 def test_what_is_no_module():
-    with pytest.raises(ConfigError, match="must be a torch.nn.Module, got function"):
+    with pytest.raises(ConfigError, match=r"must be a torch\.nn\.Module, got function"):
         capture_module(lambda x: x, torch.randn(2))
 
 

@@ -1,0 +1,454 @@
+"""Hugging Face folders: tasks, inputs and outputs, agreement with transformers, and all ways to be damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from claq_export.capture import CapturedModel, TaskModel, capture_module, capture_pretrained, load_pretrained
+from claq_export.capture.tasks import canonical_task, infer_task
+from claq_export.errors import ModelError
+
+STORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "stories260k"
+
+
+@pytest.fixture(scope="module")
+def stories() -> CapturedModel:
+    if not (STORIES / "config.json").is_file():
+        pytest.skip("stories260K is not at hand (../shared/data/stories260k)")
+    return capture_pretrained(STORIES)
+
+
+@pytest.fixture(scope="module")
+def captured_minilm(minilm: Path) -> CapturedModel:
+    return capture_pretrained(minilm)
+
+
+def random_inputs(captured: CapturedModel, batch: int, length: int, vocabulary: int) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(length))
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    mask[-1, length - length // 3 :] = 0
+    return captured.inputs_from_tokens(tokens, mask)
+
+
+SIZES = [(1, 1), (1, 9), (2, 8), (5, 33)]
+
+
+def test_stories_gives_the_logits_of_transformers(stories):
+    assert stories.task == "text-generation"
+    assert stories.input_names == ("input_ids", "attention_mask", "position_ids")
+    assert stories.output_names == ("logits",)
+    assert stories.tokenizer is None
+    assert stories.max_sequence == 512
+    reference = transformers.AutoModelForCausalLM.from_pretrained(STORIES).eval()
+    for batch, length in SIZES:
+        inputs = random_inputs(stories, batch, length, 512)
+        with torch.no_grad():
+            expected = reference(**inputs, use_cache=False).logits
+        torch.testing.assert_close(stories.run(inputs)[0], expected, rtol=0, atol=1e-5)
+
+
+def test_minilm_gives_the_hidden_states_of_transformers(captured_minilm, minilm):
+    assert captured_minilm.task == "feature-extraction"
+    assert captured_minilm.input_names == ("input_ids", "attention_mask", "token_type_ids")
+    assert captured_minilm.output_names == ("last_hidden_state",)
+    assert captured_minilm.tokenizer is not None
+    assert len(captured_minilm.source.sha256) == 64
+    reference = transformers.AutoModel.from_pretrained(minilm).eval()
+    assert {n.target for n in captured_minilm.graph_module.graph.nodes if n.op == "get_attr"} <= set(
+        reference.state_dict()
+    ) | {"embeddings.token_type_ids", "embeddings.position_ids"}
+    for batch, length in SIZES:
+        inputs = random_inputs(captured_minilm, batch, length, 30000)
+        with torch.no_grad():
+            expected = reference(**inputs).last_hidden_state
+        torch.testing.assert_close(captured_minilm.run(inputs)[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:# The axis name")
+def test_emission_of_an_unmodified_capture_runs_at_other_sizes(tiny_llama, tmp_path):
+    """What the emission stage relies on: torch.onnx.export of the graph keeps both axes dynamic."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    captured = capture_pretrained(tiny_llama)
+    program = torch.onnx.export(
+        captured.graph_module,
+        kwargs=captured.example_inputs,
+        dynamo=True,
+        dynamic_shapes=captured.dynamic_shapes,
+        input_names=list(captured.input_names),
+        output_names=list(captured.output_names),
+        verbose=False,
+    )
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert [entry.shape for entry in session.get_inputs()] == [["batch", "sequence"]] * 3
+    for batch, length in SIZES:
+        inputs = random_inputs(captured, batch, length, 99)
+        found = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0]
+        torch.testing.assert_close(torch.from_numpy(found), captured.run(inputs)[0], rtol=0, atol=1e-4)
+
+
+def small(kind: str, **more: object) -> dict[str, object]:
+    return {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        **more,
+    }
+
+
+ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...]]] = {
+    "BertForMaskedLM": (
+        lambda: transformers.BertForMaskedLM(transformers.BertConfig(**small("bert"))),
+        "fill-mask",
+        ("input_ids", "attention_mask", "token_type_ids"),
+    ),
+    "RobertaForSequenceClassification": (
+        lambda: transformers.RobertaForSequenceClassification(
+            transformers.RobertaConfig(**small("roberta", type_vocab_size=1, pad_token_id=1))
+        ),
+        "text-classification",
+        ("input_ids", "attention_mask"),
+    ),
+    "T5EncoderModel": (
+        lambda: transformers.T5EncoderModel(
+            transformers.T5Config(vocab_size=99, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2)
+        ),
+        "feature-extraction",
+        ("input_ids", "attention_mask"),
+    ),
+    "OPTForCausalLM": (
+        lambda: transformers.OPTForCausalLM(transformers.OPTConfig(**small("opt", ffn_dim=48, word_embed_proj_dim=16))),
+        "text-generation",
+        ("input_ids", "attention_mask"),
+    ),
+    "GPT2LMHeadModel": (
+        lambda: transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=99, n_positions=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+            )
+        ),
+        "text-generation",
+        ("input_ids", "attention_mask", "position_ids"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architecture_from_its_folder(name, tmp_path):
+    make, task, inputs = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    original = make().eval()
+    original.save_pretrained(tmp_path)
+    model, tokenizer, found = load_pretrained(tmp_path)
+    assert (found, tokenizer, model.input_names) == (task, None, inputs)
+    captured = capture_module(model)
+    assert captured.dynamic_axes == {name: {0: "batch", 1: "sequence"} for name in inputs}
+    for batch, length in [(1, 1), (3, 17)]:
+        named = model.example_inputs(batch, length)
+        with torch.no_grad():
+            expected = model(*named.values())
+        assert torch.isfinite(expected).all()
+        torch.testing.assert_close(captured.run(named)[0], expected, rtol=0, atol=1e-6)
+
+
+def test_dtype(tiny_bert):
+    model, _, _ = load_pretrained(tiny_bert, dtype=torch.float16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+
+
+def test_task_forced_and_by_alias(tiny_llama):
+    model, _, task = load_pretrained(tiny_llama, task="causal-lm")
+    assert task == "text-generation"
+    assert model.output_names == ("logits",)
+    base, _, task = load_pretrained(tiny_llama, task="feature-extraction")
+    assert (task, base.output_names) == ("feature-extraction", ("last_hidden_state",))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task"),
+    [
+        ("BertModel", "feature-extraction"),
+        ("T5EncoderModel", "feature-extraction"),
+        ("BertForMaskedLM", "fill-mask"),
+        ("GPT2LMHeadModel", "text-generation"),
+        ("LlamaForCausalLM", "text-generation"),
+        ("DistilBertForSequenceClassification", "text-classification"),
+    ],
+)
+def test_task_of_architecture(architecture, task):
+    assert infer_task([architecture]).name == task
+
+
+def test_ragged_tokens_are_padded(tiny_bert):
+    captured = capture_module(TaskModel(transformers.AutoModel.from_pretrained(tiny_bert), "feature-extraction"))
+    inputs = captured.inputs_from_tokens([[5, 6, 7], [8]])
+    assert inputs["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    alone = captured.run(captured.inputs_from_tokens([[8]]))[0][0, 0]
+    torch.testing.assert_close(captured.run(inputs)[0][1, 0], alone, rtol=0, atol=1e-5)
+
+
+# --- folders that cannot be used
+
+
+@pytest.fixture
+def folder(tiny_bert: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.update(changes)
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}), encoding="utf-8")
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def shard(folder: Path) -> list[Path]:
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    files = []
+    weight_map = {}
+    for index, part in enumerate((names[::2], names[1::2]), 1):
+        path = folder / f"model-{index:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, path, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, path.name))
+        files.append(path)
+    (folder / "model.safetensors").unlink()
+    index_file = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_file), encoding="utf-8")
+    return files
+
+
+def test_shards_are_read(folder, tiny_bert):
+    shard(folder)
+    sharded, whole = load_pretrained(folder)[0], load_pretrained(tiny_bert)[0]
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(sharded.state_dict()[name], tensor)
+    assert sharded.source.sha256 != whole.source.sha256
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+    return r"config.json is missing"
+
+
+def config_no_json(folder):
+    (folder / "config.json").write_text("{", encoding="utf-8")
+    return r"config.json cannot be read as JSON"
+
+
+def config_list(folder):
+    (folder / "config.json").write_text("[]", encoding="utf-8")
+    return r"config.json must hold a JSON object, found list"
+
+
+def unknown_architecture(folder):
+    edit_config(folder, model_type="bertt")
+    return r"unknown architecture 'bertt' .*transformers \S+ knows \d+ .*near: bert"
+
+
+def no_architecture(folder):
+    edit_config(folder, model_type=None)
+    return r"has no model_type"
+
+
+def architecture_without_task(folder):
+    edit_config(folder, architectures=["BertForQuestionAnswering"])
+    return r"BertForQuestionAnswering belongs to no task claq knows \(feature-extraction, .*--task"
+
+
+def no_architectures(folder):
+    edit_config(folder, architectures=None)
+    return r"names no architecture, so the task is unknown; choose it with --task"
+
+
+def already_quantized(folder):
+    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    return r"already quantized \(gptq\)"
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    return r"has no weights: expected model.safetensors"
+
+
+def only_pickle(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    return r"pytorch_model.bin is a pickle"
+
+
+def truncated(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return r"model.safetensors is truncated: its header promises \d+ bytes, the file has \d+"
+
+
+def truncated_header(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:200])
+    return r"is truncated: the header alone takes"
+
+
+def empty_file(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+    return r"is truncated: 0 bytes"
+
+
+def too_long(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b"\0" * 8)
+    return r"is damaged: its header promises"
+
+
+def absurd_header(folder):
+    (folder / "model.safetensors").write_bytes(b"\xff" * 64)
+    return r"is no safetensors file: its header would be"
+
+
+def header_no_json(folder):
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 4) + b"abcd")
+    return r"is no safetensors file: its header cannot be read"
+
+
+def missing_shard(folder):
+    shard(folder)[1].unlink()
+    return r"1 of 2 weight files are missing from .*: model-00002-of-00002.safetensors"
+
+
+def truncated_shard(folder):
+    path = shard(folder)[1]
+    path.write_bytes(path.read_bytes()[:-4])
+    return r"model-00002-of-00002.safetensors is truncated"
+
+
+def tensor_in_wrong_shard(folder):
+    shard(folder)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    name = "encoder.layer.0.output.dense.weight"
+    index["weight_map"][name] = next(f for f in index["weight_map"].values() if f != index["weight_map"][name])
+    path.write_text(json.dumps(index), encoding="utf-8")
+    return r"lacks tensor 'encoder.layer.0.output.dense.weight', which model.safetensors.index.json places there"
+
+
+def missing_tensor(folder):
+    edit_weights(folder, lambda tensors: tensors.pop("encoder.layer.1.output.dense.weight"))
+    return r"lacks 1 weights that BertModel needs for feature-extraction: encoder.layer.1.output.dense.weight"
+
+
+def wrong_shape(folder):
+    def change(tensors):
+        tensors["encoder.layer.1.output.dense.weight"] = tensors["encoder.layer.1.output.dense.weight"][:, :-1].clone()
+
+    edit_weights(folder, change)
+    return r"cannot be loaded for feature-extraction|another shape"
+
+
+def not_a_number(folder):
+    def change(tensors):
+        tensors["encoder.layer.0.attention.self.key.weight"][3, 5] = torch.nan
+
+    edit_weights(folder, change)
+    return r"NaN or infinite weights in encoder.layer.0.attention.self.key.weight"
+
+
+def infinite(folder):
+    def change(tensors):
+        tensors["embeddings.LayerNorm.bias"][0] = torch.inf
+
+    edit_weights(folder, change)
+    return r"NaN or infinite weights in embeddings.LayerNorm.bias"
+
+
+DAMAGES = [
+    no_config,
+    config_no_json,
+    config_list,
+    unknown_architecture,
+    no_architecture,
+    architecture_without_task,
+    no_architectures,
+    already_quantized,
+    no_weights,
+    only_pickle,
+    truncated,
+    truncated_header,
+    empty_file,
+    too_long,
+    absurd_header,
+    header_no_json,
+    missing_shard,
+    truncated_shard,
+    tensor_in_wrong_shard,
+    missing_tensor,
+    wrong_shape,
+    not_a_number,
+    infinite,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damaged_folder_is_refused_by_name(folder, damage):
+    message = damage(folder)
+    with pytest.raises(ModelError, match=message):
+        load_pretrained(folder)
+
+
+def test_checkpoint_without_the_head_of_the_task(folder):
+    with pytest.raises(ModelError, match=r"lacks \d+ weights that BertForSequenceClassification needs .*classifier"):
+        load_pretrained(folder, task="text-classification")
+
+
+def test_missing_pooler_is_no_harm_and_not_random(folder):
+    assert not any("pooler" in name for name in load_file(folder / "model.safetensors"))
+    model, _, task = load_pretrained(folder)
+    assert task == "feature-extraction"
+    assert all(not parameter.any() for name, parameter in model.named_parameters() if "pooler" in name)
+
+
+def test_task_that_the_architecture_does_not_have(tiny_llama):
+    with pytest.raises(ModelError, match="no fill-mask model for architecture 'llama'"):
+        load_pretrained(tiny_llama, task="fill-mask")
+
+
+def test_unknown_task(tiny_bert):
+    with pytest.raises(ModelError, match=r"unknown task 'translate'; known tasks: feature-extraction, text-class"):
+        load_pretrained(tiny_bert, task="translate")
+    with pytest.raises(ModelError, match="unknown task ''"):
+        canonical_task("")
+
+
+def test_paths_that_are_no_models(tmp_path):
+    with pytest.raises(ModelError, match=r"model folder .*/absent does not exist"):
+        load_pretrained(tmp_path / "absent")
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"is a file; expected a folder"):
+        load_pretrained(tmp_path / "model.bin")
+
+
+def test_hub_id_that_cannot_be_had(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        ModelError, match=r"claq-tests/absent is no folder here, and the Hugging Face hub does not give"
+    ):
+        load_pretrained("claq-tests/absent")
