@@ -14,7 +14,7 @@ from torch import nn
 
 from .calibration.progress import ProgressReporter
 from .capture import CapturedModel, capture_module, load_pretrained
-from .compiler import Compilation, check_writable, unquantized_state
+from .compiler import Compilation, check_writable, used_state
 from .config import Config
 from .emit.exporter import Artifact, emit_onnx
 from .errors import ConfigError
@@ -130,12 +130,13 @@ def export(
     configuration and tokenizer of a Hugging Face folder beside them.
 
     Args:
-        model, example_inputs, dynamic_shapes, input_names, output_names, task, tokenizer, trust_remote_code: see :func:`capture`.
+        model, example_inputs, dynamic_shapes, input_names, output_names, task, tokenizer, trust_remote_code: see
+            :func:`capture`.
         out: the ``.onnx`` file.
         config: the settings; 4 bits by default.
         verify: compare the written file, run by ONNX Runtime, with the PyTorch quantized model.
-        work: folder for finished layers; an interrupted run with the same model, data and settings goes on from it. It is
-            removed when the export is complete. None = keep nothing.
+        work: folder for finished layers; an interrupted run with the same model, data and settings goes on from it.
+            It is removed when the export is complete. None = keep nothing.
         resume: refuse a ``work`` folder of another run instead of discarding it.
         reporter: told of stages and layers; silent by default.
 
@@ -158,7 +159,7 @@ def export(
         tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
     )
-    compilation = Compilation(captured, config, reporter, unquantized_state(module))
+    compilation = Compilation(captured, config, reporter, used_state(module, captured))
     compilation.seconds["capture"] = time.perf_counter() - start
     original_bytes = weight_bytes(module)
     del module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -17,8 +18,8 @@ examples:
       4 bits a weight, calibrated on the text that comes with claq
   claq-export ./all-MiniLM-L6-v2 --out minilm/model.onnx --bits 3 --calibration sentences.txt
       3 bits, calibrated on your own text (the closer to what the model will see, the better)
-  claq-export ./SmolLM2-135M --out smol/model.onnx --bits 2.5 --outliers 0.005 --calibration corpus.jsonl
-      columns of 2 and 4 bits, half a percent of the weights kept at 16 bits
+  claq-export ./SmolLM2-135M --out smol/model.onnx --bits 2.5 --calibration corpus.jsonl
+      2.5 true bits a weight over the whole model: columns of 2, 3 and 4 bits and outliers where they help most
   claq-export ./all-MiniLM-L6-v2 --dry-run --bits 3
       what would be quantized, what not and why, and how large the result would be
 
@@ -28,7 +29,8 @@ the result is a folder that ONNX Runtime loads as it is:
   claq_runtime.register(options)                                 pip install claq-runtime: fast, small in memory
   onnxruntime.InferenceSession("minilm/model.onnx", options)
 
-exit status: 0 done; 2 wrong settings; 3 model unreadable; 4 model not capturable; 5 calibration data; 6 damaged artifact;
+exit status: 0 done; 2 wrong settings; 3 model unreadable; 4 model not capturable; 5 calibration data; 6 damaged
+    artifact;
 7 output not writable; 8 verification failed; 130 interrupted
 """
 
@@ -49,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"claq-export {__version__}")
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", help="the .onnx file to write, for example out/model.onnx")
-    output.add_argument("--dry-run", action="store_true", help="print the plan and stop; nothing is calibrated or written")
+    output.add_argument(
+        "--dry-run", action="store_true", help="print the plan and stop; nothing is calibrated or written"
+    )
     output.add_argument(
         "--accuracy",
         choices=("fp32", "int8"),
@@ -66,12 +70,29 @@ def build_parser() -> argparse.ArgumentParser:
     bits.add_argument(
         "--bits",
         type=float,
-        default=4.0,
         metavar="B",
-        help="code width, 2 to 4: whole = one width; a fraction mixes two widths by column (default: 4)",
+        help="2 to 4. Whole: the code width of all columns. A fraction: a budget of true bits a weight over the whole model, "
+        "everything counted, for which columns and outliers of all layers compete (default: 4)",
+    )
+    bits.add_argument("--size", metavar="SIZE", help="a budget for the whole artifact instead, for example 60MB")
+    bits.add_argument(
+        "--floor",
+        action="append",
+        default=[],
+        metavar="PATTERN=B",
+        help="with a budget: at least B bits for columns of layers whose name matches (repeatable)",
     )
     bits.add_argument(
-        "--outliers", type=float, default=0.0, metavar="SHARE", help="share of the weights kept at 16 bits, 0 to 0.1 (default: 0)"
+        "--preset",
+        metavar="NAME",
+        help="a configuration of the paper: claq-4, claq-3, claq-2.12, ... (docs/algorithm.md)",
+    )
+    bits.add_argument(
+        "--outliers",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the weights kept at 16 bits, 0 to 0.1 (default: 0)",
     )
     bits.add_argument(
         "--reservation",
@@ -80,10 +101,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="how they are shared out over the columns (default: dynamic, more in the columns that need it)",
     )
     bits.add_argument(
-        "--include", action="append", default=[], metavar="PATTERN", help="quantize only layers whose name matches (repeatable)"
+        "--include",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="quantize only layers whose name matches (repeatable)",
     )
     bits.add_argument(
-        "--exclude", action="append", default=[], metavar="PATTERN", help="leave layers alone whose name matches (repeatable)"
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave layers alone whose name matches (repeatable)",
     )
     bits.add_argument(
         "--fuse-siblings",
@@ -106,20 +135,30 @@ def build_parser() -> argparse.ArgumentParser:
         help="text (a document a line, or running text), .jsonl or .parquet; 'default' = the English text that comes with claq; "
         "'none' = no calibration, much worse",
     )
-    data.add_argument("--samples", type=int, default=128, metavar="N", help="calibration samples at most (default: 128)")
     data.add_argument(
-        "--sequence-length", type=int, metavar="N", help="tokens a sample (default: 128, for decoders 1024, or what the model takes)"
+        "--samples", type=int, default=128, metavar="N", help="calibration samples at most (default: 128)"
+    )
+    data.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="N",
+        help="tokens a sample (default: 128, for decoders 1024, or what the model takes)",
     )
     data.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples that run at once (default: 8)")
     data.add_argument("--seed", type=int, default=0, help="of the draw of samples (default: 0)")
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--task", help="feature-extraction, text-classification, fill-mask or text-generation (default: by the architecture)"
+        "--task",
+        help="feature-extraction, text-classification, fill-mask or text-generation (default: by the architecture)",
     )
     model.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     run = parser.add_argument_group("run")
-    run.add_argument("--work", metavar="FOLDER", help="where finished layers are kept until the export is done (default: OUT.work)")
-    run.add_argument("--resume", action="store_true", help="go on with an interrupted run; refuse if anything changed since")
+    run.add_argument(
+        "--work", metavar="FOLDER", help="where finished layers are kept until the export is done (default: OUT.work)"
+    )
+    run.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted run; refuse if anything changed since"
+    )
     run.add_argument("--device", default="cpu", help="where layers are quantized, for example cuda (default: cpu)")
     run.add_argument("--log", metavar="FILE", help="write a JSON line for every stage and layer")
     run.add_argument("--quiet", action="store_true", help="no progress, only warnings and the result")
@@ -142,6 +181,38 @@ def parse_overrides(entries: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"--set takes NAME=VALUE, got {entry!r}")
         values[name] = _parse_value(text)
     return values
+
+
+def parse_size(text: str) -> int:
+    """``"60MB"`` (decimal), ``"57MiB"`` or plain bytes as a number of bytes.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    from .errors import ConfigError
+
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].upper() not in units:
+        raise ConfigError(f"a size is a number and a unit, for example 60MB or 1.5GiB; got {text!r}")
+    return int(float(match[1]) * units[match[2].upper()])
+
+
+def parse_floors(entries: Sequence[str]) -> dict[str, int]:
+    """``["*down_proj=3"]`` as patterns and widths.
+
+    Raises:
+        ConfigError: an entry is not ``pattern=width``.
+    """
+    from .errors import ConfigError
+
+    floors = {}
+    for entry in entries:
+        pattern, _, width = entry.rpartition("=")
+        if not pattern or not width.isdigit():
+            raise ConfigError(f"--floor takes PATTERN=BITS, got {entry!r}")
+        floors[pattern] = int(width)
+    return floors
 
 
 def _parse_value(text: str) -> Any:
@@ -174,8 +245,15 @@ def run_export(options: argparse.Namespace) -> None:
         raise ConfigError("--out FILE is needed (or --dry-run)")
     if options.out is not None and not options.out.endswith(".onnx"):
         raise ConfigError(f"--out names an .onnx file, got {options.out!r}")
+    if options.preset is not None and (options.bits is not None or options.size is not None):
+        raise ConfigError("--preset sets the bits; give it without --bits and --size")
+    if options.bits is not None and options.size is not None:
+        raise ConfigError("--bits and --size are two ways to set one budget; give one")
     config = Config(
-        bits=options.bits,
+        bits=4.0 if options.bits is None else options.bits,
+        size=None if options.size is None else parse_size(options.size),
+        floors=parse_floors(options.floor),
+        preset=options.preset,
         outliers=options.outliers,
         reservation=options.reservation,
         calibration=options.calibration,

@@ -12,9 +12,9 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ from torch import nn
 import claq_export
 
 from .algorithm import predict
+from .algorithm.budget import Budget, LayerProfile, solve
+from .algorithm.settings import LayerSettings
 from .calibration.data import (
     Batch,
     batches_from_iterable,
@@ -37,7 +39,7 @@ from .calibration.store import LayerStore
 from .capture import CapturedModel
 from .config import DEFAULT_CALIBRATION, NO_CALIBRATION, Config
 from .emit.exporter import Artifact, emit_onnx
-from .errors import CalibrationError, OutputError
+from .errors import CalibrationError, ConfigError, OutputError
 from .format.checkpoint import save_checkpoint
 from .format.packing import WIDTHS
 from .passes import Pass, PassContext, Pipeline, Plan, RemoveUnused, ReplaceLinears, planning_pipeline
@@ -61,6 +63,10 @@ _COMPANIONS = (
     "merges.txt",
 )
 """Small files of a Hugging Face folder that those who load the ONNX file look for beside it."""
+
+
+_NODE_BYTES = 450
+"""What a graph node takes in an ONNX file, names and small constants included, seen on encoders and decoders."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,7 @@ class Compilation:
     seconds: dict[str, float] = field(default_factory=dict)
     sites: dict[str, QuantizedSite] = field(default_factory=dict)
     store: LayerStore | None = None
+    budget: Budget | None = None
     _context: PassContext | None = None
     _batches: list[Batch] | None = None
 
@@ -132,8 +139,32 @@ class Compilation:
         return self._context.plan
 
     def predicted_layers(self) -> list[PlannedLayer]:
-        """The plan with its predicted sizes, for ``--dry-run``."""
+        """The plan with its predicted sizes, for ``--dry-run``.
+
+        With a budget, which layer gets which columns is known after calibration only: the prediction gives each the
+            same mix.
+        """
         settings = self.config.layer_settings()
+        if self.config.budgeted:
+            settings = self._even_mix(settings)
+        return self._predict(settings)
+
+    def _even_mix(self, settings: LayerSettings) -> LayerSettings:
+        """The nominal width at which all layers together take the budget."""
+        target = float(self.config.bits)
+        if self.config.size is not None:
+            weights = sum(site.in_features * site.out_features for site in self.plan.sites)
+            target = 8 * (self.config.size - self._unquantized_bytes()) / weights
+        low, high = 2.0, 4.0
+        for _ in range(12):
+            middle = (low + high) / 2
+            layers = self._predict(replace(settings, bits=middle))
+            size = sum(layer.nbytes for layer in layers)
+            weights = sum(layer.in_features * layer.out_features for layer in layers)
+            low, high = (middle, high) if 8 * size / weights < target else (low, middle)
+        return replace(settings, bits=low)
+
+    def _predict(self, settings: LayerSettings) -> list[PlannedLayer]:
         widths, _ = settings.mix()
         planned = []
         for site, counts in zip(self.plan.sites, column_counts(self.plan.sites, settings), strict=True):
@@ -189,14 +220,44 @@ class Compilation:
                 self.captured.graph_module,
                 plan.sites,
                 settings=self.config.layer_settings(),
-                token_clip=self.config.token_clip,
+                token_clip=self.config.hessian_clip,
                 device=self.config.device,
                 reporter=self.reporter,
                 store=self.store,
             )
-            self.sites = stage.run(batches)
+            if self.config.budgeted:
+                self.budget = self._solve_budget(stage.profile(batches))
+            self.sites = stage.run(batches, self.budget.plans if self.budget is not None else None)
         with self.timed("passes"):
             self._lower()
+
+    def _solve_budget(self, profiles: Sequence[LayerProfile]) -> Budget:
+        floors: dict[str, int] = {}
+        for pattern, width in self.config.floors.items():
+            matching = [p.name for p in profiles if fnmatchcase(p.name, pattern)]
+            if not matching:
+                raise ConfigError(f"--floor {pattern}={width}: no layer to quantize matches")
+            floors.update({name: max(width, floors.get(name, 0)) for name in matching})
+        if self.config.size is None:
+            budget = solve(profiles, true_bits=self.config.bits, floors=floors)
+        else:
+            others = self._unquantized_bytes()
+            if self.config.size <= others:
+                raise ConfigError(
+                    f"a size of {self.config.size:,} bytes cannot be met: what is not quantized takes {others:,} already"
+                )
+            budget = solve(profiles, nbytes=self.config.size - others, floors=floors)
+        self.reporter.event("budget", **budget.to_json())
+        return budget
+
+    def _unquantized_bytes(self) -> int:
+        """Bytes of the artifact beside the quantized layers: tensors left alone, and the graph itself (estimated)."""
+        graph = self.captured.graph_module
+        planned = sum(site.dense_bytes for site in self.plan.sites)
+        tensors: dict[int, int] = {}
+        for tensor in (*graph.parameters(), *graph.buffers()):
+            tensors[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return sum(tensors.values()) - planned + _NODE_BYTES * len(graph.graph.nodes)
 
     def _lower(self) -> None:
         layers = {name: done.layer for name, done in self.sites.items()}
@@ -248,7 +309,8 @@ class Compilation:
         }
 
     def emit(self, out: Path) -> Artifact:
-        """Write ``out``, its external data, ``claq.safetensors`` and ``claq.json``, and what a loader looks for beside them.
+        """Write ``out``, its external data, ``claq.safetensors`` and ``claq.json``, and what a loader looks for
+        beside them.
 
         Raises:
             OutputError: a file cannot be written.
@@ -325,7 +387,9 @@ def check_writable(out: Path) -> None:
         OutputError: it cannot.
     """
     if out.is_dir():
-        raise OutputError(f"{str(out)!r} is a folder; --out names the file to write, for example {str(out / 'model.onnx')!r}")
+        raise OutputError(
+            f"{str(out)!r} is a folder; --out names the file to write, for example {str(out / 'model.onnx')!r}"
+        )
     probe = out.parent / f".{out.name}.probe"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -344,10 +408,21 @@ def copy_companions(source: Path, folder: Path) -> list[Path]:
                 try:
                     copied.append(Path(shutil.copyfile(source / name, folder / name)))
                 except OSError as error:
-                    raise OutputError(f"{name} cannot be copied to {str(folder)!r}: {error.strerror or error}") from error
+                    raise OutputError(
+                        f"{name} cannot be copied to {str(folder)!r}: {error.strerror or error}"
+                    ) from error
     return copied
 
 
-def unquantized_state(model: nn.Module) -> dict[str, Any]:
-    """Every tensor of a model's ``state_dict()``, for the PyTorch checkpoint."""
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+def used_state(model: nn.Module, captured: CapturedModel) -> dict[str, torch.Tensor]:
+    """The tensors of a model's ``state_dict()`` that its captured graph reads, for the PyTorch checkpoint.
+
+    A module may hold more: a pooler that the task does not use, which its checkpoint need not even have.
+    """
+    graph = captured.graph_module
+    read = {name for name, _ in (*graph.named_parameters(remove_duplicate=False), *graph.named_buffers())}
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if isinstance(value, torch.Tensor) and (name in read or read.intersection(captured.aliases.get(name, ())))
+    }

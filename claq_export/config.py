@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .algorithm.presets import PAPER_TOKEN_CLIP, PRESETS, preset_settings
 from .algorithm.settings import LayerSettings
 from .errors import ConfigError
+from .format.packing import WIDTHS
 
 DEFAULT_CALIBRATION = "default"
 """Stands for the calibration text that the package carries."""
@@ -26,24 +30,30 @@ class Config:
     """Everything a run of claq can be told.
 
     Attributes:
-        bits: code width of the weights, 2 to 4. A whole number is one width for all columns; a fraction mixes two widths by
-            CLAQ's adaptive precision so that the mean index width (the paper's "bits") is this number.
-        calibration: a text, JSONL or Parquet file; an iterable of texts or of model inputs; ``"default"`` for the text that the
-            package carries; ``"none"`` for no calibration.
+        bits: 2 to 4. A whole number is the code width of all columns. A fraction is a budget: *true* bits a weight
+            over the whole model, everything counted (``docs/format.md``), for which the columns of all layers and
+            outliers compete.
+        size: a budget in bytes for the whole artifact instead; ``bits`` is not used then.
+        floors: least code width of the layers whose name matches a glob pattern, for budgets.
+        preset: a configuration of the paper by name (:mod:`claq_export.algorithm.presets`); sets ``bits``,
+            ``outliers``, ``reservation`` and ``token_clip``, and leaves out all that goes beyond the paper.
+        calibration: a text, JSONL or Parquet file; an iterable of texts or of model inputs; ``"default"`` for the
+            text that the package carries; ``"none"`` for no calibration.
         samples: calibration samples at most.
-        sequence_length: tokens a sample; by default what the model takes, at most 128 for encoders and 1024 for decoders.
+        sequence_length: tokens a sample; by default what the model takes, at most 128 for encoders and 1024 for
+            decoders.
         batch_size: calibration samples that run through an operator at once.
         seed: of every random draw.
         outliers: share of weights reserved at 16 bits, 0 to 0.1 (the paper's outlier reservation).
-        reservation: how reserved weights are shared out over the columns: ``"fixed"``, ``"dynamic"`` or ``"saliency"``, see
-            :class:`~claq_export.algorithm.settings.LayerSettings`.
+        reservation: how reserved weights are shared out over the columns: ``"fixed"``, ``"dynamic"`` or
+            ``"saliency"``, see :class:`~claq_export.algorithm.settings.LayerSettings`.
         token_clip: in a Hessian a token's norm is clipped to this multiple of the median (attention sinks would own it
             otherwise); None = leave tokens as they are.
-        include, exclude: glob patterns over qualified names; a linear layer is quantized if it matches one of ``include`` (all
-            if empty) and none of ``exclude``.
+        include, exclude: glob patterns over qualified names; a linear layer is quantized if it matches one of
+            ``include`` (all if empty) and none of ``exclude``.
         fuse_siblings: quantize linears that read the same value (q/k/v, gate/up) stacked as one.
-        accuracy: arithmetic of the operators in the runtime: ``"fp32"`` (exact to rounding) or ``"int8"`` (activations rounded
-            to int8 with a scale a block of columns).
+        accuracy: arithmetic of the operators in the runtime: ``"fp32"`` (exact to rounding) or ``"int8"``
+            (activations rounded to int8 with a scale a block of columns).
         device: where layers are quantized, for example ``"cpu"`` or ``"cuda"``.
         algorithm: overrides for single fields of :class:`claq_export.algorithm.settings.LayerSettings`.
 
@@ -52,6 +62,9 @@ class Config:
     """
 
     bits: float = 4
+    size: int | None = None
+    floors: dict[str, int] = dataclasses.field(default_factory=dict)
+    preset: str | None = None
     calibration: str | Path | Iterable[Any] = DEFAULT_CALIBRATION
     samples: int = 128
     sequence_length: int | None = None
@@ -70,6 +83,13 @@ class Config:
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, (int, float)) or not 2 <= self.bits <= 4:
             raise ConfigError(f"bits must be a number from 2 to 4, got {self.bits!r}")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ConfigError(f"unknown preset {self.preset!r}; known: {', '.join(PRESETS)}")
+        if self.size is not None and (self.size < 1 or self.preset is not None):
+            raise ConfigError(f"size must be a positive number of bytes, and not go with a preset; got {self.size!r}")
+        for pattern, width in self.floors.items():
+            if width not in WIDTHS:
+                raise ConfigError(f"the floor of {pattern!r} must be one of {WIDTHS} bits, got {width!r}")
         if not 0 <= self.outliers <= 0.1:
             raise ConfigError(f"outliers must be a share of weights from 0 to 0.1, got {self.outliers!r}")
         for name in ("samples", "batch_size"):
@@ -79,6 +99,7 @@ class Config:
             raise ConfigError(f"sequence_length must be at least 2, got {self.sequence_length!r}")
         if self.accuracy not in ACCURACY_LEVELS:
             raise ConfigError(f"accuracy must be one of {', '.join(ACCURACY_LEVELS)}, got {self.accuracy!r}")
+        _check_device(self.device)
         known = {field.name for field in dataclasses.fields(LayerSettings)}
         unknown = sorted(set(self.algorithm) - known)
         if unknown:
@@ -90,8 +111,24 @@ class Config:
         """The operators' ``accuracy_level`` attribute."""
         return ACCURACY_LEVELS[self.accuracy]
 
+    @property
+    def budgeted(self) -> bool:
+        """Whether the columns of all layers compete for a budget, not each layer for itself."""
+        return (
+            self.preset is None
+            and "bits" not in self.algorithm
+            and (self.size is not None or self.bits != int(self.bits))
+        )
+
+    @property
+    def hessian_clip(self) -> float | None:
+        """``token_clip`` of the Hessians; the paper's presets leave tokens as they are."""
+        return PAPER_TOKEN_CLIP if self.preset is not None else self.token_clip
+
     def layer_settings(self) -> LayerSettings:
         """What the algorithm is told for each layer."""
+        if self.preset is not None:
+            return dataclasses.replace(preset_settings(self.preset), **self.algorithm)
         chosen = {"bits": float(self.bits), "outliers": self.outliers, "reservation": self.reservation}
         return LayerSettings(**{**chosen, **self.algorithm})
 
@@ -104,3 +141,12 @@ class Config:
             values["calibration"] = "python iterable"
         values["include"], values["exclude"] = list(self.include), list(self.exclude)
         return values
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is not one that PyTorch knows (cpu, cuda, cuda:1, ...)") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")

@@ -69,9 +69,7 @@ def print_result(console: Console, result: ExportResult) -> None:
     table.add_row(
         "size", f"{megabytes(result.original_bytes)} -> {megabytes(result.artifact_bytes)} ({ratio:.2f} times smaller)"
     )
-    table.add_row(
-        "quantized", f"{len(result.layers)} layers, {weights / 1e6:.1f} M weights in {megabytes(nbytes)}"
-    )
+    table.add_row("quantized", f"{len(result.layers)} layers, {weights / 1e6:.1f} M weights in {megabytes(nbytes)}")
     left = sum(entry.nbytes for entry in result.skipped)
     if result.skipped:
         table.add_row("left alone", f"{len(result.skipped)} weights, {megabytes(left)} (--dry-run tells why)")

@@ -59,7 +59,8 @@ def read_texts(path: str | Path) -> list[str]:
 
 
 def _split_documents(text: str) -> list[str]:
-    """Running text has wrapped lines (paragraphs end at blank lines) or lines of book length; else a line is a document."""
+    """Running text has wrapped lines (paragraphs end at blank lines) or lines of book length; else a line is a
+    document."""
     lines = text.splitlines()
     filled = [line for line in lines if line.strip()]
     if not filled:
@@ -102,7 +103,9 @@ def _read_parquet(path: Path) -> list[str]:
         names = parquet.read_schema(path).names
         field = next((f for f in TEXT_FIELDS if f in names), None)
         if field is None:
-            raise CalibrationError(f"{path}: no text column (looked for {', '.join(TEXT_FIELDS)}; found {', '.join(names)})")
+            raise CalibrationError(
+                f"{path}: no text column (looked for {', '.join(TEXT_FIELDS)}; found {', '.join(names)})"
+            )
         return [text for text in parquet.read_table(path, columns=[field])[field].to_pylist() if text]
     except ArrowException as error:
         raise CalibrationError(f"{path}: not a readable Parquet file: {error}") from error
@@ -153,7 +156,7 @@ def _document_samples(
         passages += [text[i : i + span] for i in range(0, len(text), span)]
     rng.shuffle(passages)
     special = tokenizer.num_special_tokens_to_add()
-    encoded = []
+    encoded: list[dict[str, list[int]]] = []
     for passage in passages:
         if len(encoded) == samples:
             break
@@ -234,7 +237,9 @@ def batches_from_iterable(
                 )
             batch = {name: torch.as_tensor(value) for name, value in zip(input_names, item, strict=True)}
         else:
-            raise CalibrationError(f"calibration batch {number} must be a mapping, tuple or tensor, got {type(item).__name__}")
+            raise CalibrationError(
+                f"calibration batch {number} must be a mapping, tuple or tensor, got {type(item).__name__}"
+            )
         for name, value in batch.items():
             example = example_inputs[name]
             if value.dtype != example.dtype or value.dim() != example.dim():
@@ -286,8 +291,8 @@ def fingerprint(batches: Iterable[Batch]) -> str:
     return digest.hexdigest()
 
 
-def _raw_bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)) if tensor.numel() else memoryview(b"")
+def _raw_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 def iterate_texts(source: Iterable[Any]) -> Iterator[str]:

@@ -35,7 +35,7 @@ class ProgressReporter:
         self._log: TextIO | None = None
         if log_path is not None:
             try:
-                self._log = Path(log_path).open("w", encoding="utf-8")
+                self._log = Path(log_path).open("w", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
             except OSError as error:
                 raise OutputError(f"log file {str(log_path)!r} cannot be written: {error.strerror}") from error
 
@@ -69,8 +69,8 @@ class ProgressReporter:
         self.event("warning", message=message)
         self.console.print(f"[bold yellow]warning:[/bold yellow] {message}", highlight=False)
 
-    def start_layers(self, total: int) -> None:
-        """``total`` layers are about to be quantized."""
+    def start_layers(self, total: int, verb: str) -> None:
+        """``total`` layers are about to be worked on."""
         if self._quiet:
             return
         self._progress = Progress(
@@ -82,14 +82,16 @@ class ProgressReporter:
             console=self.console,
             transient=not self.console.is_terminal,
         )
-        self._task = self._progress.add_task("quantizing", total=total, last="")
+        self._task = self._progress.add_task(verb, total=total, last="")
         self._progress.start()
 
     def layer(self, name: str, **fields: Any) -> None:
         """A layer is done; ``true_bits`` and ``error`` of the fields are shown."""
         self.event("layer", name=name, **fields)
         if self._progress is not None and self._task is not None:
-            last = f"{name}  {fields.get('true_bits', 0.0):.2f} bits  error {fields.get('error', 0.0):.2e}"
+            last = name
+            if "true_bits" in fields:
+                last += f"  {fields['true_bits']:.2f} bits  error {fields['error']:.2e}"
             self._progress.update(self._task, advance=1, last=last)
 
     def finish_layers(self) -> None:

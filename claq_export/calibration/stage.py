@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
-from ..algorithm import Bits, Hessian, LayerSettings, measure, plan_columns, quantize_layer
+from ..algorithm import Bits, ColumnPlan, Hessian, LayerResult, LayerSettings, measure, plan_columns, quantize_layer
+from ..algorithm.budget import LayerProfile, profile_layer
 from ..algorithm.precision import spread_counts
 from ..errors import ClaqError
 from ..format.layer import QuantizedLinear
@@ -19,6 +20,8 @@ from .data import Batch
 from .progress import ProgressReporter
 from .store import LayerStore
 from .walk import NodeWalk
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,44 @@ class CalibrationStage:
         self._device = torch.device(device)
         self._reporter = reporter
         self._store = store
+        self._plans: Mapping[str, ColumnPlan] = {}
         self._finished: dict[str, QuantizedSite] = {}
 
-    def run(self, batches: Sequence[Batch] | None) -> dict[str, QuantizedSite]:
+    def profile(self, batches: Sequence[Batch] | None) -> list[LayerProfile]:
+        """Measure, in the unquantized model, what each column of each site would gain from bits and outliers.
+
+        Args:
+            batches: as for :meth:`run`.
+
+        Returns:
+            one profile a site, in the order of the sites.
+        """
+        profiles: dict[str, LayerProfile] = {}
+
+        def measure_site(site: LinearSite, hessian: Hessian | None) -> None:
+            weight = self._weight(site)
+            profiles[site.name] = _naming(site, lambda: profile_layer(site.name, weight, hessian, self._settings))
+            self._reporter.layer(site.name, phase="profile")
+
+        self._reporter.start_layers(len(self._sites), "measuring")
+        try:
+            if batches is None:
+                for site in self._sites:
+                    measure_site(site, None)
+            elif self._sites:
+                self._visit_sites(batches, measure_site)
+        finally:
+            self._reporter.finish_layers()
+        return [profiles[site.name] for site in self._sites]
+
+    def run(
+        self, batches: Sequence[Batch] | None, plans: Mapping[str, ColumnPlan] | None = None
+    ) -> dict[str, QuantizedSite]:
         """Quantize every site.
 
         Args:
             batches: model inputs to calibrate on; None = no calibration (plain column k-means, no error feedback).
+            plans: widths and outliers of each site's columns, by name; None = as the settings say.
 
         Returns:
             the finished layers by site name, in the order of the sites.
@@ -86,11 +120,13 @@ class CalibrationStage:
         Raises:
             ClaqError: a layer cannot be quantized; the message names it.
         """
-        self._reporter.start_layers(len(self._sites))
+        self._plans = plans or {}
+        self._reporter.start_layers(len(self._sites), "quantizing")
         try:
             if batches is None:
                 for site in self._sites:
-                    self._quantize(site, None, time.perf_counter())
+                    if self._restore(site) is None:
+                        self._quantize(site, None, time.perf_counter())
             elif self._sites:
                 self._walk(batches)
         finally:
@@ -106,11 +142,8 @@ class CalibrationStage:
         def visit(node: fx.Node, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
             site, source = site_of[node], node.args[0]
             assert isinstance(source, fx.Node)
-            if site.name not in self._finished:
+            if site.name not in self._finished and self._restore(site) is None:
                 start = time.perf_counter()
-                stored = self._restore(site)
-                if stored is not None:
-                    return stored
                 if site.name in pooled:
                     hessian = pooled.pop(site.name)
                 else:
@@ -123,7 +156,7 @@ class CalibrationStage:
             if not readers[source]:
                 # K x K floats a value: not to be kept for the rest of the walk.
                 hessians.pop(source, None)
-            return self._finished[site.name].layer.dequantize().cpu()
+            return self._finished[site.name].layer.dequantize()
 
         NodeWalk(self._module, batches, list(site_of)).run(visit)
 
@@ -139,49 +172,69 @@ class CalibrationStage:
     def _pool_shared_sites(self, batches: Sequence[Batch]) -> dict[str, Hessian]:
         """Hessians over all uses of weights that stand at several places (layers shared across depth).
 
-        Such a weight is quantized at its first use, before the walk reaches the others, so their inputs are taken from a walk
-        with the unquantized weights.
+        Such a weight is quantized at its first use, before the walk reaches the others, so their inputs are taken from
+        a walk with the unquantized weights.
         """
         shared = [site for site in self._sites if len(site.nodes) > 1]
-        if not shared:
-            return {}
-        site_of = {node: site for site in shared for node in site.nodes}
-        pooled = {site.name: self._hessian(site.in_features) for site in shared}
+        pooled: dict[str, Hessian] = {}
+        if shared:
+            self._visit_sites(batches, lambda site, hessian: pooled.update({site.name: hessian}), shared)
+        return pooled
+
+    def _visit_sites(
+        self,
+        batches: Sequence[Batch],
+        handle: Callable[[LinearSite, Hessian], None],
+        sites: Sequence[LinearSite] | None = None,
+    ) -> None:
+        """Walk the unquantized graph; ``handle`` gets each site with the Hessian over all its uses, after the last of
+        them."""
+        sites = self._sites if sites is None else sites
+        site_of = {node: site for site in sites for node in site.nodes}
+        hessians: dict[str, Hessian] = {}
+        uses = {site.name: len(site.nodes) for site in sites}
 
         def visit(node: fx.Node, inputs: Sequence[torch.Tensor]) -> None:
-            _accumulate(pooled[site_of[node].name], inputs)
+            site = site_of[node]
+            hessian = hessians.setdefault(site.name, self._hessian(site.in_features))
+            _accumulate(hessian, inputs)
+            uses[site.name] -= 1
+            if not uses[site.name]:
+                handle(site, hessians.pop(site.name))
 
         NodeWalk(self._module, batches, list(site_of)).run(visit)
-        return pooled
+
+    def _weight(self, site: LinearSite) -> torch.Tensor:
+        return site.weight(self._module).detach().to(device=self._device, dtype=torch.float32)
 
     def _hessian(self, in_features: int) -> Hessian:
         return Hessian(in_features, token_clip=self._token_clip, device=self._device)
 
-    def _restore(self, site: LinearSite) -> torch.Tensor | None:
-        """The weight of a layer finished by an earlier run."""
+    def _restore(self, site: LinearSite) -> QuantizedSite | None:
+        """A layer finished by an earlier run."""
         found = self._store.load(site.name) if self._store is not None else None
         if found is None:
             return None
         layer, extra = found
-        self._finish(QuantizedSite(site, layer, extra["error"], measure(layer), 0.0), restored=True)
-        return layer.dequantize()
+        return self._finish(QuantizedSite(site, layer, extra["error"], measure(layer), 0.0), restored=True)
 
     def _quantize(self, site: LinearSite, hessian: Hessian | None, start: float) -> None:
-        if hessian is None and self._restore(site) is not None:
-            return
-        weight = site.weight(self._module).detach().to(device=self._device, dtype=torch.float32)
-        try:
-            plan = plan_columns(weight, hessian, self._settings, self._counts[site.name])
-            result = quantize_layer(weight, hessian, self._settings, plan=plan)
-        except ClaqError as error:
-            raise type(error)(f"layer {site.name}: {error}") from error
+        weight = self._weight(site)
+
+        def quantize() -> LayerResult:
+            plan = self._plans.get(site.name)
+            if plan is None:
+                plan = plan_columns(weight, hessian, self._settings, self._counts[site.name])
+            return quantize_layer(weight, hessian, self._settings, plan=plan)
+
+        result = _naming(site, quantize)
         layer = result.layer.to("cpu")
         if self._store is not None:
             self._store.save(site.name, layer, {"error": result.error})
         steps = {key: round(value, 4) for key, value in result.seconds.items()}
         self._finish(QuantizedSite(site, layer, result.error, measure(layer), time.perf_counter() - start), steps=steps)
 
-    def _finish(self, done: QuantizedSite, **fields: Any) -> None:
+    def _finish(self, done: QuantizedSite, **fields: Any) -> QuantizedSite:
         self._finished[done.site.name] = done
         self._reporter.layer(
             done.site.name,
@@ -193,10 +246,12 @@ class CalibrationStage:
             layer_seconds=round(done.seconds, 3),
             **fields,
         )
+        return done
 
 
 def column_counts(sites: Sequence[LinearSite], settings: LayerSettings) -> list[tuple[int, ...]]:
-    """Columns of each width of ``settings.mix()`` for each site, so that the mean over the model is what was asked for."""
+    """Columns of each width of ``settings.mix()`` for each site, so that the mean over the model is what was asked
+    for."""
     _, shares = settings.mix()
     return spread_counts([site.in_features for site in sites], [site.out_features for site in sites], shares)
 
@@ -204,3 +259,11 @@ def column_counts(sites: Sequence[LinearSite], settings: LayerSettings) -> list[
 def _accumulate(hessian: Hessian, inputs: Sequence[torch.Tensor]) -> None:
     for x in inputs:
         hessian.add(x)
+
+
+def _naming(site: LinearSite, work: Callable[[], _Result]) -> _Result:
+    """Do ``work``; an error it raises names the layer."""
+    try:
+        return work()
+    except ClaqError as error:
+        raise type(error)(f"layer {site.name}: {error}") from error

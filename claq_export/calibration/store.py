@@ -1,6 +1,7 @@
 """Finished layers on disk, so that an interrupted run goes on where it stopped.
 
-A work folder belongs to one run: its fingerprint covers the model's weights, the calibration batches, the settings and the
+A work folder belongs to one run: its fingerprint covers the model's weights, the calibration batches, the settings
+    and the
 claq version. A layer is written whole or not at all (temporary name, then rename).
 """
 
@@ -28,13 +29,13 @@ class LayerStore:
 
     Args:
         folder: made if it does not exist.
-        fingerprint: digests of everything the layers depend on, by name ("model", "calibration data", ...); layers of another
-            fingerprint are never returned.
+        fingerprint: digests of everything the layers depend on, by name ("model", "calibration data", ...); layers of
+            another fingerprint are never returned.
         resume: True: go on with what the folder holds. False: an earlier run of another fingerprint is discarded.
 
     Raises:
-        OutputError: the folder cannot be written, is not one of claq's, or (with ``resume``) belongs to another run; the
-            message names what changed.
+        OutputError: the folder cannot be written, is not one of claq's, or (with ``resume``) belongs to another run;
+            the message names what changed.
     """
 
     def __init__(self, folder: str | Path, fingerprint: Mapping[str, str], resume: bool = False) -> None:
@@ -64,7 +65,9 @@ class LayerStore:
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return None
         if not marker.is_file():
-            raise OutputError(f"{str(self.folder)!r} is not empty and is not a work folder of claq; name another with --work")
+            raise OutputError(
+                f"{str(self.folder)!r} is not empty and is not a work folder of claq; name another with --work"
+            )
         try:
             found = json.loads(marker.read_text(encoding="utf-8"))
         except json.JSONDecodeError:

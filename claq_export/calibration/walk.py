@@ -1,9 +1,9 @@
 """The node-major walk: run each operator of the captured graph once for every calibration batch, then go on.
 
-When the walk reaches a linear layer its inputs for all batches are at hand, computed by layers that are quantized already
-(GPTQ's "true sequential"); what the visitor returns as its weight is what the rest of the graph sees. No architecture needs a
-class of its own. A value is dropped after its last use, and an operator whose arguments are the same objects for two batches
-(a mask, a position table) runs once for both.
+When the walk reaches a linear layer its inputs for all batches are at hand, computed by layers that are quantized
+already (GPTQ's "true sequential"); what the visitor returns as its weight is what the rest of the graph sees. No
+architecture needs a class of its own. A value is dropped after its last use, and an operator whose arguments are the
+same objects for two batches (a mask, a position table) runs once for both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from ..passes.attributes import get_attribute
 from .data import Batch
 
 LinearVisitor = Callable[[fx.Node, Sequence[torch.Tensor]], torch.Tensor | None]
-"""Called with a linear node and its input for each batch; returns the weight ``[N, K]`` to go on with, None to keep it."""
+"""Called with a linear node and its input for each batch; returns the weight ``[N, K]`` to go on with, None to keep
+it."""
 
 
 def ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
@@ -106,7 +107,7 @@ class NodeWalk:
             return [get_attribute(self._module, str(node.target))] * len(self._batches)
         if node in self._linears:
             return self._evaluate_linear(node, values, visit)
-        function = node.target if node.op == "call_function" else self._bound_callable(node)
+        function = self._callable(node)
         mutable = _is_mutable(node.target)
         results: list[Any] = []
         memo: dict[Any, Any] = {}
@@ -133,7 +134,7 @@ class NodeWalk:
         results, memo = [], {}
         for index in range(len(self._batches)):
             (x, original, *rest), _ = self._arguments(node, values, index)
-            bias = rest[0] if rest else node.kwargs.get("bias")
+            bias: Any = rest[0] if rest else node.kwargs.get("bias")
             if isinstance(bias, fx.Node):
                 bias = values[bias][index]
             if id(x) not in memo:
@@ -141,7 +142,9 @@ class NodeWalk:
             results.append(memo[id(x)])
         return results
 
-    def _bound_callable(self, node: fx.Node) -> Callable[..., Any]:
+    def _callable(self, node: fx.Node) -> Callable[..., Any]:
+        if node.op == "call_function" and callable(node.target):
+            return node.target
         if node.op == "call_module":
             return self._module.get_submodule(str(node.target))
         raise CalibrationError(f"graph node {node.format_node()} is not an operator of a captured graph")

@@ -152,7 +152,9 @@ class QuantizedLinear:
         wrong = torch.nonzero(counts[:K] != 1)
         if wrong.numel():
             feature = int(wrong[0])
-            raise FormatError(f"order must hold every input feature once; feature {feature} occurs {int(counts[feature])} times")
+            raise FormatError(
+                f"order must hold every input feature once; feature {feature} occurs {int(counts[feature])} times"
+            )
         return order
 
     def _validate_outliers(self, order: torch.Tensor) -> None:
@@ -171,7 +173,9 @@ class QuantizedLinear:
         if nnz == 0:
             raise FormatError("outlier_ptr must be empty when there are no outliers")
         if int(index.min()) < 0 or int(index.max()) >= P:
-            raise FormatError(f"outlier_index must hold values in 0..{P - 1}, got {int(index.min())}..{int(index.max())}")
+            raise FormatError(
+                f"outlier_index must hold values in 0..{P - 1}, got {int(index.min())}..{int(index.max())}"
+            )
         first_of_row = torch.zeros(nnz + 1, dtype=torch.bool, device=ptr.device)
         first_of_row[ptr] = True
         if ((index[1:] <= index[:-1]) & ~first_of_row[1:nnz]).any():
@@ -275,8 +279,8 @@ def assemble(
         scale: float16 ``[K]``, of each column.
         row_scale: float16 ``[N]``.
         bits: integer ``[K]`` of 4, 3 or 2.
-        outliers: float ``[N, K]``, dense or sparse COO, zero where there is none: what is added to the centroid, in units
-            of the column's scale; rounded to float16 here.
+        outliers: float ``[N, K]``, dense or sparse COO, zero where there is none: what is added to the centroid, in
+            units of the column's scale; rounded to float16 here.
 
     Returns:
         a validated :class:`QuantizedLinear`, tensors on the device of ``codes``.
@@ -319,7 +323,9 @@ def assemble(
         codebook=torch.cat(tables),
         scale=stored_scale,
         row_scale=row_scale.to(device=device, dtype=torch.float16),
-        order=torch.zeros(0, dtype=index_dtype(K), device=device) if identity else order.to(torch.int32).to(index_dtype(K)),
+        order=torch.zeros(0, dtype=index_dtype(K), device=device)
+        if identity
+        else order.to(torch.int32).to(index_dtype(K)),
         outlier_ptr=ptr,
         outlier_index=index,
         outlier_value=value,

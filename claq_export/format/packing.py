@@ -16,7 +16,8 @@ WIDTHS = (4, 3, 2)
 
 
 def _pack_plane(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack ``values`` (int64 ``[C, N]``, each < 2**bits, C a multiple of 32/bits) into int64 words ``[C*bits/32, N]``."""
+    """Pack ``values`` (int64 ``[C, N]``, each < 2**bits, C a multiple of 32/bits) into int64 words ``[C*bits/32,
+    N]``."""
     per_word = 32 // bits
     lanes = values.reshape(-1, per_word, values.shape[1])
     shifts = torch.arange(per_word, device=values.device, dtype=torch.int64) * bits
@@ -63,7 +64,8 @@ def pack_group(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_group(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Inverse of :func:`pack_group`: uint32 words ``[R, out_features]`` to uint8 codes ``[R * 32 / bits, out_features]``."""
+    """Inverse of :func:`pack_group`: uint32 words ``[R, out_features]`` to uint8 codes ``[R * 32 / bits,
+    out_features]``."""
     wide = words.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     if bits == 3:
         rows = wide.reshape(-1, 3, wide.shape[1])

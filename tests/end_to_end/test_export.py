@@ -1,0 +1,213 @@
+"""From a model folder to an artifact that plain ONNX Runtime runs: the command line and the Python API."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from tiny_models import sentences
+from torch import nn
+
+import claq_export
+from claq_export.calibration.progress import ProgressReporter
+from claq_export.cli import main
+from claq_export.modules import ClaqLinear
+
+FILES = {"model.onnx", "claq.safetensors", "claq.json", "config.json", "tokenizer.json"}
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("\n".join(sentences(64)), encoding="utf-8")
+    return path
+
+
+def run_cli(model: Path, out: Path, text: Path, *options: str) -> int:
+    return main([str(model), "--out", str(out), "--calibration", str(text), "--samples", "8", "--quiet", *options])
+
+
+@pytest.fixture(scope="session")
+def artifact(tiny_bert: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("artifact") / "model.onnx"
+    log = out.parent.parent / "log.jsonl"
+    assert run_cli(tiny_bert, out, text, "--bits", "3", "--outliers", "0.01", "--log", str(log)) == 0
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    layers = [event for event in events if event["event"] == "layer"]
+    assert len(layers) == 8  # two blocks of q+k+v, attention output, up, down
+    assert all(0 < event["error"] < 1 for event in layers)
+    return out
+
+
+def test_plain_onnxruntime_runs_it_at_other_sizes(artifact: Path, tiny_bert: Path) -> None:
+    assert {path.name for path in artifact.parent.iterdir()} >= FILES
+    assert not list(artifact.parent.glob("*.tmp"))
+    session = ort.InferenceSession(str(artifact), providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == ["input_ids", "attention_mask", "token_type_ids"]
+    assert [o.name for o in session.get_outputs()] == ["last_hidden_state"]
+
+    from transformers import BertModel
+
+    model = claq_export.load(artifact.parent, BertModel.from_pretrained(tiny_bert, add_pooling_layer=False)).eval()
+    assert sum(isinstance(module, ClaqLinear) for module in model.modules()) == 12
+    for batch, length in ((1, 1), (3, 17), (2, 64)):
+        ids = torch.randint(5, 60, (batch, length))
+        mask = torch.ones_like(ids)
+        mask[-1, length // 2 + 1 :] = 0
+        with torch.no_grad():
+            expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        (got,) = session.run(
+            None,
+            {
+                "input_ids": ids.numpy(),
+                "attention_mask": mask.numpy(),
+                "token_type_ids": np.zeros((batch, length), np.int64),
+            },
+        )
+        np.testing.assert_allclose(got, expected.numpy(), atol=1e-4 * float(expected.abs().max()))
+
+
+def test_file_is_valid_and_describes_itself(artifact: Path) -> None:
+    onnx.checker.check_model(str(artifact), full_check=True)
+    model = onnx.load(str(artifact), load_external_data=False)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(metadata["claq.config"])["bits"] == 3
+    assert 3 < float(metadata["claq.true_bits"]) < 5
+    assert metadata["claq.version"] == claq_export.__version__
+    assert len(metadata["claq.source_sha256"]) == 64
+    assert str(artifact.parent) not in str(model)
+    assert [(f.domain, f.name) for f in model.functions] == [("com.claq", "ClaqMatMul")]
+    assert sum(node.domain == "com.claq" for node in model.graph.node) == 8
+
+
+def test_same_input_same_bytes(artifact: Path, tiny_bert: Path, text: Path, tmp_path: Path) -> None:
+    assert run_cli(tiny_bert, tmp_path / "model.onnx", text, "--bits", "3", "--outliers", "0.01") == 0
+    for name in ("model.onnx", "model.onnx.data", "claq.safetensors", "claq.json"):
+        if (artifact.parent / name).exists():
+            assert filecmp.cmp(artifact.parent / name, tmp_path / name, shallow=False), name
+
+
+class Stop(ProgressReporter):
+    """Interrupts the run after some layers, as Ctrl-C would."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__(quiet=True)
+        self.after = after
+        self.restored = 0
+
+    def layer(self, name: str, **fields: object) -> None:
+        super().layer(name, **fields)
+        self.restored += fields["layer_seconds"] == 0
+        self.after -= 1
+        if self.after == 0:
+            raise KeyboardInterrupt
+
+
+def test_interrupted_run_goes_on_and_ends_the_same(tiny_bert: Path, text: Path, tmp_path: Path) -> None:
+    config = claq_export.Config(bits=2.5, calibration=text, samples=6)
+    whole, resumed, work = tmp_path / "whole" / "model.onnx", tmp_path / "resumed" / "model.onnx", tmp_path / "work"
+    claq_export.export(tiny_bert, out=whole, config=config, verify=False)
+    with pytest.raises(KeyboardInterrupt):
+        claq_export.export(tiny_bert, out=resumed, config=config, work=work, verify=False, reporter=Stop(3))
+    assert not resumed.exists()
+    second = Stop(-1)
+    claq_export.export(tiny_bert, out=resumed, config=config, work=work, verify=False, resume=True, reporter=second)
+    assert second.restored == 3
+    assert not work.exists()
+    for path in whole.parent.iterdir():
+        assert filecmp.cmp(path, resumed.parent / path.name, shallow=False), path.name
+
+
+def test_resume_refuses_another_run_by_name(tiny_bert: Path, text: Path, tmp_path: Path) -> None:
+    out, work = tmp_path / "model.onnx", tmp_path / "work"
+    with pytest.raises(KeyboardInterrupt):
+        claq_export.export(
+            tiny_bert, out=out, config=claq_export.Config(calibration=text), work=work, reporter=Stop(1)
+        )
+    other = claq_export.Config(calibration=text, bits=3)
+    with pytest.raises(claq_export.errors.OutputError, match="changed since that run: settings"):
+        claq_export.export(tiny_bert, out=out, config=other, work=work, resume=True)
+
+
+def test_causal_lm_with_a_mix_of_widths(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.onnx"
+    assert run_cli(tiny_llama, out, text, "--bits", "2.5", "--sequence-length", "16") == 0
+    session = ort.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    assert session.get_outputs()[0].name == "logits"
+    widths = json.loads((out.parent / "claq.json").read_text())["layers"]
+    assert any(layer["columns_4"] and layer["columns_2"] for layer in widths.values())
+
+
+def test_no_calibration_is_said_loudly(tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tiny_bert), "--out", str(tmp_path / "m.onnx"), "--calibration", "none", "--quiet"]) == 0
+    assert "no calibration" in capsys.readouterr().err
+
+
+def test_calibration_lowers_the_output_error(tiny_bert: Path, text: Path, tmp_path: Path) -> None:
+    def error(calibration: str | Path) -> float:
+        config = claq_export.Config(bits=2, calibration=calibration, samples=32)
+        result = claq_export.export(tiny_bert, out=tmp_path / "m.onnx", config=config)
+        assert result.verification is not None
+        return result.verification.fidelity["last_hidden_state"].rms
+
+    assert error(text) < error("none")
+
+
+class Perceptron(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(96, 256)
+        self.down = nn.Linear(256, 96, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.nn.functional.gelu(self.up(x)))
+
+
+def test_any_module_from_python(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Perceptron().eval()
+    data = [torch.randn(16, 96) for _ in range(4)]
+    config = claq_export.Config(bits=4, calibration=data)
+    result = claq_export.export(model, (data[0],), tmp_path / "mlp.onnx", config)
+    assert [layer.name for layer in result.layers] == ["up", "down"]
+    session = ort.InferenceSession(str(tmp_path / "mlp.onnx"), providers=["CPUExecutionProvider"])
+    assert session.run(None, {session.get_inputs()[0].name: np.zeros((7, 96), np.float32)})[0].shape == (7, 96)
+
+    before = model(data[0])
+    quantized = claq_export.quantize(model, (data[0],), config)
+    assert quantized is model
+    assert isinstance(model.up, ClaqLinear)
+    with torch.no_grad():
+        after = model(data[0])
+    assert 0 < float((after - before).norm() / before.norm()) < 0.2
+    (onnx_result,) = session.run(None, {session.get_inputs()[0].name: data[0].numpy()})
+    np.testing.assert_allclose(onnx_result, after.numpy(), atol=1e-4)
+
+
+def test_dry_run_says_what_and_why(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tiny_llama), "--dry-run", "--bits", "3", "--exclude", "*down_proj"]) == 0
+    printed = capsys.readouterr().out
+    assert "model.layers.1.mlp.gate_proj+up_proj" in printed
+    assert "embed" in printed
+    assert "true bits" in printed
+    quantized, left = printed.split("left alone")
+    assert "down_proj" not in quantized
+    assert "down_proj" in left
+
+
+@pytest.mark.slow
+def test_real_minilm_stays_close(minilm: Path, tmp_path: Path) -> None:
+    config = claq_export.Config(bits=4, samples=32)
+    result = claq_export.export(minilm, out=tmp_path / "model.onnx", config=config)
+    assert len(result.layers) == 24
+    assert result.true_bits < 4.3
+    assert result.verification is not None
+    for name, run in result.verification.runs.items():
+        assert name == "original" or run.deviations["last_hidden_state"].maximum < 1e-4
+    assert result.verification.fidelity["last_hidden_state"].cosine > 0.95

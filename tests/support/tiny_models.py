@@ -1,0 +1,86 @@
+"""Small models made on the spot: Hugging Face folders with random weights and a working tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+_TEXT = """
+the of and to in a that is was for on with as by at from it be are this which or an has not were had have one two
+people country government great war peace state union year law time world work nation power public congress new
+first last long water sea land city house day night man woman child book word light dark fire snow rain ship road
+"""
+WORDS = tuple(_TEXT.split())
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Random sentences of 5 to 30 known words."""
+    generator = torch.Generator().manual_seed(seed)
+    texts = []
+    for _ in range(count):
+        length = int(torch.randint(5, 30, (), generator=generator))
+        picks = torch.randint(0, len(WORDS), (length,), generator=generator)
+        texts.append(" ".join(WORDS[i] for i in picks.tolist()).capitalize() + ".")
+    return texts
+
+
+def save_tokenizer(folder: Path) -> int:
+    """Write a WordPiece tokenizer of :data:`WORDS` and letters as BERT has it; returns the vocabulary's size."""
+    from transformers import BertTokenizerFast
+
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *letters, *(f"##{c}" for c in letters), *WORDS]
+    unique = list(dict.fromkeys(vocabulary))
+    (folder / "vocab.txt").write_text("\n".join(unique) + "\n", encoding="utf-8")
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(unique)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    BertTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return len(unique)
+
+
+def save_tiny_bert(folder: Path, seed: int = 0) -> Path:
+    """A two-layer BERT encoder with random weights and a tokenizer."""
+    from transformers import BertConfig, BertModel
+
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = save_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=160,
+        max_position_embeddings=64,
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_llama(folder: Path, seed: int = 0) -> Path:
+    """A two-layer Llama with grouped-query attention, random weights and a tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = save_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=172,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
