@@ -301,7 +301,7 @@ def linear(
     *,
     dispatch: Dispatch | None = None,
 ) -> torch.Tensor:
-    """``y = x Wᵀ + b`` of a layer of ``docs/format.md``; the arguments are those of :func:`..reference.reference_linear`.
+    """``y = x Wᵀ + b`` of a layer of ``docs/format.md``; arguments as :func:`..reference.reference_linear`.
 
     Args:
         accuracy_level: not read. Activations are int16 (few vectors), float16 with a scale a vector (some tens) or as
