@@ -81,7 +81,7 @@ inline void stream_step(const uint32_t* codes, int64_t row_stride, __mmask16 mas
 template <class Isa, int kWidth, int kRows>
 inline void stream_segment(const LayerView& layer, const Segment& segment, const Activations& activations, int64_t m0, int64_t n0,
                            int64_t n1, float* sums, int64_t stride) {
-  constexpr int kVectors = kRows == 1 ? 1 : kRows <= 4 ? 4 : 2;
+  constexpr int kVectors = kRows <= 4 ? 4 : 2;
   for (int64_t b = 0; b < segment.blocks; ++b) {
     const int64_t block = segment.first_block + b;
     const uint8_t* table = layer.table + segment.table_offset + ((b * kBlock) << kWidth);
@@ -119,87 +119,90 @@ void stream(const LayerView& layer, const Activations& activations, int64_t m0, 
   }
 }
 
-// ---- more rows: a panel of kVectors * 16 outputs is decoded and multiplied by tiles of rows
+// ---- more rows: a panel of outputs is decoded and multiplied by tiles of rows, 48 outputs at a time
 
-constexpr int kPanelBlocks = 16;
+constexpr int kPanelVectors = 3;           // of a tile; its sums are kVectors * kTileRows registers
+constexpr int kPanelParts = 16;            // blocks times tiles of a panel: 24 KiB, for the first-level cache
+constexpr int64_t kPanelSums = 6 * 1024;   // sums that a panel may work on, likewise
 
 template <class Isa, int kWidth, int kVectors>
-inline void decode_panel_block(const uint8_t* table, const uint32_t* codes, int64_t row_stride,
-                               const __mmask16 (&masks)[kVectors], uint8_t* panel) {
+inline void decode_tile(const typename Isa::Table (&entries)[kGroupsPerBlock], const uint32_t* codes, int64_t row_stride,
+                        const uint32_t* later, int64_t count, uint8_t* panel) {
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     __m512i words[kWidth];
 #pragma GCC unroll 4
-    for (int i = 0; i < kWidth; ++i) words[i] = load_words<true>(codes + i * row_stride + 16 * v, masks[v]);
+    for (int i = 0; i < kWidth; ++i) {
+      words[i] = load_words<true>(codes + i * row_stride + 16 * v, first_lanes(count - 16 * v));
+      _mm_prefetch(reinterpret_cast<const char*>(later + i * row_stride + 16 * v), _MM_HINT_T1);
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const auto step = Isa::template step<kWidth>(words, i);
       const int first = group_of<kWidth>(i, 0), second = group_of<kWidth>(i, 1);
-      _mm512_store_si512(panel + (first * kVectors + v) * 64,
-                         Isa::template decode<kWidth, 0>(words, step, i, Isa::template load_table<kWidth>(table, first)));
-      _mm512_store_si512(panel + (second * kVectors + v) * 64,
-                         Isa::template decode<kWidth, 1>(words, step, i, Isa::template load_table<kWidth>(table, second)));
+      _mm512_store_si512(panel + (first * kVectors + v) * 64, Isa::template decode<kWidth, 0>(words, step, i, entries[first]));
+      _mm512_store_si512(panel + (second * kVectors + v) * 64, Isa::template decode<kWidth, 1>(words, step, i, entries[second]));
     }
   }
 }
 
-template <class Isa, int kVectors>
-void decode_panel(const LayerView& layer, int64_t first_block, int64_t blocks, int64_t n, int64_t n1, uint8_t* panel) {
-  __mmask16 masks[kVectors];
-  for (int v = 0; v < kVectors; ++v) masks[v] = n1 - n > 16 * v ? first_lanes(n1 - n - 16 * v) : 0;
-  for (int s = 0; s < layer.segment_count; ++s) {
-    const Segment& segment = layer.segments[s];
-    for (int64_t block = first_block; block < first_block + blocks; ++block) {
-      const int64_t b = block - segment.first_block;
-      if (b < 0 || b >= segment.blocks) continue;
-      const uint8_t* entries = layer.table + segment.table_offset + ((b * kBlock) << segment.width);
-      const uint32_t* codes = layer.codes + (segment.first_row + b * segment.width) * layer.out_features + n;
-      uint8_t* to = panel + (block - first_block) * kGroupsPerBlock * kVectors * 64;
-      switch (segment.width) {
-        case 4: decode_panel_block<Isa, 4, kVectors>(entries, codes, layer.out_features, masks, to); break;
-        case 3: decode_panel_block<Isa, 3, kVectors>(entries, codes, layer.out_features, masks, to); break;
-        default: decode_panel_block<Isa, 2, kVectors>(entries, codes, layer.out_features, masks, to); break;
-      }
-    }
-  }
-}
-
-// Rows of code words to fetch while something else is computed: a panel is too narrow a stripe of them for the hardware to
-// see the pattern.
-struct CodeRows {
-  const uint32_t* first;
-  int64_t rows;
-  int64_t stride;
-
-  // Part `part` of `parts`.
-  template <int kVectors>
-  void prefetch(int64_t part, int64_t parts) const {
-    for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r) {
-      for (int v = 0; v < kVectors; ++v) {
-        _mm_prefetch(reinterpret_cast<const char*>(first + r * stride + 16 * v), _MM_HINT_T1);
-      }
-    }
-  }
+// The stripe of outputs [n0, n1) and the blocks [first_block, first_block + blocks) that a panel holds, tile after tile.
+struct PanelPlace {
+  int64_t first_block, blocks, n0, n1;
 };
 
-inline int64_t first_code_row(const LayerView& layer, int64_t block) {
+template <class Isa, int kWidth>
+void decode_block(const LayerView& layer, const Segment& segment, int64_t block, const PanelPlace& place, uint8_t* panel) {
+  const int64_t b = block - segment.first_block;
+  const uint8_t* table = layer.table + segment.table_offset + ((b * kBlock) << kWidth);
+  typename Isa::Table entries[kGroupsPerBlock];
+#pragma GCC unroll 8
+  for (int g = 0; g < kGroupsPerBlock; ++g) entries[g] = Isa::template load_table<kWidth>(table, g);
+  const int64_t stride = layer.out_features;
+  const uint32_t* codes = layer.codes + (segment.first_row + b * kWidth) * stride;
+  // What is decoded a panel later: these outputs further down, or at the bottom the next ones at the top.
+  const int64_t ahead = place.blocks < kBlocksAhead ? kBlocksAhead : place.blocks;
+  const bool below = b + ahead < segment.blocks;
+  const uint32_t* later = below ? codes + ahead * kWidth * stride
+                                : layer.codes + (segment.first_row + b % ahead * kWidth) * stride + (place.n1 - place.n0);
+  for (int64_t n = place.n0; n < place.n1; n += 16 * kPanelVectors) {
+    const int64_t tile = (n - place.n0) / (16 * kPanelVectors);
+    uint8_t* to = panel + tile * place.blocks * kPanelVectors * kGroupsPerBlock * 64;
+    const int64_t left = place.n1 - n;
+    const auto decode = [&](auto vectors) {
+      constexpr int kVectors = decltype(vectors)::kValue;
+      decode_tile<Isa, kWidth, kVectors>(entries, codes + n, stride, later + n, left,
+                                         to + (block - place.first_block) * kGroupsPerBlock * kVectors * 64);
+    };
+    if (left > 32) decode(Constant<3>{});
+    else if (left > 16) decode(Constant<2>{});
+    else decode(Constant<1>{});
+  }
+}
+
+template <class Isa>
+void decode_panel(const LayerView& layer, const PanelPlace& place, uint8_t* panel) {
   for (int s = 0; s < layer.segment_count; ++s) {
     const Segment& segment = layer.segments[s];
-    if (block < segment.first_block + segment.blocks) return segment.first_row + (block - segment.first_block) * segment.width;
+    for (int64_t block = place.first_block; block < place.first_block + place.blocks; ++block) {
+      if (block < segment.first_block || block >= segment.first_block + segment.blocks) continue;
+      switch (segment.width) {
+        case 4: decode_block<Isa, 4>(layer, segment, block, place, panel); break;
+        case 3: decode_block<Isa, 3>(layer, segment, block, place, panel); break;
+        default: decode_block<Isa, 2>(layer, segment, block, place, panel); break;
+      }
+    }
   }
-  const Segment& last = layer.segments[layer.segment_count - 1];
-  return last.first_row + last.blocks * last.width;
 }
 
 template <class Isa, int kRows, int kVectors>
 inline void multiply_tile(const Activations& activations, int64_t m, int64_t first_block, int64_t blocks, const uint8_t* panel,
-                          float* sums, int64_t stride, const CodeRows& next) {
+                          float* sums, int64_t stride) {
   const int8_t* x = activations.quantized + m * activations.stride + first_block * kBlock;
   const float* scale = activations.block_scale + m * activations.block_stride + first_block;
   const int32_t* correction = activations.block_correction + m * activations.block_stride + first_block;
   for (int64_t b = 0; b < blocks; ++b) {
     __m512i acc[kRows][kVectors];
-    next.prefetch<kVectors>(b, blocks);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
@@ -232,24 +235,39 @@ inline void multiply_tile(const Activations& activations, int64_t m, int64_t fir
 }
 
 template <class Isa, int kVectors>
-void panel_sums(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n, int64_t n1, float* sums,
+void multiply_rows(const Activations& activations, int64_t m0, int64_t m1, const PanelPlace& place, const uint8_t* panel, float* sums,
+                   int64_t stride) {
+  int64_t m = m0;
+  const auto tile = [&](auto rows) {
+    constexpr int kRows = decltype(rows)::kValue;
+    multiply_tile<Isa, kRows, kVectors>(activations, m, place.first_block, place.blocks, panel, sums + (m - m0) * stride, stride);
+    m += kRows;
+  };
+  while (m1 - m >= Isa::kTileRows) tile(Constant<Isa::kTileRows>{});
+  for_tail<Isa::kTileRows - 1>(m1 - m, tile);
+}
+
+template <class Isa>
+void panel_sums(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums,
                 int64_t stride, uint8_t* panel) {
-  for (int64_t block = 0; block < layer.blocks; block += kPanelBlocks) {
-    const int64_t blocks = layer.blocks - block < kPanelBlocks ? layer.blocks - block : kPanelBlocks;
-    decode_panel<Isa, kVectors>(layer, block, blocks, n, n1, panel);
-    const int64_t row = first_code_row(layer, block);
-    // The same rows of the panel to the right, fetched once: while the first tile is multiplied.
-    CodeRows next{layer.codes + row * layer.out_features + n + 16 * kVectors, first_code_row(layer, block + blocks) - row,
-                  layer.out_features};
-    int64_t m = m0;
-    const auto tile = [&](auto rows) {
-      constexpr int kRows = decltype(rows)::kValue;
-      multiply_tile<Isa, kRows, kVectors>(activations, m, block, blocks, panel, sums + (m - m0) * stride, stride, next);
-      next.rows = 0;
-      m += kRows;
-    };
-    while (m1 - m >= Isa::kTileRows) tile(Constant<Isa::kTileRows>{});
-    for_tail<Isa::kTileRows - 1>(m1 - m, tile);
+  constexpr int64_t kTile = 16 * kPanelVectors;
+  // Few rows: wide and shallow, because decoding dominates and wants long rows of codes. Many: narrow and deep.
+  int64_t tiles = kPanelSums / (m1 - m0) / kTile;
+  tiles = tiles < 1 ? 1 : tiles > kPanelParts ? kPanelParts : tiles;
+  for (int64_t n = n0; n < n1; n += tiles * kTile) {
+    PanelPlace place{0, 0, n, n1 - n < tiles * kTile ? n1 : n + tiles * kTile};
+    for (; place.first_block < layer.blocks; place.first_block += place.blocks) {
+      const int64_t left = layer.blocks - place.first_block;
+      place.blocks = left < kPanelParts / tiles ? left : kPanelParts / tiles;
+      decode_panel<Isa>(layer, place, panel);
+      for (int64_t t = n; t < place.n1; t += kTile) {
+        const uint8_t* part = panel + (t - n) / kTile * place.blocks * kPanelVectors * kGroupsPerBlock * 64;
+        float* to = sums + t - n0;
+        if (place.n1 - t > 32) multiply_rows<Isa, 3>(activations, m0, m1, place, part, to, stride);
+        else if (place.n1 - t > 16) multiply_rows<Isa, 2>(activations, m0, m1, place, part, to, stride);
+        else multiply_rows<Isa, 1>(activations, m0, m1, place, part, to, stride);
+      }
+    }
   }
 }
 
@@ -266,15 +284,7 @@ void sums_int8(const LayerView& layer, const Activations& activations, int64_t m
     case 6: return stream<Isa, 6>(layer, activations, m0, n0, n1, sums, stride);
     case 7: return stream<Isa, 7>(layer, activations, m0, n0, n1, sums, stride);
     case 8: return stream<Isa, 8>(layer, activations, m0, n0, n1, sums, stride);
-    default: break;
-  }
-  auto* panel = static_cast<uint8_t*>(scratch);
-  for (int64_t n = n0; n < n1; n += 48) {
-    const int64_t left = n1 - n;
-    float* tile = sums + n - n0;
-    if (left > 32) panel_sums<Isa, 3>(layer, activations, m0, m1, n, n1, tile, stride, panel);
-    else if (left > 16) panel_sums<Isa, 2>(layer, activations, m0, m1, n, n1, tile, stride, panel);
-    else panel_sums<Isa, 1>(layer, activations, m0, m1, n, n1, tile, stride, panel);
+    default: return panel_sums<Isa>(layer, activations, m0, m1, n0, n1, sums, stride, static_cast<uint8_t*>(scratch));
   }
 }
 

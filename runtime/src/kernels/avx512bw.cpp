@@ -16,6 +16,7 @@ struct Bw {
   struct Weights {
     __m512i even, odd;
   };
+  using Table = const uint8_t*;
   using Activation = Weights;
   static constexpr int kTileRows = 4;
 

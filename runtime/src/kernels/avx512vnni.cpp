@@ -13,6 +13,7 @@ bool supported() {
 }
 
 struct Vnni {
+  using Table = __m512i;
   using Weights = __m512i;  // centroids + 128, hence the correction that a sum begins with
   using Activation = __m512i;
   static constexpr int kTileRows = 8;
