@@ -16,7 +16,7 @@ from torch import fx
 
 from .attributes import fetch, free_name, get_attribute, set_tensor
 from .base import ContractError, Pass, PassContext, PassResult
-from .constants import Constant, resolve, same_layout
+from .constants import Constant, is_constant_expression, resolve, same_layout
 
 _aten = torch.ops.aten
 LINEAR = _aten.linear.default
@@ -212,7 +212,7 @@ def _rewrite_product(rewriter: _Rewriter, node: fx.Node) -> fx.Node | NoMatch:
     constant = rewriter.resolve(other)
     if constant is None:
         left = rewriter.resolve(x)
-        if left is not None and left.tensor.dim() >= 2 and not _computed_from_constants(other):
+        if left is not None and left.tensor.dim() >= 2 and not is_constant_expression(other):
             return NoMatch(f"the constant {left.target} is the left operand")
         return NoMatch()
     if not isinstance(x, fx.Node) or rewriter.resolve(x) is not None:
@@ -320,19 +320,6 @@ def _is_tensor(value: object) -> TypeGuard[torch.Tensor]:
 def _computed(value: object) -> str:
     made_by = value.target if isinstance(value, fx.Node) else type(value).__name__
     return f"the weight is computed in the graph (by {made_by})"
-
-
-def _computed_from_constants(value: object) -> bool:
-    """Whether a value depends on no input of the graph."""
-    stack, seen = [value], set()
-    while stack:
-        node = stack.pop()
-        if isinstance(node, fx.Node) and node not in seen:
-            if node.op == "placeholder":
-                return False
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return True
 
 
 _RULES: dict[Any, Rule] = {

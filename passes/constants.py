@@ -88,3 +88,16 @@ def _unexpanded(source: Constant, value: fx.Node) -> Constant | None:
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are the same elements in the same arrangement of the same memory."""
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+def is_constant_expression(value: object) -> bool:
+    """Whether a value depends on no input of the graph."""
+    stack, seen = [value], set()
+    while stack:
+        node = stack.pop()
+        if isinstance(node, fx.Node) and node not in seen:
+            if node.op == "placeholder":
+                return False
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return True

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from .attributes import get_attribute
 from .base import Pass, PassContext, PassResult
 from .canonicalize_linears import LINEAR, is_canonical, weight_origin
-from .constants import resolve
+from .constants import is_constant_expression, resolve
 from .plan import LinearSite, Plan, PlanRow, Skipped
 
 __all__ = ["LinearSite", "Plan", "PlanRow", "SelectLinears", "Skipped", "four_bit_bytes"]
@@ -193,10 +193,14 @@ def _weight_uses(gm: fx.GraphModule) -> dict[int, list[fx.Node]]:
 
 
 def _heads(gm: fx.GraphModule, task: str | None) -> dict[fx.Node, str]:
-    """Linears whose result is the model's output but for slicing, scaling and the like, for tasks that have a head."""
+    """Linears whose result is the model's output but for slicing, scaling and the like, for tasks that have a head.
+
+    In a module without a task, such a linear is a head if it has a row for each row of an embedding.
+    """
     label = _HEAD_TASKS.get(task or "")
-    if label is None:
+    if label is None and task is not None:
         return {}
+    vocabularies = {table.shape[0] for table in _embedding_tables(gm)}
     heads: dict[fx.Node, str] = {}
     output = next(node for node in gm.graph.nodes if node.op == "output")
     stack, seen = list(output.all_input_nodes), set()
@@ -206,10 +210,18 @@ def _heads(gm: fx.GraphModule, task: str | None) -> dict[fx.Node, str]:
             continue
         seen.add(node)
         if is_canonical(node):
-            heads[node] = label
+            if label is not None:
+                heads[node] = label
+            elif get_attribute(gm, str(node.args[1].target)).shape[0] in vocabularies:
+                heads[node] = _HEAD_TASKS["text-generation"]
         elif node.target in _AFTER_HEAD and isinstance(node.args[0], fx.Node):
             stack.append(node.args[0])
     return heads
+
+
+def _embedding_tables(gm: fx.GraphModule) -> list[torch.Tensor]:
+    tables = [resolve(gm, node.args[0]) for node in gm.graph.nodes if node.target in _EMBEDDINGS]
+    return [table.tensor for table in tables if table is not None]
 
 
 def _other_weights(
@@ -234,9 +246,12 @@ def _other_weights(
 
 
 def _use(users: Sequence[fx.Node], context: PassContext) -> str:
-    for user in users:
+    reached = list(users)
+    for user in reached:
         if user.name in context.reasons:
             return context.reasons[user.name]
+        if is_constant_expression(user):
+            reached += [later for later in user.users if later not in reached]
     targets = {user.target for user in users}
     if targets & _EMBEDDINGS:
         return "embedding table"
