@@ -349,13 +349,30 @@ class SortedColumns:
     """
 
     def __init__(self, columns: torch.Tensor) -> None:
-        self.values = columns.sort(dim=1).values.to(torch.float64)
+        if columns.device.type == "cpu":  # NumPy's vectorised sort is several times faster
+            ordered = torch.from_numpy(np.sort(columns.detach().numpy(), axis=1))
+        else:
+            ordered = columns.sort(dim=1).values
+        self.values = ordered.to(torch.float64)
         count, n = self.values.shape
-        self.moment, self.square = (self.values.new_zeros(count, n + 1) for _ in range(2))
+        self.moment = self.values.new_zeros(count, n + 1)
         torch.cumsum(self.values, dim=1, out=self.moment[:, 1:])
-        torch.cumsum(self.values * self.values, dim=1, out=self.square[:, 1:])
-        self.curve = torch.zeros_like(self.values)
-        torch.cumsum(self.values.diff(dim=1) ** _COMPANDING, dim=1, out=self.curve[:, 1:])
+        index, share = _sample(n)
+        self.sample = self.values[:, torch.from_numpy(index).to(self.values.device)]
+        self.curve = torch.zeros_like(self.sample)
+        gaps = self.sample.diff(dim=1) ** _COMPANDING * torch.from_numpy(share).to(self.values.device)
+        torch.cumsum(gaps, dim=1, out=self.curve[:, 1:])
+        self._square: torch.Tensor | None = None
+
+    def _squares(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """Sum of squares of each column between two borders."""
+        n = self.values.shape[1]
+        if int(low.max()) == 0 and int(high.min()) == n:
+            return self.values.square().sum(dim=1)
+        if self._square is None:
+            self._square = torch.zeros_like(self.moment)
+            torch.cumsum(self.values.square(), dim=1, out=self._square[:, 1:])
+        return (self._square.gather(1, high[:, None]) - self._square.gather(1, low[:, None]))[:, 0]
 
     def without_extremes(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where each sorted column begins and ends once its ``count`` largest magnitudes are gone: two int64
@@ -380,15 +397,19 @@ class SortedColumns:
             centroids float64 ``[C, k]`` ascending, and the summed squared distance float64 ``[C]``.
         """
         low, high = self.without_extremes(reserved)
-        first, last = low[:, None], high[:, None] - 1
-        bottom, top = self.curve.gather(1, first), self.curve.gather(1, last)
+        ends = torch.stack([self.values.gather(1, low[:, None]), self.values.gather(1, high[:, None] - 1)], dim=1)[
+            ..., 0
+        ]
+        around = torch.searchsorted(self.sample, ends).clamp_(max=self.sample.shape[1] - 1)
+        bottom, top = self.curve.gather(1, around).split(1, dim=1)
         steps = (torch.arange(k, dtype=torch.float64, device=self.values.device) + 0.5) / k
         targets = bottom + steps * (top - bottom)
-        above = torch.minimum(torch.maximum(torch.searchsorted(self.curve, targets), first), last)
-        below = torch.maximum(above - 1, first)
+        above = torch.searchsorted(self.curve, targets).clamp_(max=self.curve.shape[1] - 1)
+        below = (above - 1).clamp_(min=0)
         start, stop = self.curve.gather(1, below), self.curve.gather(1, above)
         share = ((targets - start) / (stop - start).clamp(min=1e-300)).clamp_(0, 1)
-        centroids = torch.lerp(self.values.gather(1, below), self.values.gather(1, above), share)
+        centroids = torch.lerp(self.sample.gather(1, below), self.sample.gather(1, above), share)
+        near = _TOLERANCE * (ends[:, 1] - ends[:, 0])[:, None]
 
         borders = torch.empty(len(low), k + 1, dtype=torch.int64, device=low.device)
         borders[:, 0], borders[:, k] = low, high
@@ -400,10 +421,12 @@ class SortedColumns:
                 break
             borders[:, 1:k] = cuts
             inside = borders.diff(dim=1)
-            centroids = torch.where(
-                inside > 0, self.moment.gather(1, borders).diff(dim=1) / inside.clamp(min=1), centroids
-            )
+            means = self.moment.gather(1, borders).diff(dim=1) / inside.clamp(min=1)
+            moved = torch.where(inside > 0, means, centroids)
+            settled = bool(((moved - centroids).abs() <= near).all())
+            centroids = moved
+            if settled:
+                break
         sums = self.moment.gather(1, borders).diff(dim=1)
-        squares = self.square.gather(1, borders[:, [0, k]]).diff(dim=1)[:, 0]
-        error = squares - (sums * sums / borders.diff(dim=1).clamp(min=1)).sum(dim=1)
+        error = self._squares(low, high) - (sums * sums / borders.diff(dim=1).clamp(min=1)).sum(dim=1)
         return centroids, error.clamp(min=0)

@@ -1,0 +1,102 @@
+"""How much the model's output depends on each layer's outputs, by gradients: what makes errors of different layers
+comparable.
+
+A small error d in the outputs of a layer raises the loss by about half of sum (g d)^2, g the gradient of the
+log-likelihood at that output (the Fisher information; SqueezeLLM, arXiv 2306.07629; GuidedQuant, arXiv 2505.07004).
+The bit budget weighs each output row with its mean g^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import CalibrationError
+
+
+class OutputImportance:
+    """Collects the mean squared gradient of every output of some layers, while a caller runs forward and backward
+    passes.
+
+    Use as a context manager around the passes::
+
+        with OutputImportance({"fc": model.fc}) as importance:
+            for batch in batches:
+                sampled_loss(model(batch).logits, generator).backward()
+        rows = importance.result()["fc"]
+
+    Args:
+        layers: modules by name, each called once a forward pass, with a tensor as output; its last axis is
+            out_features.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._layers = dict(layers)
+        self._sums: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, int] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> OutputImportance:
+        for name, module in self._layers.items():
+            self._handles.append(module.register_forward_hook(self._watch(name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _watch(self, name: str):  # type: ignore[no-untyped-def]
+        def collect(gradient: torch.Tensor) -> None:
+            rows = gradient.detach().reshape(-1, gradient.shape[-1]).to(torch.float32)
+            added = rows.square().sum(dim=0, dtype=torch.float64)
+            self._sums[name] = self._sums[name] + added if name in self._sums else added
+            self._tokens[name] = self._tokens.get(name, 0) + len(rows)
+
+        def hook(module: nn.Module, inputs: tuple[object, ...], output: torch.Tensor) -> torch.Tensor:
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            output.register_hook(collect)
+            return output
+
+        return hook
+
+    def result(self) -> dict[str, torch.Tensor]:
+        """float64 ``[out_features]`` for each layer: mean over tokens of the squared gradient.
+
+        Raises:
+            CalibrationError: a layer saw no gradient, or one that is not finite.
+        """
+        for name in self._layers:
+            if name not in self._sums:
+                raise CalibrationError(f"layer {name} got no gradient: it takes no part in the model's output")
+            if not torch.isfinite(self._sums[name]).all():
+                raise CalibrationError(f"the gradients at layer {name} are not finite")
+        return {name: self._sums[name] / self._tokens[name] for name in self._layers}
+
+
+def sampled_loss(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Negative log-likelihood of labels drawn from the model itself; its squared gradients are the Fisher information.
+
+    Args:
+        logits: ``[..., classes]``.
+        generator: of the labels, on the device of ``logits``.
+    """
+    scores = logits.reshape(-1, logits.shape[-1]).float().log_softmax(dim=-1)
+    labels = torch.multinomial(scores.detach().exp(), 1, generator=generator)
+    return -scores.gather(1, labels).sum()
+
+
+def projected_loss(output: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """``output`` times random signs, summed; the squared gradients are those of the squared output error.
+
+    For models whose output is a vector to be preserved (embeddings), not a distribution.
+    """
+    signs = torch.randint(0, 2, output.shape, generator=generator, device=output.device).to(output) * 2 - 1
+    return (output * signs).sum()

@@ -1,0 +1,56 @@
+"""Output importance against gradients worked out by hand and by perturbation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from claq_export.algorithm.importance import OutputImportance, projected_loss, sampled_loss
+from claq_export.errors import CalibrationError
+
+
+def test_linear_model_by_hand() -> None:
+    first, second = nn.Linear(4, 3, bias=False), nn.Linear(3, 2, bias=False)
+    generator = torch.Generator().manual_seed(0)
+    with OutputImportance({"first": first, "second": second}) as importance:
+        for _ in range(400):
+            projected_loss(second(first(torch.randn(5, 4))), generator).backward()
+    found = importance.result()
+    torch.testing.assert_close(found["second"], torch.ones(2, dtype=torch.float64))
+    expected = second.weight.detach().double().square().sum(dim=0)
+    torch.testing.assert_close(found["first"], expected, rtol=0.1, atol=1e-3)
+
+
+def test_predicts_the_divergence_of_a_perturbed_model() -> None:
+    torch.manual_seed(1)
+    layer, head = nn.Linear(8, 16), nn.Linear(16, 5)
+    inputs = torch.randn(4000, 8)
+    generator = torch.Generator().manual_seed(2)
+    with OutputImportance({"layer": layer}) as importance:
+        sampled_loss(head(torch.tanh(layer(inputs))), generator).backward()
+    weight = importance.result()["layer"]
+    noise = 0.02 * torch.randn(4000, 16) * torch.linspace(0, 2, 16)
+    with torch.no_grad():
+        before = head(torch.tanh(layer(inputs))).log_softmax(-1)
+        after = head(torch.tanh(layer(inputs) + noise)).log_softmax(-1)
+        divergence = float((before.exp() * (before - after)).sum(-1).mean())
+    predicted = float(0.5 * (weight * noise.double().square().mean(dim=0)).sum())
+    assert predicted == pytest.approx(divergence, rel=0.2)
+
+
+def test_frozen_models_work_and_hooks_go_away() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    with OutputImportance({"0": model[0], "2": model[2]}) as importance:
+        projected_loss(model(torch.randn(6, 3)), generator).backward()
+    assert set(importance.result()) == {"0", "2"}
+    assert not model[0]._forward_hooks
+
+
+def test_layer_without_part_in_the_output_is_named() -> None:
+    used, unused = nn.Linear(2, 2), nn.Linear(2, 2)
+    with OutputImportance({"used": used, "unused": unused}) as importance:
+        projected_loss(used(torch.ones(1, 2)), torch.Generator()).backward()
+    with pytest.raises(CalibrationError, match="unused"):
+        importance.result()
