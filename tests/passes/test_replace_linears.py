@@ -1,0 +1,203 @@
+"""Quantized layers in the place of linears: numbers, names of buffers, memory, and export of what comes out."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from claq_export.passes import ContractError, PassContext, Pipeline, RemoveUnused, ReplaceLinears
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from claq_export.format.layer import TENSOR_NAMES
+
+D = 64
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(D, D)
+        self.k = nn.Linear(D, D, bias=False)
+        self.inner = nn.ModuleDict({"up": Conv1D(2 * D, D), "down": nn.Linear(2 * D, D, bias=False)})
+        self.bare = nn.Parameter(torch.randn(D, D) / 8)
+        self.norm = nn.LayerNorm(D)
+
+    def forward(self, x):
+        x = self.norm(self.q(x) * self.k(x))
+        x = x + self.inner["down"](torch.relu(self.inner["up"](x)))
+        return x @ self.bare
+
+
+def quantized(helpers, model, *inputs, accuracy_level=0, **options):
+    planned = helpers.plan(model, *inputs, **options)
+    gm = planned.graph_module
+    layers = {site.name: helpers.quantize(site.weight(gm)) for site in planned.plan}
+    records = Pipeline([ReplaceLinears(layers, accuracy_level), RemoveUnused()]).run(gm, planned.context)
+    assert records[0].modified
+    return planned, layers
+
+
+def dequantized_twin(model, planned, layers):
+    """The same module with the dequantized weights in its own linears: the oracle."""
+    state = dict(model.state_dict())
+    for site in planned.plan:
+        start = 0
+        for part, rows in site.parts:
+            weight = layers[site.name].dequantize()[start : start + rows]
+            start += rows
+            key = f"{part}.weight" if f"{part}.weight" in state else part
+            state[key] = weight.T.contiguous() if site.transposed else weight
+    twin = type(model)()
+    twin.load_state_dict(state)
+    return twin
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_numbers_are_those_of_the_dequantized_weights(helpers, fuse):
+    model = Block()
+    planned, layers = quantized(helpers, model, torch.randn(2, 5, D), fuse_siblings=fuse)
+    assert len(layers) == (4 if fuse else 5)
+    helpers.same(planned.captured, dequantized_twin(model, planned, layers), (1, 1, D), (4, 3, D), atol=1e-4)
+
+
+def test_node_arguments_and_buffer_names(helpers):
+    planned, layers = quantized(helpers, Block(), torch.randn(2, 5, D), accuracy_level=4, fuse_siblings=False)
+    gm = planned.graph_module
+    calls = [node for node in gm.graph.nodes if node.target is torch.ops.claq.linear.default]
+    assert calls == [node for site in planned.plan for node in site.nodes]
+    by_name = {site.name: site.node for site in planned.plan}
+    for name, layer in layers.items():
+        prefix = by_name[name].args[1].target.removesuffix(".codes")
+        assert [argument.target for argument in by_name[name].args[1:9]] == [
+            f"{prefix}.{part}" for part in TENSOR_NAMES
+        ]
+        assert by_name[name].args[10:] == (layer.in_features, layer.out_features, list(layer.columns), 4)
+        for part, tensor in layer.tensors().items():
+            assert torch.equal(gm.get_buffer(f"{prefix}.{part}"), tensor)
+    assert by_name["q"].args[9].target == "q.bias"
+    assert by_name["k"].args[9].target == by_name["bare"].args[9].target == "claq_no_bias_float32"
+    assert gm.get_buffer("claq_no_bias_float32").shape == (0,)
+    assert set(gm.state_dict()) == {
+        *(f"{name}.{part}" for name in layers for part in TENSOR_NAMES),
+        *("q.bias", "inner.up.bias", "norm.weight", "norm.bias", "claq_no_bias_float32"),
+    }
+
+
+def test_no_weight_stays_behind(helpers):
+    model = Block()
+    weights = [weakref.ref(model.q.weight), weakref.ref(model.inner["up"].weight), weakref.ref(model.bare)]
+    before = sum(parameter.untyped_storage().nbytes() for parameter in model.parameters())
+    planned, _ = quantized(helpers, model, torch.randn(2, 5, D))
+    del model
+    gc.collect()
+    assert [weight() for weight in weights] == [None, None, None]
+    held = {tensor.untyped_storage().data_ptr(): tensor for tensor in planned.graph_module.state_dict().values()}
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held.values()) < 0.35 * before
+
+
+def test_export_again_with_dynamic_axes(helpers):
+    planned, _ = quantized(helpers, Block(), torch.randn(2, 5, D))
+    captured = planned.captured
+    again = torch.export.export(
+        captured.graph_module, (), kwargs=captured.example_inputs, dynamic_shapes=captured.export_shapes
+    ).module()
+    for size in [(1, 1, D), (6, 9, D)]:
+        x = torch.randn(size)
+        with torch.no_grad():
+            torch.testing.assert_close(again(x=x), captured.run({"x": x})[0], rtol=0, atol=1e-5)
+
+
+def test_shared_weight_becomes_one_layer_with_each_call_its_bias(helpers):
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(D, D))
+            self.first = nn.Parameter(torch.randn(D))
+            self.second = nn.Parameter(torch.randn(D))
+
+        def forward(self, x):
+            return F.linear(torch.relu(F.linear(x, self.weight, self.first)), self.weight, self.second)
+
+    model = Shares()
+    planned, layers = quantized(helpers, model, torch.randn(2, D))
+    (site,) = planned.plan
+    assert site.name == site.weight_name == "weight"
+    first, second = site.nodes
+    assert first.args[1] is second.args[1]
+    assert (first.args[9].target, second.args[9].target) == ("first", "second")
+    twin = Shares()
+    twin.load_state_dict({**model.state_dict(), "weight": layers[site.name].dequantize()})
+    helpers.same(planned.captured, twin, (3, D), atol=1e-3)
+
+
+def test_weight_that_an_embedding_shares_stays(helpers):
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(96, D)
+            self.head = nn.Linear(D, 96, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(self.embed(ids))
+
+    model = Tied()
+    planned, layers = quantized(helpers, model, torch.randint(0, 96, (2, 3)), include=["*"])
+    (name,) = layers
+    assert name in {"head", "embed"}
+    gm = planned.graph_module
+    assert torch.equal(gm.get_parameter(f"{name}.weight"), model.embed.weight)
+    assert gm.get_buffer(f"{name}.codes").dtype == torch.uint32
+    ids = torch.tensor([[1, 2]])
+    expected = F.linear(model.embed(ids), layers[name].dequantize())
+    torch.testing.assert_close(planned.captured.run({"ids": ids})[0], expected.detach(), rtol=0, atol=1e-3)
+
+
+def test_bare_parameter_that_stays_makes_room(helpers):
+    """Buffers of ``bare`` would stand under a parameter's name while an embedding still uses it."""
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bare = nn.Parameter(torch.randn(96, D))
+
+        def forward(self, ids):
+            return F.linear(F.embedding(ids, self.bare), self.bare)
+
+    planned, layers = quantized(helpers, Bare(), torch.randint(0, 96, (2, 3)), include=["bare"])
+    assert list(layers) == ["bare"]
+    assert "bare_claq.codes" in planned.graph_module.state_dict()
+    assert planned.captured.run({"ids": torch.tensor([[1, 2]])})[0].shape == (1, 2, 96)
+
+
+def test_float16(helpers):
+    planned, _ = quantized(helpers, Block().half(), torch.randn(2, 5, D).half())
+    assert planned.captured.run({"x": torch.randn(1, 2, D).half()})[0].dtype == torch.float16
+    assert planned.graph_module.get_buffer("claq_no_bias_float16").dtype == torch.float16
+
+
+def test_sites_without_a_layer_stay(helpers):
+    model = Block()
+    planned = helpers.plan(model, torch.randn(2, 5, D), fuse_siblings=False)
+    gm = planned.graph_module
+    layer = helpers.quantize(planned.plan.site("q").weight(gm))
+    record = ReplaceLinears({"q": layer})(gm, planned.context)
+    assert record.modified
+    assert "k has no quantized layer and stays as it is" in record.notes
+    assert len(helpers.linears(gm)) == 4
+    assert planned.captured.run({"x": torch.randn(1, 2, D)})[0].shape == (1, 2, D)
+
+
+def test_layers_that_do_not_fit(helpers):
+    planned = helpers.plan(Block(), torch.randn(2, 5, D), fuse_siblings=False)
+    gm = planned.graph_module
+    with pytest.raises(ContractError, match="layer 'nobody' is no site of the plan"):
+        ReplaceLinears({"nobody": helpers.quantize(torch.randn(D, D))})(gm, planned.context)
+    with pytest.raises(ContractError, match=r"layer q is \[32, 64\], the site is \[64, 64\]"):
+        ReplaceLinears({"q": helpers.quantize(torch.randn(32, D))})(gm, planned.context)
+    with pytest.raises(ContractError, match="there is no plan"):
+        ReplaceLinears({})(gm, PassContext())
