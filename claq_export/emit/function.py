@@ -3,7 +3,8 @@
 The function decodes the weight of ``docs/format.md`` and multiplies by it. All of it but the multiplication depends on
 constants, so ONNX Runtime folds a layer into one dense MatMul when it creates a session. Absent tensors have length
 zero; the body handles them with slices and scatters that then touch nothing, because a function cannot branch on the
-presence of an input without costing every session an ``If``.
+presence of an input without costing every session an ``If``. The time of that folding goes into fresh memory for
+intermediate tensors of the weight's size, so there are few of them and all but four hold bytes.
 """
 
 # mypy: ignore-errors
@@ -31,6 +32,7 @@ OPSET = 18
 _claq = values.Opset(DOMAIN, VERSION)
 
 _FLOAT = onnx.TensorProto.FLOAT
+_UINT8 = onnx.TensorProto.UINT8
 _INT32 = onnx.TensorProto.INT32
 _INT64 = onnx.TensorProto.INT64
 
@@ -38,10 +40,11 @@ _INT64 = onnx.TensorProto.INT64
 _SHIFTS_4 = numpy_helper.from_array(np.arange(0, 32, 4, dtype=np.uint32).reshape(1, 8, 1))
 _SHIFTS_2 = numpy_helper.from_array(np.arange(0, 32, 2, dtype=np.uint32).reshape(1, 16, 1))
 _SHIFTS_1 = numpy_helper.from_array(np.arange(0, 32, 1, dtype=np.uint32).reshape(1, 32, 1))
-_MASK_4 = numpy_helper.from_array(np.array(15, dtype=np.uint32))
-_MASK_2 = numpy_helper.from_array(np.array(3, dtype=np.uint32))
-_MASK_1 = numpy_helper.from_array(np.array(1, dtype=np.uint32))
-_UINT_TWO = numpy_helper.from_array(np.array(2, dtype=np.uint32))
+_MASK_4 = numpy_helper.from_array(np.array(15, dtype=np.uint8))
+_MASK_2 = numpy_helper.from_array(np.array(3, dtype=np.uint8))
+_MASK_1 = numpy_helper.from_array(np.array(1, dtype=np.uint8))
+_BYTE_TWO = numpy_helper.from_array(np.array(2, dtype=np.uint8))
+_ZERO_FLOAT = numpy_helper.from_array(np.array([0], dtype=np.float32))
 _ZERO_INT64 = numpy_helper.from_array(np.array([0], dtype=np.int64))
 
 
@@ -84,42 +87,58 @@ def ClaqMatMul(
     entries_4 = op.Mul(c4, sixteen)
     entries_43 = op.Add(entries_4, op.Mul(c3, eight))
     entries_432 = op.Shape(codebook)
-    shifts_2 = op.Constant(value=_SHIFTS_2)
-    mask_2 = op.Constant(value=_MASK_2)
 
-    # Four bits: eight codes a word.
+    # Codes as bytes. Four bits: eight a word.
     words_4 = op.Unsqueeze(op.Slice(codes, zero, rows_4, zero), one)
-    code_4 = op.BitwiseAnd(
-        op.BitShift(words_4, op.Constant(value=_SHIFTS_4), direction="RIGHT"), op.Constant(value=_MASK_4)
-    )
-    index_4 = op.Cast(op.Reshape(code_4, op.Concat(c4, n, axis=0), allowzero=1), to=_INT32)
-    table_4 = op.Reshape(op.Slice(codebook, zero, entries_4, zero), op.Concat(c4, sixteen, axis=0), allowzero=1)
-    value_4 = op.GatherElements(table_4, index_4, axis=1)
+    byte_4 = op.Cast(op.BitShift(words_4, op.Constant(value=_SHIFTS_4), direction="RIGHT"), to=_UINT8)
+    code_4 = op.Reshape(op.BitwiseAnd(byte_4, op.Constant(value=_MASK_4)), op.Concat(c4, n, axis=0), allowzero=1)
 
     # Three bits: of every three rows, two hold the low two bits and one holds the third bit.
+    shifts_2 = op.Constant(value=_SHIFTS_2)
+    mask_2 = op.Constant(value=_MASK_2)
     shape_3 = op.Concat(c3, n, axis=0)
     planes = op.Reshape(
         op.Slice(codes, rows_4, rows_43, zero), op.Concat(op.Div(c3, block), three, n, axis=0), allowzero=1
     )
     low_words = op.Unsqueeze(op.Slice(planes, zero, two, one), two)
-    low = op.Reshape(op.BitwiseAnd(op.BitShift(low_words, shifts_2, direction="RIGHT"), mask_2), shape_3, allowzero=1)
+    low_byte = op.Cast(op.BitShift(low_words, shifts_2, direction="RIGHT"), to=_UINT8)
+    low = op.Reshape(op.BitwiseAnd(low_byte, mask_2), shape_3, allowzero=1)
     third_words = op.Slice(planes, two, three, one)
-    third = op.BitwiseAnd(
-        op.BitShift(third_words, op.Constant(value=_SHIFTS_1), direction="RIGHT"), op.Constant(value=_MASK_1)
-    )
-    high = op.BitShift(op.Reshape(third, shape_3, allowzero=1), op.Constant(value=_UINT_TWO), direction="LEFT")
-    index_3 = op.Cast(op.BitwiseOr(low, high), to=_INT32)
-    table_3 = op.Reshape(op.Slice(codebook, entries_4, entries_43, zero), op.Concat(c3, eight, axis=0), allowzero=1)
-    value_3 = op.GatherElements(table_3, index_3, axis=1)
+    third_byte = op.Cast(op.BitShift(third_words, op.Constant(value=_SHIFTS_1), direction="RIGHT"), to=_UINT8)
+    third = op.Reshape(op.BitwiseAnd(third_byte, op.Constant(value=_MASK_1)), shape_3, allowzero=1)
+    code_3 = op.BitwiseOr(low, op.BitShift(third, op.Constant(value=_BYTE_TWO), direction="LEFT"))
 
-    # Two bits: sixteen codes a word.
+    # Two bits: sixteen a word.
     words_2 = op.Unsqueeze(op.Slice(codes, rows_43, rows_432, zero), one)
-    code_2 = op.BitwiseAnd(op.BitShift(words_2, shifts_2, direction="RIGHT"), mask_2)
-    index_2 = op.Cast(op.Reshape(code_2, op.Concat(c2, n, axis=0), allowzero=1), to=_INT32)
-    table_2 = op.Reshape(op.Slice(codebook, entries_43, entries_432, zero), op.Concat(c2, four, axis=0), allowzero=1)
-    value_2 = op.GatherElements(table_2, index_2, axis=1)
+    byte_2 = op.Cast(op.BitShift(words_2, shifts_2, direction="RIGHT"), to=_UINT8)
+    code_2 = op.Reshape(op.BitwiseAnd(byte_2, mask_2), op.Concat(c2, n, axis=0), allowzero=1)
+    code = op.Concat(code_4, code_3, code_2, axis=0)
 
-    centroids = op.Cast(op.Concat(value_4, value_3, value_2, axis=0), to=_FLOAT)
+    # Codebooks as one table of sixteen entries a stored column, in units of the weight but for the row's scale.
+    table_4 = op.Reshape(op.Slice(codebook, zero, entries_4, zero), op.Concat(c4, sixteen, axis=0), allowzero=1)
+    table_3 = op.Reshape(op.Slice(codebook, entries_4, entries_43, zero), op.Concat(c3, eight, axis=0), allowzero=1)
+    table_2 = op.Reshape(op.Slice(codebook, entries_43, entries_432, zero), op.Concat(c2, four, axis=0), allowzero=1)
+    filler_3 = op.ConstantOfShape(op.Concat(c3, eight, axis=0), value=_ZERO_FLOAT)
+    filler_2 = op.ConstantOfShape(op.Concat(c2, op.Constant(value_ints=[12]), axis=0), value=_ZERO_FLOAT)
+    table = op.Concat(
+        op.Cast(table_4, to=_FLOAT),
+        op.Concat(op.Cast(table_3, to=_FLOAT), filler_3, axis=1),
+        op.Concat(op.Cast(table_2, to=_FLOAT), filler_2, axis=1),
+        axis=0,
+    )
+    column_scale = op.Cast(scale, to=_FLOAT)
+    scaled_table = op.Mul(table, op.Unsqueeze(column_scale, one))
+
+    # An empty order stands for the identity; the Reshape refuses any other length but the right one. Where a feature is
+    # stored follows by scattering; padding columns land behind the last feature and are cut off.
+    column = op.Range(op.Constant(value_int=0), op.Squeeze(stored), op.Constant(value_int=1))
+    implied = op.Mul(op.Cast(op.Equal(op.Shape(order), zero), to=_INT64), stored)
+    listed = op.Concat(op.Cast(order, to=_INT64), op.Slice(column, zero, implied, zero), axis=0)
+    feature = op.Reshape(listed, stored)
+    places = op.ScatterElements(op.ConstantOfShape(op.Add(stored, one), value=_ZERO_INT64), feature, column, axis=0)
+    place = op.Slice(places, zero, k, zero)
+    index = op.Cast(op.Gather(code, place, axis=0), to=_INT32)
+    decoded = op.GatherElements(op.Gather(scaled_table, place, axis=0), index, axis=1)
 
     # Outliers, rows of a CSR matrix: the row of entry i is the number of inner row pointers that are <= i.
     nnz = op.Shape(outlier_index)
@@ -132,21 +151,11 @@ def ClaqMatMul(
         reduction="add",
     )
     outlier_row = op.Slice(op.CumSum(starts, op.Constant(value_int=0)), zero, nnz, zero)
-    position = op.Concat(op.Unsqueeze(op.Cast(outlier_index, to=_INT64), one), op.Unsqueeze(outlier_row, one), axis=1)
-    reserved = op.ScatterND(centroids, position, op.Cast(outlier_value, to=_FLOAT), reduction="add")
-
-    scaled = op.Mul(reserved, op.Unsqueeze(op.Cast(scale, to=_FLOAT), one))
-    weight = op.Mul(scaled, op.Cast(row_scale, to=_FLOAT))
-
-    # Stored columns back to input features; padding columns land in rows from in_features on, which are cut off.
-    # An empty order stands for the identity; the Reshape refuses any other length but the right one.
-    implied = op.Mul(op.Cast(op.Equal(op.Shape(order), zero), to=_INT64), stored)
-    identity = op.Range(op.Constant(value_int=0), op.Squeeze(implied), op.Constant(value_int=1))
-    feature = op.Reshape(op.Concat(op.Cast(order, to=_INT64), identity, axis=0), stored)
-    by_feature = op.ScatterND(
-        op.ConstantOfShape(op.Concat(op.Add(stored, one), n, axis=0)), op.Unsqueeze(feature, one), weight
-    )
-    dense = op.Slice(by_feature, zero, k, zero)
+    outlier_column = op.Cast(outlier_index, to=_INT64)
+    position = op.Concat(op.Unsqueeze(op.Gather(feature, outlier_column), one), op.Unsqueeze(outlier_row, one), axis=1)
+    extra = op.Mul(op.Cast(outlier_value, to=_FLOAT), op.Gather(column_scale, outlier_column))
+    reserved = op.ScatterND(decoded, position, extra, reduction="add")
+    dense = op.Mul(reserved, op.Cast(row_scale, to=_FLOAT))
 
     product = op.MatMul(op.Cast(x, to=_FLOAT), dense)
     no_bias = op.ConstantOfShape(op.Mul(op.Cast(op.Equal(op.Shape(bias), zero), to=_INT64), n))
