@@ -31,10 +31,9 @@ import itertools
 
 from benchmarks.peers.awq import awq
 from benchmarks.peers.bench import Bench
-from benchmarks.peers.common import Quantized
+from benchmarks.peers.common import Inputs, Quantized
 from benchmarks.peers.ggml import find_library, k_quant
 from benchmarks.peers.hqq import hqq
-from benchmarks.peers.llama import Inputs
 from benchmarks.peers.rows import squeezellm
 from benchmarks.peers.uniform import gptq, round_to_nearest
 from claq_export.algorithm import Hessian, LayerSettings, quantize_layer
@@ -263,8 +262,8 @@ def markdown(rows: Sequence[dict[str, Any]], title: str, missing: Sequence[str])
     families = [f for f in dict.fromkeys(r["family"] for r in rows) if not f.startswith("claq (")]
     lines += [
         "",
-        "Rise of log-perplexity over the unquantized model, ours over theirs at the same true bits. Theirs is "
-        "interpolated log-linearly between the neighbouring points of their lower envelope; empty where they have none.",
+        "Rise of log-perplexity over the unquantized model, ours over theirs at the same true bits. Theirs "
+        "is interpolated log-linearly between the neighbouring points of their lower envelope; empty where they have none.",
         "",
     ]
     lines.append("| ours | true bits | " + " | ".join(families) + " |")

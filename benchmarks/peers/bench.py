@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from claq_export.evaluation import LanguageQuality, TorchModel, language_quality, token_windows
 
-from .common import Quantized
-from .llama import Group, Inputs, groups_of, squared_gradients, walk
+from .common import Group, Inputs, Quantized
+from .llama import groups_of, squared_gradients, walk
 
 Quantizer = Callable[[Group, torch.Tensor, Inputs], Quantized]
 
