@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+import claq_export
+
 from .calibration.progress import ProgressReporter
 from .capture import CapturedModel, capture_module, load_pretrained
 from .compiler import Compilation, check_writable, used_state
@@ -20,6 +22,7 @@ from .emit.exporter import Artifact, emit_onnx
 from .errors import ConfigError
 from .modules import replace_linears
 from .passes import Skipped
+from .report import QualityRow, ReportData, write_report
 from .verify import VerificationReport, verify_artifact
 
 _ORIGINAL_LIMIT = 2 << 30
@@ -122,6 +125,7 @@ def export(
     verify: bool = True,
     work: str | Path | None = None,
     resume: bool = False,
+    report: str | Path | None = None,
     reporter: ProgressReporter | None = None,
 ) -> ExportResult:
     """Quantize a model and write it as one ONNX file that runs with and without claq's runtime.
@@ -138,6 +142,7 @@ def export(
         work: folder for finished layers; an interrupted run with the same model, data and settings goes on from it.
             It is removed when the export is complete. None = keep nothing.
         resume: refuse a ``work`` folder of another run instead of discarding it.
+        report: write a self-contained HTML page about the run to this file.
         reporter: told of stages and layers; silent by default.
 
     Raises:
@@ -159,7 +164,7 @@ def export(
         tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
     )
-    compilation = Compilation(captured, config, reporter, used_state(module, captured))
+    compilation = Compilation(captured, config, reporter, used_state(module, captured), keep_records=report is not None)
     compilation.seconds["capture"] = time.perf_counter() - start
     original_bytes = weight_bytes(module)
     del module
@@ -181,11 +186,11 @@ def export(
         compilation.quantize(Path(work) if work is not None else None, resume)
         reporter.stage(f"writing {out}")
         artifact = compilation.emit(out)
-        report = None
+        verification = None
         if verify:
             reporter.stage("verifying the artifact in ONNX Runtime")
             with compilation.timed("verification"):
-                report = verify_artifact(
+                verification = verify_artifact(
                     out,
                     captured.graph_module,
                     samples,
@@ -194,7 +199,7 @@ def export(
                 )
     if work is not None and compilation.store is not None:
         compilation.store.remove()
-    return ExportResult(
+    result = ExportResult(
         artifact=artifact,
         layers=tuple(_summary(compilation)),
         skipped=tuple(compilation.plan.skipped),
@@ -203,8 +208,11 @@ def export(
         original_bytes=original_bytes,
         artifact_bytes=artifact.bytes,
         seconds=dict(compilation.seconds),
-        verification=report,
+        verification=verification,
     )
+    if report is not None:
+        write_report(report, _report_data(compilation, result))
+    return result
 
 
 def quantize(
@@ -282,6 +290,31 @@ def _emit_original(captured: CapturedModel, path: Path) -> None:
         path,
         dynamic_shapes=captured.dynamic_shapes,
         output_names=captured.output_names,
+    )
+
+
+def _report_data(compilation: Compilation, result: ExportResult) -> ReportData:
+    quality = []
+    if result.verification is not None:
+        for output, deviation in result.verification.fidelity.items():
+            quality.append(QualityRow(f"cosine of {output}", "1", f"{deviation.cosine:.4f}", "verification inputs"))
+            quality.append(
+                QualityRow(f"relative error of {output}", "0", f"{deviation.rms:.4f}", "verification inputs")
+            )
+        for name, label in (("stock", "ONNX Runtime alone"), ("runtime", "with claq-runtime")):
+            if name in result.verification.runs and "original" in result.verification.runs:
+                original, run = (result.verification.runs[key].latency_ms for key in ("original", name))
+                quality.append(QualityRow(f"latency, {label}", f"{original:.1f} ms", f"{run:.1f} ms"))
+    return ReportData(
+        model=Path(compilation.captured.source.path).name,
+        layers=compilation.records,
+        size_before=result.original_bytes,
+        size_after=result.artifact_bytes,
+        config=compilation.config.to_json(),
+        quality=quality,
+        seconds=sum(result.seconds.values()),
+        versions={"claq": claq_export.__version__, "torch": torch.__version__},
+        skipped={entry.name: entry.reason for entry in result.skipped},
     )
 
 

@@ -12,6 +12,9 @@ from typing import Any
 
 from claq_export import __version__
 
+COMMANDS = ("eval",)
+"""Words that are commands when they come first; anything else there is a model (a folder of that name: ``./eval``)."""
+
 _EXAMPLES = """\
 examples:
   claq-export ./all-MiniLM-L6-v2 --out minilm/model.onnx
@@ -22,6 +25,9 @@ examples:
       2.5 true bits a weight over the whole model: columns of 2, 3 and 4 bits and outliers where they help most
   claq-export ./all-MiniLM-L6-v2 --dry-run --bits 3
       what would be quantized, what not and why, and how large the result would be
+
+other commands:
+  claq-export eval ARTIFACT_OR_MODEL ...      perplexity, KL divergence, embeddings, LAMBADA: claq-export eval --help
 
 the result is a folder that ONNX Runtime loads as it is:
   onnxruntime.InferenceSession("minilm/model.onnx")              runs everywhere, on standard operators
@@ -160,6 +166,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on with an interrupted run; refuse if anything changed since"
     )
     run.add_argument("--device", default="cpu", help="where layers are quantized, for example cuda (default: cpu)")
+    run.add_argument(
+        "--report", metavar="FILE", help="write an HTML page about the run: bits, errors, column widths, codebooks"
+    )
     run.add_argument("--log", metavar="FILE", help="write a JSON line for every stage and layer")
     run.add_argument("--quiet", action="store_true", help="no progress, only warnings and the result")
     run.add_argument("--verbose", action="store_true", help="log every graph pass")
@@ -285,20 +294,35 @@ def run_export(options: argparse.Namespace) -> None:
             verify=options.verify,
             work=options.work or f"{options.out}.work",
             resume=options.resume,
+            report=options.report,
             reporter=reporter,
         )
         reporter.event("result", true_bits=result.true_bits, artifact_bytes=result.artifact_bytes)
     print_result(console, result)
 
 
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The parsed command line; ``run`` is the function that does what it says."""
+    if argv and argv[0] in COMMANDS:
+        from .evaluation.command import add_eval_command
+
+        parser = argparse.ArgumentParser(prog="claq-export")
+        parser.set_defaults(verbose=False)
+        add_eval_command(parser.add_subparsers())
+        return parser.parse_args(argv)
+    parser = build_parser()
+    parser.set_defaults(run=run_export)
+    return parser.parse_args(argv)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``claq-export``; returns the exit status."""
-    options = build_parser().parse_args(argv)
+    options = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.ERROR, format="%(name)s: %(message)s")
     from .errors import ClaqError
 
     try:
-        run_export(options)
+        options.run(options)
     except ClaqError as error:
         print(f"claq-export: {error}", file=sys.stderr)
         return error.exit_code

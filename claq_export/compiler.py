@@ -43,6 +43,7 @@ from .errors import CalibrationError, ConfigError, OutputError
 from .format.checkpoint import save_checkpoint
 from .format.packing import WIDTHS
 from .passes import Pass, PassContext, Pipeline, Plan, RemoveUnused, ReplaceLinears, planning_pipeline
+from .report import LayerRecord, layer_record
 
 _log = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ class Compilation:
         captured: the graph; it is rewritten in place.
         config: the settings.
         reporter: told of stages and layers.
+        keep_records: collect what a report shows of each layer (histograms of columns need the original weights).
         state: every tensor of the original model by its ``state_dict()`` name, for the PyTorch checkpoint.
     """
 
@@ -112,6 +114,8 @@ class Compilation:
     sites: dict[str, QuantizedSite] = field(default_factory=dict)
     store: LayerStore | None = None
     budget: Budget | None = None
+    keep_records: bool = False
+    records: list[LayerRecord] = field(default_factory=list)
     _context: PassContext | None = None
     _batches: list[Batch] | None = None
 
@@ -228,8 +232,21 @@ class Compilation:
             if self.config.budgeted:
                 self.budget = self._solve_budget(stage.profile(batches))
             self.sites = stage.run(batches, self.budget.plans if self.budget is not None else None)
+        if self.keep_records:
+            self.records = [self._record(done) for done in self.sites.values()]
         with self.timed("passes"):
             self._lower()
+
+    def _record(self, done: QuantizedSite) -> LayerRecord:
+        return layer_record(
+            done.site.name,
+            done.layer,
+            done.site.weight(self.captured.graph_module),
+            nominal_bits=done.bits.nominal_bits,
+            error=done.error,
+            seconds=done.seconds,
+            parts=[name for name, _ in done.site.parts] if len(done.site.parts) > 1 else (),
+        )
 
     def _solve_budget(self, profiles: Sequence[LayerProfile]) -> Budget:
         floors: dict[str, int] = {}

@@ -23,9 +23,10 @@ tasks:
   perplexity  over non-overlapping windows of a text (--text); with --reference also what `kl` prints
   kl          KL divergence to the original model (--reference): mean, median, 99th percentile; and top-1 agreement
   embedding   cosine of sentence embeddings to the original's (--reference), sentences from --text, one a line
-  sts         Spearman correlation with human similarity scores, pairs from --text (STS-B or CSV
-  sentence1,sentence2,score) lambada     last-word accuracy, passages from --text (JSONL with a `text` field) harness
-  tasks of EleutherAI's lm-evaluation-harness (--harness-tasks); needs `pip install lm-eval`
+  sts         Spearman correlation with human similarity scores, pairs from --text (STS-B, or CSV with the columns
+              sentence1, sentence2, score)
+  lambada     last-word accuracy, passages from --text (JSONL with a `text` field)
+  harness     tasks of EleutherAI's lm-evaluation-harness (--harness-tasks); needs `pip install lm-eval`
 """
 
 
