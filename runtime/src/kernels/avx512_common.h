@@ -181,56 +181,108 @@ inline void add_outliers_of_row(const LayerView& layer, const float* scaled, int
   }
 }
 
-// Sixteen rows of x at a time: every outlier is one fused multiply-add with a line of `transposed`.
-inline void add_outliers_of_tile(const LayerView& layer, const float* transposed, int64_t first, int64_t last, int64_t n0,
-                                 int64_t n1, float* sums, int64_t stride) {
-  const auto* narrow = static_cast<const uint16_t*>(layer.outlier_index);
-  const auto* wide = static_cast<const int32_t*>(layer.outlier_index);
-  for (int64_t n = n0; n < n1; ++n) {
-    const int32_t begin = layer.outlier_ptr[n], end = layer.outlier_ptr[n + 1];
-    if (begin == end) continue;
-    __m512 lanes[kOutlierLanes];
-    for (auto& lane : lanes) lane = _mm512_setzero_ps();
-    const auto line = [&](int32_t i) {
-      return _mm512_loadu_ps(transposed + (layer.wide_outlier_index ? wide[i] : narrow[i]) * kTransposedRows);
-    };
-    int32_t i = begin;
-    alignas(32) float values[kOutlierLanes];
-    for (; i + kOutlierLanes <= end; i += kOutlierLanes) {
-      _mm256_store_ps(values, outlier_values(layer, i, 0xff));
+// The outliers of one output for kTiles * 16 rows of x: each is a fused multiply-add with kTiles lines of `transposed`.
+template <int kTiles, class Index>
+inline void outliers_of_output(const LayerView& layer, const Index* columns, const float* transposed, int64_t n,
+                               __m512 (&result)[kTiles]) {
+  const int32_t begin = layer.outlier_ptr[n], end = layer.outlier_ptr[n + 1];
+  __m512 lanes[kTiles][kOutlierLanes];
+#pragma GCC unroll 2
+  for (int t = 0; t < kTiles; ++t) {
 #pragma GCC unroll 8
-      for (int j = 0; j < kOutlierLanes; ++j) lanes[j] = _mm512_fmadd_ps(_mm512_set1_ps(values[j]), line(i + j), lanes[j]);
+    for (int j = 0; j < kOutlierLanes; ++j) lanes[t][j] = _mm512_setzero_ps();
+  }
+  alignas(32) float values[kOutlierLanes];
+  const auto add = [&](int32_t i, int j) {
+    const float* line = transposed + static_cast<int64_t>(columns[i + j]) * kTransposedRows;
+    const __m512 value = _mm512_set1_ps(values[j]);
+#pragma GCC unroll 2
+    for (int t = 0; t < kTiles; ++t) {
+      lanes[t][j] = _mm512_fmadd_ps(value, _mm512_loadu_ps(line + t * kTransposedRows * layer.columns), lanes[t][j]);
     }
-    if (i < end) {
-      const int left = end - i;
-      _mm256_store_ps(values, outlier_values(layer, i, static_cast<__mmask8>((1u << left) - 1u)));
-#pragma GCC unroll 7
-      for (int j = 0; j < kOutlierLanes - 1; ++j) {
-        if (j < left) lanes[j] = _mm512_fmadd_ps(_mm512_set1_ps(values[j]), line(i + j), lanes[j]);
+  };
+  int32_t i = begin;
+  for (; i + kOutlierLanes <= end; i += kOutlierLanes) {
+    _mm256_store_ps(values, outlier_values(layer, i, 0xff));
+#pragma GCC unroll 8
+    for (int j = 0; j < kOutlierLanes; ++j) add(i, j);
+  }
+  const int left = end - i;
+  _mm256_store_ps(values, outlier_values(layer, i, static_cast<__mmask8>((1u << left) - 1u)));
+  switch (left) {
+    case 7: add(i, 6); [[fallthrough]];
+    case 6: add(i, 5); [[fallthrough]];
+    case 5: add(i, 4); [[fallthrough]];
+    case 4: add(i, 3); [[fallthrough]];
+    case 3: add(i, 2); [[fallthrough]];
+    case 2: add(i, 1); [[fallthrough]];
+    case 1: add(i, 0); [[fallthrough]];
+    default: break;
+  }
+#pragma GCC unroll 2
+  for (int t = 0; t < kTiles; ++t) {
+#pragma GCC unroll 3
+    for (int width = kOutlierLanes / 2; width > 0; width /= 2) {
+#pragma GCC unroll 4
+      for (int j = 0; j < width; ++j) lanes[t][j] = _mm512_add_ps(lanes[t][j], lanes[t][j + width]);
+    }
+    result[t] = lanes[t][0];
+  }
+}
+
+// Rows [m, last) of x, which are rows [lane, ...) of the first of kTiles tiles.
+template <int kTiles, class Index>
+inline void add_outliers_of_tiles(const LayerView& layer, const Index* columns, const Activations& activations, int64_t m,
+                                  int64_t last, int64_t n0, int64_t n1, float* sums, int64_t stride) {
+  const int64_t tile = m / kTransposedRows;
+  const float* transposed = activations.transposed + tile * kTransposedRows * layer.columns;
+  for (int64_t n = n0; n < n1; n += 16) {
+    const int count = n1 - n < 16 ? static_cast<int>(n1 - n) : 16;
+    __m512 results[kTiles][16];
+    for (int i = 0; i < 16; ++i) {
+      __m512 result[kTiles];
+      for (auto& value : result) value = _mm512_setzero_ps();
+      if (i < count) outliers_of_output<kTiles>(layer, columns, transposed, n + i, result);
+      for (int t = 0; t < kTiles; ++t) results[t][i] = result[t];
+    }
+    for (int t = 0; t < kTiles; ++t) {
+      transpose_16x16(results[t]);
+      for (int i = 0; i < 16; ++i) {
+        const int64_t row = (tile + t) * kTransposedRows + i;
+        if (row < m || row >= last) continue;
+        float* sum = sums + (row - m) * stride + n - n0;
+        _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), results[t][i]));
       }
     }
-    for (int width = kOutlierLanes / 2; width > 0; width /= 2) {
-      for (int j = 0; j < width; ++j) lanes[j] = _mm512_add_ps(lanes[j], lanes[j + width]);
+  }
+}
+
+template <class Index>
+inline void add_outliers_with(const LayerView& layer, const Index* columns, const Activations& activations, int64_t m0, int64_t m1,
+                              int64_t n0, int64_t n1, float* sums, int64_t stride) {
+  for (int64_t m = m0; m < m1;) {
+    float* to = sums + (m - m0) * stride;
+    const int64_t next = (m / kTransposedRows + 1) * kTransposedRows;
+    if (!activations.transposed || m1 - m == 1) {
+      add_outliers_of_row(layer, activations.scaled + m * activations.stride, n0, n1, to);
+      ++m;
+    } else if (next >= m1) {
+      add_outliers_of_tiles<1>(layer, columns, activations, m, m1, n0, n1, to, stride);
+      m = m1;
+    } else {
+      const int64_t last = next + kTransposedRows < m1 ? next + kTransposedRows : m1;
+      add_outliers_of_tiles<2>(layer, columns, activations, m, last, n0, n1, to, stride);
+      m = last;
     }
-    alignas(64) float result[16];
-    _mm512_store_ps(result, lanes[0]);
-    for (int64_t m = first; m < last; ++m) sums[(m - first) * stride + n - n0] += result[m % kTransposedRows];
   }
 }
 
 inline void add_outliers(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0,
                          int64_t n1, float* sums, int64_t stride) {
-  for (int64_t m = m0; m < m1;) {
-    if (!activations.transposed || m1 - m == 1) {
-      add_outliers_of_row(layer, activations.scaled + m * activations.stride, n0, n1, sums + (m - m0) * stride);
-      ++m;
-      continue;
-    }
-    const int64_t tile = m / kTransposedRows;
-    const int64_t last = (tile + 1) * kTransposedRows < m1 ? (tile + 1) * kTransposedRows : m1;
-    add_outliers_of_tile(layer, activations.transposed + tile * kTransposedRows * layer.columns, m, last, n0, n1,
-                         sums + (m - m0) * stride, stride);
-    m = last;
+  if (layer.wide_outlier_index) {
+    add_outliers_with(layer, static_cast<const int32_t*>(layer.outlier_index), activations, m0, m1, n0, n1, sums, stride);
+  } else {
+    add_outliers_with(layer, static_cast<const uint16_t*>(layer.outlier_index), activations, m0, m1, n0, n1, sums, stride);
   }
 }
 
