@@ -241,7 +241,7 @@ class Compilation:
         return layer_record(
             done.site.name,
             done.layer,
-            done.site.weight(self.captured.graph_module),
+            done.site.weight(self.captured.graph_module).detach(),
             nominal_bits=done.bits.nominal_bits,
             error=done.error,
             seconds=done.seconds,

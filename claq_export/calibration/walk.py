@@ -1,14 +1,18 @@
-"""The node-major walk: run each operator of the captured graph once for every calibration batch, then go on.
+"""The calibration walk: from linear layer to linear layer, all batches up to the same point before the next step.
 
-When the walk reaches a linear layer its inputs for all batches are at hand, computed by layers that are quantized
-already (GPTQ's "true sequential"); what the visitor returns as its weight is what the rest of the graph sees. No
-architecture needs a class of its own. A value is dropped after its last use, and an operator whose arguments are the
-same objects for two batches (a mask, a position table) runs once for both.
+When the walk reaches a linear layer its inputs for all batches are at hand, computed by layers that are quantized already
+(GPTQ's "true sequential"); what the visitor returns as its weight is what the rest of the graph sees. No architecture needs a
+class of its own, and every operator runs exactly once a batch.
+
+Between two linears the batches run one after another, so that only what is still needed later is kept for all of them: the
+residual stream and the next linear's input, not the wide values in between. A value that depends on inputs which several
+batches share (a mask of ones, a position table) is computed once for these batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,30 +39,21 @@ def ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     return needed
 
 
-def _identity(value: Any) -> Any:
-    """A hashable key that is equal for two arguments only if they are the same object or equal plain values."""
-    if isinstance(value, (tuple, list)):
-        return tuple(_identity(item) for item in value)
-    if isinstance(value, dict):
-        return tuple((key, _identity(item)) for key, item in value.items())
-    if isinstance(value, slice):
-        return ("slice", _identity(value.start), _identity(value.stop), _identity(value.step))
-    if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device)):
-        return (type(value), value)
-    return id(value)
-
-
 def _is_mutable(target: Any) -> bool:
     schema = getattr(target, "_schema", None)
     return bool(schema is not None and schema.is_mutable)
 
 
+_Signature = frozenset[Any]
+"""What a value depends on: identities of input tensors, and plain numbers such as sizes."""
+
+
 class NodeWalk:
-    """One walk over a graph module of aten operators, for a list of batches.
+    """One walk over a graph module of ATen operators, for a list of batches.
 
     Args:
         graph_module: unlifted graph (parameters are ``get_attr`` nodes).
-        batches: inputs by name; names and order are those of the graph's placeholders.
+        batches: inputs by name; their order is that of the graph's placeholders.
         stop_at: linear nodes the visitor is called for; nothing that they do not depend on is computed.
 
     Raises:
@@ -76,9 +71,16 @@ class NodeWalk:
         names = list(batches[0]) if batches else []
         if len(names) != len(placeholders):
             raise CalibrationError(
-                f"the model takes {len(placeholders)} inputs, the calibration batches have {len(names)}: {', '.join(names)}"
+                f"the model takes {len(placeholders)} inputs, the calibration batches have {len(names)}: "
+                f"{', '.join(names)}"
             )
         self._input_name = dict(zip(placeholders, names, strict=True))
+        uses = Counter(id(tensor) for batch in batches for tensor in batch.values())
+        self._shared_inputs = {identity for identity, count in uses.items() if count > 1}
+        self._values: list[dict[fx.Node, Any]] = [{} for _ in batches]
+        self._signatures: list[dict[fx.Node, _Signature]] = [{} for _ in batches]
+        self._shared: dict[fx.Node, dict[_Signature, Any]] = {}
+        self._weights: dict[fx.Node, torch.Tensor | None] = {}
 
     def _find_last_uses(self) -> Mapping[fx.Node, list[fx.Node]]:
         """For each node, the values that nothing after it needs."""
@@ -91,56 +93,73 @@ class NodeWalk:
                     dead_after.setdefault(node, []).append(argument)
         return dead_after
 
+    def _segments(self) -> Iterator[tuple[list[fx.Node], fx.Node]]:
+        """The nodes between two linears, and the linear after them, which itself begins the next segment."""
+        nodes: list[fx.Node] = []
+        for node in self._nodes:
+            if node in self._linears:
+                yield nodes, node
+                nodes = []
+            nodes.append(node)
+
     @torch.no_grad()
     def run(self, visit: LinearVisitor) -> None:
         """Walk the graph, calling ``visit`` at each linear node of ``stop_at`` in topological order."""
-        values: dict[fx.Node, list[Any]] = {}
-        for node in self._nodes:
-            values[node] = self._evaluate(node, values, visit)
+        for nodes, linear in self._segments():
+            for index in range(len(self._batches)):
+                self._run_segment(nodes, index)
+            for node in nodes:
+                for dead in self._last_use.get(node, ()):
+                    self._shared.pop(dead, None)
+            source = linear.args[0]
+            assert isinstance(source, fx.Node)
+            self._weights[linear] = visit(linear, [values[source] for values in self._values])
+
+    def _run_segment(self, nodes: Sequence[fx.Node], index: int) -> None:
+        values, signatures = self._values[index], self._signatures[index]
+        for node in nodes:
+            signature = self._signature(node, index)
+            shareable = bool(self._shared_inputs.issuperset(item[1] for item in signature if item[0] == "input"))
+            if shareable and signature in self._shared.get(node, ()):
+                value = self._shared[node][signature]
+            else:
+                value = self._evaluate(node, index)
+                if shareable and node.op == "call_function":
+                    self._shared.setdefault(node, {})[signature] = value
+            values[node], signatures[node] = value, signature
             for dead in self._last_use.get(node, ()):
-                del values[dead]
+                del values[dead], signatures[dead]
+        if nodes and nodes[0] in self._linears and index == len(self._batches) - 1:
+            self._weights.pop(nodes[0])
 
-    def _evaluate(self, node: fx.Node, values: Mapping[fx.Node, list[Any]], visit: LinearVisitor) -> list[Any]:
+    def _signature(self, node: fx.Node, index: int) -> _Signature:
         if node.op == "placeholder":
-            return [batch[self._input_name[node]] for batch in self._batches]
-        if node.op == "get_attr":
-            return [get_attribute(self._module, str(node.target))] * len(self._batches)
-        if node in self._linears:
-            return self._evaluate_linear(node, values, visit)
-        function = self._callable(node)
-        mutable = _is_mutable(node.target)
-        results: list[Any] = []
-        memo: dict[Any, Any] = {}
-        for index in range(len(self._batches)):
-            args, kwargs = self._arguments(node, values, index)
-            if mutable:
-                # An in-place operator must not write into a value that another batch or node shares.
-                args, kwargs = fx.node.map_aggregate((args, kwargs), _clone)
-            key = (_identity(args), _identity(kwargs))
-            if mutable or key not in memo:
-                try:
-                    memo[key] = function(*args, **kwargs)
-                except RuntimeError as error:
-                    raise CalibrationError(
-                        f"operator {node.format_node() or node.name} fails on calibration batch {index}: {error}"
-                    ) from error
-            results.append(memo[key])
-        return results
+            return frozenset({("input", id(self._batches[index][self._input_name[node]]))})
+        signature: set[Any] = set()
+        for argument in node.all_input_nodes:
+            value = self._values[index][argument]
+            # A size is a number like any other: what depends on sizes alone is the same for equal sizes.
+            plain = isinstance(value, (int, float, bool))
+            signature |= {("number", argument, value)} if plain else self._signatures[index][argument]
+        return frozenset(signature)
 
-    def _evaluate_linear(self, node: fx.Node, values: Mapping[fx.Node, list[Any]], visit: LinearVisitor) -> list[Any]:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        weight = visit(node, values[source])
-        results, memo = [], {}
-        for index in range(len(self._batches)):
-            (x, original, *rest), _ = self._arguments(node, values, index)
-            bias: Any = rest[0] if rest else node.kwargs.get("bias")
-            if isinstance(bias, fx.Node):
-                bias = values[bias][index]
-            if id(x) not in memo:
-                memo[id(x)] = torch.nn.functional.linear(x, original if weight is None else weight.to(x.dtype), bias)
-            results.append(memo[id(x)])
-        return results
+    def _evaluate(self, node: fx.Node, index: int) -> Any:
+        if node.op == "placeholder":
+            return self._batches[index][self._input_name[node]]
+        if node.op == "get_attr":
+            return get_attribute(self._module, str(node.target))
+        args, kwargs = self._arguments(node, index)
+        if node in self._linears:
+            weight = self._weights[node]
+            if weight is not None:
+                args = (args[0], weight.to(args[0].dtype), *args[2:])
+        if _is_mutable(node.target):
+            # An in-place operator must not write into a value that another batch or node shares.
+            args, kwargs = fx.node.map_aggregate((args, kwargs), _clone)
+        try:
+            return self._callable(node)(*args, **kwargs)
+        except RuntimeError as error:
+            raise CalibrationError(f"operator {node.name} fails on calibration batch {index}: {error}") from error
 
     def _callable(self, node: fx.Node) -> Callable[..., Any]:
         if node.op == "call_function" and callable(node.target):
@@ -149,10 +168,11 @@ class NodeWalk:
             return self._module.get_submodule(str(node.target))
         raise CalibrationError(f"graph node {node.format_node()} is not an operator of a captured graph")
 
-    def _arguments(self, node: fx.Node, values: Mapping[fx.Node, list[Any]], index: int) -> tuple[Any, Any]:
+    def _arguments(self, node: fx.Node, index: int) -> tuple[Any, Any]:
+        values = self._values[index]
         return (
-            fx.node.map_arg(node.args, lambda argument: values[argument][index]),
-            fx.node.map_arg(node.kwargs, lambda argument: values[argument][index]),
+            fx.node.map_arg(node.args, lambda argument: values[argument]),
+            fx.node.map_arg(node.kwargs, lambda argument: values[argument]),
         )
 
 
