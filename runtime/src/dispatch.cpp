@@ -10,7 +10,7 @@ namespace {
 
 constexpr const Family* kBestFirst[] = {
 #if defined(__x86_64__)
-    &kAvx512Vnni, &kAvx512Bw,
+    &kAvx512Vnni, &kAvx512Bw, &kAvxVnni, &kAvx2,
 #endif
     &kPortable,
 };

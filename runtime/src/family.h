@@ -15,7 +15,7 @@ struct Family {
   // false if the row needs float32 arithmetic: a value is not finite, or a block too small for a normal scale.
   bool (*prepare_row)(const LayerView& layer, const float* x, Activations& activations, int64_t row, bool quantize);
 
-  // Fills tile `tile` of `activations.transposed` from `scaled`.
+  // Fills tile `tile` of `activations.transposed` from `scaled`; null: the family does without.
   void (*transpose)(const LayerView& layer, Activations& activations, int64_t tile);
 
   // sums[m - m0][n - n0] = sum over stored columns of activation * centroid, for output rows [n0, n1), rows [m0, m1).

@@ -18,8 +18,8 @@ constexpr int kOutlierLanes = 8;
 
 // Tasks get whole multiples of the first (a multiple of every vector length times a register tile), and a family is asked
 // for at most the second number of output rows at a time.
-constexpr int64_t kNarrowestTile = 48;
-constexpr int64_t kLongestTile = 48 * 80;
+constexpr int64_t kNarrowestTile = 96;
+constexpr int64_t kLongestTile = 96 * 40;
 
 // A code word holds interleaved columns: shifting it right by `width` times the group's number and masking leaves, in its
 // four bytes, the codes of four columns that are not neighbours. Tables and activations are therefore kept in that order,

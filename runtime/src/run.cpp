@@ -174,7 +174,7 @@ void run(const claq_layer& handle, claq_dtype dtype, int32_t accuracy_level, con
   const int64_t quantized_elements = call.int8 ? elements : 0;
   const int64_t scaled_elements = !call.int8 || layer.outlier_ptr ? elements : 0;
   const int64_t transposed_rows = (chunk + kTransposedRows - 1) / kTransposedRows * kTransposedRows;
-  const int64_t transposed_elements = layer.outlier_ptr && chunk > 1 ? transposed_rows * layer.columns : 0;
+  const int64_t transposed_elements = layer.outlier_ptr && chunk > 1 && call.family.transpose ? transposed_rows * layer.columns : 0;
   Workspace workspace(Workspace::bytes_for<float>(scaled_elements) + Workspace::bytes_for<float>(transposed_elements) +
                       Workspace::bytes_for<int8_t>(quantized_elements) + Workspace::bytes_for<float>(block_elements) +
                       Workspace::bytes_for<int32_t>(block_elements) + Workspace::bytes_for<uint8_t>(chunk));

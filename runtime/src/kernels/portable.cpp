@@ -42,15 +42,6 @@ bool prepare_row(const LayerView& layer, const float* x, Activations& activation
   return !exact;
 }
 
-void transpose(const LayerView& layer, Activations& activations, int64_t tile) {
-  float* to = activations.transposed + tile * kTransposedRows * layer.columns;
-  for (int64_t i = 0; i < kTransposedRows; ++i) {
-    const int64_t row = tile * kTransposedRows + i;
-    const float* from = activations.scaled + row * activations.stride;
-    for (int64_t p = 0; p < layer.columns; ++p) to[p * kTransposedRows + i] = row < activations.rows ? from[p] : 0.0f;
-  }
-}
-
 // The code of a position within a block, whose words for one output are `stride` apart.
 inline uint32_t code_at(const uint32_t* words, int64_t stride, int width, int position) {
   const int group = position / 4, shift = 8 * (position % 4);
@@ -149,7 +140,7 @@ void float_row_to_half(const float* from, uint16_t* to, int64_t count) {
 
 }  // namespace
 
-const Family kPortable = {"portable",   always,     prepare_row,       transpose,        sums_int8, sums_float,
+const Family kPortable = {"portable",   always,     prepare_row,       nullptr,          sums_int8, sums_float,
                           add_outliers, finish_row, half_row_to_float, float_row_to_half};
 
 }  // namespace claq

@@ -1,0 +1,16 @@
+// AVX2, without a dot-product instruction.
+#include "avx2_kernels.h"
+
+namespace claq {
+namespace {
+
+bool supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+}  // namespace
+
+const Family kAvx2 = {"avx2",     supported,  prepare_row,       nullptr,          sums_int8, sums_float,
+                       add_outliers, finish_row, half_row_to_float, float_row_to_half};
+
+}  // namespace claq

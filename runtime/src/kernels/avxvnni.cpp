@@ -1,0 +1,16 @@
+// AVX2 with the VNNI dot product on 256-bit registers.
+#include "avx2_kernels.h"
+
+namespace claq {
+namespace {
+
+bool supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avxvnni");
+}
+
+}  // namespace
+
+const Family kAvxVnni = {"avxvnni",     supported,  prepare_row,       nullptr,          sums_int8, sums_float,
+                       add_outliers, finish_row, half_row_to_float, float_row_to_half};
+
+}  // namespace claq
