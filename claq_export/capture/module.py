@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError, ConfigError
 from .captured import CapturedModel, module_source
 from .graph import unlift
+from .masks import traceable_masks
 from .reasons import explain, user_frame
 from .tasks import TaskModel
 
@@ -313,7 +314,7 @@ def _export(
             {axis: dim.DYNAMIC if isinstance(name, str) else name for axis, name in axes.items()} for axes in requested
         ]
     try:
-        with _silenced():
+        with _silenced(), traceable_masks():
             return torch.export.export(flat, tuple(arguments.tensors), dynamic_shapes=(tuple(shapes),), strict=False)
     except Exception as error:  # torch.export raises many unrelated types; each is reported as the reason
         raise CaptureError(explain(error, title, arguments.names)) from error

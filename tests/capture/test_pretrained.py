@@ -18,20 +18,6 @@ from claq_export.capture import CapturedModel, TaskModel, capture_module, captur
 from claq_export.capture.tasks import canonical_task, infer_task
 from claq_export.errors import ModelError
 
-STORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "stories260k"
-
-
-@pytest.fixture(scope="module")
-def stories() -> CapturedModel:
-    if not (STORIES / "config.json").is_file():
-        pytest.skip("stories260K is not at hand (../shared/data/stories260k)")
-    return capture_pretrained(STORIES)
-
-
-@pytest.fixture(scope="module")
-def captured_minilm(minilm: Path) -> CapturedModel:
-    return capture_pretrained(minilm)
-
 
 def random_inputs(captured: CapturedModel, batch: int, length: int, vocabulary: int) -> dict[str, torch.Tensor]:
     tokens = torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(length))
@@ -43,35 +29,32 @@ def random_inputs(captured: CapturedModel, batch: int, length: int, vocabulary: 
 SIZES = [(1, 1), (1, 9), (2, 8), (5, 33)]
 
 
-def test_stories_gives_the_logits_of_transformers(stories):
-    assert stories.task == "text-generation"
-    assert stories.input_names == ("input_ids", "attention_mask", "position_ids")
-    assert stories.output_names == ("logits",)
-    assert stories.tokenizer is None
-    assert stories.max_sequence == 512
-    reference = transformers.AutoModelForCausalLM.from_pretrained(STORIES).eval()
+@pytest.mark.parametrize("which", ["tiny_bert", "tiny_llama"])
+def test_numbers_are_those_of_transformers(which, request):
+    folder = request.getfixturevalue(which)
+    captured = capture_pretrained(folder)
+    kind = transformers.AutoModel if which == "tiny_bert" else transformers.AutoModelForCausalLM
+    reference = kind.from_pretrained(folder).eval()
+    if which == "tiny_bert":
+        assert captured.task == "feature-extraction"
+        assert captured.input_names == ("input_ids", "attention_mask", "token_type_ids")
+        assert captured.output_names == ("last_hidden_state",)
+    else:
+        assert captured.task == "text-generation"
+        assert captured.input_names == ("input_ids", "attention_mask", "position_ids")
+        assert captured.output_names == ("logits",)
+    assert captured.tokenizer is not None
+    assert captured.max_sequence == 64
+    assert len(captured.source.sha256) == 64
+    assert captured.source.path == str(folder)
+    state = {name for name, _ in (*reference.named_parameters(remove_duplicate=False), *reference.named_buffers())}
+    fetched = {str(node.target) for node in captured.graph_module.graph.nodes if node.op == "get_attr"}
+    assert not [name for name in fetched - state if not name.startswith("lifted_tensor")]
     for batch, length in SIZES:
-        inputs = random_inputs(stories, batch, length, 512)
+        inputs = random_inputs(captured, batch, length, 60)
         with torch.no_grad():
-            expected = reference(**inputs, use_cache=False).logits
-        torch.testing.assert_close(stories.run(inputs)[0], expected, rtol=0, atol=1e-5)
-
-
-def test_minilm_gives_the_hidden_states_of_transformers(captured_minilm, minilm):
-    assert captured_minilm.task == "feature-extraction"
-    assert captured_minilm.input_names == ("input_ids", "attention_mask", "token_type_ids")
-    assert captured_minilm.output_names == ("last_hidden_state",)
-    assert captured_minilm.tokenizer is not None
-    assert len(captured_minilm.source.sha256) == 64
-    reference = transformers.AutoModel.from_pretrained(minilm).eval()
-    assert {n.target for n in captured_minilm.graph_module.graph.nodes if n.op == "get_attr"} <= set(
-        reference.state_dict()
-    ) | {"embeddings.token_type_ids", "embeddings.position_ids"}
-    for batch, length in SIZES:
-        inputs = random_inputs(captured_minilm, batch, length, 30000)
-        with torch.no_grad():
-            expected = reference(**inputs).last_hidden_state
-        torch.testing.assert_close(captured_minilm.run(inputs)[0], expected, rtol=0, atol=1e-5)
+            expected = getattr(reference(**inputs), captured.output_names[0])
+        torch.testing.assert_close(captured.run(inputs)[0], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:# The axis name")
