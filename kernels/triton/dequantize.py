@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .language import column_of_slot, decode_octet, load_block, load_tables
+from .language import column_of_slot, load_and_decode_octet, load_tables
 
 
 @triton.jit
@@ -62,19 +62,17 @@ def claq_dequantize(
     lane1 = lane0 + LANES
     wanted = tl.program_id(1) * WARPS + tl.arange(0, WARPS)
     block = tl.minimum(wanted, blocks - 1)
-    words = load_block(codes_ptr, first_row, block, lane0, N, BITS, VECTOR)
-    more = load_block(codes_ptr, first_row, block, lane1, N, BITS, VECTOR)
     a = tl.load(row_scale_ptr + lane0 * 2, mask=lane0 * 2 < N, other=0.0).to(tl.float32)[None, :]
     b = tl.load(row_scale_ptr + lane0 * 2 + 1, mask=lane0 * 2 + 1 < N, other=0.0).to(tl.float32)[None, :]
     c = tl.load(row_scale_ptr + lane1 * 2, mask=lane1 * 2 < N, other=0.0).to(tl.float32)[None, :]
     d = tl.load(row_scale_ptr + lane1 * 2 + 1, mask=lane1 * 2 + 1 < N, other=0.0).to(tl.float32)[None, :]
-    for octet in tl.static_range(4):
-        tables = load_tables(codebook_ptr, block, BITS, octet)
-        ab, cd = decode_octet(words, more, tables, BITS, octet)
+    for octet in range(0, 4):
+        tables = load_tables(codebook_ptr, block, octet, BITS)
+        ab, cd = load_and_decode_octet(codes_ptr, tables, first_row, block, octet, lane0, lane1, N, BITS, VECTOR)
         for i in tl.static_range(4):
             for j in tl.static_range(2):
-                slot: tl.constexpr = octet * 8 + i * 2 + j
-                p = (first_block + block) * 32 + column_of_slot(tl.full([WARPS], slot, tl.int32), BITS == 3)
+                slot = tl.full([WARPS], i * 2 + j, tl.int32) + octet * 8
+                p = (first_block + block) * 32 + column_of_slot(slot, BITS == 3)
                 feature = tl.load(order_ptr + p).to(tl.int32) if HAS_ORDER else p
                 scale = tl.load(scale_ptr + p).to(tl.float32)
                 _store_column(weight_ptr, ab[i], feature, scale, a, b, lane0, first, features, K, j)

@@ -76,7 +76,7 @@ def _multiply_group(
         )
         a, b, c, d = (), (), (), ()
         for octet in tl.static_range(4):
-            tables = load_tables(codebook_ptr, block, BITS, octet)
+            tables = load_tables(codebook_ptr, block, octet, BITS)
             ab, cd = decode_octet(words, more, tables, BITS, octet)
             for i in tl.static_range(4):
                 left = halves_of_quad(ab[i])

@@ -16,7 +16,7 @@ def _block_products(words, more, codebook_ptr, xq_ptr, table_block, x_block, P, 
     zero = tl.zeros(words[0].shape, tl.int32)
     sums = (zero,) * (4 * ROWS)
     for octet in tl.static_range(4):
-        tables = load_tables(codebook_ptr, table_block, BITS, octet)
+        tables = load_tables(codebook_ptr, table_block, octet, BITS)
         ab, cd = decode_octet(words, more, tables, BITS, octet)
         new = ()
         for m in tl.static_range(ROWS):

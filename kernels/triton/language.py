@@ -23,6 +23,8 @@ _ASM = tl.constexpr(not INTERPRET)
 # Selectors of prmt, low nibble first: byte i of the result is byte s[i] of the eight bytes (b, a).
 _INTERLEAVE_LOW = tl.constexpr(0x5140)  # a0 b0 a1 b1
 _INTERLEAVE_HIGH = tl.constexpr(0x7362)  # a2 b2 a3 b3
+_GROUPS_0_2 = tl.constexpr(0x6240)  # a0 b0 a2 b2
+_GROUPS_1_3 = tl.constexpr(0x7351)  # a1 b1 a3 b3
 
 if INTERPRET:
     import numpy as np
@@ -176,9 +178,8 @@ def load_block(codes_ptr, first_row, block, lane, N, BITS: tl.constexpr, VECTOR:
 
 
 @triton.jit
-def _quads2(words, tables, OCTET: tl.constexpr):
-    row: tl.constexpr = OCTET // 2
-    both = prmt(words[2 * row], words[2 * row + 1], _INTERLEAVE_LOW if OCTET % 2 == 0 else _INTERLEAVE_HIGH)
+def _quads2(a, b, tables, interleave):
+    both = prmt(a, b, interleave)
     # A nibble holds the codes of two columns; 4 + code selects from the second table of a permute.
     even = _and_or(both, 0x33333333, 0x40404040)
     odd = _and_or(both >> 2, 0x33333333, 0x40404040)
@@ -198,14 +199,9 @@ def _merge3(tables, FIRST: tl.constexpr, SECOND: tl.constexpr, selector):
 
 
 @triton.jit
-def _quads3(words, tables, OCTET: tl.constexpr):
-    row: tl.constexpr = OCTET // 2
-    third = prmt(words[4], words[5], _INTERLEAVE_LOW if row == 0 else _INTERLEAVE_HIGH)
-    if OCTET % 2 == 0:
-        both = prmt(words[2 * row], words[2 * row + 1], 0x6240)  # bytes a0 b0 a2 b2: groups 0 and 2
-    else:
-        both = prmt(words[2 * row], words[2 * row + 1], 0x7351)  # groups 1 and 3
-        third = third >> 4
+def _quads3(a, b, third_a, third_b, tables, groups, interleave, shift):
+    both = prmt(a, b, groups)
+    third = prmt(third_a, third_b, interleave) >> shift
     # Bits 0 and 2 of a group's four third bits belong to bits 2 and 6 of the selector byte: times 4 and times 16.
     even = _select_bits(both, (third & 0x05050505) * 20, 0x33333333)
     odd = _select_bits(both >> 2, (third & 0x0A0A0A0A) * 10, 0x33333333)
@@ -235,8 +231,7 @@ def _pair4(tables, FIRST: tl.constexpr, SECOND: tl.constexpr, nibbles):
 
 
 @triton.jit
-def _quads4(words, more, tables, OCTET: tl.constexpr):
-    a, b, c, d = words[2 * OCTET], words[2 * OCTET + 1], more[2 * OCTET], more[2 * OCTET + 1]
+def _quads4(a, b, c, d, tables):
     even_ab = _select_bits(a, b << 4, 0x0F0F0F0F)
     odd_ab = _select_bits(a >> 4, b, 0x0F0F0F0F)
     even_cd = _select_bits(c, d << 4, 0x0F0F0F0F)
@@ -249,20 +244,21 @@ def _quads4(words, more, tables, OCTET: tl.constexpr):
 
 
 @triton.jit
-def load_tables(codebook_ptr, block, BITS: tl.constexpr, OCTET: tl.constexpr):
+def load_tables(codebook_ptr, block, octet, BITS: tl.constexpr):
     """Codebooks of an octet's eight columns, ``2**BITS / 4`` words each, group of four columns by group.
 
     Args:
         codebook_ptr: 32-bit words of the width group's codebooks, 16-byte aligned.
         block: int32 ``[B]``, blocks within the width group.
+        octet: 0..3.
     """
     WORDS: tl.constexpr = 1 << (BITS - 2)
-    # Groups of four columns in this octet; see column_of_slot.
-    FIRST: tl.constexpr = (OCTET // 2) * 4 + OCTET % 2 if BITS == 3 else OCTET * 2
+    # The two groups of four columns in this octet; see column_of_slot.
+    first = octet // 2 * 4 + octet % 2 if BITS == 3 else octet * 2
     STEP: tl.constexpr = 2 if BITS == 3 else 1
     tables = ()
     for g in tl.static_range(2):
-        at = codebook_ptr + (block * 32 + (FIRST + g * STEP) * 4) * WORDS
+        at = codebook_ptr + (block * 32 + (first + g * STEP) * 4) * WORDS
         for i in tl.static_range(WORDS):
             tables = tables + load_words4(at[:, None] + 4 * i)
     return tables
@@ -274,12 +270,50 @@ def decode_octet(words, more, tables, BITS: tl.constexpr, OCTET: tl.constexpr):
 
     Returns two tuples of four int32 tensors; quad ``i`` holds slots ``8 * OCTET + 2 * i`` and the next.
     """
-    if BITS == 2:
-        return _quads2(words, tables, OCTET), _quads2(more, tables, OCTET)
-    elif BITS == 3:
-        return _quads3(words, tables, OCTET), _quads3(more, tables, OCTET)
+    if BITS == 4:
+        row: tl.constexpr = 2 * OCTET
+        return _quads4(words[row], words[row + 1], more[row], more[row + 1], tables)
     else:
-        return _quads4(words, more, tables, OCTET)
+        row: tl.constexpr = OCTET // 2 * 2
+        if BITS == 2:
+            interleave: tl.constexpr = _INTERLEAVE_LOW if OCTET % 2 == 0 else _INTERLEAVE_HIGH
+            return (
+                _quads2(words[row], words[row + 1], tables, interleave),
+                _quads2(more[row], more[row + 1], tables, interleave),
+            )
+        else:
+            groups: tl.constexpr = _GROUPS_0_2 if OCTET % 2 == 0 else _GROUPS_1_3
+            third: tl.constexpr = _INTERLEAVE_LOW if OCTET < 2 else _INTERLEAVE_HIGH
+            shift: tl.constexpr = 4 * (OCTET % 2)
+            return (
+                _quads3(words[row], words[row + 1], words[4], words[5], tables, groups, third, shift),
+                _quads3(more[row], more[row + 1], more[4], more[5], tables, groups, third, shift),
+            )
+
+
+@triton.jit
+def load_and_decode_octet(
+    codes_ptr, tables, first_row, block, octet, lane0, lane1, N, BITS: tl.constexpr, VECTOR: tl.constexpr
+):
+    """As :func:`decode_octet`, with an octet that is known only at run time, whose words are read here."""
+    row = first_row + block * BITS + (octet if BITS == 4 else octet // 2)
+    a, b = load_pair(codes_ptr, row, lane0, N, VECTOR)
+    c, d = load_pair(codes_ptr, row, lane1, N, VECTOR)
+    if BITS == 4:
+        return _quads4(a, b, c, d, tables)
+    elif BITS == 2:
+        interleave = tl.where(octet % 2 == 0, _INTERLEAVE_LOW, _INTERLEAVE_HIGH)
+        return _quads2(a, b, tables, interleave), _quads2(c, d, tables, interleave)
+    else:
+        groups = tl.where(octet % 2 == 0, _GROUPS_0_2, _GROUPS_1_3)
+        third = tl.where(octet < 2, _INTERLEAVE_LOW, _INTERLEAVE_HIGH)
+        shift = octet % 2 * 4
+        ha, hb = load_pair(codes_ptr, first_row + block * 3 + 2, lane0, N, VECTOR)
+        hc, hd = load_pair(codes_ptr, first_row + block * 3 + 2, lane1, N, VECTOR)
+        return (
+            _quads3(a, b, ha, hb, tables, groups, third, shift),
+            _quads3(c, d, hc, hd, tables, groups, third, shift),
+        )
 
 
 @triton.jit
