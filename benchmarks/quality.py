@@ -37,6 +37,11 @@ from benchmarks.peers.hqq import hqq
 from benchmarks.peers.rows import squeezellm
 from benchmarks.peers.uniform import gptq, round_to_nearest
 from claq_export.algorithm import Hessian, LayerSettings, quantize_layer
+from claq_export.algorithm.presets import PAPER_TOKEN_CLIP, PRESETS, preset_settings
+from claq_export.api import capture
+from claq_export.calibration.progress import ProgressReporter
+from claq_export.compiler import Compilation
+from claq_export.config import Config
 from claq_export.evaluation import open_tokenizer, read_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -150,7 +155,7 @@ def shifted_k_quant(bench: Bench, name: str, weight: torch.Tensor, kind: str, li
 
 
 def claq(settings: LayerSettings, token_clip: float | None) -> Callable[[Bench], float]:
-    """claq's own quantizer of one layer, in the same walk as GPTQ."""
+    """claq's quantizer of single layers, each planned for itself, in the same walk as GPTQ."""
 
     def quantize(_: Any, weight: torch.Tensor, inputs: Sequence[torch.Tensor]) -> Quantized:
         hessian = Hessian(weight.shape[1], token_clip=token_clip)
@@ -165,36 +170,63 @@ def claq(settings: LayerSettings, token_clip: float | None) -> Callable[[Bench],
 def paper() -> list[Candidate]:
     """The paper's configurations, by the presets of the product (docs: nominal bits as the paper counts, all bits
     counted here)."""
-    from claq_export.algorithm.presets import PRESETS, preset_settings
-
     return [
         Candidate(
             name,
             "CLAQ (paper)",
             f"CLAQ as in the paper, preset {name}",
-            claq(preset_settings(name), None),
+            claq(preset_settings(name), PAPER_TOKEN_CLIP),
             dataclasses.asdict(preset_settings(name)),
         )
         for name in PRESETS
     ]
 
 
+OURS: dict[str, dict[str, Any]] = {
+    "ours-4": {"bits": 4},
+    "ours-3.1": {"bits": 3.1},
+    "ours-2.25": {"bits": 2.25},
+    "ours-3": {"bits": 3},
+    "ours-2.5": {"bits": 2.5},
+    "ours-3.5": {"bits": 3.5},
+}
+"""Settings of the product; everything else at its default. A fraction is a budget of true bits."""
+
+
+def product(changes: dict[str, Any]) -> Callable[[Bench], float]:
+    """The product from end to end: capture, passes, calibration walk, bit budget."""
+
+    def quantize(bench: Bench) -> float:
+        bench.restore()
+        constant = {
+            "attention_mask": torch.ones(1, bench.calibration.shape[1], dtype=torch.int64),
+            "position_ids": torch.arange(bench.calibration.shape[1])[None],
+        }
+        batches = [{"input_ids": window[None], **constant} for window in bench.calibration]
+        config = Config(calibration=batches, samples=len(batches), exclude=("*lm_head*",), **changes)
+        captured, _ = capture(bench.folder, task="text-generation")
+        compilation = Compilation(captured, config, ProgressReporter(quiet=True), {})
+        compilation.quantize()
+        bits, weights = 0.0, 0
+        for done in compilation.sites.values():
+            rows = [count for _, count in done.site.parts]
+            for (name, _), part in zip(done.site.parts, done.layer.dequantize().split(rows), strict=True):
+                bench.model.get_submodule(name).weight.data.copy_(part)
+            size = done.layer.in_features * done.layer.out_features
+            bits, weights = bits + done.bits.true_bits * size, weights + size
+        if weights != bench.weights:
+            raise RuntimeError(f"claq quantized {weights} weights, the others {bench.weights}")
+        return bits
+
+    return quantize
+
+
 def ours() -> list[Candidate]:
-    """claq's defaults at the bits that matter."""
-    found = []
-    for bits, outliers in ((4, 0.0), (3, 0.0), (2, 0.0), (2, 0.004), (2.1, 0.002), (3, 0.004)):
-        settings = LayerSettings(bits=bits, outliers=outliers)
-        kept = f", {outliers:.1%} reserved" if outliers else ""
-        found.append(
-            Candidate(
-                f"ours-{bits}" + (f"-{outliers}" if outliers else ""),
-                "claq (this project)",
-                f"claq {bits:g} bits{kept}",
-                claq(settings, 2.0),
-                dataclasses.asdict(settings) | {"token_clip": 2.0},
-            )
-        )
-    return found
+    """claq as a user runs it."""
+    return [
+        Candidate(name, "claq (this project)", f"claq --bits {changes['bits']}", product(changes), changes)
+        for name, changes in OURS.items()
+    ]
 
 
 def run(bench: Bench, candidate: Candidate, common: dict[str, Any], work: Path) -> dict[str, Any]:
@@ -379,6 +411,7 @@ def main() -> None:
 
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
         bench = Bench(
+            arguments.model,
             model,
             open_tokenizer(arguments.model),
             read_text(arguments.text),

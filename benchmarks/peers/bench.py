@@ -39,6 +39,7 @@ class Bench:
     """A Llama model that is quantized again and again, always from its original weights.
 
     Args:
+        folder: where the model comes from.
         model, tokenizer: the original.
         text, calibration: running texts.
         context: tokens a window of both.
@@ -48,6 +49,7 @@ class Bench:
 
     def __init__(
         self,
+        folder: str,
         model: torch.nn.Module,
         tokenizer: object,
         text: str,
@@ -57,6 +59,7 @@ class Bench:
         calibration_windows: int,
         work: Path,
     ) -> None:
+        self.folder = folder
         self.model = model
         self.windows = token_windows(text, tokenizer, context, windows)
         every = token_windows(calibration, tokenizer, context)
