@@ -248,6 +248,7 @@ def quantize(
         layers,
         parts={name: done.site.parts for name, done in compilation.sites.items()},
         accuracy_levels=dict.fromkeys(layers, config.accuracy_level),
+        transposed=compilation.transposed,
     )
 
 

@@ -313,6 +313,11 @@ class Compilation:
         """Number of weights in quantized layers."""
         return sum(done.layer.in_features * done.layer.out_features for done in self.sites.values())
 
+    @property
+    def transposed(self) -> set[str]:
+        """Layers whose weight the model stores as ``[in_features, out_features]``."""
+        return {name for name, done in self.sites.items() if done.site.transposed}
+
     def metadata(self) -> dict[str, str]:
         """What the ONNX file says about itself."""
         return {
@@ -349,6 +354,7 @@ class Compilation:
                 self.config.to_json(),
                 parts={name: done.site.parts for name, done in self.sites.items()},
                 accuracy_level=self.config.accuracy_level,
+                transposed=self.transposed,
             )
             copy_companions(Path(self.captured.source.path), out.parent)
         return artifact
