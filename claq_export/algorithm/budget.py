@@ -33,7 +33,7 @@ RESERVE_SHARES = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04)
 
 _LLOYD_STEPS = 12
 _OUTLIER_BITS = 32
-_HALVINGS = 60
+_HALVINGS = 40
 
 Float64 = npt.NDArray[np.float64]
 
@@ -207,7 +207,7 @@ def solve(
 
     if outliers:
         final = _bisect(lambda x: float(sum(c.bits.nbytes for c in refill(x))), limit, ceiling)
-        chosen = refill(final)
+        chosen = _fill(profiles, refill(final), limit, ceiling)
     size = sum(choice.bits.nbytes for choice in chosen)
     whole = sum(choice.error for choice in chosen) or 1.0
     names = [p.name for p in profiles]
@@ -285,14 +285,36 @@ def _whole_blocks(count: int, available: int) -> int:
 
 
 def _with_reserve(profile: LayerProfile, bits: torch.Tensor, price: float) -> _Choice:
-    """The reserved weights of each column at a price a bit, for given widths."""
+    """The reserved weights of each column at a price a bit, for given widths; none unless they pay for their row
+    pointers."""
     rows = np.arange(profile.in_features)
     index = np.searchsorted(-np.array(WIDTHS), -bits.numpy().astype(int))
     error = profile.error[rows, index]
-    if np.isinf(price):
-        level = np.zeros(len(rows), dtype=np.int64)
-    else:
-        level = (error + price * np.array(profile.reserve) * _OUTLIER_BITS).argmin(axis=1)
+    level = np.zeros(len(rows), dtype=np.int64)
+    if not np.isinf(price):
+        total = error + price * np.array(profile.reserve) * _OUTLIER_BITS
+        level = total.argmin(axis=1)
+        gain = float((error[:, 0] - total[rows, level]).sum())
+        if gain <= price * 32 * (profile.out_features + 1):
+            level[:] = 0
     reserve = torch.from_numpy(np.array(profile.reserve, dtype=np.int64)[level])
     plan = ColumnPlan(bits, reserve)
     return _Choice(plan, plan.predict(profile.out_features), float(error[rows, level].sum()))
+
+
+def _fill(profiles: Sequence[LayerProfile], choices: list[_Choice], limit: float, ceiling: float) -> list[_Choice]:
+    """Spend what one price for all leaves over (a layer's first outlier costs all its row pointers) layer by layer."""
+    result = list(choices)
+    room = limit - sum(choice.bits.nbytes for choice in result)
+    for i in sorted(range(len(result)), key=lambda i: -result[i].error):
+        profile, old = profiles[i], result[i]
+        most = old.bits.nbytes + room
+
+        def size(price: float, profile: LayerProfile = profile, old: _Choice = old) -> float:
+            return float(_with_reserve(profile, old.plan.bits, price).bits.nbytes)
+
+        new = _with_reserve(profile, old.plan.bits, _bisect(size, most, ceiling))
+        if old.bits.nbytes < new.bits.nbytes <= most:
+            room -= new.bits.nbytes - old.bits.nbytes
+            result[i] = new
+    return result

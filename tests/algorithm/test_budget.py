@@ -36,14 +36,27 @@ LAYERS = model()
 PROFILES = [profile_layer(name, weight, hessian, CONFIG) for name, weight, hessian in LAYERS]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.floats(2.35, 4.3), st.booleans())
-def test_lands_within_one_percent(bits: float, outliers: bool) -> None:
+def test_lands_within_a_step_of_a_tiny_model(bits: float, outliers: bool) -> None:
     budget = solve(PROFILES, true_bits=bits, outliers=outliers)
-    # Without outliers to fill the gaps, whole blocks of these small layers are steps of about 0.07 bits.
-    slack = 0.01 * bits if outliers else 0.15
-    assert bits - slack <= budget.true_bits <= bits * 1.01 + 1e-9
+    # A block of 32 columns, or the row pointers of a layer's first outlier, are 0.067 bits of these three layers.
+    assert bits * 0.99 - 0.07 <= budget.true_bits <= bits + 1e-9
     assert sum(b.nbytes for b in budget.bits.values()) == budget.nbytes
+
+
+@pytest.mark.parametrize("bits", [2.15, 2.25, 2.5, 3.1, 3.6, 4.1])
+def test_lands_within_one_percent(bits: float) -> None:
+    rng = np.random.default_rng(0)
+    profiles = []
+    for i in range(12):
+        rows = int(rng.integers(300, 900))
+        shape = np.array([0.01, 0.04, 0.14])[:, None] * np.array([1.0, 0.9, 0.84, 0.75, 0.65, 0.55])
+        error = np.exp(rng.normal(size=(512, 1, 1)) * 1.5) * shape * np.exp(rng.normal())
+        profiles.append(LayerProfile(f"l{i}", rows, error, (0, 2, 4, 8, 15, 30)))
+    assert solve(profiles, true_bits=bits).true_bits == pytest.approx(bits, rel=0.01)
+    weights = sum(p.out_features * p.in_features for p in profiles)
+    assert solve(profiles, nbytes=int(bits * weights / 8)).nbytes <= bits * weights / 8
 
 
 def test_prediction_is_what_the_layers_take() -> None:
@@ -90,7 +103,7 @@ def test_floor_is_kept_and_others_pay() -> None:
     free = solve(PROFILES, true_bits=2.8)
     floored = solve(PROFILES, true_bits=2.8, floors={"layer1": 3})
     assert int(floored.plans["layer1"].bits.min()) == 3
-    assert floored.true_bits == pytest.approx(2.8, rel=0.01)
+    assert floored.true_bits == pytest.approx(2.8, abs=0.07)
     assert floored.bits["layer0"].nbytes < free.bits["layer0"].nbytes
 
 

@@ -86,7 +86,7 @@ def test_loop_follows_the_textbook_recursion() -> None:
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 70))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     shapes,
     st.sampled_from([2, 2.1, 2.5, 3, 3.1, 3.7, 4]),
