@@ -33,6 +33,7 @@ def unlift(exported: torch.export.ExportedProgram, prefix: str, input_names: Seq
     unlifted = exported.module()
     assert isinstance(unlifted, torch.fx.GraphModule)
     graph = unlifted.graph
+    _inline_regions(unlifted)
     for node in reversed(list(graph.nodes)):
         if is_check(node):
             graph.erase_node(node)
@@ -64,6 +65,36 @@ def unlift(exported: torch.export.ExportedProgram, prefix: str, input_names: Seq
         result.get_submodule(path)._non_persistent_buffers_set.add(leaf)
     result.eval()
     return result
+
+
+def _inline_regions(module: torch.fx.GraphModule) -> None:
+    """Put the contents of ``no_grad`` regions and of regions with autocast switched off in the place of their calls."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+            region, arguments = node.args[1], node.args[2:]
+        elif node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2] is False:
+            region, arguments = node.args[4], node.args[5:]
+        else:
+            continue
+        body = module.get_submodule(str(region.target))
+        assert isinstance(body, torch.fx.GraphModule)
+        _inline_regions(body)
+        body.graph.eliminate_dead_code()
+        body.recompile()
+        inner = [inside for inside in body.graph.nodes if inside.op == "placeholder"]
+        values = dict(zip(inner, arguments, strict=True))
+        # A region with attributes of its own (other regions, constants) stays a call.
+        if any(inside.op == "get_attr" for inside in body.graph.nodes):
+            continue
+        with graph.inserting_before(node):
+            results = graph.graph_copy(body.graph, values)
+        for user in list(node.users):
+            # A region returns a tuple, of which getitem nodes pick.
+            assert isinstance(results, (tuple, list))
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
 
 
 def is_check(node: torch.fx.Node) -> bool:

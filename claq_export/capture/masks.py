@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -27,12 +27,16 @@ def _broadcast(mask_function: _MaskFunction, bh_indices: bool = True) -> _MaskFu
 def traceable_masks() -> Iterator[None]:
     """Inside, transformers 4 builds masks by broadcasting; nothing changes where it is not loaded or does so by itself."""
     masking = sys.modules.get("transformers.masking_utils")
-    original = getattr(masking, "_vmap_for_bhqkv", None)
-    if masking is None or original is None:
+    if masking is None or not hasattr(masking, "_vmap_for_bhqkv"):
         yield
         return
-    masking._vmap_for_bhqkv = _broadcast  # type: ignore[attr-defined]
+    # The context that lets vmap index by tensors leaves operators of its own in the graph; plain indexing needs none.
+    replaced = {"_vmap_for_bhqkv": _broadcast, "TransformGetItemToIndex": nullcontext}
+    before = {name: getattr(masking, name) for name in replaced if hasattr(masking, name)}
+    for name in before:
+        setattr(masking, name, replaced[name])
     try:
         yield
     finally:
-        masking._vmap_for_bhqkv = original  # type: ignore[attr-defined]
+        for name, value in before.items():
+            setattr(masking, name, value)

@@ -191,6 +191,29 @@ def test_source_digest_follows_the_weights():
     assert capture_module(model, torch.randn(2, 5, 12)).source.sha256 != before.sha256
 
 
+def test_regions_without_gradients_or_autocast_are_inlined():
+    class Regions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            self.second = nn.Linear(8, 8)
+
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                with torch.enable_grad():
+                    y = self.first(x.float())
+                y = torch.relu(y)
+            with torch.no_grad():
+                return self.second(y)
+
+    model = Regions()
+    captured = capture_module(model, torch.randn(3, 8))
+    targets = [str(node.target) for node in captured.graph_module.graph.nodes if node.op == "call_function"]
+    assert targets.count("aten.linear.default") == 2
+    assert not [target for target in targets if "wrap_with" in target]
+    assert same(captured, model, {"x": torch.randn(5, 8)})
+
+
 class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
