@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from claq_export.passes import CanonicalizeLinears, PassContext, Pipeline, Plan, RemoveNoops, planning_pipeline
 from torch import fx, nn
 
 from claq_export.capture import CapturedModel, capture_module
 from claq_export.format.layer import QuantizedLinear, assemble
+from claq_export.passes import CanonicalizeLinears, PassContext, Pipeline, Plan, RemoveNoops, planning_pipeline
 
 
 @dataclass

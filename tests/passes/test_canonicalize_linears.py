@@ -6,12 +6,13 @@ import re
 
 import pytest
 import torch
-from claq_export.passes import CanonicalizeLinears, PassContext, RemoveNoops
-from claq_export.passes.attributes import get_attribute
-from claq_export.passes.canonicalize_linears import is_canonical, weight_origin
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
+
+from claq_export.passes import CanonicalizeLinears, PassContext, RemoveNoops
+from claq_export.passes.attributes import get_attribute
+from claq_export.passes.canonicalize_linears import is_canonical, weight_origin
 
 K, N = 12, 20
 

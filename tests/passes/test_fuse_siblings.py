@@ -6,9 +6,10 @@ import operator
 
 import pytest
 import torch
+from torch import nn
+
 from claq_export.passes import ContractError, FuseSiblings, PassContext
 from claq_export.passes.fuse_siblings import stacked_name
-from torch import nn
 
 D = 64
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from claq_export.passes import PassContext, planning_pipeline
 
 from claq_export.capture import TaskModel, capture_module, capture_pretrained
+from claq_export.passes import PassContext, planning_pipeline
 
 STORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "stories260k"
 SMALL = {"vocab_size": 99, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}

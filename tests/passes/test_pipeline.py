@@ -7,6 +7,9 @@ import logging
 
 import pytest
 import torch
+from torch import fx, nn
+
+from claq_export.capture import capture_module
 from claq_export.passes import (
     CanonicalizeLinears,
     ContractError,
@@ -21,9 +24,6 @@ from claq_export.passes import (
     SelectLinears,
     planning_pipeline,
 )
-from torch import fx, nn
-
-from claq_export.capture import capture_module
 
 D = 64
 

@@ -7,12 +7,12 @@ import weakref
 
 import pytest
 import torch
-from claq_export.passes import ContractError, PassContext, Pipeline, RemoveUnused, ReplaceLinears
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from claq_export.format.layer import TENSOR_NAMES
+from claq_export.passes import ContractError, PassContext, Pipeline, RemoveUnused, ReplaceLinears
 
 D = 64
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from claq_export.passes import PassContext, SelectLinears
-from claq_export.passes.select_linears import four_bit_bytes
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from claq_export.errors import ConfigError
+from claq_export.passes import PassContext, SelectLinears
+from claq_export.passes.select_linears import four_bit_bytes
 
 D = 64
 
