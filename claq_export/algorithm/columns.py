@@ -91,6 +91,16 @@ class ColumnCoder:
         """Code a column with the codebook and the outlier positions it already has."""
         return _encode(column, integers, scale, integers.astype(np.float32) * np.float32(scale), rows)
 
+    def replace_codebook(self, present: Column, centroids: npt.NDArray[Any]) -> Column:
+        """The same codes and outliers with other centroids (in any order), rounded to what is stored."""
+        by_value = np.argsort(centroids, kind="stable")
+        place = np.empty(len(by_value), dtype=np.int64)
+        place[by_value] = np.arange(len(by_value))
+        kept = present.value[present.rows]
+        reach = float(np.abs(kept).max()) if len(kept) else 0.0
+        integers, scale, table = round_codebook(centroids[by_value], reach)
+        return _encode(present.value, integers, scale, table, present.rows, place[present.codes])
+
 
 def _encode(
     column: npt.NDArray[np.float32],
@@ -98,8 +108,10 @@ def _encode(
     scale: np.float16,
     table: npt.NDArray[np.float32],
     rows: npt.NDArray[np.int64],
+    codes: npt.NDArray[np.int64] | None = None,
 ) -> Column:
-    codes = nearest(column, table)
+    if codes is None:
+        codes = nearest(column, table)
     value = table[codes]
     extra = _NO_VALUES
     if len(rows) and scale > 0:

@@ -15,6 +15,8 @@ import torch
 from .columns import ColumnCoder
 from .gptq import QuantizedColumns
 
+_REFIT_STEPS = 12
+
 
 def descend(
     state: QuantizedColumns,
@@ -69,6 +71,72 @@ def descend(
             state.columns[feature] = best
         state.value[index] = torch.from_numpy(present).to(target.device)
     return gained
+
+
+def refit_codebooks(state: QuantizedColumns, target: torch.Tensor, hessian: torch.Tensor, coder: ColumnCoder) -> float:
+    """All centroids of a layer at once, for given codes: the least-squares optimum against the Hessian (LNQ's closed
+    form).
+
+    The normal equations couple every centroid with every other; conjugate gradients solve them with one product with
+    the Hessian a step and no matrix of their size. Outliers stay. The result is rounded to what is stored, and kept
+    if it lowers the objective.
+
+    Args:
+        state, target, hessian, coder: as for :func:`descend`; ``state`` is updated in place.
+
+    Returns:
+        by how much the objective fell; 0 if the refit was not kept.
+    """
+    device = target.device
+    codes = torch.from_numpy(np.stack([column.codes for column in state.columns])).to(device)
+    free = torch.ones_like(target)
+    for j, column in enumerate(state.columns):
+        if len(column.rows):
+            free[j, torch.from_numpy(column.rows).to(device)] = 0
+    if coder.weights is not None:
+        row_weights = torch.from_numpy(coder.weights).to(device=device, dtype=torch.float32)
+    else:
+        row_weights = torch.ones(target.shape[1], device=device)
+    entries = max(len(column.integers) for column in state.columns)
+
+    def gathered(error: torch.Tensor) -> torch.Tensor:
+        """Gradient by centroid ``[K, entries]`` of half the objective, from E ``[K, N]``."""
+        pull = (hessian @ error) * row_weights * free
+        return torch.zeros(len(codes), entries, device=device).scatter_add_(1, codes, pull)
+
+    def objective(error: torch.Tensor) -> float:
+        return float(((hessian @ error) * error * row_weights).sum(dtype=torch.float64))
+
+    count = torch.zeros(len(codes), entries, device=device).scatter_add_(1, codes, row_weights * free)
+    scale = (count * hessian.diagonal()[:, None]).clamp(min=torch.finfo(torch.float32).tiny)
+    error = state.value - target
+    before = objective(error)
+    step = torch.zeros(len(codes), entries, device=device)
+    residual = -gathered(error)
+    ready = torch.where(count > 0, residual / scale, 0)
+    direction, energy = ready, float((residual * ready).sum(dtype=torch.float64))
+    for _ in range(_REFIT_STEPS):
+        curved = gathered(direction.gather(1, codes) * free)
+        bend = float((direction * curved).sum(dtype=torch.float64))
+        if not energy > 0 or not bend > 0:
+            break
+        step = step + (energy / bend) * direction
+        residual = residual - (energy / bend) * curved
+        ready = torch.where(count > 0, residual / scale, 0)
+        last, energy = energy, float((residual * ready).sum(dtype=torch.float64))
+        direction = ready + (energy / last) * direction
+    moves = step.cpu().numpy().astype(np.float64)
+    fresh = []
+    for column, move in zip(state.columns, moves, strict=True):
+        table = column.integers.astype(np.float64) * np.float64(column.scale)
+        fresh.append(coder.replace_codebook(column, table + move[: len(table)]))
+    value = torch.from_numpy(np.stack([column.value for column in fresh])).to(device)
+    after = objective(value - target)
+    if after >= before:
+        return 0.0
+    state.columns[:] = fresh
+    state.value.copy_(value)
+    return before - after
 
 
 def _distance(value: npt.NDArray[np.float32], wanted: npt.NDArray[np.float32], coder: ColumnCoder) -> float:

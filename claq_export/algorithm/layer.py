@@ -14,7 +14,7 @@ from ..format.layer import QuantizedLinear, assemble
 from ..format.packing import WIDTHS
 from .accounting import Bits, measure, predict
 from .columns import ColumnCoder
-from .descent import descend, refit_row_scale
+from .descent import descend, refit_codebooks, refit_row_scale
 from .gptq import QuantizedColumns, quantize_columns
 from .hessian import Factor, Hessian
 from .outliers import reserve_counts
@@ -168,11 +168,13 @@ def _quantize_rows(
     began = perf_counter()
     if hessian is None or factor is None:
         return scale, state, 0.0
-    if settings.descent or settings.refit_row_scale:
+    if settings.descent or settings.refit_codebook or settings.refit_row_scale:
         damped = hessian.damped(settings.damping).to(device=target.device, dtype=torch.float32)
         for sweep in range(max(settings.descent, 1)):
             if sweep < settings.descent:
                 descend(state, target, damped, factor.order.tolist(), coder, settings.block)
+            if settings.refit_codebook:
+                refit_codebooks(state, target, damped, coder)
             if settings.refit_row_scale:
                 fresh = refit_row_scale(rows, state.value.T, scale[alive], damped)
                 scale = scale.clone()

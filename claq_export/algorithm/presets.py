@@ -32,6 +32,7 @@ _PAPER = LayerSettings(
     act_order=True,
     block=128,
     descent=0,
+    refit_codebook=False,
     refit_row_scale=False,
 )
 

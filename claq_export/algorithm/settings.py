@@ -49,6 +49,8 @@ class LayerSettings:
         act_order: quantize columns by falling H_jj.
         block: columns between two updates of all later columns.
         descent: sweeps of coordinate descent over codes and codebooks after the loop (descent.py); 0 = none.
+        refit_codebook: refit all centroids of the layer against its Hessian in closed form after each sweep (or once
+            after the loop without sweeps).
         refit_row_scale: refit the row scales in closed form after each sweep (or once after the loop without sweeps).
     """
 
@@ -71,6 +73,7 @@ class LayerSettings:
     act_order: bool = True
     block: int = 128
     descent: int = 0
+    refit_codebook: bool = False
     refit_row_scale: bool = False
 
     def __post_init__(self) -> None:

@@ -122,7 +122,9 @@ def test_any_shape_round_trips_and_is_accounted(
     "config",
     [
         LayerSettings(bits=2.5, outliers=0.02, reservation="saliency"),
-        LayerSettings(bits=3, outliers=0.01, descent=2, refit_row_scale=True, row_weights="energy"),
+        LayerSettings(
+            bits=3, outliers=0.01, descent=2, refit_codebook=True, refit_row_scale=True, row_weights="energy"
+        ),
         LayerSettings(bits=4, row_scale="none", fit_outliers=True, outliers=0.01, kmeans="lloyd"),
     ],
 )
@@ -148,7 +150,7 @@ def test_the_loop_believes_exactly_what_a_reader_decodes(
 
 def test_same_input_same_bytes() -> None:
     weight, hessian = problem(70, 64)
-    config = LayerSettings(bits=2.5, outliers=0.01, descent=1, refit_row_scale=True)
+    config = LayerSettings(bits=2.5, outliers=0.01, descent=1, refit_codebook=True, refit_row_scale=True)
     first, second = (quantize_layer(weight, hessian, config).layer for _ in range(2))
     for name, tensor in first.tensors().items():
         assert torch.equal(tensor, second.tensors()[name]), name
@@ -180,6 +182,48 @@ def test_descent_lowers_the_error_monotonically(sweeps: int, row_weights: str) -
         return float(((difference @ damped) * difference).sum())
 
     assert objective(after) < objective(before)
+
+
+@pytest.mark.parametrize("row_weights", ["uniform", "energy"])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_refitting_codebooks_lowers_the_error(row_weights: str, bits: int) -> None:
+    weight, hessian = problem(150, 96)
+    base = LayerSettings(bits=bits, outliers=0.01, row_weights=row_weights)
+    before = quantize_layer(weight, hessian, base).layer
+    after = quantize_layer(weight, hessian, replace(base, refit_codebook=True)).layer
+    damped = hessian.damped(base.damping)
+
+    def objective(layer: QuantizedLinear) -> float:
+        difference = (layer.dequantize() - weight).double()
+        if row_weights == "uniform":
+            difference = difference / layer.row_scale.double()[:, None]
+        return float(((difference @ damped) * difference).sum())
+
+    assert objective(after) < 0.999 * objective(before)
+
+
+def test_codebook_refit_reaches_the_least_squares_optimum() -> None:
+    """Against the normal equations of a small layer, solved densely; int8 rounding is all that may be between them."""
+    from claq_export.algorithm.descent import refit_codebooks
+
+    weight, hessian = problem(60, 12)
+    config = LayerSettings(bits=2, row_scale="none")
+    scale = float(row_scales(weight, "none")[0])
+    target = (weight / scale).T.contiguous()
+    coder = ColumnCoder(config)
+    state = quantize_columns(target, [2] * 12, [0] * 12, hessian.factor(), coder)
+    damped = hessian.damped(0.01)
+    pick = torch.zeros(60, 12, 48, dtype=torch.float64)  # row n, column j -> which of the 12 * 4 centroids
+    for j, column in enumerate(state.columns):
+        pick[torch.arange(60), j, 4 * j + torch.from_numpy(column.codes)] = 1
+    normal = torch.einsum("nja,jk,nkb->ab", pick, damped, pick)
+    right = torch.einsum("nja,jk,nk->a", pick, damped, target.T.double())
+    best = torch.linalg.solve(normal, right)
+    left = (pick @ best) - target.T.double()
+    optimum = float(((left @ damped) * left).sum())
+    refit_codebooks(state, target, damped.float(), coder)
+    left = (state.value - target).T.double()
+    assert optimum <= float(((left @ damped) * left).sum()) <= 1.02 * optimum
 
 
 def test_refitting_row_scales_lowers_the_error() -> None:
@@ -298,7 +342,7 @@ def test_cuda_gives_a_layer_of_the_same_error() -> None:
     on_gpu = Hessian(160, token_clip=None, device="cuda")
     on_gpu.matrix += hessian.matrix.cuda()
     on_gpu.tokens = hessian.tokens
-    config = LayerSettings(bits=2.5, outliers=0.01, descent=1, refit_row_scale=True)
+    config = LayerSettings(bits=2.5, outliers=0.01, descent=1, refit_codebook=True, refit_row_scale=True)
     here, there = quantize_layer(weight, hessian, config), quantize_layer(weight.cuda(), on_gpu, config)
     assert there.layer.codes.device.type == "cuda"
     assert there.error == pytest.approx(here.error, rel=0.05)
