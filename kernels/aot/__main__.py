@@ -9,22 +9,16 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import triton
 
-from .compile import CompiledKernel, KernelBuildError, compile_variant
+from .compile import KernelBuildError
+from .jobs import compile_all
 from .package import manifest_entry, package_name, write_manifest, write_package
 from .variants import variants
 
 DEFAULT_TARGETS = "sm_80,sm_86,sm_89,sm_90,sm_100,sm_120"
-
-
-def _compile(job: tuple[int, str]) -> CompiledKernel:
-    target, name = job
-    return compile_variant(next(variant for variant in variants(target) if variant.name == name), target)
 
 
 def _target(text: str) -> int:
@@ -58,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     started = time.monotonic()
     try:
-        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-            compiled = list(pool.map(_compile, jobs))
+        compiled = compile_all(jobs, options.jobs)
     except KernelBuildError as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,0 +1,142 @@
+"""Runs the Triton kernels in Triton's interpreter and prints each case's errors as JSON.
+
+A program of its own: the interpreter must be switched on before Triton is first imported, for the whole process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, an input and the kernel that must take it.
+
+    ``exact``: scales and inputs are such that every activation is represented exactly, so that only the order of
+    additions differs from the reference; y is float32 then. ``nan``: the first vector holds a NaN and is left out of the
+    comparison.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    widths: tuple[int, ...]
+    vectors: int
+    dtype: str
+    kernel: str
+    outliers: float = 0.0
+    full_row: bool = False
+    bias: bool = True
+    exact: bool = False
+    nan: bool = False
+    lanes: int = 32
+    warps: int = 8
+    unroll: int = 1
+    programs: int = 2
+
+
+CASES = [
+    Case("gemv-2", 200, 104, (2,), 1, "float16", "gemv"),
+    Case("gemv-3", 200, 104, (3,), 2, "float16", "gemv", outliers=0.02),
+    Case("gemv-4", 200, 104, (4,), 1, "float16", "gemv", outliers=0.02, bias=False),
+    Case("gemv-432", 333, 136, (2, 3, 4), 4, "float16", "gemv", outliers=0.05, full_row=True, lanes=16, warps=4),
+    Case("gemv-bfloat16", 96, 64, (2, 4), 3, "bfloat16", "gemv", outliers=0.02),
+    Case("gemv-float32-2", 200, 104, (2,), 2, "float32", "gemv", outliers=0.02),
+    Case("gemv-float32-3", 200, 104, (3,), 1, "float32", "gemv"),
+    Case("gemv-float32-4", 200, 104, (4,), 1, "float32", "gemv", full_row=True, unroll=2, warps=2),
+    Case("gemv-odd", 70, 37, (2, 3, 4), 1, "float32", "gemv", outliers=0.02, warps=2, unroll=2),
+    Case("gemv-one-output", 33, 1, (3,), 1, "float32", "gemv", outliers=0.1),
+    Case("gemv-one-input", 1, 5, (2,), 2, "float32", "gemv"),
+    Case("gemm-2", 200, 104, (2,), 7, "float16", "gemm", outliers=0.02, exact=True),
+    Case("gemm-3", 200, 104, (3,), 16, "float16", "gemm", exact=True),
+    Case("gemm-4", 200, 104, (4,), 7, "float16", "gemm", full_row=True, exact=True, bias=False),
+    Case("gemm-odd", 77, 37, (2, 3, 4), 17, "float16", "gemm", outliers=0.05, exact=True),
+    Case("gemm-bfloat16", 200, 104, (2, 4), 20, "bfloat16", "gemm", outliers=0.02),
+    Case("dense-432", 200, 104, (2, 3, 4), 130, "float16", "dense", outliers=0.02),
+    Case("dense-float32", 200, 264, (2, 3), 7, "float32", "dense", outliers=0.02, full_row=True),
+    Case("dense-odd", 70, 37, (2, 4), 130, "float32", "dense", outliers=0.02, bias=False),
+    Case("gemv-nan", 64, 16, (3,), 2, "float16", "gemv", outliers=0.02, nan=True),
+    Case("gemm-nan", 64, 16, (2,), 5, "float16", "gemm", nan=True),
+    Case("no-vectors", 40, 8, (2,), 0, "float16", "gemv"),
+]
+
+
+def _run(case: Case) -> dict[str, object]:
+    import torch
+    from quantized_layers import arguments, dense_weight, random_layer
+
+    from claq_export.kernels.triton import launch
+    from claq_export.kernels.triton.dispatch import DenseConfig, Dispatch, GemmConfig, GemvConfig
+
+    layer = random_layer(
+        case.in_features,
+        case.out_features,
+        case.widths,
+        outliers=case.outliers,
+        full_row=case.full_row,
+        seed=len(case.name),
+    )
+    torch.manual_seed(1)
+    dtype = getattr(torch, case.dtype)
+    x = torch.randn(case.vectors, case.in_features)
+    if case.exact:
+        scale = torch.where(layer.scale > 0, 2.0**-7, 0.0).to(torch.float16)
+        layer = dataclasses.replace(layer, scale=scale)
+        x = torch.randint(-8, 9, x.shape).float()
+        x[:, 0] = 16
+    x = x.to(dtype)
+    if case.nan:
+        x[0, 3] = torch.nan
+    bias = torch.randn(case.out_features, dtype=dtype) if case.bias else None
+    dispatch = Dispatch(
+        gemv=GemvConfig(4 if case.kernel == "gemv" else 0, case.lanes, case.warps, case.unroll, case.programs),
+        gemm=(GemmConfig(1000, 16, case.lanes, 4, 4, 1, case.programs),) if case.kernel == "gemm" else (),
+        dense=DenseConfig(case.lanes, case.warps, 100_000),
+    )
+    taken, originals = [], {}
+    for name in ("_few", "_tens", "_many"):
+        original = getattr(launch, name)
+
+        def spy(*rest: object, name: str = name, original: object = original) -> None:
+            taken.append({"_few": "gemv", "_tens": "gemm", "_many": "dense"}[name])
+            if case.exact:
+                rest = (rest[0], rest[1], wide, *rest[3:])
+            original(*rest)  # type: ignore[operator]
+
+        setattr(launch, name, spy)
+        originals[name] = original
+    wide = torch.empty(case.vectors, case.out_features)
+    try:
+        y = launch.linear(*arguments(layer, x, bias), dispatch=dispatch)  # type: ignore[arg-type]
+    finally:
+        for name, original in originals.items():
+            setattr(launch, name, original)
+    expected = x.double() @ dense_weight(layer).T
+    if bias is not None:
+        expected = expected + bias.double()
+    shape, dtype_ok = list(y.shape) == [case.vectors, case.out_features], y.dtype == dtype
+    got = wide if case.exact else y
+    poisoned = bool(got[:1].isnan().all())
+    if case.nan:
+        got, expected = got[1:], expected[1:]
+    error = float((got.double() - expected).abs().max() / expected.abs().max()) if case.vectors else 0.0
+    return {"kernels": taken, "error": error, "shape": shape, "dtype": dtype_ok, "first_is_nan": poisoned}
+
+
+def main() -> None:
+    """Run the cases named on the command line, or all."""
+    sys.path[:0] = [str(TESTS.parent), str(TESTS / "kernels")]
+    wanted = sys.argv[1:]
+    print(json.dumps({case.name: _run(case) for case in CASES if not wanted or case.name in wanted}))
+
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
+    main()
