@@ -4,6 +4,7 @@
 #include <atomic>
 #include <exception>
 #include <string>
+#include <thread>
 
 #include "family.h"
 #include "half.h"
@@ -19,7 +20,6 @@ constexpr int64_t kCachedSums = 6 * 1024;  // a task's tile of results, where th
 constexpr int64_t kOutlierSums = 64 * 1024;
 constexpr int64_t kChunkElements = 1024 * 1024;  // rows of x are taken in chunks of at most this many activations
 constexpr double kTaskSeconds = 20e-6;           // less work than this is not worth a thread's wake-up
-constexpr int64_t kMostTasks = 256;
 
 // Rounded estimates, only used to decide into how many tasks to split.
 constexpr double kActivationsPerSecond = 1e9;
@@ -59,8 +59,12 @@ void for_each(const Host& host, int64_t total, Body body) {
   if (shared.failed) std::rethrow_exception(shared.failure);
 }
 
-int64_t task_count(double seconds, int64_t most) {
-  return std::clamp(static_cast<int64_t>(seconds / kTaskSeconds), int64_t{1}, std::min(most, kMostTasks));
+// A host does not say how many threads it has, so there are two tasks for each of the machine; more would make the stripes of
+// outputs, and with them the runs of code words that lie together, needlessly short.
+int64_t task_count(const Host& host, double seconds, int64_t most) {
+  if (!host.parallel_for) return 1;
+  static const int64_t threads = std::max<int64_t>(1, std::thread::hardware_concurrency());
+  return std::clamp(static_cast<int64_t>(seconds / kTaskSeconds), int64_t{1}, std::min(most, 2 * threads));
 }
 
 const float* load_row(const Family& family, claq_dtype dtype, const void* x, int64_t row, int64_t length, float* buffer) {
@@ -102,7 +106,7 @@ struct Call {
 template <class Body>
 void for_each_row(const Call& call, const Host& host, int64_t rows, Body body) {
   const int64_t length = call.layer.in_features;
-  const int64_t tasks = task_count(static_cast<double>(rows * call.layer.columns) / kActivationsPerSecond, rows);
+  const int64_t tasks = task_count(host, static_cast<double>(rows * call.layer.columns) / kActivationsPerSecond, rows);
   for_each(host, tasks, [&](int64_t task) {
     Workspace workspace(call.dtype == CLAQ_FLOAT32 ? 0 : Workspace::bytes_for<float>(length));
     float* buffer = workspace.take<float>(length);
@@ -208,7 +212,7 @@ void run(const claq_layer& handle, claq_dtype dtype, int32_t accuracy_level, con
 
     const double seconds = weights / kWeightsPerSecond + weights * static_cast<double>(activations.rows) / rate;
     const int64_t tiles = (layer.out_features + kNarrowestTile - 1) / kNarrowestTile;
-    const int64_t tasks = task_count(seconds, tiles);
+    const int64_t tasks = task_count(host, seconds, tiles);
     for_each(host, tasks, [&](int64_t task) {
       const int64_t n0 = tiles * task / tasks * kNarrowestTile;
       const int64_t n1 = std::min(layer.out_features, tiles * (task + 1) / tasks * kNarrowestTile);

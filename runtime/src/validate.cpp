@@ -180,6 +180,7 @@ void check_outliers(const claq_layer_desc& desc, int64_t columns, const std::vec
     }
   }
   const int64_t count = ptr[rows];
+  if (count == 0) refuse("outlier_ptr: has %" PRId64 " elements, expected 0 because outlier_index is empty", rows + 1);
   check_dtype("outlier_index", desc.outlier_index, columns <= 65536 ? CLAQ_UINT16 : CLAQ_INT32);
   check_shape("outlier_index", desc.outlier_index, {count});
   check_shape("outlier_value", desc.outlier_value, {count});

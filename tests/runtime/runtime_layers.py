@@ -8,10 +8,11 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-import claq_runtime
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+import claq_runtime
 
 NAMES = (
     "codes",

@@ -60,3 +60,79 @@ def test_float32_is_exact_to_rounding(family, layer, rows, seed):
     x = activations(rows, layer, seed)
     error = np.abs(NativeLayer(layer, family).run(x) - layer.reference(x)) / error_scale(layer, x)
     assert error.max() < 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("accuracy_level", [0, 4])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("outliers", [0.0, 0.02])
+def test_nan_and_infinity_propagate_as_in_a_matmul(family, accuracy_level, rows, outliers):
+    layer = make_layer(100, 96, {4: 32, 3: 32, 2: 32}, ordered=True, outliers=outliers, bias=True)
+    x = activations(rows, layer, 1)
+    x[0, 5] = np.inf
+    if rows > 1:
+        x[1, 7] = np.nan
+        x[1, 9] = -np.inf
+    y = NativeLayer(layer, family).run(x, accuracy_level)
+    with np.errstate(invalid="ignore"):
+        # A weight of 0 makes NaN of infinity; compare where products are the same whatever their rounding.
+        expected = (x @ layer.weight.T.astype(np.float32)) + layer.bias.astype(np.float32)
+    sure = (layer.weight != 0).all(1)
+    y_sure, expected_sure = y[:, sure], expected[:, sure]
+    np.testing.assert_array_equal(np.isfinite(y_sure), np.isfinite(expected_sure))
+    if not outliers:
+        # An outlier and its centroid meet the infinity apart, and if their signs differ the sum is NaN.
+        special = ~np.isfinite(expected_sure)
+        np.testing.assert_array_equal(y_sure[special], expected_sure[special])
+    finite_rows = np.isfinite(x).all(1)
+    assert np.isfinite(y[finite_rows]).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("accuracy_level", [0, 4])
+def test_tiny_and_zero_activations(family, accuracy_level):
+    layer = make_layer(70, 64, {4: 32, 2: 32}, outliers=0.05)
+    x = np.zeros((3, 64), np.float32)
+    x[1] = 1e-40
+    x[2, :32] = 1e-36
+    y = NativeLayer(layer, family).run(x, accuracy_level)
+    np.testing.assert_array_equal(y[0], 0)
+    np.testing.assert_allclose(y, layer.reference(x), rtol=1e-3, atol=1e-38)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("accuracy_level", [0, 4])
+def test_float16_equals_float32_rounded(family, accuracy_level):
+    layer = make_layer(100, 96, {4: 32, 3: 32, 2: 32}, outliers=0.02, bias=True)
+    x = activations(5, layer, 1).astype(np.float16)
+    native = NativeLayer(layer, family)
+    expected = native.run(x.astype(np.float32), accuracy_level).astype(np.float16)
+    np.testing.assert_array_equal(native.run(x, accuracy_level), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int8_does_not_depend_on_the_other_rows(family):
+    layer = make_layer(300, 288, {4: 96, 3: 96, 2: 96}, ordered=True, outliers=0.02)
+    x = activations(70, layer, 1)
+    native = NativeLayer(layer, family)
+    together = native.run(x, accuracy_level=4, threads=3)
+    alone = np.concatenate([native.run(row[None], accuracy_level=4) for row in x])
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_many_rows_cross_chunk_borders():
+    layer = make_layer(130, 64, {3: 64}, outliers=0.05, bias=True)
+    x = activations(600, layer, 1)
+    x[300, 3] = np.nan
+    expected = NativeLayer(layer, "portable").run(x, accuracy_level=4)
+    np.testing.assert_allclose(NativeLayer(layer).run(x, accuracy_level=4, threads=2), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_environment_chooses_the_family(monkeypatch):
+    layer = make_layer(10, 32)
+    assert NativeLayer(layer).kernel == FAMILIES[0]
+    monkeypatch.setenv("CLAQ_KERNEL", "portable")
+    assert NativeLayer(layer).kernel == "portable"
+    monkeypatch.setenv("CLAQ_KERNEL", "sse1")
+    with pytest.raises(NativeError, match="CLAQ_KERNEL: no kernel family is called 'sse1'; this CPU can run: "):
+        NativeLayer(layer)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from claq_export.kernels import native
 from runtime_layers import NAMES, make_layer
 
 from claq_export.errors import FormatError
+from claq_export.kernels import native
 
 
 def host(layer, **changes) -> native.NativeLinear:

@@ -3,13 +3,14 @@
 import concurrent.futures
 import json
 
-import claq_runtime
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 from runtime_layers import Layer, make_layer, make_model
+
+import claq_runtime
 
 
 def make_session(model: onnx.ModelProto, options: onnxruntime.SessionOptions | None = None):

@@ -15,7 +15,7 @@ inline __m512i broadcast_four(const int8_t* values) { return _mm512_set1_epi32(*
 // ---- up to eight rows of x: codes are read once, in order, and never leave the registers
 
 // How many blocks ahead code words are fetched: the rows of a tile are too short for the hardware to run far enough ahead.
-constexpr int kBlocksAhead = 4;
+constexpr int kBlocksAhead = 2;
 
 // The groups that come out of `words` at step i of 0..3.
 template <int kWidth>

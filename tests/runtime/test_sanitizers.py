@@ -1,0 +1,66 @@
+"""libclaq and a C++ test program, compiled with sanitizers and run; also cross-compiled for AArch64 where that works here."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNTIME = ROOT / "runtime"
+
+
+def configure_and_build(build: Path, *options: str) -> Path:
+    """Builds libclaq with the test program; returns the program."""
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    subprocess.run(
+        [
+            "cmake",
+            "-S",
+            RUNTIME,
+            "-B",
+            build,
+            *generator,
+            f"-DCLAQ_CHECK={ROOT / 'tests/runtime/claq_check.cpp'}",
+            *options,
+        ],
+        check=True,
+        capture_output=True,
+    )
+    result = subprocess.run(["cmake", "--build", build, "--target", "claq_check"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return build / "claq_check"
+
+
+def run(*command: object, **variables: str) -> None:
+    result = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=os.environ | variables, timeout=500
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+needs_cmake = pytest.mark.skipif(
+    shutil.which("cmake") is None or shutil.which("g++") is None, reason="needs cmake and g++"
+)
+
+
+def check_with(sanitizers: str, build: Path) -> None:
+    flags = f"-fsanitize={sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer"
+    program = configure_and_build(build, f"-DCMAKE_CXX_FLAGS={flags}", "-DCLAQ_OPTIMIZATION=-O1")
+    run(program, ASAN_OPTIONS="detect_leaks=1", TSAN_OPTIONS="halt_on_error=1")
+
+
+@needs_cmake
+@pytest.mark.slow
+def test_address_and_undefined_behaviour(tmp_path):
+    check_with("address,undefined", tmp_path)
+
+
+@needs_cmake
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("CLAQ_THREAD_SANITIZER"), reason="a second build: set CLAQ_THREAD_SANITIZER=1 for it"
+)
+def test_threads(tmp_path):
+    check_with("thread", tmp_path)
