@@ -19,7 +19,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from claq_export.algorithm import Hessian, LayerSettings, quantize_layer
+from claq_export.algorithm import (
+    ColumnPlan,
+    Hessian,
+    LayerSettings,
+    measure,
+    preset_settings,
+    profile_layer,
+    quantize_layer,
+    solve,
+)
 
 RESULT = Path(__file__).parent / "results" / "ablation.md"
 
@@ -94,9 +103,11 @@ def round_to_nearest(matrix: Matrix, bits: int, group: int = 128) -> tuple[float
     return float(error), bits + groups * (16 + bits) / weight.shape[1]
 
 
-def quantized(matrix: Matrix, settings: LayerSettings, feedback: bool) -> tuple[float, float]:
+def quantized(
+    matrix: Matrix, settings: LayerSettings, feedback: bool, plan: ColumnPlan | None = None
+) -> tuple[float, float]:
     """Relative layer error and true bits of claq's quantizer."""
-    result = quantize_layer(matrix.weight, matrix.hessian if feedback else None, settings)
+    result = quantize_layer(matrix.weight, matrix.hessian if feedback else None, settings, plan=plan)
     if feedback:
         return result.error, result.true_bits
     difference = result.layer.dequantize() - matrix.weight
@@ -121,8 +132,8 @@ def rows(matrices: list[Matrix], optimal: bool) -> Iterator[tuple[str, str, list
             bits=bits, row_scale="none", kmeans="lloyd", descent=0, refit_row_scale=False, row_weights="uniform"
         )
         yield line(section, "column k-means", plain, feedback=False)
-        yield line(section, "+ error feedback (GPTQ loop)", plain)
-        yield line(section, "+ act-order off", replace(plain, act_order=False))
+        yield line(section, "+ error feedback (GPTQ loop), columns as they stand", replace(plain, act_order=False))
+        yield line(section, "+ act-order", plain)
         scaled = replace(plain, row_scale="rms")
         yield line(section, "+ row scale (RMS)", scaled)
         better = replace(scaled, kmeans="coarse")
@@ -131,7 +142,8 @@ def rows(matrices: list[Matrix], optimal: bool) -> Iterator[tuple[str, str, list
             yield line(section, "+ k-means optimal", replace(better, kmeans="optimal"))
         weighted = replace(better, row_weights="energy")
         yield line(section, "+ rows weighted by energy", weighted)
-        yield line(section, "+ 2 sweeps of coordinate descent", replace(weighted, descent=2))
+        yield line(section, "+ codebooks refitted in closed form", replace(weighted, refit_codebook=True))
+        yield line(section, "+ 2 sweeps of coordinate descent instead", replace(weighted, descent=2))
         yield line(section, "+ row scales refitted", replace(weighted, descent=2, refit_row_scale=True))
 
     base = LayerSettings(bits=2, kmeans="coarse", row_weights="uniform", descent=0, refit_row_scale=False)
@@ -157,11 +169,22 @@ def rows(matrices: list[Matrix], optimal: bool) -> Iterator[tuple[str, str, list
     )
     yield line(section, "0.5 %, dynamic by outlier order (paper)", replace(paper, reservation="dynamic"))
     yield line(section, "0.5 %, dynamic by saliency", replace(paper, reservation="dynamic", ranking="saliency"))
-    yield line(
-        section,
-        "0.5 %, counts by saliency, largest magnitudes",
-        replace(paper, reservation="saliency", outlier_choice="magnitude"),
-    )
+    by_size = replace(paper, ranking="saliency", outlier_choice="magnitude")
+    yield line(section, "0.5 %, dynamic by saliency, largest magnitudes", by_size)
+    yield line(section, "0.5 %, counts by saliency, largest magnitudes", replace(by_size, reservation="saliency"))
+
+    for name in ("claq-2.12", "claq-2.5", "claq-3.12"):
+        section = f"Bit budget against {name} at equal true bits"
+        yield line(section, f"{name}: fixed fractions in every layer (paper)", preset_settings(name))
+        fixed = replace(preset_settings(name), row_scale="rms", kmeans="coarse")
+        yield line(section, "+ row scale, k-means near the optimum", fixed)
+        began = time.perf_counter()
+        config = LayerSettings(outlier_choice="magnitude")
+        size = sum(measure(quantize_layer(m.weight, m.hessian, fixed).layer).nbytes for m in matrices)
+        profiles = [profile_layer(m.name, m.weight, m.hessian, config) for m in matrices]
+        plans = solve(profiles, nbytes=size).plans
+        found = [quantized(m, config, True, plans[m.name]) for m in matrices]
+        yield section, "bit budget over columns and outliers of all layers", found, time.perf_counter() - began
 
 
 def main() -> None:
@@ -179,10 +202,10 @@ def main() -> None:
         "# Ablation: layer error of each part of the method",
         "",
         f"`python benchmarks/ablation.py` on {len(matrices)} (stacked) linear layers of "
-        f"{args.model.resolve().parent.name}/{args.model.name}, "
-        f"{args.tokens} calibration tokens of {args.text.name}, token norms clipped to twice the median. Relative "
-        "error tr(dW H dW^T) / tr(W H W^T), geometric mean over layers, at the true bits of the format (means over layers). "
-        "'better' counts the layers whose error fell against the line before.",
+        f"{args.model.resolve().parent.name}/{args.model.name}, {args.tokens} calibration tokens of {args.text.name}, "
+        "token norms clipped to twice the median. Relative error tr(dW H dW^T) / tr(W H W^T), geometric mean over "
+        "layers, at the true bits of the format (means over layers). 'better' counts the layers whose error fell "
+        "against the line before.",
     ]
     section, before = "", None
     for title, label, found, seconds in rows(matrices, args.optimal):

@@ -93,8 +93,8 @@ def main() -> None:
                 best = cluster(tensor, k, method="optimal").error
                 # scikit-learn's inertia_ is one assignment old; measure all the same way.
                 centres = np.sort(model.cluster_centers_[:, 0].astype(np.float64))
-                distance = np.abs(column[:, None] - centres).min(axis=1)
-                errors["scikit-learn"].append(float((distance**2).sum()) / best)
+                to_nearest = np.abs(column[:, None] - centres).min(axis=1)
+                errors["scikit-learn"].append(float((to_nearest**2).sum()) / best)
                 for method in METHODS:
                     errors[method].append(cluster(tensor, k, method=method).error / best)
             base = float(np.median(times["scikit-learn"])) / len(columns)

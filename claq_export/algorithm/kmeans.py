@@ -413,20 +413,40 @@ class SortedColumns:
 
         borders = torch.empty(len(low), k + 1, dtype=torch.int64, device=low.device)
         borders[:, 0], borders[:, k] = low, high
-        borders[:, 1:k] = -1
-        for _ in range(max_iterations):
-            cuts = torch.searchsorted(self.values, (centroids[:, 1:] + centroids[:, :-1]) * 0.5)
-            cuts = torch.minimum(torch.maximum(cuts, low[:, None]), high[:, None])
-            if torch.equal(cuts, borders[:, 1:k]):
-                break
-            borders[:, 1:k] = cuts
-            inside = borders.diff(dim=1)
-            means = self.moment.gather(1, borders).diff(dim=1) / inside.clamp(min=1)
-            moved = torch.where(inside > 0, means, centroids)
-            settled = bool(((moved - centroids).abs() <= near).all())
-            centroids = moved
-            if settled:
-                break
+        centroids, borders = _batched_lloyd(self.values, self.moment, centroids, borders, near, max_iterations)
         sums = self.moment.gather(1, borders).diff(dim=1)
         error = self._squares(low, high) - (sums * sums / borders.diff(dim=1).clamp(min=1)).sum(dim=1)
         return centroids, error.clamp(min=0)
+
+
+def _batched_lloyd(
+    values: torch.Tensor,
+    moment: torch.Tensor,
+    centroids: torch.Tensor,
+    borders: torch.Tensor,
+    near: torch.Tensor,
+    max_iterations: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lloyd on sorted columns, each until its centroids move by no more than ``near``; returns centroids and borders.
+
+    Columns take different numbers of steps. Once half of them rest, the others go on in a batch of their own.
+    """
+    k = centroids.shape[1]
+    final, cuts_at_end = centroids.clone(), borders.clone()
+    rows = torch.arange(len(values), device=values.device)
+    low, high = borders[:, :1], borders[:, k:]
+    for step in range(max_iterations):
+        cuts = torch.searchsorted(values, (centroids[:, 1:] + centroids[:, :-1]) * 0.5)
+        borders[:, 1:k] = torch.minimum(torch.maximum(cuts, low), high)
+        inside = borders.diff(dim=1)
+        moved = torch.where(inside > 0, moment.gather(1, borders).diff(dim=1) / inside.clamp(min=1), centroids)
+        moving = ((moved - centroids).abs() > near).any(dim=1)
+        centroids = moved
+        count = int(moving.sum())
+        if count <= len(rows) // 2 or step == max_iterations - 1:
+            final[rows], cuts_at_end[rows] = centroids, borders
+            if not count:
+                break
+            rows, values, moment, centroids = rows[moving], values[moving], moment[moving], centroids[moving]
+            borders, near, low, high = borders[moving], near[moving], low[moving], high[moving]
+    return final, cuts_at_end
