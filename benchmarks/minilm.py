@@ -163,6 +163,7 @@ def markdown(rows: list[dict[str, Any]], title: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face folder of a BERT sentence encoder")
+    parser.add_argument("--name", default="all-MiniLM-L6-v2", help="of the model, for the title")
     parser.add_argument("--sts", required=True, help="scored sentence pairs (STS-B)")
     parser.add_argument("--samples", type=int, default=128, help="calibration samples")
     parser.add_argument("--only", nargs="*", default=["*"], help="glob patterns over row names")
@@ -218,7 +219,7 @@ def main() -> None:
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     original = next((f", {row['original_size'] / 1e6:.1f} MB" for row in rows if "original_size" in row), "")
     title = (
-        f"{Path(arguments.model).name}, float32 baseline: STS-B Spearman {rows[0]['reference_spearman']:.2f}{original}. "
+        f"{arguments.name}, float32 baseline: STS-B Spearman {rows[0]['reference_spearman']:.2f}{original}. "
         f"Cosine over {rows[0]['sentences']} sentences of {Path(arguments.sts).name}; calibration: "
         f"{arguments.samples} samples ({tokens} tokens) of the packaged State of the Union text. Files hold float32 embeddings."
     )

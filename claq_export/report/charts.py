@@ -10,6 +10,7 @@ from .data import PARTS, LayerRecord
 
 HEAT_WIDTH = 960
 HEAT_BINS = 384
+_FEW_ROWS = 60
 _LABEL_WIDTH = 250
 
 
@@ -51,7 +52,7 @@ def accounting_bars(layers: Sequence[LayerRecord]) -> str:
                 )
             x += wide
         lines.append(f'<text class="value" x="{x + 5:.1f}" y="{y + row / 2:.1f}">{layer.true_bits:.3f}</text>')
-    return _svg(lines, len(layers) * row, "true bits of each layer by part")
+    return _svg(lines, len(layers), "true bits of each layer by part")
 
 
 def outlier_bars(layers: Sequence[LayerRecord]) -> str:
@@ -67,17 +68,18 @@ def outlier_bars(layers: Sequence[LayerRecord]) -> str:
             f'<text class="value" x="{_LABEL_WIDTH + wide + 5:.1f}" y="{y + row / 2:.1f}">'
             f"{layer.outlier_share:.3%}</text>"
         )
-    return _svg(lines, len(layers) * row, "share of reserved weights of each layer")
+    return _svg(lines, len(layers), "share of reserved weights of each layer")
 
 
 def width_heat_map(layers: Sequence[LayerRecord]) -> str:
     """Column widths: a row a layer, input features from left to right; a cell is the mean width of its columns."""
     row, plot = _row_height(len(layers)), HEAT_WIDTH - _LABEL_WIDTH
+    bins = HEAT_BINS if len(layers) <= _FEW_ROWS else HEAT_BINS // 2
     lines = []
     for number, layer in enumerate(layers):
         y = number * row
         lines.append(_row_label(layer.name, y, row))
-        cells = bin_means(layer.column_bits, HEAT_BINS)
+        cells = bin_means(layer.column_bits, bins)
         # Neighbouring cells of one colour become one rectangle: pages of large models stay small.
         start = 0
         for i in range(1, len(cells) + 1):
@@ -94,7 +96,7 @@ def width_heat_map(layers: Sequence[LayerRecord]) -> str:
                 f'height="{row - 1}"><title>{escape(tip)}</title></rect>'
             )
             start = i
-    return _svg(lines, len(layers) * row, "heat map of column widths")
+    return _svg(lines, len(layers), "heat map of column widths")
 
 
 def bin_means(values: Sequence[int], bins: int) -> list[float]:
@@ -110,7 +112,7 @@ def _shade(bits: float) -> int:
 
 
 def _row_height(rows: int) -> int:
-    return 18 if rows <= 60 else 13
+    return 18 if rows <= _FEW_ROWS else 13
 
 
 def _row_label(name: str, y: int, row: int) -> str:
@@ -121,9 +123,9 @@ def _row_label(name: str, y: int, row: int) -> str:
     )
 
 
-def _svg(lines: Sequence[str], height: int, label: str) -> str:
-    size = 11 if not lines or height // max(1, len(lines)) >= 3 else 10
+def _svg(lines: Sequence[str], rows: int, label: str) -> str:
+    row = _row_height(rows)
     return (
-        f'<svg class="rows" viewBox="0 0 {HEAT_WIDTH} {height}" role="img" aria-label="{escape(label)}" '
-        f'font-size="{size}">{"".join(lines)}</svg>'
+        f'<svg class="rows" viewBox="0 0 {HEAT_WIDTH} {rows * row}" role="img" aria-label="{escape(label)}" '
+        f'font-size="{11 if row > 15 else 9.5}">{"".join(lines)}</svg>'
     )
