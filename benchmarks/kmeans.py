@@ -5,8 +5,8 @@ compares errors.
 
 Without ``--model`` (a Hugging Face folder with safetensors) columns are drawn from a Student-t distribution with 6
 degrees of freedom. With it, columns of its linear weights are joined until they have the asked number of rows. Both
-run on one thread. A time is the median over interleaved repeats of a pass over all columns, and includes sorting,
-rounding and the assignment of codes.
+run on one thread. Times are CPU times, so that other work on the machine disturbs them less: the median over
+interleaved repeats of a pass over all columns, sorting, rounding and the assignment of codes included.
 """
 
 from __future__ import annotations
