@@ -162,22 +162,35 @@ inline float add_by_halves(__m256 lanes) {
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
-inline void add_outliers_of_row(const LayerView& layer, const float* scaled, int64_t n0, int64_t n1, float* sums) {
+template <class Index>
+inline void add_outliers_of_row(const LayerView& layer, const Index* columns, const float* scaled, int64_t n0, int64_t n1, float* sums) {
   for (int64_t n = n0; n < n1; ++n) {
     const int32_t begin = layer.outlier_ptr[n], end = layer.outlier_ptr[n + 1];
     if (begin == end) continue;
-    __m256 lanes = _mm256_setzero_ps();
+    float lanes[kOutlierLanes] = {};
+    alignas(32) float values[kOutlierLanes];
+    const auto add = [&](int32_t i, int j) {
+      lanes[j] = __builtin_fmaf(values[j], scaled[columns[i + j]], lanes[j]);
+    };
     int32_t i = begin;
     for (; i + kOutlierLanes <= end; i += kOutlierLanes) {
-      const __m256 x = _mm256_i32gather_ps(scaled, outlier_columns(layer, i, 0xff), 4);
-      lanes = _mm256_fmadd_ps(outlier_values(layer, i, 0xff), x, lanes);
+      _mm256_store_ps(values, outlier_values(layer, i, 0xff));
+#pragma GCC unroll 8
+      for (int j = 0; j < kOutlierLanes; ++j) add(i, j);
     }
-    if (i < end) {
-      const auto mask = static_cast<__mmask8>((1u << (end - i)) - 1u);
-      const __m256 x = _mm256_mmask_i32gather_ps(_mm256_setzero_ps(), mask, outlier_columns(layer, i, mask), scaled, 4);
-      lanes = _mm256_mask3_fmadd_ps(outlier_values(layer, i, mask), x, lanes, mask);
+    const int left = end - i;
+    _mm256_store_ps(values, outlier_values(layer, i, static_cast<__mmask8>((1u << left) - 1u)));
+    switch (left) {
+      case 7: add(i, 6); [[fallthrough]];
+      case 6: add(i, 5); [[fallthrough]];
+      case 5: add(i, 4); [[fallthrough]];
+      case 4: add(i, 3); [[fallthrough]];
+      case 3: add(i, 2); [[fallthrough]];
+      case 2: add(i, 1); [[fallthrough]];
+      case 1: add(i, 0); [[fallthrough]];
+      default: break;
     }
-    sums[n - n0] += add_by_halves(lanes);
+    sums[n - n0] += ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
   }
 }
 
@@ -264,7 +277,7 @@ inline void add_outliers_with(const LayerView& layer, const Index* columns, cons
     float* to = sums + (m - m0) * stride;
     const int64_t next = (m / kTransposedRows + 1) * kTransposedRows;
     if (!activations.transposed || m1 - m == 1) {
-      add_outliers_of_row(layer, activations.scaled + m * activations.stride, n0, n1, to);
+      add_outliers_of_row(layer, columns, activations.scaled + m * activations.stride, n0, n1, to);
       ++m;
     } else if (next >= m1) {
       add_outliers_of_tiles<1>(layer, columns, activations, m, m1, n0, n1, to, stride);
