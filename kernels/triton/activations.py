@@ -21,7 +21,7 @@ def _scaled(x_ptr, order_ptr, scale_ptr, m, p, valid, K, HAS_ORDER: tl.constexpr
     return x * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks4", "blocks3"])
 def claq_quantize_activations(
     x_ptr,
     order_ptr,
@@ -76,7 +76,7 @@ def claq_quantize_activations(
         tl.store(xs_ptr + (row + 1) * (P // 32) + block, step * (1.0 / 65534.0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks4", "blocks3"])
 def claq_scale_activations(
     x_ptr,
     order_ptr,

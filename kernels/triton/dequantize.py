@@ -25,7 +25,7 @@ def _store_column(weight_ptr, quads, feature, scale, row0, row1, lane, first, fe
     tl.store(weight_ptr + feature[:, None, None] * features + n, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "blocks", "first_row", "first_block"])
 def claq_dequantize(
     codes_ptr,
     codebook_ptr,
@@ -79,7 +79,7 @@ def claq_dequantize(
                 _store_column(weight_ptr, cd[i], feature, scale, c, d, lane1, first, features, K, j)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "blocks4", "blocks3"])
 def claq_add_outliers(
     codes_ptr,
     codebook_ptr,

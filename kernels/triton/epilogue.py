@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits"])
 def claq_finish(
     part_ptr,
     xs_ptr,

@@ -86,16 +86,17 @@ def _multiply_group(
                 c = c + (right[0], right[1])
                 d = d + (right[2], right[3])
         xt = tl.trans(x)
+        present = tl.num_programs(0) > 0
         sums = (
-            _multiply(a, xt, sums[0], splits > 0, BLOCKS, LANES),
-            _multiply(b, xt, sums[1], splits > 0, BLOCKS, LANES),
-            _multiply(c, xt, sums[2], splits > 0, BLOCKS, LANES),
-            _multiply(d, xt, sums[3], splits > 0, BLOCKS, LANES),
+            _multiply(a, xt, sums[0], present, BLOCKS, LANES),
+            _multiply(b, xt, sums[1], present, BLOCKS, LANES),
+            _multiply(c, xt, sums[2], present, BLOCKS, LANES),
+            _multiply(d, xt, sums[3], present, BLOCKS, LANES),
         )
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks4", "blocks3", "blocks2", "splits"])
 def claq_gemm(
     codes_ptr,
     codebook_ptr,

@@ -81,7 +81,7 @@ def _accumulate_group(
     return totals
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks4", "blocks3", "blocks2", "splits"])
 def claq_gemv(
     codes_ptr,
     codebook_ptr,

@@ -313,9 +313,11 @@ def linear(
     """
     rows = x.reshape(-1, in_features).contiguous()
     y = torch.empty(rows.shape[0], out_features, dtype=x.dtype, device=x.device)
-    multiprocessors = 1
+    # On CPU tensors Triton's interpreter runs the programs one after the other.
+    table, multiprocessors = _device(x.device.index) if x.is_cuda else (None, 1)
+    dispatch = dispatch or table
     if dispatch is None:
-        dispatch, multiprocessors = _device(x.device.index)
+        raise ValueError("a dispatch table is needed for tensors that are not on a GPU")
     words = _aligned(codes).view(torch.int32)
     layer = _Layer(
         codes=words,
