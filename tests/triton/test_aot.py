@@ -42,6 +42,20 @@ for target in (80, 90):
 print(json.dumps(found))
 """
 
+# At run time Triton makes a constant of every integer argument that is 1, also where the source expects a tensor.
+ONES = """
+import dataclasses, sys
+from claq_export.kernels.aot.compile import compile_variant
+from claq_export.kernels.aot.variants import variants
+for variant in variants(80):
+    if variant.name in sys.argv[1:]:
+        integers = {name for name, kind in variant.signature.items() if kind == "i32"}
+        rest = {name: kind for name, kind in variant.signature.items() if name not in integers}
+        constants = {**variant.constants, **dict.fromkeys(integers, 1)}
+        compile_variant(dataclasses.replace(variant, signature=rest, constants=constants, multiples=()), 80)
+        print(variant.name)
+"""
+
 
 def _run(*arguments: str, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -74,6 +88,17 @@ def test_instructions_per_weight_and_spills_stay_within_budget(
         recorded = RECORD["targets"][target][kernel]
         assert instructions <= recorded["instructions_per_weight"] * 1.05
         assert spilled <= recorded["spilled_bytes"]
+
+
+@pytest.mark.slow
+def test_kernels_compile_when_every_integer_is_one() -> None:
+    names = [
+        "gemv_w2_v1_r1", "gemm_w2_v1_m16", "quantize_fp32_u16_o1", "scale_fp16_i32_o1", "finish_fp16_u16_m1",
+        "finish_bf16_i32_m16", "dequantize_w3_fp16_u16", "outliers_fp16_u16",
+    ]  # fmt: skip
+    done = _run("-c", ONES, *names)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert sorted(done.stdout.split()) == sorted(names)
 
 
 @pytest.mark.slow
