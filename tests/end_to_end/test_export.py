@@ -17,6 +17,7 @@ from torch import nn
 import claq_export
 from claq_export.calibration.progress import ProgressReporter
 from claq_export.cli import main
+from claq_export.format.checkpoint import load_checkpoint
 from claq_export.modules import ClaqLinear
 
 FILES = {"model.onnx", "claq.safetensors", "claq.json", "config.json", "tokenizer.json"}
@@ -103,6 +104,8 @@ class Stop(ProgressReporter):
 
     def layer(self, name: str, **fields: object) -> None:
         super().layer(name, **fields)
+        if fields.get("phase") == "profile":
+            return
         self.restored += fields["layer_seconds"] == 0
         self.after -= 1
         if self.after == 0:
@@ -110,7 +113,7 @@ class Stop(ProgressReporter):
 
 
 def test_interrupted_run_goes_on_and_ends_the_same(tiny_bert: Path, text: Path, tmp_path: Path) -> None:
-    config = claq_export.Config(bits=2.5, calibration=text, samples=6)
+    config = claq_export.Config(bits=3.5, calibration=text, samples=6)  # a budget: two walks
     whole, resumed, work = tmp_path / "whole" / "model.onnx", tmp_path / "resumed" / "model.onnx", tmp_path / "work"
     claq_export.export(tiny_bert, out=whole, config=config, verify=False)
     with pytest.raises(KeyboardInterrupt):
@@ -135,13 +138,33 @@ def test_resume_refuses_another_run_by_name(tiny_bert: Path, text: Path, tmp_pat
         claq_export.export(tiny_bert, out=out, config=other, work=work, resume=True)
 
 
-def test_causal_lm_with_a_mix_of_widths(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+def test_budget_is_met_in_true_bits(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.onnx"
-    assert run_cli(tiny_llama, out, text, "--bits", "2.5", "--sequence-length", "16") == 0
+    options = ("--bits", "3.5", "--sequence-length", "16", "--floor", "*down_proj=3", "--report", str(tmp_path / "r.html"))
+    assert run_cli(tiny_llama, out, text, *options) == 0
     session = ort.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     assert session.get_outputs()[0].name == "logits"
-    widths = json.loads((out.parent / "claq.json").read_text())["layers"]
-    assert any(layer["columns_4"] and layer["columns_2"] for layer in widths.values())
+    checkpoint = load_checkpoint(tmp_path)
+    nbytes = sum(t.numel() * t.element_size() for layer in checkpoint.layers.values() for t in layer.tensors().values())
+    weights = sum(layer.in_features * layer.out_features for layer in checkpoint.layers.values())
+    assert 8 * nbytes / weights == pytest.approx(3.5, rel=0.01)
+    assert all(layer.columns[2] == 0 for name, layer in checkpoint.layers.items() if name.endswith("down_proj"))
+    assert "down_proj" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_budget_out_of_reach_names_what_is_possible(
+    tiny_llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--size", "300kB", "--sequence-length", "16")
+    assert run_cli(tiny_llama, tmp_path / "model.onnx", text, *options) == 2
+    assert "cannot be met" in capsys.readouterr().err
+
+
+def test_preset_has_the_papers_bits(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    assert run_cli(tiny_llama, tmp_path / "model.onnx", text, "--preset", "claq-3.12", "--sequence-length", "16") == 0
+    model = onnx.load(str(tmp_path / "model.onnx"), load_external_data=False)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert float(metadata["claq.nominal_bits"]) == pytest.approx(3.12, abs=0.08)  # 32-column groups of 64 columns
 
 
 def test_no_calibration_is_said_loudly(tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +202,7 @@ def test_any_module_from_python(tmp_path: Path) -> None:
     session = ort.InferenceSession(str(tmp_path / "mlp.onnx"), providers=["CPUExecutionProvider"])
     assert session.run(None, {session.get_inputs()[0].name: np.zeros((7, 96), np.float32)})[0].shape == (7, 96)
 
-    before = model(data[0])
+    before = model(data[0]).detach()
     quantized = claq_export.quantize(model, (data[0],), config)
     assert quantized is model
     assert isinstance(model.up, ClaqLinear)

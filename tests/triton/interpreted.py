@@ -132,7 +132,7 @@ def _run(case: Case) -> dict[str, object]:
 
 def main() -> None:
     """Run the cases named on the command line, or all."""
-    sys.path[:0] = [str(TESTS.parent), str(TESTS / "kernels")]
+    sys.path[:0] = [str(TESTS.parent), str(TESTS / "support")]
     wanted = sys.argv[1:]
     print(json.dumps({case.name: _run(case) for case in CASES if not wanted or case.name in wanted}))
 
