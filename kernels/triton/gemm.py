@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .language import decode_octet, halves_of_quad, load_block, load_tables
+from .language import decode_octet, halves_of_quad, load_block, load_tables, share_of_group
 
 
 @triton.jit
@@ -50,7 +50,9 @@ def _multiply_group(
     P,
     first_row,
     first_block,
+    before,
     blocks,
+    total,
     split,
     splits,
     m,
@@ -62,8 +64,7 @@ def _multiply_group(
     BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    low = blocks * split // splits
-    high = blocks * (split + 1) // splits
+    low, high = share_of_group(before, blocks, total, split, splits, BLOCKS)
     for start in tl.range(low, high, BLOCKS, num_stages=STAGES):
         block = tl.minimum(start + tl.arange(0, BLOCKS), high - 1)
         words = load_block(codes_ptr, first_row, block, lane0, N, BITS, VECTOR)
@@ -136,20 +137,23 @@ def claq_gemm(
     m = tl.program_id(1) * VECTORS + tl.arange(0, VECTORS)
     zero = tl.zeros([LANES, VECTORS], tl.float32)
     sums = (zero, zero, zero, zero)
+    steps4 = tl.cdiv(blocks4, BLOCKS)
+    steps3 = tl.cdiv(blocks3, BLOCKS)
+    total = steps4 + steps3 + tl.cdiv(blocks2, BLOCKS)
     if WIDTHS == 4 or WIDTHS == 432:
         sums = _multiply_group(
-            sums, codes_ptr, codebook_ptr, xh_ptr, M, N, P, 0, 0, blocks4, split, splits, m, lane0, lane1,
+            sums, codes_ptr, codebook_ptr, xh_ptr, M, N, P, 0, 0, 0, blocks4, total, split, splits, m, lane0, lane1,
             4, VECTOR, LANES, BLOCKS, STAGES,
         )  # fmt: skip
     if WIDTHS == 3 or WIDTHS == 432:
         sums = _multiply_group(
-            sums, codes_ptr, codebook_ptr + blocks4 * 128, xh_ptr, M, N, P, blocks4 * 4, blocks4, blocks3,
-            split, splits, m, lane0, lane1, 3, VECTOR, LANES, BLOCKS, STAGES,
+            sums, codes_ptr, codebook_ptr + blocks4 * 128, xh_ptr, M, N, P, blocks4 * 4, blocks4, steps4, blocks3,
+            total, split, splits, m, lane0, lane1, 3, VECTOR, LANES, BLOCKS, STAGES,
         )  # fmt: skip
     if WIDTHS == 2 or WIDTHS == 432:
         sums = _multiply_group(
             sums, codes_ptr, codebook_ptr + blocks4 * 128 + blocks3 * 64, xh_ptr, M, N, P,
-            blocks4 * 4 + blocks3 * 3, blocks4 + blocks3, blocks2, split, splits, m, lane0, lane1,
+            blocks4 * 4 + blocks3 * 3, blocks4 + blocks3, steps4 + steps3, blocks2, total, split, splits, m, lane0, lane1,
             2, VECTOR, LANES, BLOCKS, STAGES,
         )  # fmt: skip
     for c in tl.static_range(2):

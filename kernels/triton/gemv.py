@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .language import decode_octet, dp2a_high, dp2a_low, load_block, load_tables, load_words4
+from .language import decode_octet, dp2a_high, dp2a_low, load_block, load_tables, load_words4, share_of_group
 
 
 @triton.jit
@@ -43,7 +43,9 @@ def _accumulate_group(
     P,
     first_row,
     first_block,
+    before,
     blocks,
+    total,
     split,
     splits,
     lane0,
@@ -55,8 +57,7 @@ def _accumulate_group(
     UNROLL: tl.constexpr,
 ):
     """Add this split's share of the blocks of one width to ``totals``."""
-    low = blocks * split // splits
-    high = blocks * (split + 1) // splits
+    low, high = share_of_group(before, blocks, total, split, splits, WARPS * UNROLL)
     for start in range(low, high, WARPS * UNROLL):
         # All words first, so that their loads are in flight together.
         words = ()
@@ -122,20 +123,23 @@ def claq_gemv(
     lane0 = base + tl.arange(0, LANES)
     lane1 = lane0 + LANES
     totals = (tl.zeros([WARPS, LANES], tl.float32),) * (4 * ROWS)
+    steps4 = tl.cdiv(blocks4, WARPS * UNROLL)
+    steps3 = tl.cdiv(blocks3, WARPS * UNROLL)
+    total = steps4 + steps3 + tl.cdiv(blocks2, WARPS * UNROLL)
     if WIDTHS == 4 or WIDTHS == 432:
         totals = _accumulate_group(
-            totals, codes_ptr, codebook_ptr, xq_ptr, xs_ptr, N, P, 0, 0, blocks4, split, splits, lane0, lane1,
+            totals, codes_ptr, codebook_ptr, xq_ptr, xs_ptr, N, P, 0, 0, 0, blocks4, total, split, splits, lane0, lane1,
             4, ROWS, VECTOR, WARPS, UNROLL,
         )  # fmt: skip
     if WIDTHS == 3 or WIDTHS == 432:
         totals = _accumulate_group(
-            totals, codes_ptr, codebook_ptr + blocks4 * 128, xq_ptr, xs_ptr, N, P, blocks4 * 4, blocks4, blocks3,
-            split, splits, lane0, lane1, 3, ROWS, VECTOR, WARPS, UNROLL,
+            totals, codes_ptr, codebook_ptr + blocks4 * 128, xq_ptr, xs_ptr, N, P, blocks4 * 4, blocks4, steps4, blocks3,
+            total, split, splits, lane0, lane1, 3, ROWS, VECTOR, WARPS, UNROLL,
         )  # fmt: skip
     if WIDTHS == 2 or WIDTHS == 432:
         totals = _accumulate_group(
             totals, codes_ptr, codebook_ptr + blocks4 * 128 + blocks3 * 64, xq_ptr, xs_ptr, N, P,
-            blocks4 * 4 + blocks3 * 3, blocks4 + blocks3, blocks2, split, splits, lane0, lane1,
+            blocks4 * 4 + blocks3 * 3, blocks4 + blocks3, steps4 + steps3, blocks2, total, split, splits, lane0, lane1,
             2, ROWS, VECTOR, WARPS, UNROLL,
         )  # fmt: skip
     for m in tl.static_range(ROWS):

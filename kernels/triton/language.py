@@ -150,6 +150,23 @@ def column_of_slot(slot, three_bits):
 
 
 @triton.jit
+def share_of_group(before, blocks, total, split, splits, STEP: tl.constexpr):
+    """The blocks of one width that a split takes: ``(low, high)``, ``low`` a multiple of STEP; none if ``low >= high``.
+
+    All widths' blocks, in steps of STEP (the last step of a width may be short), are dealt out in one row, so that the
+    splits differ by one step at most.
+
+    Args:
+        before: steps of the widths before this one.
+        blocks: blocks of this width.
+        total: steps of all widths.
+    """
+    low = tl.maximum(total * split // splits - before, 0) * STEP
+    high = tl.minimum((total * (split + 1) // splits - before) * STEP, blocks)
+    return low, high
+
+
+@triton.jit
 def load_pair(codes_ptr, row, lane, N, VECTOR: tl.constexpr):
     """Words of output features ``2 * lane`` and ``2 * lane + 1`` in rows ``row`` of ``codes``; 0 past the last feature.
 

@@ -84,8 +84,10 @@ def splits_of(layer_blocks: Sequence[int], tiles: int, step: int, programs: int)
         step: blocks a program takes at once.
         programs: programs wanted.
     """
-    most = max(1, -(-sum(layer_blocks) // step))
-    return max(1, min(most, programs // tiles))
+    steps = sum(-(-blocks // step) for blocks in layer_blocks)
+    wanted = max(1, min(steps, programs // tiles))
+    # As many as give every split the same number of steps but the last: more would be no faster.
+    return -(-steps // -(-steps // wanted))
 
 
 def _finish(

@@ -36,7 +36,7 @@ def test_tile_is_the_smallest_that_holds_the_vectors() -> None:
 def test_columns_are_split_only_as_far_as_programs_are_wanted() -> None:
     from claq_export.kernels.triton.launch import splits_of
 
-    assert splits_of((0, 0, 128), tiles=43, step=4, programs=132 * 8) == 24
+    assert splits_of((0, 0, 128), tiles=43, step=4, programs=132 * 8) == 16
     assert splits_of((0, 0, 128), tiles=4, step=4, programs=132 * 8) == 32
     assert splits_of((0, 0, 128), tiles=5000, step=4, programs=132 * 8) == 1
     assert splits_of((0, 1, 0), tiles=1, step=4, programs=1000) == 1
