@@ -204,7 +204,7 @@ def main() -> None:
         f"`python benchmarks/ablation.py` on {len(matrices)} (stacked) linear layers of "
         f"{args.model.resolve().parent.name}/{args.model.name}, {args.tokens} calibration tokens of {args.text.name}, "
         "token norms clipped to twice the median. Relative error tr(dW H dW^T) / tr(W H W^T), geometric mean over "
-        "layers, at the true bits of the format (means over layers). 'better' counts the layers whose error fell "
+        "layers, at the true bits of the format over all weights. 'better' counts the layers whose error fell "
         "against the line before.",
     ]
     section, before = "", None
@@ -214,7 +214,7 @@ def main() -> None:
             out += ["", f"## {title}", "", "| | true bits | layer error | better | seconds |", "|---|---|---|---|---|"]
             print(f"\n{title}")
         errors = np.array([error for error, _ in found])
-        bits = np.mean([b for _, b in found])
+        bits = float(np.average([b for _, b in found], weights=[m.weight.numel() for m in matrices]))
         better = "" if before is None else f"{int((errors < before).sum())} of {len(errors)}"
         mean = float(np.exp(np.log(errors).mean()))
         out.append(f"| {label} | {bits:.3f} | {mean:.5f} | {better} | {seconds:.1f} |")

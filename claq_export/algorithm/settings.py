@@ -35,7 +35,7 @@ class LayerSettings:
             ``dynamic_ratio`` times the share of the others) or ``"saliency"`` (columns get what of their weights is
             among the largest ``w^2 H_jj`` of the layer).
         dynamic_top, dynamic_ratio: the paper's 10 % and 0.014/0.004.
-        outlier_choice: within a column ``"sides"`` (half from each end; paper) or ``"magnitude"``.
+        outlier_choice: within a column the largest ``"magnitude"``, or ``"sides"`` (half from each end; paper).
         fit_outliers: let reserved weights take part in the k-means fit, as the paper's code does (a defect; for
             comparisons).
         row_scale: what rows are divided by before clustering: ``"rms"``, ``"mean"`` (of magnitudes), ``"max"``,
@@ -63,7 +63,7 @@ class LayerSettings:
     reservation: str = "dynamic"
     dynamic_top: float = 0.1
     dynamic_ratio: float = 3.5
-    outlier_choice: str = "sides"
+    outlier_choice: str = "magnitude"
     fit_outliers: bool = False
     row_scale: str = "rms"
     row_weights: str = "uniform"
