@@ -48,7 +48,7 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "claq-4": ("claq 4 bits", {"bits": 4}),
     "claq-3": ("claq 3 bits", {"bits": 3}),
     "claq-3-outliers": ("claq 3 bits, 0.4% reserved", {"bits": 3, "outliers": 0.004}),
-    "claq-2.5": ("claq 2.5 bits (mixed widths)", {"bits": 2.5}),
+    "claq-2.5": ("claq 2.5 true bits (budget)", {"bits": 2.5}),
     "claq-2": ("claq 2 bits", {"bits": 2}),
     "claq-2-outliers": ("claq 2 bits, 0.4% reserved", {"bits": 2, "outliers": 0.004}),
 }

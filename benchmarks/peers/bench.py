@@ -3,6 +3,7 @@ bits."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +22,15 @@ Quantizer = Callable[[Group, torch.Tensor, Inputs], Quantized]
 class FinalStates:
     """The original model, remembered by its last hidden states, so that its logits cost one matrix product a window."""
 
-    def __init__(self, model: torch.nn.Module, windows: torch.Tensor) -> None:
+    def __init__(self, model: torch.nn.Module, windows: torch.Tensor, work: Path) -> None:
         self.head = model.lm_head
-        with torch.inference_mode():
-            self.states = {self._key(w): model.model(input_ids=w[None], use_cache=False)[0] for w in windows}
+        name = hashlib.sha256(windows.numpy().tobytes() + model.lm_head.weight.data.numpy().tobytes()).hexdigest()[:16]
+        path = work / f"states-{name}.safetensors"
+        if not path.is_file():
+            with torch.inference_mode():
+                states = [model.model(input_ids=w[None], use_cache=False)[0] for w in windows]
+            save_file({"states": torch.stack(states).clone()}, path)
+        self.states = dict(zip(map(self._key, windows), load_file(path)["states"], strict=True))
 
     @staticmethod
     def _key(tokens: torch.Tensor) -> bytes:
@@ -69,7 +75,7 @@ class Bench:
         self.groups = [g for n, b in enumerate(model.model.layers) for g in groups_of(b, n).values()]
         self.original = {group.name: group.stacked().clone() for group in self.groups}
         self.weights = sum(weight.numel() for weight in self.original.values())
-        self.reference = FinalStates(model, self.windows)
+        self.reference = FinalStates(model, self.windows, work)
 
     def restore(self) -> None:
         for group in self.groups:
