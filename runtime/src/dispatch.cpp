@@ -12,6 +12,9 @@ constexpr const Family* kBestFirst[] = {
 #if defined(__x86_64__)
     &kAvx512Vnni, &kAvx512Bw, &kAvxVnni, &kAvx2,
 #endif
+#if defined(__aarch64__)
+    &kNeon,
+#endif
     &kPortable,
 };
 

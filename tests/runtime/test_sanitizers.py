@@ -33,11 +33,12 @@ def configure_and_build(build: Path, *options: str) -> Path:
     return build / "claq_check"
 
 
-def run(*command: object, **variables: str) -> None:
+def run(*command: object, **variables: str) -> str:
     result = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, env=os.environ | variables, timeout=500
     )
     assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 needs_cmake = pytest.mark.skipif(
@@ -64,3 +65,21 @@ def test_address_and_undefined_behaviour(tmp_path):
 )
 def test_threads(tmp_path):
     check_with("thread", tmp_path)
+
+
+CROSS = {"compiler": "aarch64-linux-gnu-g++", "emulator": "qemu-aarch64"}
+
+
+@needs_cmake
+@pytest.mark.slow
+@pytest.mark.skipif(
+    any(shutil.which(tool) is None for tool in CROSS.values()), reason=f"needs {' and '.join(CROSS.values())}"
+)
+def test_neon_under_emulation(tmp_path):
+    program = configure_and_build(
+        tmp_path,
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+        f"-DCMAKE_CXX_COMPILER={CROSS['compiler']}",
+    )
+    assert "neon portable" in run(CROSS["emulator"], "-L", "/usr/aarch64-linux-gnu", program)

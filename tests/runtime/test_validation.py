@@ -74,7 +74,10 @@ CASES = [
     (assign("scale", 5, np.nan), "scale: element 5 is nan, expected a finite value >= 0"),
     (assign("scale", 5, np.inf), "scale: element 5 is inf, expected a finite value >= 0"),
     (assign("scale", 5, -1), "scale: element 5 is -1, expected a finite value >= 0"),
-    (lambda l: assign("scale", padding(l), 1)(l), r"scale: element \d+ is 1, expected 0 because the column is padding"),
+    (
+        lambda layer: assign("scale", padding(layer), 1)(layer),
+        r"scale: element \d+ is 1, expected 0 because the column is padding",
+    ),
     (assign("row_scale", 2, np.inf), "row_scale: element 2 is inf, expected a finite value$"),
     (replace("row_scale", lambda a: a[:0]), r"row_scale: shape is \[0\], expected \[6\]"),
     (assign("order", 0, 41), r"order: element 0 is 41, expected 0 to 40 \(the last means padding\)"),
