@@ -22,9 +22,11 @@ import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .compile import CompiledKernel
+if TYPE_CHECKING:
+    # Reading a package needs no Triton.
+    from .compile import CompiledKernel
 
 MAGIC = b"CLAQKRN1"
 RECORD_SIZE = 256

@@ -178,6 +178,7 @@ def _finish() -> Iterator[Variant]:
                         "FEATURES": features,
                         "VECTORS": vectors,
                         "ENTRIES": max(1, 16 // vectors),
+                        "SPLITS": max(1, 16 // vectors),
                     },
                     num_warps=4,
                     tile=(features, vectors, 0),

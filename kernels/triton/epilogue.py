@@ -27,6 +27,7 @@ def claq_finish(
     FEATURES: tl.constexpr,
     VECTORS: tl.constexpr,
     ENTRIES: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """``y[m, n] = row_scale[n] * (xs[m] * Σ_s part[s, m, n] + Σ_j value[j] * xf[index[j], m]) + bias[n]``.
 
@@ -38,17 +39,23 @@ def claq_finish(
         xf_ptr: fp32 ``[P, M]``, read if HAS_OUTLIERS.
         y_ptr: ``[M, N]``.
         ENTRIES: outliers of an output feature that are read at a time.
+        SPLITS: splits that are read at a time.
     """
     n = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     m = tl.program_id(1) * VECTORS + tl.arange(0, VECTORS)
     inside = (m < M)[:, None] & (n < N)[None, :]
     total = tl.zeros([VECTORS, FEATURES], tl.float32)
-    for s in range(0, splits):
+    # Several splits a step: their loads are in flight together.
+    for start in range(0, splits, SPLITS):
+        s = start + tl.arange(0, SPLITS)
+        wanted = (s < splits)[:, None, None] & inside[None, :, :]
+        row = s[:, None, None] * M + m[None, :, None]
         if RESIDUAL:
-            at = part_ptr + ((s * M + m[:, None]) * 2) * N + n[None, :]
-            total += tl.load(at, mask=inside, other=0.0) + tl.load(at + N, mask=inside, other=0.0)
+            at = part_ptr + row * 2 * N + n[None, None, :]
+            both = tl.load(at, mask=wanted, other=0.0) + tl.load(at + N, mask=wanted, other=0.0)
+            total += tl.sum(both, 0)
         else:
-            total += tl.load(part_ptr + (s * M + m[:, None]) * N + n[None, :], mask=inside, other=0.0)
+            total += tl.sum(tl.load(part_ptr + row * N + n[None, None, :], mask=wanted, other=0.0), 0)
     if SCALED:
         total *= tl.load(xs_ptr + m, mask=m < M, other=0.0)[:, None]
     if HAS_OUTLIERS:

@@ -121,6 +121,7 @@ def _finish(
         FEATURES=features,
         VECTORS=vectors,
         ENTRIES=max(1, 16 // vectors),
+        SPLITS=max(1, 16 // vectors),
         num_warps=4,
     )
 
