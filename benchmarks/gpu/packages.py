@@ -90,7 +90,10 @@ def linear(driver: Driver, layer: QuantizedLinear, x: torch.Tensor, bias: torch.
     else:
         xh = torch.empty(M, P, dtype=torch.float16, device=x.device)
         xs = torch.empty(M, device=x.device)
-        driver.launch(f"scale_{gather}", (M, 1, 1), x, layer.order, layer.scale, xh, xs, xf, M, K, P, *blocks[:2])
+        columns = 4096 if P <= 4096 else 16384 if P <= 16384 else 0
+        driver.launch(
+            f"scale_{gather}_c{columns}", (M, 1, 1), x, layer.order, layer.scale, xh, xs, xf, M, K, P, *blocks[:2]
+        )
         name, activations, last = f"gemm_{mix}_m16", [xh], [M]
     features, vectors, step = driver.kernels[name]["tile"]
     splits = min(4, sum(-(-count // step) for count in blocks))

@@ -137,14 +137,15 @@ def _activations() -> Iterator[Variant]:
                     tile=(0, 1, 8),
                 )
                 if dtype != "fp32":
-                    yield Variant(
-                        name=f"scale_{dtype}_{index}_o{outliers}",
-                        kernel=claq_scale_activations,
-                        signature={**signature, "xh_ptr": "*fp16"},
-                        constants={**constants, "COLUMNS": 2048},
-                        num_warps=8,
-                        tile=(0, 1, 0),
-                    )
+                    for columns, whole in ((4096, 1), (16384, 1), (2048, 0)):
+                        yield Variant(
+                            name=f"scale_{dtype}_{index}_o{outliers}_c{columns if whole else 0}",
+                            kernel=claq_scale_activations,
+                            signature={**signature, "xh_ptr": "*fp16"},
+                            constants={**constants, "COLUMNS": columns, "WHOLE": whole},
+                            num_warps=8 if columns <= 4096 else 16,
+                            tile=(0, 1, 0),
+                        )
 
 
 def _finish() -> Iterator[Variant]:

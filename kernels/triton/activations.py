@@ -76,6 +76,14 @@ def claq_quantize_activations(
         tl.store(xs_ptr + (row + 1) * (P // 32) + block, step * (1.0 / 65534.0), mask=inside)
 
 
+@triton.jit
+def _column(slot, blocks4, blocks3):
+    """Stored column of a slot counted from the first block."""
+    block = slot // 32
+    three = (block >= blocks4) & (block < blocks4 + blocks3)
+    return block * 32 + column_of_slot(slot % 32, three)
+
+
 @triton.jit(do_not_specialize=["M", "blocks4", "blocks3"])
 def claq_scale_activations(
     x_ptr,
@@ -92,6 +100,7 @@ def claq_scale_activations(
     HAS_ORDER: tl.constexpr,
     HAS_OUTLIERS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """float16 activations for :func:`.gemm.claq_gemm`. Grid ``(M,)``.
 
@@ -99,26 +108,37 @@ def claq_scale_activations(
         xh_ptr: fp16 ``[M, P]`` in slot order, largest magnitude of a row 2**14.
         xs_ptr: fp32 ``[M]``: the activation is ``xs[m] * xh[m, :]``.
         COLUMNS: columns a step, a power of two, at least 32.
+        WHOLE: one step holds all columns, so that they are gathered once.
 
     The others are those of :func:`claq_quantize_activations`.
     """
     m = tl.program_id(0)
-    largest = tl.zeros([COLUMNS], tl.float32)
-    poison = tl.zeros([COLUMNS], tl.float32)
-    for start in range(0, P, COLUMNS):
-        p = start + tl.arange(0, COLUMNS)
-        v = _scaled(x_ptr, order_ptr, scale_ptr, m, p, p < P, K, HAS_ORDER)
-        largest = tl.maximum(largest, tl.abs(v))
-        poison += v * 0.0
-    top = tl.max(largest, 0)
-    inverse = 16384.0 / tl.where(top > 0, top, 1.0)
-    tl.store(xs_ptr + m, top * (1.0 / 16384.0) + tl.sum(poison, 0))
-    for start in range(0, P, COLUMNS):
-        s = start + tl.arange(0, COLUMNS)
-        block = s // 32
-        three = (block >= blocks4) & (block < blocks4 + blocks3)
-        p = block * 32 + column_of_slot(s % 32, three)
+    if WHOLE:
+        s = tl.arange(0, COLUMNS)
+        p = _column(s, blocks4, blocks3)
         v = _scaled(x_ptr, order_ptr, scale_ptr, m, p, s < P, K, HAS_ORDER)
+        top = tl.max(tl.abs(v), 0)
+        step = top * (1.0 / 16384.0) + tl.sum(v * 0.0, 0)
+        inverse = 16384.0 / tl.where(top > 0, top, 1.0)
         tl.store(xh_ptr + m * P + s, (v * inverse).to(tl.float16), mask=s < P)
         if HAS_OUTLIERS:
             tl.store(xf_ptr + p * M + m, v, mask=s < P)
+    else:
+        largest = tl.zeros([COLUMNS], tl.float32)
+        poison = tl.zeros([COLUMNS], tl.float32)
+        for start in range(0, P, COLUMNS):
+            p = start + tl.arange(0, COLUMNS)
+            v = _scaled(x_ptr, order_ptr, scale_ptr, m, p, p < P, K, HAS_ORDER)
+            largest = tl.maximum(largest, tl.abs(v))
+            poison += v * 0.0
+        top = tl.max(largest, 0)
+        step = top * (1.0 / 16384.0) + tl.sum(poison, 0)
+        inverse = 16384.0 / tl.where(top > 0, top, 1.0)
+        for start in range(0, P, COLUMNS):
+            s = start + tl.arange(0, COLUMNS)
+            p = _column(s, blocks4, blocks3)
+            v = _scaled(x_ptr, order_ptr, scale_ptr, m, p, s < P, K, HAS_ORDER)
+            tl.store(xh_ptr + m * P + s, (v * inverse).to(tl.float16), mask=s < P)
+            if HAS_OUTLIERS:
+                tl.store(xf_ptr + p * M + m, v, mask=s < P)
+    tl.store(xs_ptr + m, step)

@@ -288,8 +288,8 @@ def decode_octet(words, more, tables, BITS: tl.constexpr, OCTET: tl.constexpr):
     Returns two tuples of four int32 tensors; quad ``i`` holds slots ``8 * OCTET + 2 * i`` and the next.
     """
     if BITS == 4:
-        row: tl.constexpr = 2 * OCTET
-        return _quads4(words[row], words[row + 1], more[row], more[row + 1], tables)
+        first: tl.constexpr = 2 * OCTET
+        return _quads4(words[first], words[first + 1], more[first], more[first + 1], tables)
     else:
         row: tl.constexpr = OCTET // 2 * 2
         if BITS == 2:

@@ -20,6 +20,9 @@ from .epilogue import claq_finish
 from .gemm import claq_gemm
 from .gemv import claq_gemv
 
+MOST_COLUMNS_AT_ONCE = 16384
+"""Columns that one program of :func:`.activations.claq_scale_activations` holds in registers."""
+
 _ALIGNMENT = 16
 
 
@@ -182,6 +185,8 @@ def _tens(layer: _Layer, x: torch.Tensor, y: torch.Tensor, config: GemmConfig, m
     xh = torch.empty(M, P, dtype=torch.float16, device=x.device)
     xs = torch.empty(M, dtype=torch.float32, device=x.device)
     xf = torch.empty((P, M) if layer.has_outliers else 0, dtype=torch.float32, device=x.device)
+    whole = P <= MOST_COLUMNS_AT_ONCE
+    columns = max(1024, triton.next_power_of_2(P)) if whole else 2048
     claq_scale_activations[(M,)](
         x,
         layer.order,
@@ -196,8 +201,9 @@ def _tens(layer: _Layer, x: torch.Tensor, y: torch.Tensor, config: GemmConfig, m
         layer.blocks[1],
         HAS_ORDER=layer.has_order,
         HAS_OUTLIERS=layer.has_outliers,
-        COLUMNS=2048,
-        num_warps=8,
+        COLUMNS=columns,
+        WHOLE=whole,
+        num_warps=8 if columns <= 4096 else 16,
     )
     tiles = triton.cdiv(N, 4 * config.lanes)
     vectors = triton.cdiv(M, config.vectors)

@@ -40,6 +40,7 @@ class Case:
     warps: int = 8
     unroll: int = 1
     programs: int = 2
+    columns: int = 16384
 
 
 CASES = [
@@ -58,6 +59,7 @@ CASES = [
     Case("gemm-3", 200, 104, (3,), 16, "float16", "gemm", exact=True),
     Case("gemm-4", 200, 104, (4,), 7, "float16", "gemm", full_row=True, exact=True, bias=False),
     Case("gemm-odd", 77, 37, (2, 3, 4), 17, "float16", "gemm", outliers=0.05, exact=True),
+    Case("gemm-many-columns", 200, 40, (2, 3), 5, "float16", "gemm", outliers=0.02, exact=True, columns=64),
     Case("gemm-bfloat16", 200, 104, (2, 4), 20, "bfloat16", "gemm", outliers=0.02),
     Case("dense-432", 200, 104, (2, 3, 4), 130, "float16", "dense", outliers=0.02),
     Case("dense-float32", 200, 264, (2, 3), 7, "float32", "dense", outliers=0.02, full_row=True),
@@ -100,6 +102,7 @@ def _run(case: Case) -> dict[str, object]:
         gemm=(GemmConfig(1000, 16, case.lanes, 4, 4, 1, case.programs),) if case.kernel == "gemm" else (),
         dense=DenseConfig(case.lanes, case.warps, 100_000),
     )
+    launch.MOST_COLUMNS_AT_ONCE = case.columns
     taken, originals = [], {}
     for name in ("_few", "_tens", "_many"):
         original = getattr(launch, name)

@@ -93,9 +93,16 @@ def test_instructions_per_weight_and_spills_stay_within_budget(
 @pytest.mark.slow
 def test_kernels_compile_when_every_integer_is_one() -> None:
     names = [
-        "gemv_w2_v1_r1", "gemm_w2_v1_m16", "quantize_fp32_u16_o1", "scale_fp16_i32_o1", "finish_fp16_u16_m1",
-        "finish_bf16_i32_m16", "dequantize_w3_fp16_u16", "outliers_fp16_u16",
-    ]  # fmt: skip
+        "gemv_w2_v1_r1",
+        "gemm_w2_v1_m16",
+        "quantize_fp32_u16_o1",
+        "scale_fp16_i32_o1_c4096",
+        "scale_bf16_u16_o0_c0",
+        "finish_fp16_u16_m1",
+        "finish_bf16_i32_m16",
+        "dequantize_w3_fp16_u16",
+        "outliers_fp16_u16",
+    ]
     done = _run("-c", ONES, *names)
     assert done.returncode == 0, done.stderr[-4000:]
     assert sorted(done.stdout.split()) == sorted(names)
