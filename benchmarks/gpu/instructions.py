@@ -58,6 +58,7 @@ def main() -> None:
                 rows[kernel] = found
                 print(f"{target} {kernel}: {found}", flush=True)
     path.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+    targets = sorted(recorded["targets"], key=lambda name: int(name.removeprefix("sm_")))
     lines = [
         "# Machine instructions per weight of the Triton kernels",
         "",
@@ -65,13 +66,13 @@ def main() -> None:
         "weight, registers a thread, bytes spilled. `gemv_w2_v1_r1`: 2 bits, one vector; `gemm_w2_v1_m16`: a tile of 16.",
         "Counted in the compiled code, not run.",
         "",
-        "| kernel | " + " | ".join(recorded["targets"]) + " |",
-        "|---|" + "---|" * len(recorded["targets"]),
+        "| kernel | " + " | ".join(targets) + " |",
+        "|---|" + "---|" * len(targets),
     ]
     for kernel in KERNELS:
         cells = []
-        for rows in recorded["targets"].values():
-            row = rows.get(kernel)
+        for target in targets:
+            row = recorded["targets"][target].get(kernel)
             spill = f", {row['spilled_bytes']} B spilled" if row and row["spilled_bytes"] else ""
             cells.append(f"{row['instructions_per_weight']:.2f} ({row['registers']} registers{spill})" if row else "")
         lines.append(f"| `{kernel}` | " + " | ".join(cells) + " |")
