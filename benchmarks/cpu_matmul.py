@@ -244,7 +244,8 @@ def report(document: dict) -> str:
     lines = [
         "# CPU matrix multiplication",
         "",
-        f"Written by `benchmarks/cpu_matmul.py` on {document['date']}: {document['cpu']}, {document['cores']} cores, "
+        f"Written by `benchmarks/cpu_matmul.py` on {document['date']}: {document['cpu']}, {document['cores']} cores "
+        f"(load average {document['load']:.1f} at the start, this benchmark not counted), "
         f"ONNX Runtime {document['onnxruntime']}, claq-runtime {document['claq_runtime']}, kernels "
         f"{document['kernel']}. Times are medians of interleaved runs; a ratio below 1 means that claq is faster. "
         "MatMulNBits is the faster of block 32 and 128 at accuracy_level 4; 3 bits are compared with its 4 bits.",
@@ -288,28 +289,28 @@ def main() -> None:
     bandwidth = {t: copy_bandwidth(t) for t in threads}
     for t in threads:
         print(f"copy bandwidth, {t} threads: {bandwidth[t] / 1e9:.1f} GB/s")
-    results = []
-    for shape in arguments.shapes.split(","):
-        for t in threads:
-            results += measure(shape, t, rows, arguments.seconds, bandwidth[t])
-    document = {
+    document: dict = {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
         "onnxruntime": onnxruntime.__version__,
         "claq_runtime": claq_runtime.__version__,
         "kernel": os.environ.get("CLAQ_KERNEL") or claq_runtime.kernels()[0],
         "rows": rows,
         "threads": threads,
         "copy_bandwidth": {str(t): bandwidth[t] for t in threads},
-        "results": results,
+        "results": [],
     }
-    if arguments.out == "-":
-        return
-    folder = Path(arguments.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cpu_matmul.json").write_text(json.dumps(document, indent=1) + "\n")
-    (folder / "cpu_matmul.md").write_text(report(document))
+    for t in threads:
+        for shape in arguments.shapes.split(","):
+            document["results"] += measure(shape, t, rows, arguments.seconds, bandwidth[t])
+            # Written after each shape: a run of all of them takes long.
+            if arguments.out != "-":
+                folder = Path(arguments.out)
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "cpu_matmul.json").write_text(json.dumps(document, indent=1) + "\n")
+                (folder / "cpu_matmul.md").write_text(report(document))
 
 
 if __name__ == "__main__":

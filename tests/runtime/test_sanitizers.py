@@ -48,7 +48,9 @@ needs_cmake = pytest.mark.skipif(
 
 def check_with(sanitizers: str, build: Path) -> None:
     flags = f"-fsanitize={sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer"
-    program = configure_and_build(build, f"-DCMAKE_CXX_FLAGS={flags}", "-DCLAQ_OPTIMIZATION=-O1")
+    program = configure_and_build(
+        build, f"-DCMAKE_CXX_FLAGS={flags}", "-DCMAKE_BUILD_TYPE=Debug", "-DCLAQ_OPTIMIZATION=-O0"
+    )
     run(program, ASAN_OPTIONS="detect_leaks=1", TSAN_OPTIONS="halt_on_error=1")
 
 

@@ -1,6 +1,6 @@
 // float32 sums for the AVX-512 families.
 //
-// For one row of x the products are folded into the lookup: a table of activation * centroid for each column of 4 or 3
+// For a few rows of x, taken one by one, the products are folded into the lookup: a table of activation * centroid for each column of 4 or 3
 // bits, and for each pair of columns of 2 bits all sixteen sums of two products, so that a nibble of code bits costs one
 // permutation and one addition. For more rows centroids are looked up once and multiplied by each row.
 #pragma once
@@ -54,6 +54,9 @@ inline __m512 column_centroids(const uint8_t* table, int column) {
 
 // ---- one row of x
 
+// Up to this many rows are faster one by one than through a panel.
+constexpr int64_t kSingleRows = 6;
+
 template <int kWidth>
 constexpr int kLookups = kWidth == 2 ? 16 : 32;
 
@@ -77,7 +80,10 @@ template <int kWidth, bool kTail, int... kLookup>
 inline void row_step(const uint32_t* codes, int64_t row_stride, __mmask16 mask, const __m512* products, float* sums,
                      Indices<kLookup...>) {
   __m512i words[kWidth];
-  for (int i = 0; i < kWidth; ++i) words[i] = load_words<kTail>(codes + i * row_stride, mask);
+  for (int i = 0; i < kWidth; ++i) {
+    words[i] = load_words<kTail>(codes + i * row_stride, mask);
+    _mm_prefetch(reinterpret_cast<const char*>(codes + (i + 2 * kWidth) * row_stride), _MM_HINT_T1);
+  }
   __m512 partial[4] = {_mm512_loadu_ps(sums), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
   // At 2 bits a lookup takes a nibble, that is two columns.
   ((partial[kLookup % 4] = _mm512_add_ps(
@@ -115,7 +121,10 @@ inline void decode_float_block(const uint8_t* table, const uint32_t* codes, int6
                                float* panel, Indices<kColumn...>) {
   for (int v = 0; v < kVectors; ++v) {
     __m512i words[kWidth];
-    for (int i = 0; i < kWidth; ++i) words[i] = load_words<true>(codes + i * row_stride + 16 * v, masks[v]);
+    for (int i = 0; i < kWidth; ++i) {
+      words[i] = load_words<true>(codes + i * row_stride + 16 * v, masks[v]);
+      _mm_prefetch(reinterpret_cast<const char*>(codes + i * row_stride + 16 * (v + kVectors)), _MM_HINT_T1);
+    }
     (_mm512_store_ps(panel + (kColumn * kVectors + v) * 16,
                      _mm512_permutexvar_ps(column_index<kWidth, kColumn>(words), column_centroids<kWidth>(table, kColumn))),
      ...);
@@ -191,13 +200,16 @@ inline void float_panel(const LayerView& layer, const Activations& activations, 
 inline void sums_float(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                        float* sums, int64_t stride, void* scratch) {
   clear_sums(m1 - m0, n1 - n0, sums, stride);
-  if (m1 - m0 == 1) {
-    const float* scaled = activations.scaled + m0 * activations.stride;
-    for (int s = 0; s < layer.segment_count; ++s) {
-      switch (layer.segments[s].width) {
-        case 4: row_segment<4>(layer, layer.segments[s], scaled, n0, n1, sums); break;
-        case 3: row_segment<3>(layer, layer.segments[s], scaled, n0, n1, sums); break;
-        default: row_segment<2>(layer, layer.segments[s], scaled, n0, n1, sums); break;
+  if (m1 - m0 <= kSingleRows) {
+    for (int64_t m = m0; m < m1; ++m) {
+      const float* scaled = activations.scaled + m * activations.stride;
+      float* row = sums + (m - m0) * stride;
+      for (int s = 0; s < layer.segment_count; ++s) {
+        switch (layer.segments[s].width) {
+          case 4: row_segment<4>(layer, layer.segments[s], scaled, n0, n1, row); break;
+          case 3: row_segment<3>(layer, layer.segments[s], scaled, n0, n1, row); break;
+          default: row_segment<2>(layer, layer.segments[s], scaled, n0, n1, row); break;
+        }
       }
     }
     return;
