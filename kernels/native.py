@@ -1,7 +1,7 @@
 """Hosts libclaq's C interface on torch tensors: the fast CPU kernel of ``claq::linear``.
 
-No extension is compiled against torch. The library comes with the distribution ``claq-runtime``; without it :func:`native_available` says why and nothing else
-of this module may be used.
+No extension is compiled against torch. The library comes with the distribution ``claq-runtime``; without it
+:func:`native_available` says why and nothing else of this module may be used.
 """
 
 from __future__ import annotations
