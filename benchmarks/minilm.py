@@ -16,7 +16,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +160,23 @@ def markdown(rows: list[dict[str, Any]], title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def calibration_sentences(path: str, measured: Sequence[SimilarityPair]) -> list[str]:
+    """The sentences of scored pairs, without any that the measurement uses."""
+    used = {text for pair in measured for text in (pair.first, pair.second)}
+    sentences = dict.fromkeys(text for pair in read_pairs(path) for text in (pair.first, pair.second))
+    return [text for text in sentences if text not in used]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face folder of a BERT sentence encoder")
     parser.add_argument("--name", default="all-MiniLM-L6-v2", help="of the model, for the title")
     parser.add_argument("--sts", required=True, help="scored sentence pairs (STS-B)")
+    parser.add_argument(
+        "--calibration",
+        default="default",
+        help="calibration text, or scored pairs (.csv) other than --sts whose sentences are used; default: claq's own text",
+    )
     parser.add_argument("--samples", type=int, default=128, help="calibration samples")
     parser.add_argument("--only", nargs="*", default=["*"], help="glob patterns over row names")
     parser.add_argument(
@@ -177,7 +189,17 @@ def main() -> None:
     tokenizer = open_tokenizer(arguments.model)
     reference = Remembered(open_model(arguments.model, causal=False))
     pairs = read_pairs(arguments.sts)
-    config = claq_export.Config(samples=arguments.samples)
+    calibration, calibration_name, results_name = (
+        arguments.calibration,
+        "the packaged State of the Union text",
+        "minilm",
+    )
+    if arguments.calibration != "default":
+        calibration_name = Path(arguments.calibration).name
+        results_name = f"minilm_{Path(arguments.calibration).stem}"
+    if arguments.calibration.endswith(".csv"):
+        calibration = calibration_sentences(arguments.calibration, pairs)
+    config = claq_export.Config(samples=arguments.samples, calibration=calibration)
     captured, _ = capture(arguments.model, task="feature-extraction")
     batches = load_calibration(captured, config)
     del captured
@@ -212,7 +234,7 @@ def main() -> None:
         print("no row matches --only")
         return
 
-    stored = RESULTS / "minilm.json"
+    stored = RESULTS / f"{results_name}.json"
     if arguments.write and stored.is_file():
         made = {row["name"] for row in rows}
         rows += [row for row in json.loads(stored.read_text(encoding="utf-8")) if row["name"] not in made]
@@ -221,13 +243,13 @@ def main() -> None:
     title = (
         f"{arguments.name}, float32 baseline: STS-B Spearman {rows[0]['reference_spearman']:.2f}{original}. "
         f"Cosine over {rows[0]['sentences']} sentences of {Path(arguments.sts).name}; calibration: "
-        f"{arguments.samples} samples ({tokens} tokens) of the packaged State of the Union text. Files hold float32 embeddings."
+        f"{arguments.samples} samples ({tokens} tokens) of {calibration_name}. Files hold float32 embeddings."
     )
     table = markdown(rows, title)
     print(table)
     if arguments.write:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "minilm.md").write_text(table, encoding="utf-8")
+        (RESULTS / f"{results_name}.md").write_text(table, encoding="utf-8")
         rows.sort(key=lambda row: row["name"])
         stored.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

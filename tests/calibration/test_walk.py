@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from claq_export.passes import PassContext, planning_pipeline
 from torch import nn
 
 from claq_export.calibration.walk import NodeWalk
 from claq_export.capture import capture_module
 from claq_export.errors import CalibrationError
+from claq_export.passes import PassContext, planning_pipeline
 
 
 class Model(nn.Module):

@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from claq_export.kernels.native import native_available
 from onnx import helper, numpy_helper
 from quantized_layers import random_layer
 
 from claq_export.emit import emit_onnx
 from claq_export.errors import VerificationError
+from claq_export.kernels.native import native_available
 from claq_export.modules import ClaqLinear
 from claq_export.verify import INT8_TOLERANCE, Deviation, verify_artifact
 
@@ -191,8 +191,9 @@ def test_a_damaged_artifact(written: tuple[Path, Pair], tmp_path: Path, name: st
 @needs_native
 @pytest.mark.parametrize("name", DAMAGED)
 def test_the_library_names_the_damaged_tensor(written: tuple[Path, Pair], tmp_path: Path, name: str) -> None:
-    import claq_runtime
     import onnxruntime
+
+    import claq_runtime
 
     broken = damage(written[0], tmp_path, f"layer.{name}", DAMAGED[name])
     options = onnxruntime.SessionOptions()

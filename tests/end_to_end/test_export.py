@@ -130,9 +130,7 @@ def test_interrupted_run_goes_on_and_ends_the_same(tiny_bert: Path, text: Path, 
 def test_resume_refuses_another_run_by_name(tiny_bert: Path, text: Path, tmp_path: Path) -> None:
     out, work = tmp_path / "model.onnx", tmp_path / "work"
     with pytest.raises(KeyboardInterrupt):
-        claq_export.export(
-            tiny_bert, out=out, config=claq_export.Config(calibration=text), work=work, reporter=Stop(1)
-        )
+        claq_export.export(tiny_bert, out=out, config=claq_export.Config(calibration=text), work=work, reporter=Stop(1))
     other = claq_export.Config(calibration=text, bits=3)
     with pytest.raises(claq_export.errors.OutputError, match="changed since that run: settings"):
         claq_export.export(tiny_bert, out=out, config=other, work=work, resume=True)
@@ -140,7 +138,16 @@ def test_resume_refuses_another_run_by_name(tiny_bert: Path, text: Path, tmp_pat
 
 def test_budget_is_met_in_true_bits(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.onnx"
-    options = ("--bits", "3.5", "--sequence-length", "16", "--floor", "*down_proj=3", "--report", str(tmp_path / "r.html"))
+    options = (
+        "--bits",
+        "3.5",
+        "--sequence-length",
+        "16",
+        "--floor",
+        "*down_proj=3",
+        "--report",
+        str(tmp_path / "r.html"),
+    )
     assert run_cli(tiny_llama, out, text, *options) == 0
     session = ort.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     assert session.get_outputs()[0].name == "logits"

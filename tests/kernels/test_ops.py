@@ -9,14 +9,14 @@ import sys
 
 import pytest
 import torch
-from claq_export.kernels import backend, cpu, linear, use_backend
-from claq_export.kernels.native import native_available
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized_layers import arguments, dense_weight, layers, random_layer
 
 from claq_export.errors import FormatError
 from claq_export.format.layer import QuantizedLinear
+from claq_export.kernels import backend, cpu, linear, use_backend
+from claq_export.kernels.native import native_available
 
 NATIVE = native_available()
 BACKENDS = [
