@@ -313,7 +313,7 @@ def markdown(rows: Sequence[dict[str, Any]], title: str, missing: Sequence[str])
             cells.append("" if theirs is None else f"{rise(own_row) / theirs:.2f}")
         lines.append(f"| {own_row['label']} | {own_row['true_bits']:.3f} | " + " | ".join(cells) + " |")
     if missing:
-        lines += ["", *(f"Not measured: {text}" for text in missing)]
+        lines += ["", f"Not measured: {'; '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -428,11 +428,16 @@ def main() -> None:
             work,
         )
         rows = [run(bench, candidate, common, work) for candidate in candidates]
-    write(rows, common, arguments, library)
+    done = {row["name"] for row in rows}
+    write(rows, common, arguments, library, [c.label for c in candidates if c.name not in done])
 
 
 def write(
-    rows: list[dict[str, Any]], common: dict[str, Any], arguments: argparse.Namespace, library: Path | None
+    rows: list[dict[str, Any]],
+    common: dict[str, Any],
+    arguments: argparse.Namespace,
+    library: Path | None,
+    missing: Sequence[str],
 ) -> None:
     """Table, numbers and plot beside each other."""
     if not rows:
@@ -445,12 +450,10 @@ def write(
         f"{common['windows']} windows of {common['context']} tokens. Calibration: {common['calibration_windows']} "
         f"windows of {common['context']} tokens of {source if isinstance(source, str) else ', '.join(source)}."
     )
-    missing = (
-        []
-        if library
-        else ["GGUF K-quants (neither llama-cpp-python nor pywhispercpp, which carry libggml, is installed)"]
-    )
-    table = markdown(rows, title, missing)
+    absent = list(missing)
+    if library is None:
+        absent.append("GGUF K-quants (libggml: neither llama-cpp-python nor pywhispercpp is installed)")
+    table = markdown(rows, title, absent)
     out = Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".md").write_text(table, encoding="utf-8")
