@@ -23,6 +23,9 @@ from .walk import NodeWalk
 
 _Result = TypeVar("_Result")
 
+_TOKENS_AT_ONCE = 4096
+"""Tokens a product of the Hessian takes at least, while there are as many."""
+
 
 @dataclass(frozen=True)
 class QuantizedSite:
@@ -257,8 +260,17 @@ def column_counts(sites: Sequence[LinearSite], settings: LayerSettings) -> list[
 
 
 def _accumulate(hessian: Hessian, inputs: Sequence[torch.Tensor]) -> None:
+    """Add all batches, several at a time: a product of few tokens costs as much as its K x K result, not as its tokens."""
+    rows: list[torch.Tensor] = []
+    tokens = 0
     for x in inputs:
-        hessian.add(x)
+        rows.append(x.reshape(-1, x.shape[-1]))
+        tokens += rows[-1].shape[0]
+        if tokens >= _TOKENS_AT_ONCE:
+            hessian.add(torch.cat(rows))
+            rows, tokens = [], 0
+    if rows:
+        hessian.add(torch.cat(rows))
 
 
 def _naming(site: LinearSite, work: Callable[[], _Result]) -> _Result:
