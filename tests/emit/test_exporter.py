@@ -206,7 +206,7 @@ emit(Encoder().eval(), Path(sys.argv[1]), metadata={"claq.true_bits": "3.5", "cl
 def test_same_input_same_bytes_in_another_process(artifact: Artifact, tmp_path: Path) -> None:
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(entry or "." for entry in sys.path),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *(entry or "." for entry in sys.path)]),
         "PYTHONHASHSEED": "7",
     }
     command = [sys.executable, "-c", _EMIT_AGAIN, str(tmp_path / "model.onnx")]
