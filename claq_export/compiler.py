@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -65,6 +66,9 @@ _COMPANIONS = (
 )
 """Small files of a Hugging Face folder that those who load the ONNX file look for beside it."""
 
+
+_TEXTS_A_SAMPLE = 100
+"""Texts of a Python iterable that are read for each calibration sample at most; short ones are joined for decoders."""
 
 _NODE_BYTES = 450
 """What a graph node takes in an ONNX file, names and small constants included, seen on encoders and decoders."""
@@ -368,11 +372,13 @@ def load_calibration(captured: CapturedModel, config: Config) -> list[Batch]:
     """
     source = config.calibration
     if not isinstance(source, (str, Path)):
-        items = list(source)
-        if items and all(isinstance(item, str) for item in items):
-            return _batches_of_texts(list(iterate_texts(items)), captured, config)
-        batches = batches_from_iterable(items, captured.input_names, captured.example_inputs, config.samples)
-        return batches
+        # A stream may never end: no more is taken than the samples can be drawn from.
+        items = iter(source)
+        first = list(islice(items, 1))
+        if first and isinstance(first[0], str):
+            texts = iterate_texts(chain(first, islice(items, _TEXTS_A_SAMPLE * config.samples)))
+            return _batches_of_texts(texts, captured, config)
+        return batches_from_iterable(chain(first, items), captured.input_names, captured.example_inputs, config.samples)
     return _batches_of_texts(read_texts(DEFAULT_TEXT if source == DEFAULT_CALIBRATION else source), captured, config)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,14 @@ def test_any_module_from_python(tmp_path: Path) -> None:
     assert 0 < float((after - before).norm() / before.norm()) < 0.2
     (onnx_result,) = session.run(None, {session.get_inputs()[0].name: data[0].numpy()})
     np.testing.assert_allclose(onnx_result, after.numpy(), atol=1e-4)
+
+
+def test_endless_streams_calibrate(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stream = (torch.randn(16, 96) for _ in count())
+    config = claq_export.Config(bits=2, calibration=stream, samples=3)
+    result = claq_export.export(Perceptron().eval(), (torch.randn(4, 96),), tmp_path / "mlp.onnx", config, verify=False)
+    assert len(result.layers) == 2
 
 
 def test_dry_run_says_what_and_why(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
