@@ -16,7 +16,7 @@ import claq_export
 
 from .calibration.progress import ProgressReporter
 from .capture import CapturedModel, capture_module, load_pretrained
-from .compiler import Compilation, check_writable, used_state
+from .compiler import Compilation, check_writable, used_state, weight_bytes
 from .config import Config
 from .emit.exporter import Artifact, emit_onnx
 from .errors import ConfigError
@@ -250,14 +250,6 @@ def quantize(
         accuracy_levels=dict.fromkeys(layers, config.accuracy_level),
         transposed=compilation.transposed,
     )
-
-
-def weight_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers, tied ones once."""
-    seen: dict[int, int] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(seen.values())
 
 
 def verification_inputs(captured: CapturedModel) -> list[dict[str, torch.Tensor]]:

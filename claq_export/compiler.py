@@ -275,13 +275,11 @@ class Compilation:
         """Bytes of the artifact beside the quantized layers: tensors left alone, and the graph itself (estimated)."""
         graph = self.captured.graph_module
         planned = sum(site.dense_bytes for site in self.plan.sites)
-        tensors: dict[int, int] = {}
-        for tensor in (*graph.parameters(), *graph.buffers()):
-            tensors[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return sum(tensors.values()) - planned + _NODE_BYTES * len(graph.graph.nodes)
+        return weight_bytes(graph) - planned + _NODE_BYTES * len(graph.graph.nodes)
 
     def _lower(self) -> None:
         layers = {name: done.layer for name, done in self.sites.items()}
+        # The checkpoint leaves these out anyway; dropped here, the dense weights leave memory before emission.
         for site in self.plan.sites:
             for part, _ in site.parts:
                 self.state.pop(f"{part}.weight", None)
@@ -441,6 +439,14 @@ def copy_companions(source: Path, folder: Path) -> list[Path]:
                         f"{name} cannot be copied to {str(folder)!r}: {error.strerror or error}"
                     ) from error
     return copied
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers, tied ones once."""
+    seen: dict[int, int] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(seen.values())
 
 
 def used_state(model: nn.Module, captured: CapturedModel) -> dict[str, torch.Tensor]:

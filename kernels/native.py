@@ -14,18 +14,9 @@ from typing import Any
 import torch
 
 from claq_export.errors import FormatError
+from claq_export.format.layer import TENSOR_NAMES
 
-TENSOR_NAMES = (
-    "codes",
-    "codebook",
-    "scale",
-    "row_scale",
-    "order",
-    "outlier_ptr",
-    "outlier_index",
-    "outlier_value",
-    "bias",
-)
+LAYER_TENSORS = (*TENSOR_NAMES, "bias")
 
 # The numbers of claq_dtype in claq.h, which are ONNX's.
 _DTYPES = {
@@ -62,7 +53,7 @@ class _LayerDesc(ctypes.Structure):
         ("columns_4", ctypes.c_int64),
         ("columns_3", ctypes.c_int64),
         ("columns_2", ctypes.c_int64),
-        *((name, _Tensor) for name in TENSOR_NAMES),
+        *((name, _Tensor) for name in LAYER_TENSORS),
         ("kernel", ctypes.c_char_p),
     )
 
@@ -162,7 +153,7 @@ class NativeLinear:
             columns_2=columns[2],
             kernel=kernel.encode() if kernel else None,
         )
-        for name, tensor in zip(TENSOR_NAMES, self._tensors, strict=True):
+        for name, tensor in zip(LAYER_TENSORS, self._tensors, strict=True):
             if tensor.device.type != "cpu":
                 raise FormatError(f"{name}: is on {tensor.device}, expected a CPU tensor")
             shape = (ctypes.c_int64 * tensor.dim())(*tensor.shape)

@@ -8,22 +8,12 @@ from typing import Any
 import onnx
 from onnxscript import values
 
+from claq_export.format.layer import TENSOR_NAMES
 from claq_export.kernels import ops
 
 from .function import DOMAIN, VERSION
 
-INPUTS = (
-    "x",
-    "codes",
-    "codebook",
-    "scale",
-    "row_scale",
-    "order",
-    "outlier_ptr",
-    "outlier_index",
-    "outlier_value",
-    "bias",
-)
+INPUTS = ("x", *TENSOR_NAMES, "bias")
 """Inputs of ``ClaqMatMul`` in order."""
 
 ATTRIBUTES = ("in_features", "out_features", "columns_4", "columns_3", "columns_2", "accuracy_level")
