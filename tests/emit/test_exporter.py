@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from full_disk import files_limited_to
 from onnx_models import OLD_PYTHON, run_elsewhere, stock_session
 from quantized_layers import random_layer
 
@@ -314,25 +313,16 @@ def test_wrong_number_of_output_names(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """A limit on the size of files: writing stops in the middle with an error, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_full_disk_leaves_nothing_behind(tmp_path: Path, small_files: None) -> None:
-    with pytest.raises(OutputError, match="cannot write"):
+def test_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot write"), files_limited_to(4096):
         emit(Encoder().eval(), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk_leaves_the_old_model(tmp_path: Path, small_files: None) -> None:
+def test_full_disk_leaves_the_old_model(tmp_path: Path) -> None:
     for name in ("model.onnx", "model.onnx.data"):
         (tmp_path / name).write_bytes(b"old")
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match="cannot write"), files_limited_to(4096):
         emit(Encoder().eval(), tmp_path / "model.onnx")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
         "model.onnx": b"old",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from full_disk import files_limited_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized_layers import layers, random_layer
@@ -280,14 +280,8 @@ def test_target_is_a_folder(tmp_path: Path) -> None:
 
 def test_full_disk_leaves_the_old_files(saved: Path) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    # A limit on the size of files stops the writer in the middle, as a full disk does.
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
-    try:
-        with pytest.raises(OutputError, match=r"claq\.safetensors"):
-            save_checkpoint(saved, {}, {"large": torch.zeros(1 << 16)}, {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(OutputError, match=r"claq\.safetensors"), files_limited_to(1 << 16):
+        save_checkpoint(saved, {}, {"large": torch.zeros(1 << 16)}, {})
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
