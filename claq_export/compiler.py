@@ -35,12 +35,15 @@ from .calibration.data import (
     tokenize_texts,
 )
 from .calibration.progress import ProgressReporter
+from .calibration.sensitivity import output_importance
 from .calibration.stage import CalibrationStage, QuantizedSite, column_counts
 from .calibration.store import LayerStore
 from .capture import CapturedModel
 from .config import DEFAULT_CALIBRATION, NO_CALIBRATION, Config
+from .emit.companions import declare_quantized
 from .emit.exporter import Artifact, emit_onnx
 from .errors import CalibrationError, ConfigError, OutputError
+from .format import metadata
 from .format.checkpoint import save_checkpoint
 from .format.packing import WIDTHS
 from .passes import Pass, PassContext, Pipeline, Plan, RemoveUnused, ReplaceLinears, planning_pipeline
@@ -234,12 +237,30 @@ class Compilation:
                 store=self.store,
             )
             if self.config.budgeted:
-                self.budget = self._solve_budget(stage.profile(batches))
+                self.budget = self._solve_budget(stage.profile(batches, self._importance(batches)))
             self.sites = stage.run(batches, self.budget.plans if self.budget is not None else None)
         if self.keep_records:
             self.records = [self._record(done) for done in self.sites.values()]
         with self.timed("passes"):
             self._lower()
+
+    def _importance(self, batches: Sequence[Batch] | None) -> dict[str, torch.Tensor] | None:
+        """What an error of each layer's outputs counts, by gradients; None where they are not wanted or not to be had."""
+        if batches is None or not self.config.importance:
+            return None
+        try:
+            with self.timed("importance"):
+                return output_importance(
+                    self.captured.graph_module,
+                    self.plan.sites,
+                    batches,
+                    task=self.captured.task,
+                    seed=self.config.seed,
+                    reporter=self.reporter,
+                )
+        except CalibrationError as error:
+            self.reporter.warn(f"the budget weighs each layer's error relative to its own output: {error}")
+            return None
 
     def _record(self, done: QuantizedSite) -> LayerRecord:
         return layer_record(
@@ -329,7 +350,8 @@ class Compilation:
             "claq.nominal_bits": f"{self.nominal_bits:.4f}",
             "claq.source": Path(self.captured.source.path).name,
             "claq.source_sha256": self.captured.source.sha256,
-            "claq.task": self.captured.task or "",
+            metadata.TASK: self.captured.task or "",
+            metadata.PARTS: json.dumps({name: d.site.parts for name, d in self.sites.items() if len(d.site.parts) > 1}),
         }
 
     def emit(self, out: Path) -> Artifact:
@@ -358,7 +380,9 @@ class Compilation:
                 accuracy_level=self.config.accuracy_level,
                 transposed=self.transposed,
             )
-            copy_companions(Path(self.captured.source.path), out.parent)
+            if copy_companions(Path(self.captured.source.path), out.parent):
+                floating = next((t.dtype for t in self.state.values() if t.is_floating_point()), torch.float32)
+                declare_quantized(out.parent, self.true_bits, floating)
         return artifact
 
 

@@ -113,6 +113,10 @@ class OnnxModel:
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self._run(tokens, torch.ones_like(tokens), (LOGITS_OUTPUT,)))
 
+    def padded_logits(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Logits for padded tokens ``[B, S]``: ``[B, S, V]`` of a masked language model, ``[B, C]`` of a classifier."""
+        return torch.from_numpy(self._run(tokens, mask, (LOGITS_OUTPUT,)))
+
     def hidden(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self._run(tokens, mask, HIDDEN_OUTPUTS)).float()
 

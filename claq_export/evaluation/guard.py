@@ -1,0 +1,257 @@
+"""The accuracy guard: an artifact against its original model on a text, within limits or not.
+
+What is measured follows from the task: next-token distributions for decoders, sentence embeddings for encoders, the
+distribution over classes or tokens for classifiers and masked language models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..capture import load_pretrained
+from ..capture.tasks import TaskModel
+from ..errors import ConfigError, FormatError, ModelError
+from ..format import metadata
+from ..format.checkpoint import load_checkpoint
+from ..inputs import OnnxFile
+from .language import language_quality, read_text, token_windows
+from .layers import LayerError, layer_errors
+from .models import OnnxModel, TorchModel, open_model, runtime_library
+from .sentences import sentence_quality
+
+LIMITS: Mapping[str, tuple[str, bool]] = {
+    "max_kl": ("kl_mean", True),
+    "max_kl_p99": ("kl_p99", True),
+    "max_perplexity_ratio": ("perplexity_ratio", True),
+    "min_top1": ("top1_agreement", False),
+    "min_cosine": ("cosine_mean", False),
+    "min_cosine_worst": ("cosine_min", False),
+}
+"""Limit -> (what is measured, whether the limit is an upper one)."""
+
+_SENTENCES_AT_ONCE = 16
+_SENTENCE_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Check:
+    """One limit and whether it holds; a value that is no number holds no limit."""
+
+    limit: str
+    measure: str
+    allowed: float
+    value: float
+
+    @property
+    def passed(self) -> bool:
+        upper = LIMITS[self.limit][1]
+        return math.isfinite(self.value) and (self.value <= self.allowed if upper else self.value >= self.allowed)
+
+
+@dataclass(frozen=True)
+class GuardReport:
+    """What the guard found.
+
+    Attributes:
+        artifact, original: what was compared.
+        task: the model's.
+        measures: numbers by name.
+        checks: the limits asked for.
+        layers: worst first.
+    """
+
+    artifact: str
+    original: str
+    task: str
+    measures: Mapping[str, float]
+    checks: tuple[Check, ...]
+    layers: tuple[LayerError, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "artifact": self.artifact,
+            "against": self.original,
+            "task": self.task,
+            "passed": self.passed,
+            "measures": dict(self.measures),
+            "checks": [
+                {
+                    "limit": check.limit,
+                    "measure": check.measure,
+                    "allowed": check.allowed,
+                    # JSON has no infinity and no NaN.
+                    "value": check.value if math.isfinite(check.value) else str(check.value),
+                    "passed": check.passed,
+                }
+                for check in self.checks
+            ],
+            "layers": [layer.to_json() for layer in self.layers],
+        }
+
+
+def guard(
+    artifact: str | Path,
+    original: str | Path,
+    text: str | Path,
+    limits: Mapping[str, float],
+    *,
+    task: str | None = None,
+    context: int = 512,
+    windows: int | None = 32,
+    library: str | Path | None = "auto",
+    threads: int = 0,
+    layers: bool = True,
+    trust_remote_code: bool = False,
+) -> GuardReport:
+    """Compare an artifact with its original on a text.
+
+    Args:
+        artifact: ``.onnx`` file, or a folder with ``model.onnx`` or ``claq.safetensors``.
+        original: Hugging Face folder or hub id of the unquantized model.
+        text: running text for decoders, a sentence a line for the rest; UTF-8.
+        limits: by the names of :data:`LIMITS`, at least one.
+        task: of the model; None: as the artifact records it, else by the architecture.
+        context: tokens a window of a decoder.
+        windows: first windows (decoders) or this many sentences times four (others); None = all.
+        library: see :func:`~claq_export.evaluation.models.runtime_library`.
+        threads: of ONNX Runtime; 0 = its choice.
+        layers: compare layer by layer too.
+        trust_remote_code: run Python code that comes with the original.
+
+    Raises:
+        ConfigError: no limit, an unknown one, or one that this task has no measure for; the text cannot be used.
+        ModelError, FormatError: the original or the artifact cannot be read.
+    """
+    path = _artifact_path(Path(artifact))
+    if not limits:
+        names = ", ".join("--" + name.replace("_", "-") for name in LIMITS)
+        raise ConfigError(f"verify needs a limit to check, at least one of {names}")
+    unknown = sorted(set(limits) - set(LIMITS))
+    if unknown:
+        raise ConfigError(f"unknown limit {unknown[0]!r}; known: {', '.join(LIMITS)}")
+    content = read_text(text)
+    model, tokenizer, task = load_pretrained(
+        original, task or _recorded_task(path), trust_remote_code=trust_remote_code
+    )
+    if tokenizer is None:
+        raise ConfigError(f"{original} has no tokenizer, so a text cannot be measured")
+    if model.max_sequence is not None:
+        context = min(context, model.max_sequence)
+    lines = [line.strip() for line in content.splitlines() if line.strip()]
+    lines = lines[: None if windows is None else 4 * windows]
+    if path.suffix == ".onnx":
+        # Refused here, with the tensor's name, before ONNX Runtime maps anything.
+        OnnxFile(path, FormatError)
+        candidate: Any = OnnxModel(path, runtime_library(library), threads)
+    else:
+        candidate = open_model(path, causal=task == "text-generation", reference=original)
+
+    if task == "text-generation":
+        tokens = token_windows(content, tokenizer, context, windows)
+        quality = language_quality(candidate, tokens, TorchModel(model.model))
+        measures = {key: float(value) for key, value in quality.to_json().items()}
+        measures["perplexity_ratio"] = quality.perplexity / (quality.reference_perplexity or math.nan)
+
+        def run() -> None:
+            for window in tokens[:4]:
+                TorchModel(model.model).logits(window[None])
+
+    elif task == "feature-extraction":
+        reference = TorchModel(model.model)
+        measures = {
+            key: float(value)
+            for key, value in sentence_quality(candidate, tokenizer, sentences=lines, reference=reference)
+            .to_json()
+            .items()
+        }
+
+        def run() -> None:
+            sentence_quality(reference, tokenizer, sentences=lines[: 2 * _SENTENCES_AT_ONCE], reference=reference)
+
+    else:
+        measures = _logits_quality(candidate, model, tokenizer, lines)
+
+        def run() -> None:
+            _logits_quality(TorchModel(model.model), model, tokenizer, lines[: 2 * _SENTENCES_AT_ONCE])
+
+    checks = []
+    for name, allowed in limits.items():
+        key = LIMITS[name][0]
+        if key not in measures:
+            usable = ", ".join("--" + n.replace("_", "-") for n, (m, _) in LIMITS.items() if m in measures)
+            raise ConfigError(f"--{name.replace('_', '-')} is not measured for {task}; this task has {usable}")
+        checks.append(Check(name, key, float(allowed), measures[key]))
+    errors = layer_errors(path, model.model, run) if layers else []
+    return GuardReport(str(path), str(original), task, measures, tuple(checks), tuple(errors))
+
+
+def _artifact_path(path: Path) -> Path:
+    """The file to measure: an ONNX file, or a folder with ``claq.safetensors`` and no ``model.onnx``."""
+    if path.is_dir():
+        if (path / "model.onnx").is_file():
+            return path / "model.onnx"
+        if (path / "claq.safetensors").is_file():
+            return path
+        raise ModelError(f"{path} holds neither model.onnx nor claq.safetensors")
+    if not path.is_file():
+        raise ModelError(f"artifact {str(path)!r} does not exist")
+    if path.suffix != ".onnx":
+        raise ModelError(f"artifact {str(path)!r} must be an .onnx file or a folder")
+    return path
+
+
+def _recorded_task(path: Path) -> str | None:
+    if path.suffix == ".onnx":
+        return OnnxFile(path, FormatError).metadata.get(metadata.TASK) or None
+    recorded = load_checkpoint(path).config.get("task")
+    return recorded if isinstance(recorded, str) else None
+
+
+def _logits_quality(candidate: Any, model: TaskModel, tokenizer: Any, lines: Sequence[str]) -> dict[str, float]:
+    """KL divergence and first-rank agreement of class or token distributions, over sentences (padding left out)."""
+    if not lines:
+        raise ConfigError("no sentences to measure")
+    divergences: list[torch.Tensor] = []
+    agreements: list[torch.Tensor] = []
+    length = min(_SENTENCE_TOKENS, model.max_sequence or _SENTENCE_TOKENS)
+    for start in range(0, len(lines), _SENTENCES_AT_ONCE):
+        texts = list(lines[start : start + _SENTENCES_AT_ONCE])
+        encoded = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        tokens, mask = encoded["input_ids"], encoded["attention_mask"]
+        with torch.no_grad():
+            output = model.model(input_ids=tokens, attention_mask=mask, return_dict=True)
+        p = output.logits.float().log_softmax(-1)
+        q = _logits(candidate, tokens, mask).float().log_softmax(-1)
+        if p.shape != q.shape:
+            raise ConfigError(f"artifact and original give logits of shape {list(q.shape)} and {list(p.shape)}")
+        kl = (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
+        same = p.argmax(-1) == q.argmax(-1)
+        keep = mask.bool() if kl.dim() == 2 else torch.ones_like(kl, dtype=torch.bool)
+        divergences.append(kl[keep])
+        agreements.append(same[keep])
+    kl = torch.cat(divergences)
+    return {
+        "sentences": float(len(lines)),
+        "kl_mean": float(kl.mean()),
+        "kl_p99": float(kl.quantile(0.99)),
+        "top1_agreement": float(torch.cat(agreements).double().mean()),
+    }
+
+
+def _logits(candidate: OnnxModel | TorchModel, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    if isinstance(candidate, OnnxModel):
+        return candidate.padded_logits(tokens, mask)
+    with torch.no_grad():
+        output = candidate.module(input_ids=tokens, attention_mask=mask, return_dict=True)
+    logits: torch.Tensor = output.logits
+    return logits

@@ -1,0 +1,7 @@
+"""Keys of an ONNX artifact's ``metadata_props`` that claq's own readers use (``docs/onnx.md`` lists all)."""
+
+TASK = "claq.task"
+"""The model's task, or empty."""
+
+PARTS = "claq.parts"
+"""JSON: stacked layer -> ``[[qualified name of a linear, its rows], ...]`` in the order of the layer's rows."""
