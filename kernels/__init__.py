@@ -6,6 +6,6 @@ from __future__ import annotations
 # under that name. It must look like a package without a version then, and register nothing a second time.
 if __name__ != "kernels":
     from .cpu import BACKENDS, backend, use_backend
-    from .ops import linear
+    from .ops import embedding, linear
 
-    __all__ = ["BACKENDS", "backend", "linear", "use_backend"]
+    __all__ = ["BACKENDS", "backend", "embedding", "linear", "use_backend"]

@@ -1,4 +1,4 @@
-"""CPU kernel of ``claq::linear``: the native library where it is installed, else the reference.
+"""CPU kernels of claq's operators: the native library where it is installed, else the references.
 
 libclaq checks a layer and builds tables for it once; that work is kept for as long as the layer's ``codes`` live.
 """
@@ -14,7 +14,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .native import NativeLinear, native_available
-from .reference import reference_linear
+from .reference import reference_embedding, reference_linear
 
 BACKENDS = ("auto", "native", "reference")
 """Values of the environment variable ``CLAQ_BACKEND`` and of :func:`use_backend`."""
@@ -23,6 +23,8 @@ _forced: ContextVar[str | None] = ContextVar("claq_backend", default=None)
 
 # Keyed by the codes tensor itself, weakly: NativeLinear holds aliases of the tensors, so no entry keeps its key.
 _layers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# A table that is an output head as well has a bias there, and none here: two entries, or each would throw out the other.
+_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def backend() -> str:
@@ -39,7 +41,7 @@ def backend() -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Choose the CPU kernel of ``claq::linear`` inside a ``with`` block.
+    """Choose the CPU kernels of claq's operators inside a ``with`` block.
 
     Args:
         name: ``"auto"`` (native where libclaq is installed), ``"native"`` (an error elsewhere) or ``"reference"``.
@@ -70,19 +72,51 @@ def cpu_linear(
         RuntimeError: the native kernel was asked for and is not there; the message says why.
         FormatError: a tensor does not hold to docs/format.md (native kernel only; the reference trusts its input).
     """
-    chosen = backend()
-    if chosen != "reference":
-        available, reason = native_available()
-        if available:
-            layer = _native_layer(tensors, in_features, out_features, tuple(columns))
-            return layer(x, accuracy_level)
-        if chosen == "native":
-            raise RuntimeError(f"claq::linear cannot use its native kernel: {reason}")
+    if _native("claq::linear"):
+        layer = _native_layer(_layers, tensors, in_features, out_features, tuple(columns))
+        return layer(x, accuracy_level)
     return reference_linear(x, tensors, in_features, out_features, columns)
 
 
+def cpu_embedding(
+    indices: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    in_features: int,
+    out_features: int,
+    columns: Sequence[int],
+    like: torch.Tensor,
+) -> torch.Tensor:
+    """``claq::embedding`` on CPU tensors; ``tensors`` are codes to outlier_value in the operator's order.
+
+    Raises:
+        IndexError: an index is out of range.
+        RuntimeError, FormatError: as :func:`cpu_linear`.
+    """
+    if _native("claq::embedding"):
+        layer = _native_layer(_tables, (*tensors, like), in_features, out_features, tuple(columns))
+        return layer.gather(indices, like.dtype)
+    return reference_embedding(indices, tensors, in_features, out_features, columns, like.dtype)
+
+
+def _native(operator: str) -> bool:
+    """Whether libclaq serves the call.
+
+    Raises:
+        RuntimeError: it was asked for and is not there.
+    """
+    chosen = backend()
+    available, reason = native_available() if chosen != "reference" else (False, "")
+    if chosen == "native" and not available:
+        raise RuntimeError(f"{operator} cannot use its native kernel: {reason}")
+    return available
+
+
 def _native_layer(
-    tensors: Sequence[torch.Tensor], in_features: int, out_features: int, columns: tuple[int, ...]
+    cache: WeakTensorKeyDictionary,
+    tensors: Sequence[torch.Tensor],
+    in_features: int,
+    out_features: int,
+    columns: tuple[int, ...],
 ) -> NativeLinear:
     codes = tensors[0]
     # Version counters tell of changes in place; tensors made in inference mode have none and cannot be changed outside.
@@ -93,9 +127,9 @@ def _native_layer(
         *(tensor.data_ptr() for tensor in tensors),
         *(0 if tensor.is_inference() else tensor._version for tensor in tensors),
     )
-    entry: tuple[object, NativeLinear] | None = _layers.get(codes)
+    entry: tuple[object, NativeLinear] | None = cache.get(codes)
     if entry is None or entry[0] != state:
         layer = NativeLinear(*tensors, columns=columns, in_features=in_features, out_features=out_features)
         entry = (state, layer)
-        _layers[codes] = entry
+        cache[codes] = entry
     return entry[1]

@@ -1,4 +1,4 @@
-"""Hosts libclaq's C interface on torch tensors: the fast CPU kernel of ``claq::linear``.
+"""Hosts libclaq's C interface on torch tensors: the fast CPU kernels of ``claq::linear`` and ``claq::embedding``.
 
 No extension is compiled against torch. The library comes with the distribution ``claq-runtime``; without it
 :func:`native_available` says why and nothing else of this module may be used.
@@ -24,6 +24,7 @@ _DTYPES = {
     torch.int8: 3,
     torch.uint16: 4,
     torch.int32: 6,
+    torch.int64: 7,
     torch.float16: 10,
     torch.uint32: 12,
     torch.bfloat16: 16,
@@ -83,6 +84,19 @@ def _load() -> tuple[Any, str]:
         ctypes.c_int32,
         ctypes.c_void_p,
         ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_char_p,
+        ctypes.c_size_t,
+    ]
+    library.claq_gather.restype = ctypes.c_int
+    library.claq_gather.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int,
         ctypes.c_void_p,
         ctypes.c_void_p,
         ctypes.c_void_p,
@@ -188,8 +202,7 @@ class NativeLinear:
             raise ValueError(f"x: shape is {list(x.shape)}, expected the last dimension to be {self.in_features}")
         x = x.detach().contiguous()
         y = torch.empty((*x.shape[:-1], self.out_features), dtype=x.dtype)
-        threads = torch.get_num_threads()
-        pool = ctypes.cast(self._library.claq_pool_parallel_for, ctypes.c_void_p) if threads > 1 else None
+        pool, threads = self._threads()
         error = ctypes.create_string_buffer(_ERROR_SIZE)
         status = self._library.claq_run(
             self._handle,
@@ -206,6 +219,49 @@ class NativeLinear:
         if status:
             raise RuntimeError(f"claq_run: {error.value.decode()}")
         return y
+
+    def gather(self, indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Rows of the weight: ``[*indices.shape, in_features]`` in ``dtype`` (float32, float16 or bfloat16).
+
+        Args:
+            indices: int32 or int64 on the CPU; below zero counts from the end.
+            dtype: of the result.
+
+        Raises:
+            ValueError: indices or result are of another dtype or device.
+            IndexError: an index is out of range; the message names it.
+            RuntimeError: the library failed.
+        """
+        if indices.device.type != "cpu" or indices.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"indices: are {indices.dtype} on {indices.device}, expected int32 or int64 on the CPU")
+        if dtype not in _ACTIVATION_DTYPES:
+            raise ValueError(f"result: is {dtype}, expected float32, float16 or bfloat16")
+        indices = indices.detach().contiguous()
+        y = torch.empty((*indices.shape, self.in_features), dtype=dtype)
+        pool, threads = self._threads()
+        error = ctypes.create_string_buffer(_ERROR_SIZE)
+        status = self._library.claq_gather(
+            self._handle,
+            _DTYPES[indices.dtype],
+            indices.data_ptr(),
+            indices.numel(),
+            _DTYPES[dtype],
+            y.data_ptr(),
+            pool,
+            threads,
+            error,
+            _ERROR_SIZE,
+        )
+        if status == 2:
+            raise IndexError(f"claq::embedding: {error.value.decode()}")
+        if status:
+            raise RuntimeError(f"claq_gather: {error.value.decode()}")
+        return y
+
+    def _threads(self) -> tuple[ctypes.c_void_p | None, int]:
+        """The library's own pool, or None for one thread, and the number of threads."""
+        threads = torch.get_num_threads()
+        return (ctypes.cast(self._library.claq_pool_parallel_for, ctypes.c_void_p) if threads > 1 else None), threads
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):

@@ -1,8 +1,9 @@
-"""The torch operator ``claq::linear``: its schema, its fake (shape) kernel, and which kernel serves which device.
+"""The torch operators ``claq::linear`` and ``claq::embedding``: schemas, fake (shape) kernels, and which kernel serves
+which device.
 
-One node of this operator stands for one quantized layer of ``docs/format.md`` wherever PyTorch keeps a graph
-(``torch.export``, ``torch.compile``, FX passes). The reference kernel (:mod:`.reference`) runs on every device and is
-the oracle of all others; on CPU the native library takes its place where it is installed (:mod:`.cpu`).
+One node stands for one use of a quantized layer of ``docs/format.md`` wherever PyTorch keeps a graph (``torch.export``,
+``torch.compile``, FX passes). The reference kernels (:mod:`.reference`) run on every device and are the oracles of all
+others; on CPU the native library takes their place where it is installed (:mod:`.cpu`).
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from typing import Any
 
 import torch
 
-from .cpu import cpu_linear
-from .reference import reference_linear
+from .cpu import cpu_embedding, cpu_linear
+from .reference import reference_embedding, reference_linear
 
 OPERATOR = "claq::linear"
 """Qualified name of the operator; ``torch.ops.claq.linear.default`` once this module is imported."""
 
+EMBEDDING_OPERATOR = "claq::embedding"
+"""Qualified name; ``torch.ops.claq.embedding.default`` once this module is imported."""
+
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Dtypes of ``x`` the operator takes."""
+"""Dtypes of activations: of ``x``, and of the rows of an embedding."""
 
 _SCHEMA = (
     "linear(Tensor x, Tensor codes, Tensor codebook, Tensor scale, Tensor row_scale, Tensor order, "
@@ -27,8 +31,15 @@ _SCHEMA = (
     "int in_features, int out_features, int[] columns, int accuracy_level) -> Tensor"
 )
 
+_EMBEDDING_SCHEMA = (
+    "embedding(Tensor indices, Tensor codes, Tensor codebook, Tensor scale, Tensor row_scale, Tensor order, "
+    "Tensor outlier_ptr, Tensor outlier_index, Tensor outlier_value, Tensor like, "
+    "int in_features, int out_features, int[] columns) -> Tensor"
+)
+
 _library = torch.library.Library("claq", "DEF")
 _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(_EMBEDDING_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _check_arguments(
@@ -67,10 +78,43 @@ def _fake(x: torch.Tensor, *rest: Any) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+def _check_lookup(indices: torch.Tensor, like: torch.Tensor, columns: Sequence[int]) -> None:
+    torch._check(
+        indices.dtype in (torch.int32, torch.int64),
+        lambda: f"claq::embedding: indices must be int32 or int64, got {indices.dtype}",
+    )
+    torch._check(
+        like.dtype in ACTIVATION_DTYPES and like.numel() == 0,
+        lambda: (
+            "claq::embedding: like must be of length zero and float32, float16 or bfloat16, "
+            f"got {like.dtype} of length {like.numel()}"
+        ),
+    )
+    torch._check(len(columns) == 3, lambda: f"claq::embedding: columns must be three counts, got {len(columns)}")
+
+
+def _reference_embedding(indices: torch.Tensor, *rest: Any) -> torch.Tensor:
+    *tensors, like, in_features, out_features, columns = rest
+    _check_lookup(indices, like, columns)
+    return reference_embedding(indices, tensors, in_features, out_features, columns, like.dtype)
+
+
+def _cpu_embedding(indices: torch.Tensor, *rest: Any) -> torch.Tensor:
+    *tensors, like, in_features, out_features, columns = rest
+    _check_lookup(indices, like, columns)
+    return cpu_embedding(indices, tensors, in_features, out_features, columns, like)
+
+
+def _fake_embedding(indices: torch.Tensor, *rest: Any) -> torch.Tensor:
+    *_tensors, like, in_features, _out_features, columns = rest
+    _check_lookup(indices, like, columns)
+    return indices.new_empty((*indices.shape, in_features), dtype=like.dtype)
+
+
 def _backward(_ctx: Any, *_gradients: torch.Tensor) -> None:
     raise RuntimeError(
-        "claq::linear is for inference and has no gradient: run the quantized model under torch.no_grad() "
-        "or torch.inference_mode(), or train the unquantized model and quantize it again"
+        "claq's operators (claq::linear, claq::embedding) are for inference and have no gradient: run the quantized "
+        "model under torch.no_grad() or torch.inference_mode(), or train the unquantized model and quantize it again"
     )
 
 
@@ -78,6 +122,10 @@ _library.impl("linear", _reference, "CompositeExplicitAutograd")
 _library.impl("linear", _cpu, "CPU")
 torch.library.register_fake(OPERATOR, _fake, lib=_library)
 torch.library.register_autograd(OPERATOR, _backward, lib=_library)
+_library.impl("embedding", _reference_embedding, "CompositeExplicitAutograd")
+_library.impl("embedding", _cpu_embedding, "CPU")
+torch.library.register_fake(EMBEDDING_OPERATOR, _fake_embedding, lib=_library)
+torch.library.register_autograd(EMBEDDING_OPERATOR, _backward, lib=_library)
 
 linear = torch.ops.claq.linear.default
 """The operator. Arguments as in the schema; tensors as in ``docs/format.md``, absent parts of length zero.
@@ -85,4 +133,12 @@ linear = torch.ops.claq.linear.default
 ``x[..., in_features]`` is float32, float16 or bfloat16; the result ``[..., out_features]`` has its dtype. ``columns``
 are the stored columns of width 4, 3 and 2; ``accuracy_level`` is the arithmetic of the native kernels. There is no
 gradient.
+"""
+
+embedding = torch.ops.claq.embedding.default
+"""Rows of a layer's weight ``W[out_features, in_features]``, the vocabulary being its output features.
+
+``indices`` is int32 or int64 of any shape, below zero counts from the end, and an index out of range is an
+``IndexError``; the result ``[*indices.shape, in_features]`` has the dtype of ``like``, a tensor of length zero. Tensors as
+in ``docs/format.md``. There is no gradient.
 """

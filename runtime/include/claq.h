@@ -1,4 +1,4 @@
-/* C interface of libclaq: linear layers in the claq format (docs/format.md), y = x W^T + b.
+/* C interface of libclaq: layers in the claq format (docs/format.md), as linear maps y = x W^T + b and as embedding tables.
  *
  * Every function is thread-safe. No function throws; failures are return codes with a message. The memory behind the
  * tensors of a layer is read in place and must outlive the layer. */
@@ -23,12 +23,13 @@ typedef enum claq_dtype {
   CLAQ_INT8 = 3,
   CLAQ_UINT16 = 4,
   CLAQ_INT32 = 6,
+  CLAQ_INT64 = 7,
   CLAQ_FLOAT16 = 10,
   CLAQ_UINT32 = 12,
   CLAQ_BFLOAT16 = 16
 } claq_dtype; /* the numbers of ONNX's TensorProto.DataType */
 
-typedef enum claq_status { CLAQ_OK = 0, CLAQ_INVALID_LAYER = 1, CLAQ_INVALID_ARGUMENT = 2, CLAQ_INTERNAL_ERROR = 3 } claq_status;
+typedef enum claq_status { CLAQ_OK = 0, CLAQ_INVALID_LAYER = 1, CLAQ_INVALID_ARGUMENT = 2, CLAQ_INTERNAL_ERROR = 3, CLAQ_UNAVAILABLE = 4 } claq_status;
 
 /* A dense tensor in row-major order. `shape` has `rank` entries and is read during claq_create only. */
 typedef struct claq_tensor {
@@ -73,6 +74,13 @@ CLAQ_API claq_status claq_create(const claq_layer_desc* desc, claq_layer** layer
 CLAQ_API claq_status claq_run(const claq_layer* layer, claq_dtype dtype, int32_t accuracy_level, const void* x, int64_t rows,
                               void* y, claq_parallel_for parallel_for, void* context, char* error, size_t error_size);
 
+/* y[count, in_features] = the rows of the layer's weight W[out_features, in_features] that `indices` names, as an embedding
+ * looks them up; an index below 0 counts from the end. `index_dtype` is int32 or int64, `dtype` that of y (float32, float16,
+ * bfloat16). Both arrays are contiguous; the layer's bias is not used. */
+CLAQ_API claq_status claq_gather(const claq_layer* layer, claq_dtype index_dtype, const void* indices, int64_t count,
+                                 claq_dtype dtype, void* y, claq_parallel_for parallel_for, void* context, char* error,
+                                 size_t error_size);
+
 CLAQ_API void claq_destroy(claq_layer* layer);
 
 /* Name of the kernel family that the layer uses. */
@@ -86,6 +94,31 @@ CLAQ_API const char* claq_version(void);
 /* A claq_parallel_for on threads of libclaq, for hosts without a pool of their own (ONNX Runtime has one and never comes
  * here). `context` is the number of threads to use, cast to a pointer. Threads are started at the first call. */
 CLAQ_API void claq_pool_parallel_for(void* context, void (*task)(void* data, size_t index), size_t total, void* data);
+
+/* ---- NVIDIA GPUs -------------------------------------------------------------------------------------------------
+ * The Triton kernels of claq-export, compiled ahead of time and launched through the CUDA driver, which is looked up when
+ * the first of these functions is called. Failures for want of a GPU, a driver or kernels are CLAQ_UNAVAILABLE. */
+
+typedef struct claq_cuda_layer claq_cuda_layer;
+
+/* CLAQ_OK if there is a GPU and every GPU of this machine has its kernels; `text` says what was found or what is missing.
+ * Kernels are looked for in CLAQ_CUDA_KERNELS of the environment, else in the folder `cuda` beside this library. */
+CLAQ_API claq_status claq_cuda_usable(char* text, size_t text_size);
+
+/* As claq_create, for the calling thread's CUDA context: the data of `desc` are device memory, aligned to 16 bytes, which is
+ * read in place and must outlive the layer. The type of x, y and the bias is `dtype`. Waits for the device. */
+CLAQ_API claq_status claq_cuda_create(const claq_layer_desc* desc, claq_dtype dtype, claq_cuda_layer** layer, char* error,
+                                      size_t error_size);
+
+/* Bytes of device memory, aligned to 256, that claq_cuda_run needs for that many rows. */
+CLAQ_API size_t claq_cuda_workspace(const claq_cuda_layer* layer, int64_t rows, int has_cublas);
+
+/* Queues y[rows, out_features] = layer(x[rows, in_features]) on a stream (CUstream or cudaStream_t) and returns; may be
+ * captured in a CUDA graph. `cublas` is a cublasHandle_t set to that stream, or NULL: many rows are then slower. */
+CLAQ_API claq_status claq_cuda_run(const claq_cuda_layer* layer, const void* x, int64_t rows, void* y, void* workspace, void* stream,
+                                   void* cublas, char* error, size_t error_size);
+
+CLAQ_API void claq_cuda_destroy(claq_cuda_layer* layer);
 
 #ifdef __cplusplus
 }

@@ -4,6 +4,7 @@
 
 #include "claq.h"
 #include "family.h"
+#include "gather.h"
 #include "layer.h"
 #include "run.h"
 
@@ -49,6 +50,14 @@ claq_status claq_run(const claq_layer* layer, claq_dtype dtype, int32_t accuracy
   return guarded(error, error_size, [&] {
     if (!layer) throw claq::InvalidArgument("layer: is null");
     claq::run(*layer, dtype, accuracy_level, x, rows, y, parallel_for, context);
+  });
+}
+
+claq_status claq_gather(const claq_layer* layer, claq_dtype index_dtype, const void* indices, int64_t count, claq_dtype dtype,
+                        void* y, claq_parallel_for parallel_for, void* context, char* error, size_t error_size) {
+  return guarded(error, error_size, [&] {
+    if (!layer) throw claq::InvalidArgument("layer: is null");
+    claq::gather(*layer, index_dtype, indices, count, dtype, y, parallel_for, context);
   });
 }
 

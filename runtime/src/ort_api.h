@@ -31,7 +31,7 @@ namespace claq::ort {
 constexpr uint32_t kOrtApiVersion = 17;
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kInvalidGraph = 10 };
-enum ElementType : int { kUndefined = 0, kFloat32 = 1, kInt8 = 3, kUint16 = 4, kInt32 = 6, kFloat16 = 10, kUint32 = 12, kBfloat16 = 16 };
+enum ElementType : int { kUndefined = 0, kFloat32 = 1, kInt8 = 3, kUint16 = 4, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kUint32 = 12, kBfloat16 = 16 };
 enum Characteristic : int { kRequired = 0 };
 enum MemoryType : int { kDefaultMemory = 0 };
 

@@ -1,10 +1,11 @@
-// The ONNX Runtime operator com.claq::ClaqMatMul and the library's entry point RegisterCustomOps.
+// The ONNX Runtime operators com.claq::ClaqMatMul and com.claq::ClaqGather and the library's entry point RegisterCustomOps.
 #include <array>
 #include <exception>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "gather.h"
 #include "layer.h"
 #include "ort_api.h"
 #include "run.h"
@@ -15,6 +16,8 @@ namespace {
 constexpr const char* kInputNames[] = {"x",           "codes",         "codebook",      "scale", "row_scale", "order",
                                        "outlier_ptr", "outlier_index", "outlier_value", "bias"};
 constexpr size_t kInputs = 10;
+// Of ClaqGather the first input is `indices` and the last is `like`: nothing but a dtype, that of the result.
+constexpr size_t kLike = kInputs - 1;
 
 // A status of ONNX Runtime on its way through C++ frames.
 struct StatusError {
@@ -40,7 +43,7 @@ OrtStatus* guarded(const Api& api, Body body) noexcept {
   } catch (const std::exception& error) {
     return api.create_status(kFail, error.what());
   } catch (...) {
-    return api.create_status(kFail, "ClaqMatMul: unknown failure");
+    return api.create_status(kFail, "libclaq: unknown failure");
   }
 }
 
@@ -100,7 +103,7 @@ int32_t accuracy_level(const Api& api, const OrtKernelInfo* info) {
   return static_cast<int32_t>(value);
 }
 
-std::unique_ptr<Kernel> create(const Api& api, const OrtKernelInfo* info) {
+std::unique_ptr<Kernel> create(const Api& api, const OrtKernelInfo* info, bool gathers) {
   claq_layer_desc desc{};
   desc.struct_size = sizeof desc;
   desc.in_features = required_attribute(api, info, "in_features");
@@ -117,7 +120,7 @@ std::unique_ptr<Kernel> create(const Api& api, const OrtKernelInfo* info) {
     const OrtValue* value = nullptr;
     check(api.constant_input(info, i, &is_constant, &value));
     if (!is_constant || !value) {
-      throw InvalidLayer(std::string(kInputNames[i]) +
+      throw InvalidLayer(std::string(gathers && i == kLike ? "like" : kInputNames[i]) +
                          ": is computed by the graph or fed at run time, expected a constant initializer");
     }
     void* data = nullptr;
@@ -128,12 +131,29 @@ std::unique_ptr<Kernel> create(const Api& api, const OrtKernelInfo* info) {
     static constexpr int64_t kNoShape = 0;
     if (infos[i].shape.empty()) tensors[i]->shape = &kNoShape;
   }
-  auto kernel = std::make_unique<Kernel>(Kernel{api, nullptr, accuracy_level(api, info)});
+  if (gathers && infos[kLike].shape != std::vector<int64_t>{0}) {
+    throw InvalidLayer("like: expected a tensor of one dimension of length 0, it only gives the dtype of the result");
+  }
+  auto kernel = std::make_unique<Kernel>(Kernel{api, nullptr, gathers ? 0 : accuracy_level(api, info)});
   kernel->layer = make_layer(desc);
   return kernel;
 }
 
-void compute(const Kernel& kernel, OrtKernelContext* context) {
+// A claq_parallel_for on the session's own threads.
+struct SessionThreads {
+  const Api* api;
+  OrtKernelContext* context;
+  OrtStatus* failure;
+
+  static void parallel_for(void* opaque, void (*task)(void*, size_t), size_t total, void* data) {
+    auto* self = static_cast<SessionThreads*>(opaque);
+    OrtStatus* status = self->api->parallel_for(self->context, task, total, data);
+    if (status && self->failure) self->api->release_status(status);
+    else if (status) self->failure = status;
+  }
+};
+
+void multiply(const Kernel& kernel, OrtKernelContext* context) {
   const Api& api = kernel.api;
   const LayerView& layer = kernel.layer->view;
   const OrtValue* x = nullptr;
@@ -152,24 +172,41 @@ void compute(const Kernel& kernel, OrtKernelContext* context) {
   check(api.tensor_data(x, &x_data));
   check(api.tensor_data(y, &y_data));
 
-  struct Host {
-    const Api* api;
-    OrtKernelContext* context;
-    OrtStatus* failure;
-  } host{&api, context, nullptr};
-  const claq_parallel_for on_session_threads = [](void* opaque, void (*task)(void*, size_t), size_t total, void* data) {
-    auto* self = static_cast<Host*>(opaque);
-    OrtStatus* status = self->api->parallel_for(self->context, task, total, data);
-    if (status && self->failure) self->api->release_status(status);
-    else if (status) self->failure = status;
-  };
-  run(*kernel.layer, static_cast<claq_dtype>(info.type), kernel.accuracy_level, x_data, rows, y_data, on_session_threads, &host);
-  check(host.failure);
+  SessionThreads threads{&api, context, nullptr};
+  run(*kernel.layer, static_cast<claq_dtype>(info.type), kernel.accuracy_level, x_data, rows, y_data, SessionThreads::parallel_for,
+      &threads);
+  check(threads.failure);
+}
+
+void gather_rows(const Kernel& kernel, OrtKernelContext* context) {
+  const Api& api = kernel.api;
+  const OrtValue *indices = nullptr, *like = nullptr;
+  check(api.input(context, 0, &indices));
+  check(api.input(context, kLike, &like));
+  TensorInfo info = describe(api, indices);
+  int64_t count = 1;
+  for (const int64_t size : info.shape) count *= size;
+  info.shape.push_back(kernel.layer->view.in_features);
+  OrtValue* y = nullptr;
+  check(api.output(context, 0, info.shape.data(), info.shape.size(), &y));
+  void *index_data = nullptr, *y_data = nullptr;
+  check(api.tensor_data(indices, &index_data));
+  check(api.tensor_data(y, &y_data));
+  SessionThreads threads{&api, context, nullptr};
+  try {
+    gather(*kernel.layer, static_cast<claq_dtype>(info.type), index_data, count, static_cast<claq_dtype>(describe(api, like).type),
+           y_data, SessionThreads::parallel_for, &threads);
+  } catch (const InvalidArgument& error) {
+    throw InvalidArgument(std::string("ClaqGather: ") + error.what());
+  }
+  check(threads.failure);
 }
 
 // ONNX Runtime matches an operator by its input types, so there is one registration for each combination.
 struct TypedOp : CustomOp {
-  int activation;
+  bool gathers;    // ClaqGather, else ClaqMatMul
+  int first;       // of `x` or `indices`
+  int activation;  // of the result and of the last input
   int order;
   int outlier_index;
 };
@@ -178,6 +215,7 @@ const TypedOp& typed(const CustomOp* op) { return *static_cast<const TypedOp*>(o
 
 int input_type(const TypedOp& op, size_t index) {
   switch (index) {
+    case 0: return op.first;
     case 1: return kUint32;
     case 2: return kInt8;
     case 3:
@@ -190,13 +228,17 @@ int input_type(const TypedOp& op, size_t index) {
   }
 }
 
-TypedOp make_op(int activation, int order, int outlier_index) {
+const char* operator_name(const CustomOp* op) { return typed(op).gathers ? "ClaqGather" : "ClaqMatMul"; }
+
+TypedOp make_op(bool gathers, int first, int activation, int order, int outlier_index) {
   TypedOp op{};
   op.version = kOrtApiVersion;
+  op.gathers = gathers;
+  op.first = first;
   op.activation = activation;
   op.order = order;
   op.outlier_index = outlier_index;
-  op.GetName = [](const CustomOp*) { return "ClaqMatMul"; };
+  op.GetName = operator_name;
   op.GetExecutionProviderType = [](const CustomOp*) { return "CPUExecutionProvider"; };
   op.GetInputTypeCount = [](const CustomOp*) { return kInputs; };
   op.GetInputType = [](const CustomOp* self, size_t index) { return input_type(typed(self), index); };
@@ -211,21 +253,28 @@ TypedOp make_op(int activation, int order, int outlier_index) {
   op.GetVariadicOutputHomogeneity = [](const CustomOp*) { return 1; };
   op.GetStartVersion = [](const CustomOp*) { return 1; };
   op.GetEndVersion = [](const CustomOp*) { return 1; };
-  op.CreateKernelV2 = [](const CustomOp*, const OrtApi* table, const OrtKernelInfo* info, void** out) {
+  op.CreateKernelV2 = [](const CustomOp* self, const OrtApi* table, const OrtKernelInfo* info, void** out) {
     const Api api(table);
     *out = nullptr;
     return guarded(api, [&] {
       try {
-        *out = create(api, info).release();
+        *out = create(api, info, typed(self).gathers).release();
       } catch (const InvalidLayer& error) {
-        throw InvalidLayer("ClaqMatMul node '" + node_name(api, info) + "': " + error.what());
+        throw InvalidLayer(std::string(operator_name(self)) + " node '" + node_name(api, info) + "': " + error.what());
       }
     });
   };
-  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-    const Kernel& self = *static_cast<const Kernel*>(kernel);
-    return guarded(self.api, [&] { compute(self, context); });
-  };
+  if (gathers) {
+    op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+      const Kernel& self = *static_cast<const Kernel*>(kernel);
+      return guarded(self.api, [&] { gather_rows(self, context); });
+    };
+  } else {
+    op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+      const Kernel& self = *static_cast<const Kernel*>(kernel);
+      return guarded(self.api, [&] { multiply(self, context); });
+    };
+  }
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   return op;
 }
@@ -235,7 +284,10 @@ const std::vector<TypedOp>& all_ops() {
     auto* list = new std::vector<TypedOp>;
     for (const int activation : {kFloat32, kFloat16, kBfloat16}) {
       for (const int order : {kUint16, kInt32}) {
-        for (const int outlier_index : {kUint16, kInt32}) list->push_back(make_op(activation, order, outlier_index));
+        for (const int outlier_index : {kUint16, kInt32}) {
+          list->push_back(make_op(false, activation, activation, order, outlier_index));
+          for (const int index : {kInt32, kInt64}) list->push_back(make_op(true, index, activation, order, outlier_index));
+        }
       }
     }
     return list;

@@ -1,14 +1,12 @@
 #include "run.h"
 
 #include <algorithm>
-#include <atomic>
-#include <exception>
 #include <string>
-#include <thread>
 
 #include "family.h"
 #include "half.h"
 #include "layer.h"
+#include "parallel.h"
 #include "workspace.h"
 
 namespace claq {
@@ -19,53 +17,12 @@ constexpr int64_t kCachedSums = 6 * 1024;  // a task's tile of results, where th
 // With outliers and many rows: the more outputs, the more often a tile of transposed activations is used once it is cached.
 constexpr int64_t kOutlierSums = 64 * 1024;
 constexpr int64_t kChunkElements = 1024 * 1024;  // rows of x are taken in chunks of at most this many activations
-constexpr double kTaskSeconds = 20e-6;           // less work than this is not worth a thread's wake-up
 
 // Rounded estimates, only used to decide into how many tasks to split.
 constexpr double kActivationsPerSecond = 1e9;
 constexpr double kWeightsPerSecond = 60e9;
 constexpr double kInt8ProductsPerSecond = 250e9;
 constexpr double kFloatProductsPerSecond = 60e9;
-
-struct Host {
-  claq_parallel_for parallel_for;
-  void* context;
-};
-
-// Runs body(i) for i in [0, total); an exception of a task is passed on after all have ended.
-template <class Body>
-void for_each(const Host& host, int64_t total, Body body) {
-  if (total <= 1 || !host.parallel_for) {
-    for (int64_t i = 0; i < total; ++i) body(i);
-    return;
-  }
-  struct Shared {
-    Body* body;
-    std::atomic<bool> failed{false};
-    std::exception_ptr failure;
-  } shared;
-  shared.body = &body;
-  host.parallel_for(
-      host.context,
-      [](void* data, size_t index) {
-        auto* state = static_cast<Shared*>(data);
-        try {
-          (*state->body)(static_cast<int64_t>(index));
-        } catch (...) {
-          if (!state->failed.exchange(true)) state->failure = std::current_exception();
-        }
-      },
-      static_cast<size_t>(total), &shared);
-  if (shared.failed) std::rethrow_exception(shared.failure);
-}
-
-// A host does not say how many threads it has, so there are two tasks for each of the machine; more would make the stripes of
-// outputs, and with them the runs of code words that lie together, needlessly short.
-int64_t task_count(const Host& host, double seconds, int64_t most) {
-  if (!host.parallel_for) return 1;
-  static const int64_t threads = std::max<int64_t>(1, std::thread::hardware_concurrency());
-  return std::clamp(static_cast<int64_t>(seconds / kTaskSeconds), int64_t{1}, std::min(most, 2 * threads));
-}
 
 const float* load_row(const Family& family, claq_dtype dtype, const void* x, int64_t row, int64_t length, float* buffer) {
   if (dtype == CLAQ_FLOAT32) return static_cast<const float*>(x) + row * length;

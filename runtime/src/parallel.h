@@ -1,0 +1,56 @@
+// Spreading work over the threads of whoever calls the library; it has none of its own but those of thread_pool.cpp.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <thread>
+
+#include "claq.h"
+
+namespace claq {
+
+struct Host {
+  claq_parallel_for parallel_for;
+  void* context;
+};
+
+// Runs body(i) for i in [0, total); an exception of a task is passed on after all have ended.
+template <class Body>
+void for_each(const Host& host, int64_t total, Body body) {
+  if (total <= 1 || !host.parallel_for) {
+    for (int64_t i = 0; i < total; ++i) body(i);
+    return;
+  }
+  struct Shared {
+    Body* body;
+    std::atomic<bool> failed{false};
+    std::exception_ptr failure;
+  } shared;
+  shared.body = &body;
+  host.parallel_for(
+      host.context,
+      [](void* data, size_t index) {
+        auto* state = static_cast<Shared*>(data);
+        try {
+          (*state->body)(static_cast<int64_t>(index));
+        } catch (...) {
+          if (!state->failed.exchange(true)) state->failure = std::current_exception();
+        }
+      },
+      static_cast<size_t>(total), &shared);
+  if (shared.failed) std::rethrow_exception(shared.failure);
+}
+
+constexpr double kTaskSeconds = 20e-6;  // less work than this is not worth a thread's wake-up
+
+// A host does not say how many threads it has, so there are two tasks for each of the machine; more would make the stripes of
+// outputs, and with them the runs of code words that lie together, needlessly short.
+inline int64_t task_count(const Host& host, double seconds, int64_t most) {
+  if (!host.parallel_for) return 1;
+  static const int64_t threads = std::max<int64_t>(1, std::thread::hardware_concurrency());
+  return std::clamp(static_cast<int64_t>(seconds / kTaskSeconds), int64_t{1}, std::min(most, 2 * threads));
+}
+
+}  // namespace claq
