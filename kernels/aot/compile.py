@@ -37,7 +37,7 @@ class CompiledKernel:
         shared: bytes of dynamic shared memory.
         parameters: (name, type) in launch order, without the two hidden null pointers at the end.
         tile: see :class:`.variants.Variant`.
-        weights: see :class:`.variants.Variant`.
+        weights, most_vectors, programs: see :class:`.variants.Variant`.
         cubin, ptx: the images.
     """
 
@@ -49,6 +49,8 @@ class CompiledKernel:
     parameters: tuple[tuple[str, str], ...]
     tile: tuple[int, int, int]
     weights: float
+    most_vectors: int
+    programs: int
     cubin: bytes
     ptx: str
 
@@ -95,6 +97,8 @@ def compile_variant(variant: Variant, target: int) -> CompiledKernel:
         parameters=parameters,
         tile=variant.tile,
         weights=variant.weights,
+        most_vectors=variant.most_vectors,
+        programs=variant.programs,
         cubin=compiled.asm["cubin"],
         ptx=compiled.asm["ptx"],
     )

@@ -1,6 +1,6 @@
 """The file of compiled kernels for one target, and the manifest of all: written here, read by a C++ loader.
 
-``claq_sm90.kernels`` (little-endian): the magic ``CLAQKRN1``; uint32 number of records; uint32 compute capability; then
+``claq_sm90.kernels`` (little-endian): the magic ``CLAQKRN2``; uint32 number of records; uint32 compute capability; then
 the records, sorted by name, then the images, each at a multiple of 16 bytes. A record is 256 bytes:
 
     char     name[64], entry[48]        zero-terminated
@@ -10,6 +10,7 @@ the records, sorted by name, then the images, each at a multiple of 16 bytes. A 
     uint32   kind                       0 = cubin, 1 = PTX text, zero-terminated
     uint64   offset, size               of the image in this file
     uint8    sha256[32]                 of the image
+    uint32   most_vectors, programs     of a matrix kernel: rows of x it is taken for; programs a multiprocessor aimed at
     zeros up to 256 bytes
 
 Two null pointers follow the parameters in every launch. ``claq_ptx80.kernels`` holds PTX, for GPUs no cubin fits.
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
     # Reading a package needs no Triton.
     from .compile import CompiledKernel
 
-MAGIC = b"CLAQKRN1"
+MAGIC = b"CLAQKRN2"
 RECORD_SIZE = 256
 _HEADER = struct.Struct("<8sII")
-_RECORD = struct.Struct("<64s48s32s2I3II2Q32s")
+_RECORD = struct.Struct("<64s48s32s2I3II2Q32s2I")
 _ALIGNMENT = 16
 
 
@@ -66,7 +67,7 @@ def write_package(kernels: Sequence[CompiledKernel], path: Path, ptx: bool = Fal
                 raise ValueError(f"{text.decode()} does not fit {room - 1} characters")
         offset += -offset % _ALIGNMENT
         fields = (kernel.num_warps, kernel.shared, *kernel.tile, int(ptx), offset, len(image))
-        record = _RECORD.pack(*texts, *fields, hashlib.sha256(image).digest())
+        record = _RECORD.pack(*texts, *fields, hashlib.sha256(image).digest(), kernel.most_vectors, kernel.programs)
         records.append(record.ljust(RECORD_SIZE, b"\0"))
         images.append((offset, image))
         offset += len(image)
@@ -113,7 +114,7 @@ def read_package(path: Path) -> dict[str, dict[str, Any]]:
     for i in range(count):
         fields = _RECORD.unpack_from(data, _HEADER.size + RECORD_SIZE * i)
         name, entry, parameters = (text.rstrip(b"\0").decode() for text in fields[:3])
-        offset, size, digest = fields[9:]
+        offset, size, digest, most_vectors, programs = fields[9:]
         image = data[offset : offset + size]
         if len(image) != size or hashlib.sha256(image).digest() != digest:
             raise ValueError(f"{path.name}: the image of {name} is damaged")
@@ -125,6 +126,8 @@ def read_package(path: Path) -> dict[str, dict[str, Any]]:
             "shared": fields[4],
             "tile": fields[5:8],
             "ptx": bool(fields[8]),
+            "most_vectors": most_vectors,
+            "programs": programs,
             "image": image,
         }
     return kernels

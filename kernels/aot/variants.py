@@ -40,6 +40,9 @@ class Variant:
         tile: output features, vectors and blocks of 32 columns a program takes (0: the grid does not depend on it).
         weights: weights a thread decodes in one turn of the main loop; 0 for kernels without codes.
         multiples: integer parameters that are multiples of 16 in every launch.
+        most_vectors: for up to how many rows of x the loader takes this kernel (matrix kernels only; a float32 row of
+            ``claq_gemv`` counts as two).
+        programs: programs a multiprocessor that splitting the columns aims at (matrix kernels only).
     """
 
     name: str
@@ -50,6 +53,8 @@ class Variant:
     tile: tuple[int, int, int]
     weights: float = 0.0
     multiples: tuple[str, ...] = field(default=("P",))
+    most_vectors: int = 0
+    programs: int = 0
 
 
 def _integers(*names: str) -> dict[str, str]:
@@ -86,6 +91,8 @@ def _gemv(dispatch: Dispatch) -> Iterator[Variant]:
                 num_warps=config.warps,
                 tile=(4 * config.lanes, rows, config.warps * config.unroll),
                 weights=4 * config.lanes * config.unroll,
+                most_vectors=config.max_vectors,
+                programs=config.programs,
             )
 
 
@@ -112,6 +119,8 @@ def _gemm(config: GemmConfig) -> Iterator[Variant]:
             num_warps=config.warps,
             tile=(4 * config.lanes, config.vectors, config.blocks),
             weights=4 * config.lanes * config.blocks / config.warps,
+            most_vectors=config.max_vectors,
+            programs=config.programs,
         )
 
 

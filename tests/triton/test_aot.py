@@ -139,10 +139,13 @@ def test_damaged_package_is_refused(tmp_path: Path) -> None:
     from claq_export.kernels.aot.compile import CompiledKernel
     from claq_export.kernels.aot.package import read_package, write_package
 
-    kernel = CompiledKernel("k", 80, "entry", 4, 0, (("a_ptr", "*i32"), ("N", "i32")), (1, 2, 3), 0.0, b"image", "ptx")
+    kernel = CompiledKernel(
+        "k", 80, "entry", 4, 0, (("a_ptr", "*i32"), ("N", "i32")), (1, 2, 3), 0.0, 4, 8, b"image", "ptx"
+    )
     path = tmp_path / "claq_sm80.kernels"
     write_package([kernel], path)
     assert read_package(path)["k"]["parameters"] == "pi"
+    assert (read_package(path)["k"]["most_vectors"], read_package(path)["k"]["programs"]) == (4, 8)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

@@ -1,0 +1,158 @@
+#include "driver.h"
+
+#include <dlfcn.h>
+
+#include <memory>
+#include <string>
+
+namespace claq::cuda {
+namespace {
+
+constexpr int kMultiprocessorCount = 16;  // CUdevice_attribute
+constexpr int kCapabilityMajor = 75;
+constexpr int kCapabilityMinor = 76;
+constexpr int kMaxDynamicShared = 8;  // CUfunction_attribute
+constexpr unsigned kSharedWithoutAsking = 48 * 1024;
+
+template <class F>
+void find(void* library, F& slot, const char* name) {
+  slot = reinterpret_cast<F>(dlsym(library, name));
+  if (!slot) throw Error(std::string("the CUDA driver has no ") + name + ": it is too old");
+}
+
+Address address(const void* pointer) { return reinterpret_cast<Address>(pointer); }
+
+}  // namespace
+
+const Driver& Driver::get() {
+  static const Driver driver;  // a failure is tried again at the next call
+  return driver;
+}
+
+Driver::Driver() {
+  void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (!library) throw Error("no CUDA driver: libcuda.so.1 cannot be loaded");
+  find(library, error_text_, "cuGetErrorString");
+  find(library, init_, "cuInit");
+  find(library, count_, "cuDeviceGetCount");
+  find(library, device_, "cuDeviceGet");
+  find(library, attribute_, "cuDeviceGetAttribute");
+  find(library, current_, "cuCtxGetCurrent");
+  find(library, context_device_, "cuCtxGetDevice");
+  find(library, load_, "cuModuleLoadData");
+  find(library, get_function_, "cuModuleGetFunction");
+  find(library, set_attribute_, "cuFuncSetAttribute");
+  find(library, to_host_, "cuMemcpyDtoH_v2");
+  find(library, to_device_, "cuMemcpyHtoD_v2");
+  find(library, copy_, "cuMemcpyDtoDAsync_v2");
+  find(library, allocate_, "cuMemAlloc_v2");
+  find(library, release_, "cuMemFree_v2");
+  find(library, launch_, "cuLaunchKernel");
+  check(init_(0), "cuInit");
+}
+
+void Driver::check(int result, const char* call) const {
+  if (result == 0) return;
+  const char* text = nullptr;
+  error_text_(result, &text);
+  throw Error(std::string(call) + ": " + (text ? text : "CUDA error") + " (" + std::to_string(result) + ")");
+}
+
+int Driver::device_count() const {
+  int count = 0;
+  check(count_(&count), "cuDeviceGetCount");
+  return count;
+}
+
+int Driver::capability(int device) const {
+  int handle = 0, major = 0, minor = 0;
+  check(device_(&handle, device), "cuDeviceGet");
+  check(attribute_(&major, kCapabilityMajor, handle), "cuDeviceGetAttribute");
+  check(attribute_(&minor, kCapabilityMinor, handle), "cuDeviceGetAttribute");
+  return 10 * major + minor;
+}
+
+int Driver::multiprocessors(int device) const {
+  int handle = 0, count = 0;
+  check(device_(&handle, device), "cuDeviceGet");
+  check(attribute_(&count, kMultiprocessorCount, handle), "cuDeviceGetAttribute");
+  return count;
+}
+
+Context Driver::current() const {
+  Context context = nullptr;
+  check(current_(&context), "cuCtxGetCurrent");
+  if (!context) throw Error("this thread has no CUDA context");
+  return context;
+}
+
+int Driver::current_device() const {
+  current();
+  int device = 0;
+  check(context_device_(&device), "cuCtxGetDevice");
+  return device;
+}
+
+Module Driver::load(const void* image) const {
+  Module module = nullptr;
+  check(load_(&module, image), "cuModuleLoadData");
+  return module;
+}
+
+Function Driver::function(Module module, const char* entry, unsigned shared) const {
+  Function found = nullptr;
+  check(get_function_(&found, module, entry), "cuModuleGetFunction");
+  if (shared > kSharedWithoutAsking) {
+    check(set_attribute_(found, kMaxDynamicShared, static_cast<int>(shared)), "cuFuncSetAttribute");
+  }
+  return found;
+}
+
+void Driver::to_host(void* host, const void* device, size_t bytes) const {
+  if (bytes) check(to_host_(host, address(device), bytes), "cuMemcpyDtoH");
+}
+
+void Driver::to_device(void* device, const void* host, size_t bytes) const {
+  if (bytes) check(to_device_(address(device), host, bytes), "cuMemcpyHtoD");
+}
+
+void Driver::copy(void* to, const void* from, size_t bytes, Stream stream) const {
+  check(copy_(address(to), address(from), bytes, stream), "cuMemcpyDtoDAsync");
+}
+
+void* Driver::allocate(size_t bytes) const {
+  Address memory = 0;
+  check(allocate_(&memory, bytes), "cuMemAlloc");
+  return reinterpret_cast<void*>(memory);
+}
+
+void Driver::release(void* memory) const noexcept { release_(address(memory)); }
+
+void Driver::launch(Function function, const unsigned (&grid)[3], unsigned threads, unsigned shared, Stream stream, void** parameters) const {
+  check(launch_(function, grid[0], grid[1], grid[2], threads, 1, 1, shared, stream, parameters, nullptr), "cuLaunchKernel");
+}
+
+const Blas* Blas::get() {
+  // Only a library that is loaded already: its handle comes from the host, and the two must be of one version.
+  static const std::unique_ptr<const Blas> found = []() -> std::unique_ptr<const Blas> {
+    for (const char* name : {"libcublas.so.13", "libcublas.so.12", "libcublas.so.11"}) {
+      void* library = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
+      void* symbol = library ? dlsym(library, "cublasGemmEx") : nullptr;
+      if (symbol) return std::unique_ptr<const Blas>(new Blas(reinterpret_cast<GemmEx>(symbol)));
+    }
+    return nullptr;
+  }();
+  return found.get();
+}
+
+void Blas::multiply_add(void* handle, Number type, const void* x, const void* w, void* y, int m, int n, int k, int stride) const {
+  constexpr int kNoTranspose = 0, kComputeFloat32 = 68, kDefaultAlgorithm = -1;
+  const float one = 1;
+  const int number = static_cast<int>(type);
+  // cuBLAS counts by columns, where these row-major matrices are their transposes: y' += w' x'.
+  const int status = gemm_(handle, kNoTranspose, kNoTranspose, n, m, k, &one, w, number, n, x, number, k, &one, y, number, stride,
+                           kComputeFloat32, kDefaultAlgorithm);
+  if (status != 0) throw Error("cublasGemmEx failed with status " + std::to_string(status));
+}
+
+}  // namespace claq::cuda

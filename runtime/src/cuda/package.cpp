@@ -1,0 +1,165 @@
+#include "package.h"
+
+#include <dirent.h>
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+namespace claq::cuda {
+namespace {
+
+constexpr char kMagic[] = "CLAQKRN2";
+constexpr size_t kHeaderSize = 16;
+constexpr size_t kRecordSize = 256;
+constexpr int kOldestCapability = 80;
+
+std::vector<unsigned char> read_file(const std::string& path) {
+  const std::unique_ptr<FILE, int (*)(FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
+  if (!file) throw Error(path + ": cannot be opened");
+  std::vector<unsigned char> data;
+  unsigned char buffer[1 << 16];
+  while (const size_t count = std::fread(buffer, 1, sizeof buffer, file.get())) data.insert(data.end(), buffer, buffer + count);
+  if (std::ferror(file.get())) throw Error(path + ": cannot be read");
+  return data;
+}
+
+template <class T>
+T number(const unsigned char* from) {  // little-endian, as every host with a CUDA device is
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+std::string text(const unsigned char* from, size_t room) {
+  const void* end = std::memchr(from, 0, room);
+  if (!end) throw Error("a text of a record has no end");
+  return std::string(reinterpret_cast<const char*>(from), static_cast<const unsigned char*>(end) - from);
+}
+
+Record read_record(const std::vector<unsigned char>& data, size_t at) {
+  const unsigned char* from = data.data() + at;
+  Record record;
+  record.name = text(from, 64);
+  record.entry = text(from + 64, 48);
+  record.parameters = text(from + 112, 32);
+  const auto warps = number<uint32_t>(from + 144);
+  if (warps < 1 || warps > 32) throw Error(record.name + ": has " + std::to_string(warps) + " warps, expected 1 to 32");
+  record.threads = 32 * warps;
+  record.shared = number<uint32_t>(from + 148);
+  for (size_t i = 0; i < 3; ++i) record.tile[i] = number<uint32_t>(from + 152 + 4 * i);
+  const bool ptx = number<uint32_t>(from + 164) != 0;
+  const auto offset = number<uint64_t>(from + 168), size = number<uint64_t>(from + 176);
+  if (size == 0 || offset > data.size() || size > data.size() - offset) throw Error(record.name + ": its image is outside the file");
+  if (ptx ? data[offset + size - 1] != 0 : size < 4 || std::memcmp(&data[offset], "\177ELF", 4) != 0) {
+    throw Error(record.name + ": its image is damaged");
+  }
+  record.offset = offset;
+  record.most_vectors = number<uint32_t>(from + 216);
+  record.programs = number<uint32_t>(from + 220);
+  return record;
+}
+
+std::string library_folder() {
+  Dl_info info;
+  if (!dladdr(reinterpret_cast<const void*>(&library_folder), &info) || !info.dli_fname) return ".";
+  const std::string path = info.dli_fname;
+  const size_t slash = path.rfind('/');
+  return slash == std::string::npos ? "." : path.substr(0, slash);
+}
+
+// Numbers in the folder's names `<prefix><number>.kernels`.
+std::vector<int> numbers_of(const std::string& folder, const std::string& prefix) {
+  std::vector<int> found;
+  const std::unique_ptr<DIR, int (*)(DIR*)> directory(opendir(folder.c_str()), closedir);
+  if (!directory) return found;
+  while (const dirent* entry = readdir(directory.get())) {
+    const std::string name = entry->d_name;
+    char* end = nullptr;
+    if (name.compare(0, prefix.size(), prefix) != 0) continue;
+    const long value = std::strtol(name.c_str() + prefix.size(), &end, 10);
+    if (end != name.c_str() + prefix.size() && std::strcmp(end, ".kernels") == 0) found.push_back(static_cast<int>(value));
+  }
+  return found;
+}
+
+}  // namespace
+
+Package::Package(const std::string& path) : data_(read_file(path)) {
+  try {
+    if (data_.size() < kHeaderSize || std::memcmp(data_.data(), kMagic, 8) != 0) throw Error("is not a package of claq kernels");
+    const auto count = number<uint32_t>(data_.data() + 8);
+    if (count > (data_.size() - kHeaderSize) / kRecordSize) throw Error("is truncated");
+    for (uint32_t i = 0; i < count; ++i) records_.push_back(read_record(data_, kHeaderSize + i * kRecordSize));
+  } catch (const Error& error) {
+    throw Error(path + ": " + error.what());
+  }
+  std::sort(records_.begin(), records_.end(), [](const Record& a, const Record& b) { return a.name < b.name; });
+}
+
+const Record* Package::find(const std::string& name) const {
+  const auto found = std::lower_bound(records_.begin(), records_.end(), name,
+                                      [](const Record& record, const std::string& wanted) { return record.name < wanted; });
+  return found != records_.end() && found->name == name ? &*found : nullptr;
+}
+
+std::string kernel_folder() {
+  const char* folder = std::getenv("CLAQ_CUDA_KERNELS");
+  return folder && *folder ? folder : library_folder() + "/cuda";
+}
+
+std::string package_for(int capability) {
+  const std::string folder = kernel_folder();
+  int best = 0;
+  for (const int built : numbers_of(folder, "claq_sm")) {
+    // Before sm_90 code runs on later chips of the same major number; since, on its own generation alone.
+    const bool fits = capability < 90 ? built / 10 == capability / 10 && built <= capability : built == capability;
+    if (fits) best = std::max(best, built);
+  }
+  if (best) return folder + "/claq_sm" + std::to_string(best) + ".kernels";
+  for (const int built : numbers_of(folder, "claq_ptx")) {
+    if (built <= capability) best = std::max(best, built);
+  }
+  return best && capability >= kOldestCapability ? folder + "/claq_ptx" + std::to_string(best) + ".kernels" : "";
+}
+
+Kernels& Kernels::current() {
+  static std::mutex mutex;
+  static auto* contexts = new std::map<Context, std::unique_ptr<Kernels>>;
+  static auto* packages = new std::map<std::string, std::shared_ptr<const Package>>;
+
+  const Driver& driver = Driver::get();
+  const Context context = driver.current();
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto& kernels = (*contexts)[context];
+  if (kernels) return *kernels;
+  const int device = driver.current_device();
+  const int capability = driver.capability(device);
+  const std::string path = package_for(capability);
+  if (path.empty()) {
+    throw Error("no kernels for this GPU (compute capability " + std::to_string(capability / 10) + "." + std::to_string(capability % 10) +
+                ") in " + kernel_folder());
+  }
+  auto& package = (*packages)[path];
+  if (!package) package = std::make_shared<const Package>(path);
+  auto made = std::make_unique<Kernels>();
+  made->package_ = package;
+  made->multiprocessors_ = driver.multiprocessors(device);
+  kernels = std::move(made);
+  return *kernels;
+}
+
+const Kernel& Kernels::get(const std::string& name) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = loaded_.find(name);
+  if (found != loaded_.end()) return found->second;
+  const Record* record = package_->find(name);
+  if (!record) throw Error("the package of kernels has no " + name);
+  const Driver& driver = Driver::get();
+  const Function function = driver.function(driver.load(package_->image(*record)), record->entry.c_str(), record->shared);
+  return loaded_.emplace(name, Kernel{function, record}).first->second;
+}
+
+}  // namespace claq::cuda

@@ -1,0 +1,268 @@
+"""Runs libclaq's GPU layers on a fake driver whose launches go to Triton's interpreter; prints each case's error as JSON.
+
+A program of its own: the interpreter and the fake driver are for a whole process. Arguments: the built libclaq, the
+fake libcuda.so.1, the fake cuBLAS, and a folder for the packages of kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from quantized_layers import dense_weight, random_layer
+
+from claq_export.kernels.aot.compile import CompiledKernel
+from claq_export.kernels.aot.package import write_package
+from claq_export.kernels.aot.variants import Variant, variants
+
+DTYPES = {
+    torch.float32: 1,
+    torch.int8: 3,
+    torch.uint16: 4,
+    torch.int32: 6,
+    torch.float16: 10,
+    torch.uint32: 12,
+    torch.bfloat16: 16,
+}
+POINTERS = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "i64": torch.int64,
+    "i32": torch.int32,
+    "i16": torch.int16,
+    "i8": torch.int8,
+    "u16": torch.uint16,
+}
+TARGET = 80
+
+# name, K, N, widths, rows, dtype, outliers, with order, bias, cuBLAS, kernels that must run
+CASES: list[tuple[Any, ...]] = [
+    ("few", 200, 104, (2,), 1, torch.float16, 0.0, False, True, False, "quantize gemv finish"),
+    ("few-outliers", 200, 104, (3,), 3, torch.bfloat16, 0.03, False, True, False, "quantize gemv finish"),
+    ("few-mixed", 333, 136, (2, 3, 4), 4, torch.float16, 0.03, True, False, True, "quantize gemv finish"),
+    ("few-float32", 96, 40, (4,), 2, torch.float32, 0.05, False, True, True, "quantize gemv finish"),
+    ("few-odd", 70, 37, (2, 4), 2, torch.float16, 0.05, True, True, False, "quantize gemv finish"),
+    ("slices-float32", 96, 37, (3, 4), 7, torch.float32, 0.03, True, True, False, "quantize gemv finish"),
+    ("tens", 200, 104, (4,), 7, torch.float16, 0.0, False, False, False, "scale gemm finish"),
+    ("tens-mixed", 130, 70, (2, 3, 4), 20, torch.bfloat16, 0.02, True, True, True, "scale gemm finish"),
+    ("many-without-cublas", 64, 36, (2,), 130, torch.float16, 0.02, False, True, False, "scale gemm finish"),
+    ("dense", 96, 72, (3,), 130, torch.float16, 0.0, False, True, True, "finish dequantize"),
+    ("dense-mixed", 130, 44, (2, 3, 4), 131, torch.bfloat16, 0.02, True, False, True, "finish dequantize outliers"),
+    ("dense-float32", 70, 64, (4, 2), 9, torch.float32, 0.03, True, True, True, "finish dequantize outliers"),
+]
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("rank", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+PARTS = ("codes", "codebook", "scale", "row_scale", "order", "outlier_ptr", "outlier_index", "outlier_value", "bias")
+
+
+class Description(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_size_t),
+        *((name, ctypes.c_int64) for name in ("in_features", "out_features", "columns_4", "columns_3", "columns_2")),
+        *((name, Tensor) for name in PARTS),
+        ("kernel", ctypes.c_char_p),
+    )
+
+
+def at_address(address: int, kind: str) -> torch.Tensor:
+    """A tensor on memory that somebody else owns; the interpreter takes no more of it than the address."""
+    dtype = POINTERS[kind.removeprefix("*")]
+    if not address:
+        return torch.empty(1, dtype=dtype)
+    return torch.frombuffer((ctypes.c_char * dtype.itemsize).from_address(address), dtype=dtype)
+
+
+class Interpreter:
+    """Runs what the fake driver is asked to launch."""
+
+    def __init__(self) -> None:
+        self.variants: dict[str, Variant] = {variant.name: variant for variant in variants(TARGET)}
+        self.launched: list[str] = []
+        self.failure: BaseException | None = None
+
+    def package(self, folder: Path) -> None:
+        """Write a package whose images are names."""
+        kernels = []
+        for variant in self.variants.values():
+            names = variant.kernel.arg_names
+            parameters = tuple((name, variant.signature[name]) for name in names if name in variant.signature)
+            image = b"\x7fELF" + variant.name.encode() + b"\0"
+            kernels.append(
+                CompiledKernel(
+                    variant.name, TARGET, variant.kernel.__name__, variant.num_warps, 0, parameters, variant.tile,
+                    variant.weights, variant.most_vectors, variant.programs, image, "",
+                )
+            )  # fmt: skip
+        write_package(kernels, folder / f"claq_sm{TARGET}.kernels")
+
+    def launch(self, name: bytes, grid: Any, threads: int, _shared: int, stream: int, parameters: Any) -> None:
+        try:
+            variant = self.variants[name.decode()]
+            self.launched.append(variant.name.split("_")[0])
+            assert threads == 32 * variant.num_warps
+            assert stream == 77
+            arguments: dict[str, Any] = dict(variant.constants)
+            place = 0
+            for argument in variant.kernel.arg_names:
+                kind = variant.signature.get(argument)
+                if kind is None:
+                    continue
+                if kind.startswith("*"):
+                    address = ctypes.cast(parameters[place], ctypes.POINTER(ctypes.c_uint64))[0]
+                    assert address % 16 == 0, f"{variant.name}: {argument} is not aligned"
+                    arguments[argument] = at_address(address, kind)
+                else:
+                    arguments[argument] = ctypes.cast(parameters[place], ctypes.POINTER(ctypes.c_int32))[0]
+                    assert argument not in variant.multiples or arguments[argument] % 16 == 0
+                place += 1
+            for scratch in (0, 1):
+                assert ctypes.cast(parameters[place + scratch], ctypes.POINTER(ctypes.c_uint64))[0] == 0
+            variant.kernel[tuple(grid[i] for i in range(3))](**arguments, num_warps=variant.num_warps)
+        except BaseException as failure:  # nothing can be thrown through the C frames; the case raises it
+            self.failure = self.failure or failure
+
+
+def describe(tensors: dict[str, torch.Tensor], layer: Any) -> tuple[Description, list[Any]]:
+    """The C description of a layer, and what must be kept alive with it."""
+    description = Description(
+        struct_size=ctypes.sizeof(Description), in_features=layer.in_features, out_features=layer.out_features
+    )
+    description.columns_4, description.columns_3, description.columns_2 = layer.columns
+    kept: list[Any] = [tensors]
+    for name, tensor in tensors.items():
+        shape = (ctypes.c_int64 * tensor.dim())(*tensor.shape)
+        kept.append(shape)
+        setattr(description, name, Tensor(tensor.data_ptr(), shape, tensor.dim(), DTYPES[tensor.dtype]))
+    return description, kept
+
+
+def run(library: ctypes.CDLL, gpu: Interpreter, case: tuple[Any, ...], blas: Any) -> dict[str, Any]:
+    _, K, N, widths, rows, dtype, outliers, ordered, with_bias, with_blas, _ = case
+    layer = random_layer(K, N, widths, outliers=outliers, seed=K + N + rows)
+    generator = torch.Generator().manual_seed(rows)
+    bias = torch.randn(N, generator=generator).to(dtype) if with_bias else torch.empty(0, dtype=dtype)
+    tensors = {name: tensor.contiguous() for name, tensor in layer.tensors().items()} | {"bias": bias}
+    assert (layer.order.numel() > 0) == ordered
+    description, kept = describe(tensors, layer)
+    error = ctypes.create_string_buffer(512)
+    handle = ctypes.c_void_p()
+    gpu.launched, gpu.failure = [], None
+    if library.claq_cuda_create(ctypes.byref(description), DTYPES[dtype], ctypes.byref(handle), error, len(error)):
+        raise RuntimeError(error.value.decode())
+    x = torch.randn(rows, K, generator=generator).to(dtype)
+    y = torch.full((rows + 1, N), 7.0, dtype=dtype)
+    size = library.claq_cuda_workspace(handle, rows, int(with_blas))
+    workspace = torch.zeros(size + 512, dtype=torch.uint8)
+    start = -workspace.data_ptr() % 256
+    cublas = ctypes.c_void_p(99) if with_blas else None
+    if library.claq_cuda_run(
+        handle, ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(rows), ctypes.c_void_p(y.data_ptr()),
+        ctypes.c_void_p(workspace.data_ptr() + start), ctypes.c_void_p(77), cublas, error, len(error),
+    ):  # fmt: skip
+        raise RuntimeError(error.value.decode())
+    library.claq_cuda_destroy(handle)
+    if gpu.failure:
+        raise gpu.failure
+    del kept
+    expected = x.double() @ dense_weight(layer).T + (bias.double() if with_bias else 0)
+    return {
+        "error": ((y[:rows].double() - expected).abs().max() / expected.abs().max()).item(),
+        "kernels": " ".join(dict.fromkeys(gpu.launched)),
+        "inside": bool((y[rows] == 7).all()) and bool((workspace[start + size :] == 0).all()),
+    }
+
+
+def refusals(library: ctypes.CDLL, driver: ctypes.CDLL, package: Path) -> dict[str, list[Any]]:
+    """Status and message of what must be refused."""
+    tensors = {
+        name: tensor.contiguous() for name, tensor in random_layer(64, 32, (4, 2), outliers=0.05).tensors().items()
+    }
+    tensors["bias"] = torch.zeros(32, dtype=torch.float16)
+
+    def create(changed: dict[str, torch.Tensor] | None = None) -> list[Any]:
+        description, kept = describe({**tensors, **(changed or {})}, random_layer(64, 32, (4, 2), outliers=0.05))
+        error, handle = ctypes.create_string_buffer(512), ctypes.c_void_p()
+        status = library.claq_cuda_create(ctypes.byref(description), 10, ctypes.byref(handle), error, len(error))
+        del kept
+        return [status, error.value.decode(), bool(handle)]
+
+    def usable() -> list[Any]:
+        text = ctypes.create_string_buffer(512)
+        return [library.claq_cuda_usable(text, len(text)), text.value.decode()]
+
+    found: dict[str, list[Any]] = {}
+    driver.fake_set_context(0)
+    found["no context"] = create()
+    good = package.read_bytes()
+    packages = {
+        "no package": None,
+        "empty package": b"",
+        "another file": b"x" * 1000,
+        "truncated package": good[: len(good) // 2],
+        "record without end": good[:16] + b"g" * 64 + good[80:],
+        "damaged image": good.replace(b"\x7fELF", b"\x7fELG"),
+        "good": good,
+    }
+    for number, (name, data) in enumerate(packages.items(), 2):
+        folder = package.parent / str(number)
+        folder.mkdir()
+        if data is not None:
+            (folder / package.name).write_bytes(data)
+        os.environ["CLAQ_CUDA_KERNELS"] = str(folder)
+        driver.fake_set_context(number)  # kernels are kept by context
+        found[name] = create()
+    found["order out of range"] = create({"order": torch.full_like(tensors["order"], 65)})
+    found["codes too short"] = create({"codes": tensors["codes"][1:].contiguous()})
+    found["bias of another type"] = create({"bias": torch.zeros(32)})
+    found["unaligned"] = create({"bias": torch.zeros(33, dtype=torch.float16)[1:]})
+    driver.fake_refuse_memory(1)
+    found["no memory"] = create({"bias": torch.zeros(0, dtype=torch.float16)})
+    driver.fake_refuse_memory(0)
+    os.environ["FAKE_CAPABILITY"] = "75"
+    found["old GPU"] = usable()
+    os.environ["FAKE_CAPABILITY"] = "86"
+    found["fits a later chip"] = usable()
+    driver.fake_set_devices(0)
+    found["no GPU"] = usable()
+    return found
+
+
+def main() -> None:
+    path, driver_path, blas_path, folder = sys.argv[1:]
+    driver = ctypes.CDLL(driver_path)  # its soname is libcuda.so.1, which libclaq then finds loaded
+    blas = ctypes.CDLL(blas_path)
+    gpu = Interpreter()
+    gpu.package(Path(folder))
+    os.environ["CLAQ_CUDA_KERNELS"] = folder
+    callback_type = ctypes.CFUNCTYPE(
+        None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p,
+        ctypes.POINTER(ctypes.c_void_p),
+    )  # fmt: skip
+    callback = callback_type(gpu.launch)
+    driver.fake_on_launch(callback)
+    library = ctypes.CDLL(path)
+    library.claq_cuda_workspace.restype = ctypes.c_size_t
+    library.claq_cuda_workspace.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    library.claq_cuda_destroy.argtypes = [ctypes.c_void_p]
+    results: dict[str, Any] = {case[0]: run(library, gpu, case, blas) for case in CASES}
+    results["refusals"] = refusals(library, driver, Path(folder) / f"claq_sm{TARGET}.kernels")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

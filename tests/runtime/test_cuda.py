@@ -1,0 +1,120 @@
+"""The GPU layers of libclaq without a GPU: a fake driver takes the launches and Triton's interpreter runs them.
+
+What the host code does (which kernels, grids, parameters, workspace, packages, messages) is the real thing; the machine
+code of the kernels is not run here (``benchmarks/gpu/run_all.py`` does that on a GPU).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import claq_runtime
+
+ROOT = Path(__file__).parents[2]
+FOLDER = Path(__file__).parent / "cuda"
+BOUNDS = {"float32": 3e-7, "bfloat16": 8e-3}  # the interpreter truncates to bfloat16
+FLOAT16_BOUND = 6e-4
+
+if find_spec("triton") is None:
+    pytest.skip("Triton is not installed (pip install claq-export[gpu])", allow_module_level=True)
+if shutil.which("g++") is None:
+    pytest.skip("no g++ to build the fake driver", allow_module_level=True)
+
+
+def _cases() -> list[tuple[str, str, str]]:
+    """Name, dtype and expected kernels of each case, read from the program's table."""
+    source = (FOLDER / "emulated.py").read_text()
+    rows = source[source.index("CASES:") : source.index("\n]\n")].splitlines()[1:]
+    return [(row.split('"')[1], row.split("torch.")[1].split(",")[0], row.split('"')[3]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("cuda")
+    for source, name in (("fake_driver.cpp", "libcuda.so.1"), ("fake_cublas.cpp", "libcublas.so.12")):
+        build = [
+            "g++",
+            "-shared",
+            "-fPIC",
+            "-O1",
+            f"-Wl,-soname,{name}",
+            str(FOLDER / source),
+            "-o",
+            str(folder / name),
+        ]
+        subprocess.run(build, check=True)
+    packages = folder / "kernels"
+    packages.mkdir()
+    program = [sys.executable, str(FOLDER / "emulated.py"), claq_runtime.library_path()]
+    done = subprocess.run(
+        [*program, str(folder / "libcuda.so.1"), str(folder / "libcublas.so.12"), str(packages)],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")]),
+        },
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("name", "dtype", "kernels"), _cases(), ids=lambda value: value if "-" in value else None)
+def test_a_layer_is_computed(results: dict[str, Any], name: str, dtype: str, kernels: str) -> None:
+    assert results[name]["kernels"] == kernels
+    assert results[name]["error"] <= BOUNDS.get(dtype, FLOAT16_BOUND)
+    assert results[name]["inside"]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("no context", "no CUDA context"),
+        ("no package", "no kernels for this GPU (compute capability 8.0)"),
+        ("empty package", "is not a package of claq kernels"),
+        ("another file", "is not a package of claq kernels"),
+        ("truncated package", "its image is outside the file"),
+        ("record without end", "a text of a record has no end"),
+        ("damaged image", "its image is damaged"),
+        ("no memory", "cuMemAlloc"),
+        ("old GPU", "compute capability 7.5"),
+        ("no GPU", "sees no GPU"),
+    ],
+)
+def test_what_is_missing_is_said(results: dict[str, Any], case: str, message: str) -> None:
+    unavailable = 4
+    assert results["refusals"][case][0] == unavailable
+    assert message in results["refusals"][case][1]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("order out of range", "order: element 0 is 65"),
+        ("codes too short", "codes: shape is [7, 32]"),
+        ("bias of another type", "bias: on a GPU its type must be that of x"),
+        ("unaligned", "bias: its memory is not aligned"),
+    ],
+)
+def test_a_damaged_layer_is_named(results: dict[str, Any], case: str, message: str) -> None:
+    invalid_layer = 1
+    assert results["refusals"][case] == [invalid_layer, results["refusals"][case][1], False]
+    assert message in results["refusals"][case][1]
+
+
+def test_kernels_of_an_older_chip_serve_a_newer_one_of_its_generation(results: dict[str, Any]) -> None:
+    assert results["refusals"]["good"] == [0, "", True]
+    assert results["refusals"]["fits a later chip"][0] == 0
+    assert "claq_sm80.kernels" in results["refusals"]["fits a later chip"][1]
