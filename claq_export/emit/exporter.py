@@ -1,4 +1,4 @@
-"""From a PyTorch graph with ``claq::linear`` nodes to ``model.onnx``: translation, tidying, naming, metadata."""
+"""From a PyTorch graph with nodes of claq to ``model.onnx``: translation, tidying, naming, metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import onnxscript.optimizer
@@ -22,7 +21,7 @@ import claq_export
 from claq_export.errors import CaptureError
 from claq_export.format.files import check_target
 
-from .function import DOMAIN, OPSET, claq_matmul_function
+from .function import DOMAIN, OPSET, functions_of
 from .translation import translation_table
 from .writer import write_model
 
@@ -59,22 +58,25 @@ def emit_onnx(
     path: Path | str,
     *,
     dynamic_shapes: Mapping[str, Mapping[int, Any] | None] | None = None,
+    input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Artifact:
     """Write a quantized model as ONNX: ``path`` and, beside it, ``<path>.data``.
 
-    The file holds one ``com.claq::ClaqMatMul`` node a quantized layer and the same operator as a model-local function
-    of standard operators. The same input gives the same bytes.
+    The file holds one ``com.claq::ClaqMatMul`` node for each use of a quantized linear, one ``com.claq::ClaqGather`` node
+    for each use of a quantized embedding, and these operators as model-local functions of standard operators. The same
+    input gives the same bytes.
 
     Args:
-        model: a graph of aten operators and ``claq::linear`` (a ``GraphModule``, any module ``torch.export`` can
-            capture, or an ``ExportedProgram``).
+        model: a graph of aten operators, ``claq::linear`` and ``claq::embedding`` (a ``GraphModule``, any module that
+            ``torch.export`` can capture, or an ``ExportedProgram``).
         example_inputs: input name to tensor, as keyword arguments of the forward; the names become the graph's inputs.
             Dynamic axes must have a size of at least 2 here.
         path: the ``.onnx`` file; its folder must exist.
         dynamic_shapes: input name to ``{axis: name}``; a name is a string or a named ``torch.export.Dim``. Axes that
             are not listed are static. With an ``ExportedProgram`` it only names the axes.
+        input_names: names of the graph's inputs, in order, where they are not to be those of the example.
         output_names: names of the graph's outputs, in order; by default those of the captured graph.
         metadata: entries for the file's ``metadata_props``.
 
@@ -93,6 +95,9 @@ def emit_onnx(
         graph = _translate(program)
     _tidy(graph)
     _name_inputs(graph, list(example_inputs))
+    if input_names is not None:
+        axes = {new: axes.get(old, {}) for old, new in zip(example_inputs, input_names, strict=True)}
+        _name_inputs(graph, list(input_names))
     _name_outputs(graph, output_names)
     _name_axes(graph, axes)
     layers = _name_layers(graph)
@@ -100,8 +105,8 @@ def emit_onnx(
     graph.ir_version = IR_VERSION
     graph.metadata_props.clear()
     graph.metadata_props.update({key: metadata[key] for key in sorted(metadata)} if metadata else {})
-    function = onnx.FunctionProto.FromString(claq_matmul_function())
-    files = write_model(graph, [function], path)
+    functions = functions_of(node.op_type for node in graph.graph if node.domain == DOMAIN)
+    files = write_model(graph, functions, path)
     return Artifact(
         path=path,
         files=tuple(files),
@@ -288,7 +293,7 @@ def _name_axes(model: ir.Model, axes: Mapping[str, Mapping[int, Any]]) -> None:
 
 
 def _name_layers(model: ir.Model) -> list[str]:
-    """Name each ``ClaqMatMul`` node after its layer: the name of its codes without ``.codes``."""
+    """Name each node of claq after its layer: the name of its codes without ``.codes``, later uses numbered."""
     layers: list[str] = []
     for node in model.graph:
         if node.domain == DOMAIN:

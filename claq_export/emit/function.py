@@ -1,10 +1,12 @@
-"""``ClaqMatMul`` in standard ONNX operators: the model-local function that lets any ONNX runtime run a claq file.
+"""``ClaqMatMul`` and ``ClaqGather`` in standard ONNX operators: the model-local functions that let any ONNX runtime run a
+claq file.
 
-The function decodes the weight of ``docs/format.md`` and multiplies by it. All of it but the multiplication depends on
-constants, so ONNX Runtime folds a layer into one dense MatMul when it creates a session. Absent tensors have length
-zero; the body handles them with slices and scatters that then touch nothing, because a function cannot branch on the
-presence of an input without costing every session an ``If``. The time of that folding goes into fresh memory for
-intermediate tensors of the weight's size, so there are few of them and all but four hold bytes.
+Both decode the weight of ``docs/format.md``. Of ``ClaqMatMul`` all but the multiplication depends on constants, so ONNX
+Runtime folds a layer into one dense MatMul when it creates a session. ``ClaqGather`` takes the code words of the rows that
+are asked for before it decodes, so that a vocabulary is never unpacked as a whole. Absent tensors have length zero; the
+bodies handle them with slices and scatters that then touch nothing, because a function cannot branch on the presence of
+an input without costing every session an ``If``. The time of folding goes into fresh memory for intermediate tensors of
+the weight's size, so there are few of them and all but four hold bytes.
 """
 
 # mypy: ignore-errors
@@ -12,6 +14,7 @@ intermediate tensors of the weight's size, so there are few of them and all but 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 import numpy as np
@@ -49,24 +52,21 @@ _ZERO_INT64 = numpy_helper.from_array(np.array([0], dtype=np.int64))
 
 
 @script(_claq, default_opset=op)
-def ClaqMatMul(
-    x,
+def ClaqDecode(
     codes,
     codebook,
     scale,
-    row_scale,
     order,
-    outlier_ptr,
-    outlier_index,
+    outlier_row,
+    outlier_column,
     outlier_value,
-    bias,
     in_features: int,
-    out_features: int,
     columns_4: int,
     columns_3: int,
     columns_2: int,
-    accuracy_level: int = 0,
 ):
+    # Columns [K, M] of M rows of the weight, in float32 and but for the rows' scales, from their code words [R, M]; the
+    # outliers are given by their row among those M and their stored column, both int64. It is inlined below.
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     two = op.Constant(value_ints=[2])
@@ -76,7 +76,7 @@ def ClaqMatMul(
     sixteen = op.Constant(value_ints=[16])
     block = op.Constant(value_ints=[32])
     k = op.Reshape(op.Constant(value_int=in_features), one)
-    n = op.Reshape(op.Constant(value_int=out_features), one)
+    n = op.Shape(codes, start=1, end=2)
     c4 = op.Reshape(op.Constant(value_int=columns_4), one)
     c3 = op.Reshape(op.Constant(value_int=columns_3), one)
     c2 = op.Reshape(op.Constant(value_int=columns_2), one)
@@ -140,6 +140,34 @@ def ClaqMatMul(
     index = op.Cast(op.Gather(code, place, axis=0), to=_INT32)
     decoded = op.GatherElements(op.Gather(scaled_table, place, axis=0), index, axis=1)
 
+    position = op.Concat(op.Unsqueeze(op.Gather(feature, outlier_column), one), op.Unsqueeze(outlier_row, one), axis=1)
+    extra = op.Mul(op.Cast(outlier_value, to=_FLOAT), op.Gather(column_scale, outlier_column))
+    return op.ScatterND(decoded, position, extra, reduction="add")
+
+
+@script(_claq, default_opset=op)
+def ClaqMatMul(
+    x,
+    codes,
+    codebook,
+    scale,
+    row_scale,
+    order,
+    outlier_ptr,
+    outlier_index,
+    outlier_value,
+    bias,
+    in_features: int,
+    out_features: int,
+    columns_4: int,
+    columns_3: int,
+    columns_2: int,
+    accuracy_level: int = 0,
+):
+    zero = op.Constant(value_ints=[0])
+    one = op.Constant(value_ints=[1])
+    n = op.Reshape(op.Constant(value_int=out_features), one)
+
     # Outliers, rows of a CSR matrix: the row of entry i is the number of inner row pointers that are <= i.
     nnz = op.Shape(outlier_index)
     inner = op.Slice(outlier_ptr, one, op.Constant(value_ints=[-1]), zero)
@@ -152,9 +180,19 @@ def ClaqMatMul(
     )
     outlier_row = op.Slice(op.CumSum(starts, op.Constant(value_int=0)), zero, nnz, zero)
     outlier_column = op.Cast(outlier_index, to=_INT64)
-    position = op.Concat(op.Unsqueeze(op.Gather(feature, outlier_column), one), op.Unsqueeze(outlier_row, one), axis=1)
-    extra = op.Mul(op.Cast(outlier_value, to=_FLOAT), op.Gather(column_scale, outlier_column))
-    reserved = op.ScatterND(decoded, position, extra, reduction="add")
+    reserved = ClaqDecode(
+        codes,
+        codebook,
+        scale,
+        order,
+        outlier_row,
+        outlier_column,
+        outlier_value,
+        in_features=in_features,
+        columns_4=columns_4,
+        columns_3=columns_3,
+        columns_2=columns_2,
+    )
     dense = op.Mul(reserved, op.Cast(row_scale, to=_FLOAT))
 
     product = op.MatMul(op.Cast(x, to=_FLOAT), dense)
@@ -163,9 +201,117 @@ def ClaqMatMul(
     return op.CastLike(op.Add(product, offset), x)
 
 
+@script(_claq, default_opset=op)
+def ClaqGather(
+    indices,
+    codes,
+    codebook,
+    scale,
+    row_scale,
+    order,
+    outlier_ptr,
+    outlier_index,
+    outlier_value,
+    like,
+    in_features: int,
+    out_features: int,
+    columns_4: int,
+    columns_3: int,
+    columns_2: int,
+):
+    zero = op.Constant(value_ints=[0])
+    one = op.Constant(value_ints=[1])
+    last = op.Constant(value_ints=[-1])
+    end = op.Constant(value_ints=[9223372036854775807])
+    k = op.Reshape(op.Constant(value_int=in_features), one)
+    n = op.Reshape(op.Constant(value_int=out_features), one)
+    row = op.Reshape(indices, last)
+
+    # Entries first to behind - 1 of the outliers belong to a row; no row has any where there are no row pointers.
+    no_pointers = op.Mul(op.Cast(op.Equal(op.Shape(outlier_ptr), zero), to=_INT64), op.Add(n, one))
+    pointers = op.Concat(op.Cast(outlier_ptr, to=_INT64), op.ConstantOfShape(no_pointers, value=_ZERO_INT64), axis=0)
+    first = op.Gather(op.Slice(pointers, zero, last, zero), row)
+    counts = op.Sub(op.Gather(op.Slice(pointers, one, end, zero), row), first)
+    # The outliers of all rows asked for, one after another: entry i belongs to as many rows as end at or before i.
+    behind = op.CumSum(counts, op.Constant(value_int=0))
+    total = op.ReduceSum(counts, zero, keepdims=1)
+    ends = op.ScatterElements(
+        op.ConstantOfShape(op.Add(total, one), value=_ZERO_INT64),
+        behind,
+        op.Expand(one, op.Shape(behind)),
+        axis=0,
+        reduction="add",
+    )
+    outlier_row = op.Slice(op.CumSum(ends, op.Constant(value_int=0)), zero, total, zero)
+    shift = op.Gather(op.Sub(first, op.Sub(behind, counts)), outlier_row)
+    entry = op.Add(op.Range(op.Constant(value_int=0), op.Squeeze(total), op.Constant(value_int=1)), shift)
+    decoded = ClaqDecode(
+        op.Gather(codes, row, axis=1),
+        codebook,
+        scale,
+        order,
+        outlier_row,
+        op.Gather(op.Cast(outlier_index, to=_INT64), entry),
+        op.Gather(outlier_value, entry),
+        in_features=in_features,
+        columns_4=columns_4,
+        columns_3=columns_3,
+        columns_2=columns_2,
+    )
+    dense = op.Mul(decoded, op.Cast(op.Gather(row_scale, row), to=_FLOAT))
+    shape = op.Concat(op.Shape(indices), k, axis=0)
+    return op.CastLike(op.Reshape(op.Transpose(dense, perm=[1, 0]), shape, allowzero=1), like)
+
+
 @cache
 def claq_matmul_function() -> bytes:
     """The function as a serialized ``onnx.FunctionProto`` of domain ``com.claq``, opset 18."""
-    proto = ClaqMatMul.to_function_proto()
-    proto.doc_string = "y = x W^T + bias with W in the claq format, version 1 (docs/format.md), in standard operators."
+    return _self_contained(
+        ClaqMatMul, "y = x W^T + bias with W in the claq format, version 1 (docs/format.md), in standard operators."
+    )
+
+
+@cache
+def claq_gather_function() -> bytes:
+    """The function as a serialized ``onnx.FunctionProto`` of domain ``com.claq``, opset 18."""
+    return _self_contained(
+        ClaqGather, "Rows of a weight in the claq format, version 1 (docs/format.md), in standard operators."
+    )
+
+
+def functions_of(operators: Iterable[str]) -> list[onnx.FunctionProto]:
+    """The functions that a model with nodes of these operators needs; ``ClaqMatMul`` is always among them."""
+    used = set(operators)
+    functions = [onnx.FunctionProto.FromString(claq_matmul_function())]
+    if "ClaqGather" in used:
+        functions.append(onnx.FunctionProto.FromString(claq_gather_function()))
+    return functions
+
+
+def _self_contained(function, doc_string: str) -> bytes:
+    """``function`` with the body of :func:`ClaqDecode` in the place of its call, so that a file holds operators only."""
+    proto, callee = function.to_function_proto(), ClaqDecode.to_function_proto()
+    proto.doc_string = doc_string
+    nodes = list(proto.node)
+    position = next(i for i, node in enumerate(nodes) if node.op_type == callee.name)
+    call = nodes[position]
+    # Attributes are passed on under the same names, so references to them stay as they are.
+    assert all(attribute.ref_attr_name == attribute.name for attribute in call.attribute)
+    names = {**dict(zip(callee.input, call.input, strict=True)), **dict(zip(callee.output, call.output, strict=True))}
+    body = []
+    for inner in callee.node:
+        node = onnx.NodeProto()
+        node.CopyFrom(inner)
+        for field in (node.input, node.output):
+            renamed = [names.get(name, f"decode_{name}") if name else "" for name in field]
+            del field[:]
+            field.extend(renamed)
+        body.append(node)
+    del proto.node[:]
+    proto.node.extend([*nodes[:position], *body, *nodes[position + 1 :]])
+    for number, node in enumerate(proto.node):
+        node.name = f"n{number}"
+    others = [entry for entry in proto.opset_import if entry.domain != DOMAIN]
+    del proto.opset_import[:]
+    proto.opset_import.extend(others)
     return proto.SerializeToString(deterministic=True)

@@ -16,15 +16,23 @@ from .function import DOMAIN, VERSION
 INPUTS = ("x", *TENSOR_NAMES, "bias")
 """Inputs of ``ClaqMatMul`` in order."""
 
-ATTRIBUTES = ("in_features", "out_features", "columns_4", "columns_3", "columns_2", "accuracy_level")
+GATHER_INPUTS = ("indices", *TENSOR_NAMES, "like")
+"""Inputs of ``ClaqGather`` in order; ``like`` has length zero and the dtype of the result."""
+
+GATHER_ATTRIBUTES = ("in_features", "out_features", "columns_4", "columns_3", "columns_2")
+"""Integer attributes of ``ClaqGather``."""
+
+ATTRIBUTES = (*GATHER_ATTRIBUTES, "accuracy_level")
 """Integer attributes of ``ClaqMatMul``."""
 
 
-def _schema() -> onnx.defs.OpSchema:
+def _schema(name: str, inputs: Sequence[str], attributes: Sequence[str]) -> onnx.defs.OpSchema:
     parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
     types = {
         "x": "T",
         "bias": "B",
+        "indices": "S",
+        "like": "T",
         "codes": "tensor(uint32)",
         "codebook": "tensor(int8)",
         "outlier_ptr": "tensor(int32)",
@@ -33,23 +41,31 @@ def _schema() -> onnx.defs.OpSchema:
     }
     floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
     indices = ["tensor(uint16)", "tensor(int32)"]
+    constraints = [
+        ("T", floats, "dtype of the result"),
+        ("B", floats, "dtype of the bias"),
+        ("S", ["tensor(int32)", "tensor(int64)"], "dtype of the indices"),
+        ("I", indices, "dtype of order"),
+        ("J", indices, "dtype of outlier_index"),
+    ]
+    used = {types.get(name) for name in inputs}
     return onnx.defs.OpSchema(
-        "ClaqMatMul",
+        name,
         DOMAIN,
         VERSION,
-        inputs=[parameter(name, types.get(name, "tensor(float16)")) for name in INPUTS],
+        inputs=[parameter(name, types.get(name, "tensor(float16)")) for name in inputs],
         outputs=[parameter("y", "T")],
-        type_constraints=[
-            ("T", floats, "dtype of the activations"),
-            ("B", floats, "dtype of the bias"),
-            ("I", indices, "dtype of order"),
-            ("J", indices, "dtype of outlier_index"),
-        ],
-        attributes=[attribute(name, onnx.defs.OpSchema.AttrType.INT, required=True) for name in ATTRIBUTES],
+        type_constraints=[constraint for constraint in constraints if constraint[0] in used],
+        attributes=[attribute(name, onnx.defs.OpSchema.AttrType.INT, required=True) for name in attributes],
     )
 
 
-_claq_matmul = values.Op(values.Opset(DOMAIN, VERSION), "ClaqMatMul", _schema())
+def _operator(name: str, inputs: Sequence[str], attributes: Sequence[str]) -> values.Op:
+    return values.Op(values.Opset(DOMAIN, VERSION), name, _schema(name, inputs, attributes))
+
+
+_claq_matmul = _operator("ClaqMatMul", INPUTS, ATTRIBUTES)
+_claq_gather = _operator("ClaqGather", GATHER_INPUTS, GATHER_ATTRIBUTES)
 
 
 def _translate_linear(*arguments: Any) -> Any:
@@ -68,6 +84,21 @@ def _translate_linear(*arguments: Any) -> Any:
     )
 
 
+def _translate_embedding(*arguments: Any) -> Any:
+    """Record one ``ClaqGather`` node; arguments as in the schema of ``claq::embedding``."""
+    tensors = arguments[: len(GATHER_INPUTS)]
+    in_features, out_features, columns = arguments[len(GATHER_INPUTS) :]
+    counts: Sequence[int] = columns
+    return _claq_gather(
+        *tensors,
+        in_features=in_features,
+        out_features=out_features,
+        columns_4=counts[0],
+        columns_3=counts[1],
+        columns_2=counts[2],
+    )
+
+
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """``custom_translation_table`` for ``torch.onnx.export``: claq's operators and their translations."""
-    return {ops.linear: _translate_linear}
+    return {ops.linear: _translate_linear, ops.embedding: _translate_embedding}

@@ -1,4 +1,4 @@
-"""ONNX models of one ClaqMatMul node each, built by hand, and running models in another ONNX Runtime."""
+"""ONNX models of one ClaqMatMul or ClaqGather node each, built by hand, and running models in another ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import onnxruntime
 import torch
 from onnx import helper, numpy_helper
 
-from claq_export.emit.function import DOMAIN, OPSET, VERSION, claq_matmul_function
+from claq_export.emit.function import DOMAIN, OPSET, VERSION, claq_gather_function, claq_matmul_function
 from claq_export.format.layer import QuantizedLinear
 
 OLD_PYTHON = os.environ.get("CLAQ_ORT120_PYTHON")
@@ -51,6 +51,41 @@ def one_layer_model(
         graph,
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
         functions=[onnx.FunctionProto.FromString(claq_matmul_function())],
+        ir_version=10,
+    )
+
+
+def table_model(
+    layer: QuantizedLinear,
+    dtype: type[np.generic] = np.float32,
+    *,
+    index: type[np.generic] = np.int64,
+    rank: int = 1,
+    with_function: bool = True,
+    **changes: npt.NDArray[np.generic],
+) -> onnx.ModelProto:
+    """A model of one ClaqGather node named ``table``, input ``indices``, output ``y``; ``changes`` replace tensors."""
+    tensors = {name: tensor.numpy() for name, tensor in layer.tensors().items()}
+    tensors = {**tensors, "like": np.zeros(0, dtype), **changes}
+    node = helper.make_node(
+        "ClaqGather", ["indices", *tensors], ["y"], name="table", domain=DOMAIN, **layer.attributes()
+    )
+    axes = [f"d{i}" for i in range(rank)]
+    graph = helper.make_graph(
+        [node],
+        "table",
+        [helper.make_tensor_value_info("indices", helper.np_dtype_to_tensor_dtype(np.dtype(index)), axes)],
+        [
+            helper.make_tensor_value_info(
+                "y", helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), [*axes, layer.in_features]
+            )
+        ],
+        [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in tensors.items()],
+    )
+    return helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
+        functions=[onnx.FunctionProto.FromString(claq_gather_function())] if with_function else [],
         ir_version=10,
     )
 
