@@ -16,6 +16,15 @@ struct OrtKernelInfo;
 struct OrtKernelContext;
 struct OrtTensorTypeAndShapeInfo;
 struct OrtShapeInferContext;
+struct OrtMemoryInfo;
+
+// The start of the structure, as it has been since the first version.
+struct OrtAllocator {
+  uint32_t version;
+  void* (*Alloc)(OrtAllocator*, size_t);
+  void (*Free)(OrtAllocator*, void*);
+  const OrtMemoryInfo* (*Info)(const OrtAllocator*);
+};
 
 struct OrtApi {
   void* slots[1];
@@ -29,6 +38,10 @@ struct OrtApiBase {
 namespace claq::ort {
 
 constexpr uint32_t kOrtApiVersion = 17;
+constexpr uint32_t kOrtCudaApiVersion = 18;  // KernelInfoGetAllocator and KernelContext_GetScratchBuffer
+
+constexpr int kResourceVersion = 1;
+constexpr int kCublasHandle = 10002;  // CudaResource::cublas_handle_t
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kInvalidGraph = 10 };
 enum ElementType : int { kUndefined = 0, kFloat32 = 1, kInt8 = 3, kUint16 = 4, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kUint32 = 12, kBfloat16 = 16 };
@@ -51,9 +64,14 @@ enum Slot : int {
   kKernelContextGetOutput = 91,
   kReleaseStatus = 93,
   kReleaseTensorTypeAndShapeInfo = 99,
+  kReleaseAllocator = 132,
+  kKernelContextGetGpuComputeStream = 193,
   kKernelInfoGetNodeName = 244,
   kKernelInfoGetConstantInputTensor = 249,
+  kKernelContextGetResource = 265,
   kKernelContextParallelFor = 274,
+  kKernelContextGetScratchBuffer = 277,
+  kKernelInfoGetAllocator = 278,
 };
 
 struct CustomOp;
@@ -146,6 +164,24 @@ class Api {
   OrtStatus* parallel_for(const OrtKernelContext* context, void (*task)(void*, size_t), size_t total, void* data) const {
     return call<OrtStatus*(const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(kKernelContextParallelFor)(
         context, task, total, 0, data);
+  }
+
+  // Null without a GPU; otherwise the cudaStream_t that the node's work belongs to.
+  OrtStatus* stream(const OrtKernelContext* context, void** out) const {
+    return call<OrtStatus*(const OrtKernelContext*, void**)>(kKernelContextGetGpuComputeStream)(context, out);
+  }
+  OrtStatus* resource(const OrtKernelContext* context, int id, void** out) const {
+    return call<OrtStatus*(const OrtKernelContext*, int, int, void**)>(kKernelContextGetResource)(context, kResourceVersion, id, out);
+  }
+  // The allocator of the node's device; given back with release_allocator.
+  OrtStatus* allocator(const OrtKernelInfo* info, OrtAllocator** out) const {
+    return call<OrtStatus*(const OrtKernelInfo*, int, OrtAllocator**)>(kKernelInfoGetAllocator)(info, kDefaultMemory, out);
+  }
+  void release_allocator(OrtAllocator* allocator) const { call<void(OrtAllocator*)>(kReleaseAllocator)(allocator); }
+  // Memory for work on the node's stream, freed through the device's allocator once that work is queued.
+  OrtStatus* scratch(const OrtKernelContext* context, const OrtMemoryInfo* memory, size_t bytes, void** out) const {
+    return call<OrtStatus*(const OrtKernelContext*, const OrtMemoryInfo*, size_t, void**)>(kKernelContextGetScratchBuffer)(
+        context, memory, bytes, out);
   }
 
  private:

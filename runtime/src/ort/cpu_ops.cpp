@@ -1,0 +1,133 @@
+// The operators on the CPU.
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../gather.h"
+#include "../run.h"
+#include "operator.h"
+
+namespace claq::ort {
+namespace {
+
+struct Kernel {
+  Api api;
+  std::unique_ptr<claq_layer> layer;
+  int32_t accuracy_level;
+};
+
+int32_t accuracy_level(const Api& api, const OrtKernelInfo* info) {
+  int64_t value = 0;
+  if (OrtStatus* status = api.attribute(info, "accuracy_level", &value)) {
+    api.release_status(status);
+    return 0;  // as for MatMulNBits, the default is float32 arithmetic
+  }
+  if (value != 0 && value != 1 && value != 4) {
+    throw InvalidLayer("accuracy_level: is " + std::to_string(value) + ", expected 0, 1 or 4");
+  }
+  return static_cast<int32_t>(value);
+}
+
+std::unique_ptr<Kernel> create(const Api& api, const OrtKernelInfo* info, bool gathers) {
+  NodeLayer node;
+  read_layer(api, info, gathers, node);
+  auto kernel = std::make_unique<Kernel>(Kernel{api, nullptr, gathers ? 0 : accuracy_level(api, info)});
+  kernel->layer = make_layer(node.desc);
+  return kernel;
+}
+
+// A claq_parallel_for on the session's own threads.
+struct SessionThreads {
+  const Api* api;
+  OrtKernelContext* context;
+  OrtStatus* failure;
+
+  static void parallel_for(void* opaque, void (*task)(void*, size_t), size_t total, void* data) {
+    auto* self = static_cast<SessionThreads*>(opaque);
+    OrtStatus* status = self->api->parallel_for(self->context, task, total, data);
+    if (status && self->failure) self->api->release_status(status);
+    else if (status) self->failure = status;
+  }
+};
+
+void multiply(const Kernel& kernel, OrtKernelContext* context) {
+  const Api& api = kernel.api;
+  const LayerView& layer = kernel.layer->view;
+  const MatMulTensors tensors = matmul_tensors(api, context, layer.in_features, layer.out_features);
+  SessionThreads threads{&api, context, nullptr};
+  run(*kernel.layer, static_cast<claq_dtype>(tensors.type), kernel.accuracy_level, tensors.x, tensors.rows, tensors.y,
+      SessionThreads::parallel_for, &threads);
+  check(threads.failure);
+}
+
+void gather_rows(const Kernel& kernel, OrtKernelContext* context) {
+  const Api& api = kernel.api;
+  const OrtValue *indices = nullptr, *like = nullptr;
+  check(api.input(context, 0, &indices));
+  check(api.input(context, kLike, &like));
+  TensorInfo info = describe(api, indices);
+  int64_t count = 1;
+  for (const int64_t size : info.shape) count *= size;
+  info.shape.push_back(kernel.layer->view.in_features);
+  OrtValue* y = nullptr;
+  check(api.output(context, 0, info.shape.data(), info.shape.size(), &y));
+  void *index_data = nullptr, *y_data = nullptr;
+  check(api.tensor_data(indices, &index_data));
+  check(api.tensor_data(y, &y_data));
+  SessionThreads threads{&api, context, nullptr};
+  try {
+    gather(*kernel.layer, static_cast<claq_dtype>(info.type), index_data, count, static_cast<claq_dtype>(describe(api, like).type),
+           y_data, SessionThreads::parallel_for, &threads);
+  } catch (const InvalidArgument& error) {
+    throw InvalidArgument(std::string("ClaqGather: ") + error.what());
+  }
+  check(threads.failure);
+}
+
+TypedOp make_op(bool gathers, int first, int activation, int order, int outlier_index) {
+  TypedOp op = describe_op([](const CustomOp*) { return "CPUExecutionProvider"; }, gathers, first, activation, order, outlier_index);
+  op.CreateKernelV2 = [](const CustomOp* self, const OrtApi* table, const OrtKernelInfo* info, void** out) {
+    const Api api(table);
+    *out = nullptr;
+    return guarded(api, [&] {
+      try {
+        *out = create(api, info, typed(self).gathers).release();
+      } catch (const InvalidLayer& error) {
+        throw InvalidLayer(std::string(operator_name(self)) + " node '" + node_name(api, info) + "': " + error.what());
+      }
+    });
+  };
+  if (gathers) {
+    op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+      const Kernel& self = *static_cast<const Kernel*>(kernel);
+      return guarded(self.api, [&] { gather_rows(self, context); });
+    };
+  } else {
+    op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+      const Kernel& self = *static_cast<const Kernel*>(kernel);
+      return guarded(self.api, [&] { multiply(self, context); });
+    };
+  }
+  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  return op;
+}
+
+}  // namespace
+
+const std::vector<TypedOp>& cpu_ops() {
+  static const auto* ops = [] {
+    auto* list = new std::vector<TypedOp>;
+    for (const int activation : {kFloat32, kFloat16, kBfloat16}) {
+      for (const int order : {kUint16, kInt32}) {
+        for (const int outlier_index : {kUint16, kInt32}) {
+          list->push_back(make_op(false, activation, activation, order, outlier_index));
+          for (const int index : {kInt32, kInt64}) list->push_back(make_op(true, index, activation, order, outlier_index));
+        }
+      }
+    }
+    return list;
+  }();
+  return *ops;
+}
+
+}  // namespace claq::ort

@@ -1,0 +1,141 @@
+#include "operator.h"
+
+#include <memory>
+
+namespace claq::ort {
+namespace {
+
+constexpr const char* kInputNames[] = {"x",           "codes",         "codebook",      "scale", "row_scale", "order",
+                                       "outlier_ptr", "outlier_index", "outlier_value", "bias"};
+
+int64_t required_attribute(const Api& api, const OrtKernelInfo* info, const char* name) {
+  int64_t value = 0;
+  if (OrtStatus* status = api.attribute(info, name, &value)) {
+    api.release_status(status);
+    throw InvalidLayer(std::string(name) + ": the attribute is missing, expected an integer");
+  }
+  return value;
+}
+
+int input_type(const TypedOp& op, size_t index) {
+  switch (index) {
+    case 0: return op.first;
+    case 1: return kUint32;
+    case 2: return kInt8;
+    case 3:
+    case 4:
+    case 8: return kFloat16;
+    case 5: return op.order;
+    case 6: return kInt32;
+    case 7: return op.outlier_index;
+    default: return op.activation;
+  }
+}
+
+}  // namespace
+
+TensorInfo describe(const Api& api, const OrtValue* value) {
+  OrtTensorTypeAndShapeInfo* raw = nullptr;
+  check(api.tensor_info(value, &raw));
+  const auto release = [&api](OrtTensorTypeAndShapeInfo* info) { api.release_tensor_info(info); };
+  const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(release)> info(raw, release);
+  TensorInfo result;
+  size_t rank = 0;
+  check(api.element_type(info.get(), &result.type));
+  check(api.dimension_count(info.get(), &rank));
+  result.shape.resize(rank);
+  check(api.dimensions(info.get(), result.shape.data(), rank));
+  return result;
+}
+
+std::string node_name(const Api& api, const OrtKernelInfo* info) {
+  char name[256] = "";
+  size_t size = sizeof name;
+  if (OrtStatus* status = api.node_name(info, name, &size)) {
+    api.release_status(status);  // a longer name: the message does without it
+    return "";
+  }
+  return name;
+}
+
+void read_layer(const Api& api, const OrtKernelInfo* info, bool gathers, NodeLayer& layer) {
+  claq_layer_desc& desc = layer.desc;
+  auto& infos = layer.infos;
+  desc.struct_size = sizeof desc;
+  desc.in_features = required_attribute(api, info, "in_features");
+  desc.out_features = required_attribute(api, info, "out_features");
+  desc.columns_4 = required_attribute(api, info, "columns_4");
+  desc.columns_3 = required_attribute(api, info, "columns_3");
+  desc.columns_2 = required_attribute(api, info, "columns_2");
+  claq_tensor* const tensors[kInputs] = {nullptr,           &desc.codes,         &desc.codebook,      &desc.scale, &desc.row_scale,
+                                         &desc.order,       &desc.outlier_ptr,   &desc.outlier_index, &desc.outlier_value,
+                                         &desc.bias};
+  for (size_t i = 1; i < kInputs; ++i) {
+    int is_constant = 0;
+    const OrtValue* value = nullptr;
+    check(api.constant_input(info, i, &is_constant, &value));
+    if (!is_constant || !value) {
+      throw InvalidLayer(std::string(gathers && i == kLike ? "like" : kInputNames[i]) +
+                         ": is computed by the graph or fed at run time, expected a constant initializer");
+    }
+    void* data = nullptr;
+    check(api.tensor_data(value, &data));
+    infos[i] = describe(api, value);
+    *tensors[i] = {data, infos[i].shape.data(), static_cast<int32_t>(infos[i].shape.size()), infos[i].type};
+    // A zero-rank tensor has no shape to point to.
+    static constexpr int64_t kNoShape = 0;
+    if (infos[i].shape.empty()) tensors[i]->shape = &kNoShape;
+  }
+  if (gathers && infos[kLike].shape != std::vector<int64_t>{0}) {
+    throw InvalidLayer("like: expected a tensor of one dimension of length 0, it only gives the dtype of the result");
+  }
+}
+
+MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, int64_t in_features, int64_t out_features) {
+  const OrtValue* x = nullptr;
+  check(api.input(context, 0, &x));
+  TensorInfo info = describe(api, x);
+  if (info.shape.empty() || info.shape.back() != in_features) {
+    throw InvalidArgument("ClaqMatMul: x: the last dimension is " + (info.shape.empty() ? "missing" : std::to_string(info.shape.back())) +
+                          ", expected in_features = " + std::to_string(in_features));
+  }
+  int64_t rows = 1;
+  for (size_t i = 0; i + 1 < info.shape.size(); ++i) rows *= info.shape[i];
+  info.shape.back() = out_features;
+  OrtValue* y = nullptr;
+  check(api.output(context, 0, info.shape.data(), info.shape.size(), &y));
+  void *x_data = nullptr, *y_data = nullptr;
+  check(api.tensor_data(x, &x_data));
+  check(api.tensor_data(y, &y_data));
+  return {info.type, rows, x_data, y_data};
+}
+
+const char* operator_name(const CustomOp* op) { return typed(op).gathers ? "ClaqGather" : "ClaqMatMul"; }
+
+TypedOp describe_op(const char* (*provider)(const CustomOp*), bool gathers, int first, int activation, int order, int outlier_index) {
+  TypedOp op{};
+  op.version = kOrtApiVersion;
+  op.gathers = gathers;
+  op.first = first;
+  op.activation = activation;
+  op.order = order;
+  op.outlier_index = outlier_index;
+  op.GetName = operator_name;
+  op.GetExecutionProviderType = provider;
+  op.GetInputTypeCount = [](const CustomOp*) { return kInputs; };
+  op.GetInputType = [](const CustomOp* self, size_t index) { return input_type(typed(self), index); };
+  op.GetOutputTypeCount = [](const CustomOp*) -> size_t { return 1; };
+  op.GetOutputType = [](const CustomOp* self, size_t) { return typed(self).activation; };
+  op.GetInputCharacteristic = [](const CustomOp*, size_t) -> int { return kRequired; };
+  op.GetOutputCharacteristic = [](const CustomOp*, size_t) -> int { return kRequired; };
+  op.GetInputMemoryType = [](const CustomOp*, size_t) -> int { return kDefaultMemory; };
+  op.GetVariadicInputMinArity = [](const CustomOp*) { return 1; };
+  op.GetVariadicInputHomogeneity = [](const CustomOp*) { return 1; };
+  op.GetVariadicOutputMinArity = [](const CustomOp*) { return 1; };
+  op.GetVariadicOutputHomogeneity = [](const CustomOp*) { return 1; };
+  op.GetStartVersion = [](const CustomOp*) { return 1; };
+  op.GetEndVersion = [](const CustomOp*) { return 1; };
+  return op;
+}
+
+}  // namespace claq::ort

@@ -1,0 +1,95 @@
+// What the operators com.claq::ClaqMatMul and com.claq::ClaqGather share on all devices: how ONNX Runtime is told of them, and
+// how a node's attributes and constant inputs become the descriptor of a layer.
+#pragma once
+
+#include <array>
+#include <exception>
+#include <string>
+#include <vector>
+
+#include "../layer.h"
+#include "api.h"
+
+namespace claq::ort {
+
+constexpr size_t kInputs = 10;
+// Of ClaqGather the first input is `indices` and the last is `like`: nothing but a dtype, that of the result.
+constexpr size_t kLike = kInputs - 1;
+
+// A status of ONNX Runtime on its way through C++ frames.
+struct StatusError {
+  OrtStatus* status;
+};
+
+inline void check(OrtStatus* status) {
+  if (status) throw StatusError{status};
+}
+
+// Runs `body` and turns whatever it throws into a status; nothing is thrown across the C interface.
+template <class Body>
+OrtStatus* guarded(const Api& api, Body body) noexcept {
+  try {
+    body();
+    return nullptr;
+  } catch (const StatusError& error) {
+    return error.status;
+  } catch (const InvalidLayer& error) {
+    return api.create_status(kInvalidGraph, error.what());
+  } catch (const InvalidArgument& error) {
+    return api.create_status(kInvalidArgument, error.what());
+  } catch (const std::exception& error) {
+    return api.create_status(kFail, error.what());
+  } catch (...) {
+    return api.create_status(kFail, "libclaq: unknown failure");
+  }
+}
+
+struct TensorInfo {
+  int type = kUndefined;
+  std::vector<int64_t> shape;
+};
+
+TensorInfo describe(const Api& api, const OrtValue* value);
+
+// A node's layer: the descriptor points to shapes kept beside it and to the data of the node's constant inputs.
+struct NodeLayer {
+  claq_layer_desc desc{};
+  std::array<TensorInfo, kInputs> infos;
+};
+
+// Throws InvalidLayer if an attribute is missing or an input is not constant. `gathers`: the node is a ClaqGather.
+void read_layer(const Api& api, const OrtKernelInfo* info, bool gathers, NodeLayer& layer);
+
+std::string node_name(const Api& api, const OrtKernelInfo* info);
+
+// Input x of a ClaqMatMul node at run time, and its output, which is made here.
+struct MatMulTensors {
+  int type;  // claq_dtype
+  int64_t rows;
+  const void* x;
+  void* y;
+};
+
+MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, int64_t in_features, int64_t out_features);
+
+// ONNX Runtime matches an operator by its input types, so there is one registration for each combination.
+struct TypedOp : CustomOp {
+  bool gathers;    // ClaqGather, else ClaqMatMul
+  int first;       // of `x` or `indices`
+  int activation;  // of the result and of the last input
+  int order;
+  int outlier_index;
+};
+
+inline const TypedOp& typed(const CustomOp* op) { return *static_cast<const TypedOp*>(op); }
+
+const char* operator_name(const CustomOp* op);
+
+// An operator without the functions that make, run and destroy a kernel.
+TypedOp describe_op(const char* (*provider)(const CustomOp*), bool gathers, int first, int activation, int order, int outlier_index);
+
+// The operators of each device, one for every combination of types; valid as long as the process.
+const std::vector<TypedOp>& cpu_ops();
+const std::vector<TypedOp>& cuda_ops(const Api& api);
+
+}  // namespace claq::ort

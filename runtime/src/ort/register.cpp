@@ -1,0 +1,31 @@
+// The library's entry point for ONNX Runtime.
+#include <string>
+
+#include "../cuda/status.h"
+#include "operator.h"
+
+// Called by ONNX Runtime's SessionOptions.register_custom_ops_library.
+extern "C" CLAQ_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+  using namespace claq::ort;
+  const OrtApi* table = base->GetApi(kOrtApiVersion);
+  if (!table) {
+    // Every version has the first slots, so the oldest table can carry the message.
+    const OrtApi* oldest = base->GetApi(1);
+    if (!oldest) return nullptr;
+    const std::string message = std::string("libclaq needs ONNX Runtime 1.17 or newer, this is ") + base->GetVersionString();
+    return Api(oldest).create_status(kFail, message.c_str());
+  }
+  const Api api(table);
+  return guarded(api, [&] {
+    OrtCustomOpDomain* domain = nullptr;
+    check(api.create_domain("com.claq", &domain));  // must outlive every session, hence never released
+    for (const TypedOp& op : cpu_ops()) check(api.add_op(domain, &op));
+    // Where GPU, driver or kernels are missing the CPU operators serve sessions of the CUDA provider too.
+    std::string reason;
+    const OrtApi* newer = base->GetApi(kOrtCudaApiVersion);
+    if (newer && claq::cuda::usable(reason)) {
+      for (const TypedOp& op : cuda_ops(Api(newer))) check(api.add_op(domain, &op));
+    }
+    check(api.add_domain(options, domain));
+  });
+}
