@@ -56,9 +56,7 @@ def resolve(gm: fx.GraphModule, value: object) -> Constant | None:
     if target in _SAME_VALUE:
         return source
     if target in _CASTS:
-        result = target(source.tensor, *value.args[1:], **value.kwargs)
-        same = result.dtype == source.tensor.dtype and result.device == source.tensor.device
-        return source if same else None
+        return source if _casts_to_itself(value, source.tensor) else None
     if target is _aten.expand.default:
         return _unexpanded(source, value)
     if not getattr(target, "is_view", False) or len(value.all_input_nodes) > 1:
@@ -67,9 +65,24 @@ def resolve(gm: fx.GraphModule, value: object) -> Constant | None:
         viewed = target(source.tensor, *value.args[1:], **value.kwargs)
     if not isinstance(viewed, torch.Tensor):
         return None
-    if viewed.untyped_storage().data_ptr() != source.tensor.untyped_storage().data_ptr():
+    if memory_of(viewed)[0] != memory_of(source.tensor)[0]:
         return None
     return Constant(source.target, viewed)
+
+
+def _casts_to_itself(cast: fx.Node, tensor: torch.Tensor) -> bool:
+    """Whether a cast changes neither dtype nor device: by the recorded values, else by doing it."""
+    assert isinstance(cast.args[0], fx.Node)
+    before, after = cast.args[0].meta.get("val"), cast.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        target: Any = cast.target
+        before, after = tensor, target(tensor, *cast.args[1:], **cast.kwargs)
+    return bool(before.dtype == after.dtype and before.device == after.device)
+
+
+def memory_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Which storage a tensor lies in and where; tells tensors without data apart too (``meta`` device, freed memory)."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
 def _unexpanded(source: Constant, value: fx.Node) -> Constant | None:
@@ -87,7 +100,8 @@ def _unexpanded(source: Constant, value: fx.Node) -> Constant | None:
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are the same elements in the same arrangement of the same memory."""
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    arrangement = [(memory_of(t), t.shape, t.stride(), t.dtype) for t in (a, b)]
+    return arrangement[0] == arrangement[1]
 
 
 def is_constant_expression(value: object) -> bool:

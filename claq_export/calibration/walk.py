@@ -12,7 +12,7 @@ batches share (a mask of ones, a position table) is computed once for these batc
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ from .data import Batch
 LinearVisitor = Callable[[fx.Node, Sequence[torch.Tensor]], torch.Tensor | None]
 """Called with a linear node and its input for each batch; returns the weight ``[N, K]`` to go on with, None to keep
 it."""
+
+Stop = tuple[fx.Node, Sequence[torch.Tensor]]
+"""A linear node and its input for each batch."""
 
 
 def ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
@@ -102,9 +105,21 @@ class NodeWalk:
                 nodes = []
             nodes.append(node)
 
-    @torch.no_grad()
+    @property
+    def linears(self) -> list[fx.Node]:
+        """The nodes the walk stops at, in order."""
+        return [node for node in self._nodes if node in self._linears]
+
     def run(self, visit: LinearVisitor) -> None:
         """Walk the graph, calling ``visit`` at each linear node of ``stop_at`` in topological order."""
+        steps = self.steps()
+        stop = next(steps, None)
+        while stop is not None:
+            stop = _resume(steps, visit(*stop))
+
+    @torch.no_grad()
+    def steps(self) -> Generator[Stop, torch.Tensor | None, None]:
+        """The walk as a generator: yields each stop, takes the weight to go on with (None: the present one)."""
         for nodes, linear in self._segments():
             for index in range(len(self._batches)):
                 self._run_segment(nodes, index)
@@ -113,7 +128,7 @@ class NodeWalk:
                     self._shared.pop(dead, None)
             source = linear.args[0]
             assert isinstance(source, fx.Node)
-            self._weights[linear] = visit(linear, [values[source] for values in self._values])
+            self._weights[linear] = yield linear, [values[source] for values in self._values]
 
     def _run_segment(self, nodes: Sequence[fx.Node], index: int) -> None:
         values, signatures = self._values[index], self._signatures[index]
@@ -174,6 +189,51 @@ class NodeWalk:
             fx.node.map_arg(node.args, lambda argument: values[argument]),
             fx.node.map_arg(node.kwargs, lambda argument: values[argument]),
         )
+
+
+class JointWalk:
+    """Several graphs of one model walked together, such as prompt and single-token step of a decoder.
+
+    A layer is visited once all graphs that read its weight stand at it, with the inputs of all their batches.
+
+    Args:
+        walks: one a graph, each with its own batches; the first names the layers.
+        same: linear node of a further graph -> node of the first graph that multiplies by the same weight.
+    """
+
+    def __init__(self, walks: Sequence[NodeWalk], same: Mapping[fx.Node, fx.Node]) -> None:
+        self._walks = walks
+        self._same = same
+
+    def run(self, visit: LinearVisitor) -> None:
+        """Walk all graphs, calling ``visit`` with nodes of the first one."""
+        ahead = [Counter(self._key(node) for node in walk.linears) for walk in self._walks]
+        steps = [walk.steps() for walk in self._walks]
+        stops = [next(step, None) for step in steps]
+        while any(stop is not None for stop in stops):
+            keys = [None if stop is None else self._key(stop[0]) for stop in stops]
+            waiting = [key for key in keys if key is not None]
+            # Graphs that come to two layers in different orders would wait for one another for ever: the first goes on.
+            key = next(
+                (k for k in waiting if all(at is k or not left[k] for at, left in zip(keys, ahead, strict=True))),
+                waiting[0],
+            )
+            standing = [index for index, at in enumerate(keys) if at is key]
+            weight = visit(key, [x for index in standing for x in stops[index][1]])  # type: ignore[index]
+            for index in standing:
+                ahead[index][key] -= 1
+                stops[index] = _resume(steps[index], weight)
+
+    def _key(self, node: fx.Node) -> fx.Node:
+        return self._same.get(node, node)
+
+
+def _resume(steps: Generator[Stop, torch.Tensor | None, None], weight: torch.Tensor | None) -> Stop | None:
+    """The walk's next stop, None at its end."""
+    try:
+        return steps.send(weight)
+    except StopIteration:
+        return None
 
 
 def _clone(value: Any) -> Any:
