@@ -15,10 +15,11 @@ from torch import nn
 import claq_export
 
 from .calibration.progress import ProgressReporter
-from .capture import CapturedModel, capture_module, load_pretrained
-from .compiler import Compilation, check_writable, used_state, weight_bytes
+from .cached import check_cache, decoding_inputs
+from .capture import CACHED_TASK, CapturedModel, capture_decoder, capture_module, load_pretrained
+from .compiler import Compilation, check_writable, emit_captured, used_state, weight_bytes
 from .config import Config
-from .emit.exporter import Artifact, emit_onnx
+from .emit.exporter import Artifact
 from .errors import ConfigError
 from .modules import replace_linears
 from .passes import Skipped
@@ -84,6 +85,7 @@ def capture(
     output_names: Sequence[str] | None = None,
     task: str | None = None,
     tokenizer: Any = None,
+    cache: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[CapturedModel, nn.Module]:
     """A model as a graph, and the module it came from.
@@ -94,6 +96,7 @@ def capture(
             :func:`claq_export.capture.capture_module`; ignored for a folder, whose batch and sequence are dynamic.
         task: of a folder, where it cannot be inferred.
         tokenizer: for text calibration of a module given in Python.
+        cache: of a folder with a causal language model, capture the graph with a key/value cache too.
         trust_remote_code: run Python code that comes with a folder.
 
     Raises:
@@ -107,6 +110,9 @@ def capture(
     axes = {name: {0: "batch", 1: "sequence"} for name in loaded.input_names}
     captured = capture_module(loaded, dynamic_shapes=axes)
     captured.tokenizer = tokenizer if tokenizer is not None else found_tokenizer
+    if cache and captured.task == "text-generation":
+        captured.with_cache = capture_decoder(loaded)
+        captured.with_cache.tokenizer = captured.tokenizer
     return captured, loaded.model
 
 
@@ -121,6 +127,7 @@ def export(
     output_names: Sequence[str] | None = None,
     task: str | None = None,
     tokenizer: Any = None,
+    cache: bool = True,
     trust_remote_code: bool = False,
     verify: bool = True,
     work: str | Path | None = None,
@@ -138,6 +145,8 @@ def export(
             :func:`capture`.
         out: the ``.onnx`` file.
         config: the settings; 4 bits by default.
+        cache: write a folder's causal language model with a key/value cache, prefill and decode in one graph; False:
+            as a graph that sees all tokens at once.
         verify: compare the written file, run by ONNX Runtime, with the PyTorch quantized model.
         work: folder for finished layers; an interrupted run with the same model, data and settings goes on from it.
             It is removed when the export is complete. None = keep nothing.
@@ -163,6 +172,7 @@ def export(
         task=task,
         tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
+        cache=cache,
     )
     compilation = Compilation(captured, config, reporter, used_state(module, captured), keep_records=report is not None)
     compilation.seconds["capture"] = time.perf_counter() - start
@@ -175,13 +185,14 @@ def export(
     reporter.stage("reading calibration data")
     compilation.batches()
     with tempfile.TemporaryDirectory(prefix="claq-") as scratch:
-        samples = verification_inputs(captured)
-        originals = _Recorded(captured, samples) if verify else None
+        emitted = compilation.emitted
+        samples = verification_inputs(emitted) if verify else []
+        originals = _Recorded(emitted, samples) if verify else None
         original_path = None
         if verify and original_bytes <= _ORIGINAL_LIMIT:
             original_path = Path(scratch) / "original.onnx"
             with compilation.timed("emission"):
-                _emit_original(captured, original_path)
+                emit_captured(emitted, original_path)
         reporter.stage(f"quantizing {len(compilation.plan.sites)} layers")
         compilation.quantize(Path(work) if work is not None else None, resume)
         reporter.stage(f"writing {out}")
@@ -191,10 +202,13 @@ def export(
             reporter.stage("verifying the artifact in ONNX Runtime")
             with compilation.timed("verification"):
                 verification = verify_artifact(
+                if captured.with_cache is not None:
+                    check_cache(captured, captured.with_cache, samples)
                     out,
-                    captured.graph_module,
+                    emitted.graph_module,
                     samples,
                     unquantized=originals,
+                    file_names=emitted.file_names,
                     original_path=original_path,
                 )
     if work is not None and compilation.store is not None:
@@ -255,6 +269,8 @@ def quantize(
 def verification_inputs(captured: CapturedModel) -> list[dict[str, torch.Tensor]]:
     """Inputs to compare runs with: the example, and for text models a padded batch of other sizes."""
     samples = [dict(captured.example_inputs)]
+    if captured.task == CACHED_TASK:
+        return decoding_inputs(captured)
     if captured.tokenizer is not None and "input_ids" in captured.input_names:
         limit = captured.max_sequence or 512
         rows = [captured.tokenizer(text)["input_ids"][:limit] for text in _VERIFY_TEXTS]
@@ -274,16 +290,6 @@ class _Recorded:
 
     def __call__(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self._outputs[self._key(inputs)]
-
-
-def _emit_original(captured: CapturedModel, path: Path) -> None:
-    emit_onnx(
-        captured.graph_module,
-        captured.example_inputs,
-        path,
-        dynamic_shapes=captured.dynamic_shapes,
-        output_names=captured.output_names,
-    )
 
 
 def _report_data(compilation: Compilation, result: ExportResult) -> ReportData:

@@ -159,6 +159,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--task",
         help="feature-extraction, text-classification, fill-mask or text-generation (default: by the architecture)",
     )
+    model.add_argument(
+        "--cache",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write a text-generation model with a key/value cache, so that it generates token by token (default: on); "
+        "--no-cache: it sees all tokens at once",
+    )
     model.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     run = parser.add_argument_group("run")
     run.add_argument(
@@ -296,6 +303,7 @@ def run_export(options: argparse.Namespace) -> None:
             verify=options.verify,
             work=options.work or f"{options.out}.work",
             resume=options.resume,
+            cache=options.cache,
             report=options.report,
             reporter=reporter,
         )

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -37,6 +37,7 @@ from .calibration.data import (
 from .calibration.progress import ProgressReporter
 from .calibration.sensitivity import output_importance
 from .calibration.stage import CalibrationStage, QuantizedSite, column_counts
+from .cached import lower_with_cache, plan_with_cache
 from .calibration.store import LayerStore
 from .capture import CapturedModel
 from .config import DEFAULT_CALIBRATION, NO_CALIBRATION, Config
@@ -126,6 +127,7 @@ class Compilation:
     _context: PassContext | None = None
     _batches: list[Batch] | None = None
 
+    _plan_with_cache: Plan | None = None
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
@@ -140,17 +142,21 @@ class Compilation:
         if self._context is None:
             with self.timed("passes"):
                 context = PassContext(task=self.captured.task, aliases=self.captured.aliases)
-                pipeline = planning_pipeline(
-                    self.config.include, self.config.exclude, fuse_siblings=self.config.fuse_siblings
-                )
-                for record in pipeline.run(self.captured.graph_module, context):
+                for record in self._planning(self.config.fuse_siblings).run(self.captured.graph_module, context):
                     self.reporter.event("pass", name=record.name, modified=record.modified, nodes=record.nodes_after)
                 self._context = context
         assert self._context.plan is not None
         return self._context.plan
+                if self.captured.with_cache is not None:
+                    assert context.plan is not None
+                    planning = self._planning(fuse_siblings=False)
+                    self._plan_with_cache = plan_with_cache(self.captured.with_cache, context.plan, planning)
 
     def predicted_layers(self) -> list[PlannedLayer]:
         """The plan with its predicted sizes, for ``--dry-run``.
+    def _planning(self, fuse_siblings: bool) -> Pipeline:
+        return planning_pipeline(self.config.include, self.config.exclude, fuse_siblings=fuse_siblings)
+
 
         With a budget, which layer gets which columns is known after calibration only: the prediction gives each the
             same mix.
@@ -316,6 +322,9 @@ class Compilation:
             "model": self.captured.source.sha256,
             "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
             "calibration data": fingerprint(batches or []),
+        if self._plan_with_cache is not None:
+            assert self.captured.with_cache is not None
+            lower_with_cache(self.captured.with_cache, self._plan_with_cache, layers, self.config.accuracy_level)
         }
 
     @property
@@ -350,7 +359,7 @@ class Compilation:
             "claq.nominal_bits": f"{self.nominal_bits:.4f}",
             "claq.source": Path(self.captured.source.path).name,
             "claq.source_sha256": self.captured.source.sha256,
-            metadata.TASK: self.captured.task or "",
+            metadata.TASK: self.emitted.task or "",
             metadata.PARTS: json.dumps({name: d.site.parts for name, d in self.sites.items() if len(d.site.parts) > 1}),
         }
 
@@ -363,14 +372,12 @@ class Compilation:
         """
         check_writable(out)
         with self.timed("emission"):
-            artifact = emit_onnx(
-                self.captured.graph_module,
-                self.captured.example_inputs,
-                out,
-                dynamic_shapes=self.captured.dynamic_shapes,
-                output_names=self.captured.output_names,
-                metadata=self.metadata(),
-            )
+    @property
+    def emitted(self) -> CapturedModel:
+        """The graph that goes into the file: the one with a cache if there is one."""
+        return self.captured.with_cache or self.captured
+
+            artifact = emit_captured(self.emitted, out, self.metadata())
             save_checkpoint(
                 out.parent,
                 {name: done.layer for name, done in self.sites.items()},
@@ -395,6 +402,20 @@ def load_calibration(captured: CapturedModel, config: Config) -> list[Batch]:
     source = config.calibration
     if not isinstance(source, (str, Path)):
         # A stream may never end: no more is taken than the samples can be drawn from.
+def emit_captured(captured: CapturedModel, out: Path, metadata: Mapping[str, str] | None = None) -> Artifact:
+    """Write a captured graph as ONNX, inputs and outputs under the names they have in files."""
+    names = captured.file_names
+    return emit_onnx(
+        captured.graph_module,
+        captured.example_inputs,
+        out,
+        dynamic_shapes=captured.dynamic_shapes,
+        input_names=[names.get(name, name) for name in captured.input_names],
+        output_names=[names.get(name, name) for name in captured.output_names],
+        metadata=metadata,
+    )
+
+
         items = iter(source)
         first = list(islice(items, 1))
         if first and isinstance(first[0], str):

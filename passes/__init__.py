@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .additive_masks import AdditiveMasks
 from .base import ContractError, Pass, PassContext, PassResult
 from .canonicalize_linears import CanonicalizeLinears
 from .fuse_siblings import FuseSiblings
@@ -16,6 +17,7 @@ from .replace_linears import ReplaceLinears
 from .select_linears import SelectLinears, four_bit_bytes
 
 __all__ = [
+    "AdditiveMasks",
     "CanonicalizeLinears",
     "ContractError",
     "FuseSiblings",

@@ -20,10 +20,17 @@ class FuseSiblings(Pass):
 
     One pass over the activation and one operator call serve all of them. Their rows share the codebook of each column.
     A site is stacked only if its weight is used once; biases are stacked, zeros standing for absent ones.
+
+    Args:
+        weights: False: the stacked weight is a placeholder without memory of its own, for a graph whose linears are
+            replaced by quantized layers at once.
     """
 
     name = "fuse_siblings"
     doc = "Stacks planned linears that read the same value into one linear and a split."
+
+    def __init__(self, weights: bool = True) -> None:
+        self._weights = weights
 
     def run(self, gm: fx.GraphModule, context: PassContext) -> PassResult:
         plan = context.plan
@@ -40,7 +47,7 @@ class FuseSiblings(Pass):
         for members in groups.values():
             if len(members) < 2:
                 continue
-            stacked = _stack(gm, members)
+            stacked = _stack(gm, members, self._weights)
             _exchange(plan, members, stacked)
             notes.append(f"{' + '.join(name for name, _ in stacked.parts)} -> {stacked.name}")
             modified = True
@@ -63,11 +70,17 @@ def stacked_name(names: list[str]) -> str:
     return ".".join([*common, "+".join(rest)])
 
 
-def _stack(gm: fx.GraphModule, members: list[LinearSite]) -> LinearSite:
+def _stack(gm: fx.GraphModule, members: list[LinearSite], weights: bool) -> LinearSite:
     name = free_name(gm, stacked_name([site.name for site in members]))
     first = members[0].node
     with torch.no_grad():
-        weight = torch.nn.Parameter(torch.cat([site.weight(gm) for site in members]), requires_grad=False)
+        rows = [site.out_features for site in members]
+        value = (
+            torch.cat([site.weight(gm) for site in members])
+            if weights
+            else members[0].weight(gm).new_zeros(1).expand(sum(rows), members[0].in_features)
+        )
+        weight = torch.nn.Parameter(value, requires_grad=False)
         biases = [site.bias(gm) for site in members]
         bias = None
         if any(part is not None for part in biases):
@@ -81,7 +94,6 @@ def _stack(gm: fx.GraphModule, members: list[LinearSite]) -> LinearSite:
                 ),
                 requires_grad=False,
             )
-    rows = [site.out_features for site in members]
     set_tensor(gm, f"{name}.weight", weight)
     weight_node = fetch(gm.graph, f"{name}.weight")
     weight_node.meta[WEIGHT_KEY] = (f"{name}.weight", False)

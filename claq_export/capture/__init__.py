@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from .captured import CapturedModel, Source, text_inputs
+from .decoder import CACHED_TASK, capture_decoder
 from .module import capture_module
 from .pretrained import capture_pretrained, load_pretrained
 from .tasks import TASKS, Task, TaskModel
 
 __all__ = [
+    "CACHED_TASK",
     "TASKS",
     "CapturedModel",
     "Source",
     "Task",
     "TaskModel",
+    "capture_decoder",
     "capture_module",
     "capture_pretrained",
     "load_pretrained",

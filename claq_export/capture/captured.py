@@ -58,6 +58,8 @@ class CapturedModel:
         pad_token_id: what pads ragged token lists.
         max_sequence: most tokens a sequence may have, or None if the model sets no limit.
         tokenizer: the model's tokenizer, if it came with one.
+        file_names: input or output -> its name in the emitted file, where that is no identifier.
+        with_cache: of a causal language model, the same model as a graph with a key/value cache, sharing parameters.
     """
 
     graph_module: torch.fx.GraphModule
@@ -70,6 +72,8 @@ class CapturedModel:
     pad_token_id: int = 0
     max_sequence: int | None = None
     tokenizer: Any = None
+    file_names: dict[str, str] = field(default_factory=dict)
+    with_cache: CapturedModel | None = None
 
     @property
     def input_names(self) -> tuple[str, ...]:

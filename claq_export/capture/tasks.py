@@ -96,6 +96,9 @@ class TaskModel(nn.Module):
     state_prefix = "model."
     """Capture takes this off the names of parameters."""
 
+    independent_axes = True
+    """Whether each dynamic axis may be made longer by itself, as capture does to compare the graph at other sizes."""
+
     def __init__(self, model: nn.Module, task: str, source: Source | None = None) -> None:
         super().__init__()
         self.model = model

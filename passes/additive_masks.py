@@ -1,0 +1,61 @@
+"""Turns the boolean masks of attention into finite numbers to add, one node a mask however many layers read it."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .base import Pass, PassContext, PassResult
+
+_aten = torch.ops.aten
+ATTENTION = _aten.scaled_dot_product_attention.default
+
+
+class AdditiveMasks(Pass):
+    """Rewrites ``attention(q, k, v, mask: bool)`` as ``attention(q, k, v, where(mask, 0, lowest))``.
+
+    Runtimes disagree on a row that may see nothing (padding on the left): NaN, zeros or a mean. With the lowest finite
+    number in the place of minus infinity it is a mean of the values everywhere, and never a NaN that would reach the
+    cache. Rows that see something are not changed.
+    """
+
+    name = "additive_masks"
+    doc = "Turns boolean attention masks into finite numbers to add, once for all layers."
+
+    def run(self, gm: fx.GraphModule, context: PassContext) -> PassResult:
+        made: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        notes: list[str] = []
+        for node in list(gm.graph.nodes):
+            if node.op != "call_function" or node.target is not ATTENTION:
+                continue
+            mask = attention_mask(node)
+            if not isinstance(mask, fx.Node):
+                continue
+            value, query = mask.meta.get("val"), node.args[0].meta.get("val")
+            if not isinstance(value, torch.Tensor) or not isinstance(query, torch.Tensor):
+                notes.append(f"{node.name} left: the types of its mask and query are not known")
+                continue
+            if value.dtype != torch.bool:
+                notes.append(f"{node.name} left: its mask is {value.dtype}, not boolean")
+                continue
+            key = (mask, query.dtype)
+            if key not in made:
+                with gm.graph.inserting_after(mask):
+                    added = gm.graph.call_function(_aten.where.Scalar, (mask, 0.0, torch.finfo(query.dtype).min))
+                added.meta["val"] = value.to(query.dtype)
+                made[key] = added
+            set_attention_mask(node, made[key])
+        return PassResult(gm, bool(made), tuple(notes))
+
+
+def attention_mask(node: fx.Node) -> object:
+    """The mask of an ``aten.scaled_dot_product_attention`` node, or None."""
+    return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+
+
+def set_attention_mask(node: fx.Node, mask: fx.Node) -> None:
+    """Give an ``aten.scaled_dot_product_attention`` node another mask."""
+    if len(node.args) > 3:
+        node.update_arg(3, mask)
+    else:
+        node.update_kwarg("attn_mask", mask)
