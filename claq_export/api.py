@@ -14,8 +14,8 @@ from torch import nn
 
 import claq_export
 
-from .calibration.progress import ProgressReporter
 from .cached import check_cache, decoding_inputs
+from .calibration.progress import ProgressReporter
 from .capture import CACHED_TASK, CapturedModel, capture_decoder, capture_module, load_pretrained
 from .compiler import Compilation, check_writable, emit_captured, used_state, weight_bytes
 from .config import Config
@@ -171,8 +171,8 @@ def export(
         output_names=output_names,
         task=task,
         tokenizer=tokenizer,
-        trust_remote_code=trust_remote_code,
         cache=cache,
+        trust_remote_code=trust_remote_code,
     )
     compilation = Compilation(captured, config, reporter, used_state(module, captured), keep_records=report is not None)
     compilation.seconds["capture"] = time.perf_counter() - start
@@ -201,14 +201,14 @@ def export(
         if verify:
             reporter.stage("verifying the artifact in ONNX Runtime")
             with compilation.timed("verification"):
-                verification = verify_artifact(
                 if captured.with_cache is not None:
                     check_cache(captured, captured.with_cache, samples)
+                verification = verify_artifact(
                     out,
                     emitted.graph_module,
                     samples,
-                    unquantized=originals,
                     file_names=emitted.file_names,
+                    unquantized=originals,
                     original_path=original_path,
                 )
     if work is not None and compilation.store is not None:
@@ -268,9 +268,9 @@ def quantize(
 
 def verification_inputs(captured: CapturedModel) -> list[dict[str, torch.Tensor]]:
     """Inputs to compare runs with: the example, and for text models a padded batch of other sizes."""
-    samples = [dict(captured.example_inputs)]
     if captured.task == CACHED_TASK:
         return decoding_inputs(captured)
+    samples = [dict(captured.example_inputs)]
     if captured.tokenizer is not None and "input_ids" in captured.input_names:
         limit = captured.max_sequence or 512
         rows = [captured.tokenizer(text)["input_ids"][:limit] for text in _VERIFY_TEXTS]

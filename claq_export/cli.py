@@ -299,11 +299,11 @@ def run_export(options: argparse.Namespace) -> None:
             out=options.out,
             config=config,
             task=options.task,
+            cache=options.cache,
             trust_remote_code=options.trust_remote_code,
             verify=options.verify,
             work=options.work or f"{options.out}.work",
             resume=options.resume,
-            cache=options.cache,
             report=options.report,
             reporter=reporter,
         )

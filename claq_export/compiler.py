@@ -25,6 +25,7 @@ import claq_export
 from .algorithm import predict
 from .algorithm.budget import Budget, LayerProfile, solve
 from .algorithm.settings import LayerSettings
+from .cached import lower_with_cache, plan_with_cache
 from .calibration.data import (
     Batch,
     batches_from_iterable,
@@ -37,7 +38,6 @@ from .calibration.data import (
 from .calibration.progress import ProgressReporter
 from .calibration.sensitivity import output_importance
 from .calibration.stage import CalibrationStage, QuantizedSite, column_counts
-from .cached import lower_with_cache, plan_with_cache
 from .calibration.store import LayerStore
 from .capture import CapturedModel
 from .config import DEFAULT_CALIBRATION, NO_CALIBRATION, Config
@@ -125,9 +125,9 @@ class Compilation:
     keep_records: bool = False
     records: list[LayerRecord] = field(default_factory=list)
     _context: PassContext | None = None
+    _plan_with_cache: Plan | None = None
     _batches: list[Batch] | None = None
 
-    _plan_with_cache: Plan | None = None
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
@@ -145,18 +145,18 @@ class Compilation:
                 for record in self._planning(self.config.fuse_siblings).run(self.captured.graph_module, context):
                     self.reporter.event("pass", name=record.name, modified=record.modified, nodes=record.nodes_after)
                 self._context = context
-        assert self._context.plan is not None
-        return self._context.plan
                 if self.captured.with_cache is not None:
                     assert context.plan is not None
                     planning = self._planning(fuse_siblings=False)
                     self._plan_with_cache = plan_with_cache(self.captured.with_cache, context.plan, planning)
+        assert self._context.plan is not None
+        return self._context.plan
 
-    def predicted_layers(self) -> list[PlannedLayer]:
-        """The plan with its predicted sizes, for ``--dry-run``.
     def _planning(self, fuse_siblings: bool) -> Pipeline:
         return planning_pipeline(self.config.include, self.config.exclude, fuse_siblings=fuse_siblings)
 
+    def predicted_layers(self) -> list[PlannedLayer]:
+        """The plan with its predicted sizes, for ``--dry-run``.
 
         With a budget, which layer gets which columns is known after calibration only: the prediction gives each the
             same mix.
@@ -314,6 +314,9 @@ class Compilation:
         lowering: list[Pass] = [ReplaceLinears(layers, self.config.accuracy_level), RemoveUnused()]
         assert self._context is not None
         Pipeline(lowering).run(self.captured.graph_module, self._context)
+        if self._plan_with_cache is not None:
+            assert self.captured.with_cache is not None
+            lower_with_cache(self.captured.with_cache, self._plan_with_cache, layers, self.config.accuracy_level)
 
     def _fingerprint(self, batches: Sequence[Batch] | None) -> dict[str, str]:
         settings = {key: value for key, value in self.config.to_json().items() if key not in ("accuracy", "device")}
@@ -322,9 +325,6 @@ class Compilation:
             "model": self.captured.source.sha256,
             "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
             "calibration data": fingerprint(batches or []),
-        if self._plan_with_cache is not None:
-            assert self.captured.with_cache is not None
-            lower_with_cache(self.captured.with_cache, self._plan_with_cache, layers, self.config.accuracy_level)
         }
 
     @property
@@ -363,6 +363,11 @@ class Compilation:
             metadata.PARTS: json.dumps({name: d.site.parts for name, d in self.sites.items() if len(d.site.parts) > 1}),
         }
 
+    @property
+    def emitted(self) -> CapturedModel:
+        """The graph that goes into the file: the one with a cache if there is one."""
+        return self.captured.with_cache or self.captured
+
     def emit(self, out: Path) -> Artifact:
         """Write ``out``, its external data, ``claq.safetensors`` and ``claq.json``, and what a loader looks for
         beside them.
@@ -372,11 +377,6 @@ class Compilation:
         """
         check_writable(out)
         with self.timed("emission"):
-    @property
-    def emitted(self) -> CapturedModel:
-        """The graph that goes into the file: the one with a cache if there is one."""
-        return self.captured.with_cache or self.captured
-
             artifact = emit_captured(self.emitted, out, self.metadata())
             save_checkpoint(
                 out.parent,
@@ -393,15 +393,6 @@ class Compilation:
         return artifact
 
 
-def load_calibration(captured: CapturedModel, config: Config) -> list[Batch]:
-    """The calibration batches ``config`` asks for.
-
-    Raises:
-        CalibrationError: the data cannot be read, is not enough, or does not fit the model.
-    """
-    source = config.calibration
-    if not isinstance(source, (str, Path)):
-        # A stream may never end: no more is taken than the samples can be drawn from.
 def emit_captured(captured: CapturedModel, out: Path, metadata: Mapping[str, str] | None = None) -> Artifact:
     """Write a captured graph as ONNX, inputs and outputs under the names they have in files."""
     names = captured.file_names
@@ -416,6 +407,15 @@ def emit_captured(captured: CapturedModel, out: Path, metadata: Mapping[str, str
     )
 
 
+def load_calibration(captured: CapturedModel, config: Config) -> list[Batch]:
+    """The calibration batches ``config`` asks for.
+
+    Raises:
+        CalibrationError: the data cannot be read, is not enough, or does not fit the model.
+    """
+    source = config.calibration
+    if not isinstance(source, (str, Path)):
+        # A stream may never end: no more is taken than the samples can be drawn from.
         items = iter(source)
         first = list(islice(items, 1))
         if first and isinstance(first[0], str):
