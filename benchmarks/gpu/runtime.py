@@ -1,0 +1,354 @@
+"""Check and time libclaq's GPU layers: the kernels compiled ahead of time, launched as ONNX Runtime's operator launches them.
+
+    make kernels                                     # on any machine: cubins and PTX into runtime/kernels
+    python benchmarks/gpu/runtime.py [--kernels runtime/kernels] [--library libclaq.so]
+
+Every width and dtype with few and many rows, with and without cuBLAS, against the dense weight in float64; the cubins of
+this GPU and the PTX that any later one would take; a call captured in a CUDA graph; times beside the just-in-time path and
+cuBLAS; and, where onnxruntime has its CUDA provider, a model of two layers on CUDA and on the CPU. Writes
+benchmarks/results/gpu_runtime_<device>.json and .md. Needs torch with CUDA; no Triton but for one column of times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+from run_all import BOUNDS, MAIN, arguments, layer_of  # noqa: E402
+
+from claq_export.format.layer import QuantizedLinear  # noqa: E402
+
+DTYPES = {
+    torch.float32: 1,
+    torch.int8: 3,
+    torch.uint16: 4,
+    torch.int32: 6,
+    torch.float16: 10,
+    torch.uint32: 12,
+    torch.bfloat16: 16,
+}
+ROTATED = 8
+REPEATS = 30
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("rank", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+class _Description(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_size_t),
+        *((name, ctypes.c_int64) for name in ("in_features", "out_features", "columns_4", "columns_3", "columns_2")),
+        *((name, _Tensor) for name in ("codes", "codebook", "scale", "row_scale", "order")),
+        *((name, _Tensor) for name in ("outlier_ptr", "outlier_index", "outlier_value", "bias")),
+        ("kernel", ctypes.c_char_p),
+    )
+
+
+class Runtime:
+    """libclaq's C interface for GPU layers on torch's memory and stream."""
+
+    def __init__(self, path: str) -> None:
+        self.library = ctypes.CDLL(path)
+        self.library.claq_cuda_workspace.restype = ctypes.c_size_t
+        self.library.claq_cuda_workspace.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        self.error = ctypes.create_string_buffer(512)
+
+    def check(self, status: int) -> None:
+        if status:
+            raise RuntimeError(self.error.value.decode())
+
+    def usable(self) -> str:
+        self.check(self.library.claq_cuda_usable(self.error, len(self.error)))
+        return self.error.value.decode()
+
+
+class Layer:
+    """A layer on the GPU."""
+
+    def __init__(self, runtime: Runtime, layer: QuantizedLinear, bias: torch.Tensor) -> None:
+        self.runtime, self.layer, self.dtype = runtime, layer, bias.dtype
+        self.tensors = [*layer.tensors().values(), bias]
+        description = _Description(ctypes.sizeof(_Description), layer.in_features, layer.out_features, *layer.columns)
+        kept = []
+        for (name, _), tensor in zip(_Description._fields_[6:15], self.tensors, strict=True):
+            kept.append((ctypes.c_int64 * tensor.dim())(*tensor.shape))
+            setattr(description, name, _Tensor(tensor.data_ptr(), kept[-1], tensor.dim(), DTYPES[tensor.dtype]))
+        self.handle = ctypes.c_void_p()
+        torch.cuda.synchronize()
+        status = runtime.library.claq_cuda_create(
+            ctypes.byref(description), DTYPES[self.dtype], ctypes.byref(self.handle), runtime.error, 512
+        )
+        runtime.check(status)
+
+    def __call__(self, x: torch.Tensor, cublas: bool = True) -> torch.Tensor:
+        y = torch.empty(x.shape[0], self.layer.out_features, dtype=self.dtype, device=x.device)
+        size = self.runtime.library.claq_cuda_workspace(self.handle, x.shape[0], int(cublas))
+        memory = torch.empty(size, dtype=torch.uint8, device=x.device)
+        status = self.runtime.library.claq_cuda_run(
+            self.handle,
+            ctypes.c_void_p(x.data_ptr()),
+            ctypes.c_int64(x.shape[0]),
+            ctypes.c_void_p(y.data_ptr()),
+            ctypes.c_void_p(memory.data_ptr()),
+            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+            ctypes.c_void_p(torch.cuda.current_blas_handle() if cublas else None),
+            self.runtime.error,
+            512,
+        )
+        self.runtime.check(status)
+        return y
+
+    def __del__(self) -> None:
+        if self.handle:
+            self.runtime.library.claq_cuda_destroy(self.handle)
+
+
+def check_all(runtime: Runtime, source: str) -> list[dict[str, Any]]:
+    """Errors relative to the largest output, of every combination."""
+    torch.manual_seed(0)
+    found = []
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for widths in ((2,), (3,), (4,), (2, 3, 4)):
+            for in_features, out_features, outliers in ((512, 320, 0.01), (300, 37, 0.0), (97, 44, 0.05)):
+                layer = layer_of(in_features, out_features, widths, outliers)
+                weight = layer.dequantize().double()
+                for with_bias in (True, False):
+                    bias = torch.randn(out_features if with_bias else 0, dtype=dtype)
+                    native = Layer(runtime, layer.to("cuda"), bias.cuda())
+                    for rows in (1, 2, 3, 4, 7, 16, 20, 130, 600):
+                        x = torch.randn(rows, in_features, dtype=dtype)
+                        expected = x.double() @ weight.T + (bias.double() if with_bias else 0)
+                        for cublas in (True, False):
+                            y = native(x.cuda(), cublas).double().cpu()
+                            error = float((y - expected).abs().max() / expected.abs().max())
+                            found.append(
+                                {
+                                    "package": source,
+                                    "dtype": str(dtype).removeprefix("torch."),
+                                    "widths": list(widths),
+                                    "shape": [out_features, in_features],
+                                    "outliers": outliers,
+                                    "bias": with_bias,
+                                    "rows": rows,
+                                    "cublas": cublas,
+                                    "error": error,
+                                    "right": error <= BOUNDS[dtype],
+                                }
+                            )
+    return found
+
+
+def graph_agrees(runtime: Runtime) -> bool:
+    """Whether a call captured in a CUDA graph gives the bits of a plain one, also for other activations."""
+    native = Layer(runtime, layer_of(512, 320, (2, 4), 0.01).to("cuda"), torch.randn(320, dtype=torch.float16).cuda())
+    x = torch.randn(1, 512, dtype=torch.float16, device="cuda")
+    native(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = native(x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    return bool(torch.equal(y, native(x)))
+
+
+def _milliseconds(calls: list[Any]) -> float:
+    """Median of a CUDA graph that goes through all calls, per call."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call() for call in calls]
+    times = []
+    for _ in range(REPEATS):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / len(calls))
+    del kept
+    return statistics.median(times)
+
+
+def time_all(runtime: Runtime) -> list[dict[str, Any]]:
+    """Milliseconds a call in a CUDA graph, rotating weights: ahead of time, just in time (where Triton is), cuBLAS."""
+    out_features, in_features = MAIN[1], MAIN[0]
+    dense = [torch.randn(in_features, out_features, dtype=torch.bfloat16, device="cuda") for _ in range(ROTATED)]
+    jit = None
+    if importlib.util.find_spec("triton"):
+        from claq_export.kernels.triton.launch import linear as jit
+    found = []
+    for bits in (2, 3, 4):
+        layers = [layer_of(in_features, out_features, (bits,)).to("cuda") for _ in range(ROTATED)]
+        bias = torch.zeros(out_features, dtype=torch.bfloat16, device="cuda")
+        natives = [Layer(runtime, layer, bias) for layer in layers]
+        for rows in (1, 4, 16, 128, 512):
+            x = torch.randn(rows, in_features, dtype=torch.bfloat16, device="cuda")
+            row: dict[str, Any] = {"bits": bits, "rows": rows}
+            row["ahead"] = _milliseconds([partial(native, x) for native in natives])
+            row["cublas"] = _milliseconds([partial(torch.matmul, x, weight) for weight in dense])
+            if jit is not None:
+                row["just in time"] = _milliseconds([partial(jit, *arguments(layer, x)) for layer in layers])
+            found.append(row)
+    return found
+
+
+ONNX_CHECK = """
+import json, sys
+import numpy as np, onnxruntime as ort, torch
+sys.path[:0] = sys.argv[1:3]
+import claq_export
+folder = sys.argv[3]
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(512, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 256)).eval()
+claq_export.export(model, (torch.randn(2, 512),), folder + "/model.onnx",
+                   claq_export.Config(bits=4, calibration="none"), verify=False)
+options = ort.SessionOptions()
+options.register_custom_ops_library(sys.argv[4])
+feeds = lambda s, n: {s.get_inputs()[0].name: np.random.default_rng(n).standard_normal((n, 512)).astype(np.float32)}
+cuda = ort.InferenceSession(folder + "/model.onnx", options, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+cpu = ort.InferenceSession(folder + "/model.onnx", options, providers=["CPUExecutionProvider"])
+errors = {}
+for n in (1, 2, 7, 130):
+    a, b = cuda.run(None, feeds(cuda, n))[0], cpu.run(None, feeds(cpu, n))[0]
+    errors[n] = float(np.abs(a - b).max() / np.abs(b).max())
+print(json.dumps({"version": ort.__version__, "providers": cuda.get_providers(), "errors": errors}))
+"""
+
+
+def onnxruntime_agrees(library: str) -> dict[str, Any]:
+    """A model of two layers in ONNX Runtime on CUDA and on the CPU; or why that was not tried."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return {"not tried": "onnxruntime is not installed"}
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return {"not tried": f"onnxruntime {onnxruntime.__version__} here has no CUDA provider"}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", ONNX_CHECK, str(ROOT), str(Path(__file__).parent), folder, library]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr[-2000:]}
+
+
+def summary_of_checks(runtime: Runtime, source: str) -> dict[str, Any]:
+    """What was found, the checks that failed, and the worst error by dtype."""
+    checks = check_all(runtime, source)
+    worst = {
+        dtype: max(row["error"] for row in checks if row["dtype"] == dtype) for dtype in {r["dtype"] for r in checks}
+    }
+    return {
+        "kernels": runtime.usable(),
+        "checks": len(checks),
+        "wrong": [row for row in checks if not row["right"]],
+        "worst": worst,
+    }
+
+
+def checks_of_ptx(kernels: Path, library: str) -> dict[str, Any]:
+    """The checks on PTX alone, in a process of its own: one keeps the kernels that it loaded first."""
+    with tempfile.TemporaryDirectory() as folder:
+        for ptx in kernels.glob("claq_ptx*.kernels"):
+            shutil.copy(ptx, folder)
+        command = [sys.executable, __file__, "--library", library, "--kernels", folder, "--only-checks"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (
+        json.loads(done.stdout.splitlines()[-1]) if done.stdout else {"failed": done.stderr[-2000:], "wrong": ["all"]}
+    )
+
+
+def page(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = [
+        f"# libclaq on {report['device']}",
+        "",
+        f"torch {report['torch']}. A call captured in a CUDA graph gives {'the same' if report['graph'] else 'OTHER'} bits.",
+        f"ONNX Runtime: {json.dumps(report['onnxruntime'])}.",
+        "",
+        "| package | checks | wrong | worst error by dtype |",
+        "|---|---|---|---|",
+    ]
+    for source in ("cubin", "PTX"):
+        found = report[source]
+        if "failed" in found:
+            lines.append(f"| {source} | failed: {found['failed']} | | |")
+        else:
+            worst = ", ".join(f"{dtype} {error:.1e}" for dtype, error in sorted(found["worst"].items()))
+            lines.append(f"| {found['kernels']} | {found['checks']} | {len(found['wrong'])} | {worst} |")
+    lines += [
+        "",
+        f"{MAIN[0]} x {MAIN[1]}, milliseconds a call in a CUDA graph, rotating weights:",
+        "",
+        "| bits | rows | ahead of time | just in time | cuBLAS bf16 |",
+        "|---|---|---|---|---|",
+    ]
+    for row in report["times"]:
+        jit = f"{row['just in time']:.4f}" if "just in time" in row else ""
+        lines.append(f"| {row['bits']} | {row['rows']} | {row['ahead']:.4f} | {jit} | {row['cublas']:.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """The exit status is 1 when a result is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", type=Path, default=ROOT / "runtime" / "kernels")
+    parser.add_argument("--library", help="libclaq; that of the installed claq-runtime if left out")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--only-checks", action="store_true", help="print the checks' summary as JSON and stop")
+    options = parser.parse_args()
+    if options.library is None:
+        import claq_runtime
+
+        options.library = claq_runtime.library_path()
+    os.environ["CLAQ_CUDA_KERNELS"] = str(options.kernels)
+    runtime = Runtime(options.library)
+    cubin = summary_of_checks(runtime, "cubin")
+    if options.only_checks:
+        print(json.dumps(cubin))
+        return int(bool(cubin["wrong"]))
+    device = torch.cuda.get_device_name()
+    report = {
+        "device": device,
+        "torch": torch.__version__,
+        "cubin": cubin,
+        "PTX": checks_of_ptx(options.kernels, options.library),
+        "graph": graph_agrees(runtime),
+        "times": time_all(runtime),
+        "onnxruntime": onnxruntime_agrees(options.library),
+    }
+    name = "gpu_runtime_" + re.sub(r"\W+", "_", device).strip("_").lower()
+    (options.results / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.results / f"{name}.md").write_text(page(report))
+    print(page(report))
+    wrong = [*cubin["wrong"], *report["PTX"]["wrong"]]
+    for row in wrong[:20]:
+        print("WRONG", row)
+    return int(bool(wrong) or not report["graph"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
