@@ -1,7 +1,8 @@
 """Quantizing one column: reserve outliers, fit the codebook, round it to what is stored, assign codes.
 
 This is the inner step of the error-feedback loop (gptq.py) and of coordinate descent (descent.py). It works on NumPy
-arrays: at a thousand values a column, the overhead of a call counts more than the arithmetic.
+arrays: at a thousand values a column, the overhead of a call counts more than the arithmetic. Where libclaq is there it
+does the same in native code (native.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from . import native
 from .kmeans import SortedValues, centroids_of, nearest
 from .outliers import locate, split_reserved
 from .scales import round_codebook
@@ -26,13 +28,13 @@ class Column:
     """One quantized column of N weights (divided by their row scales).
 
     Attributes:
-        codes: int64 ``[N]``.
+        codes: uint8 ``[N]``.
         integers, scale: the stored codebook: int8 ``[2^b]`` ascending, float16.
         value: float32 ``[N]``, exactly what a reader decodes, outliers included.
         rows, extra: reserved weights: their rows, ascending, and the float16 added to the codebook entry.
     """
 
-    codes: npt.NDArray[np.int64]
+    codes: npt.NDArray[np.uint8]
     integers: npt.NDArray[np.int8]
     scale: np.float16
     value: npt.NDArray[np.float32]
@@ -46,11 +48,15 @@ class ColumnCoder:
     Args:
         settings: k-means and outlier switches.
         weights: how much each row's squared error counts in the fit, float64 ``[N]``; None = all alike.
+
+    Attributes:
+        native: whether libclaq does the work; the results are the same.
     """
 
     def __init__(self, settings: LayerSettings, weights: npt.NDArray[np.float64] | None = None) -> None:
         self.settings = settings
         self.weights = weights
+        self.native = native.enabled()
 
     def quantize(
         self, column: npt.NDArray[np.float32], width: int, reserve: int, start: npt.NDArray[Any] | None = None
@@ -61,9 +67,15 @@ class ColumnCoder:
             column: float32 ``[N]``, N >= 1.
             width: code width in bits.
             reserve: weights to keep as outliers, less than N.
-            start: centroids to run Lloyd from instead of the method's own start.
+            start: ascending centroids to run Lloyd from instead of the method's own start.
         """
         s = self.settings
+        if self.native:
+            first = None if start is None else np.resize(start, (1, native.MOST_CENTROIDS)).astype(np.float64)
+            coded = native.quantize_columns(
+                column[None], [width], [reserve], s, row_weight=self.weights, start=first, threads=1
+            )
+            return from_native(coded, 0, width)
         if self.weights is None:
             ordered, mass = np.sort(column), None
         else:
@@ -94,12 +106,25 @@ class ColumnCoder:
     def replace_codebook(self, present: Column, centroids: npt.NDArray[Any]) -> Column:
         """The same codes and outliers with other centroids (in any order), rounded to what is stored."""
         by_value = np.argsort(centroids, kind="stable")
-        place = np.empty(len(by_value), dtype=np.int64)
+        place = np.empty(len(by_value), dtype=np.uint8)
         place[by_value] = np.arange(len(by_value))
         kept = present.value[present.rows]
         reach = float(np.abs(kept).max()) if len(kept) else 0.0
         integers, scale, table = round_codebook(centroids[by_value], reach)
         return _encode(present.value, integers, scale, table, present.rows, place[present.codes])
+
+
+def from_native(coded: native.CodedColumns, i: int, width: int) -> Column:
+    """Column ``i`` of what libclaq quantized."""
+    kept = slice(coded.first_outlier[i], coded.first_outlier[i] + coded.outliers[i])
+    return Column(
+        coded.codes[i],
+        coded.codebook[i, : 1 << width],
+        coded.scale[i],
+        coded.value[i],
+        coded.outlier_row[kept].astype(np.int64),
+        coded.outlier_extra[kept],
+    )
 
 
 def _encode(
@@ -108,10 +133,10 @@ def _encode(
     scale: np.float16,
     table: npt.NDArray[np.float32],
     rows: npt.NDArray[np.int64],
-    codes: npt.NDArray[np.int64] | None = None,
+    codes: npt.NDArray[np.uint8] | None = None,
 ) -> Column:
     if codes is None:
-        codes = nearest(column, table)
+        codes = nearest(column, table).astype(np.uint8)
     value = table[codes]
     extra = _NO_VALUES
     if len(rows) and scale > 0:

@@ -88,7 +88,7 @@ def refit_codebooks(state: QuantizedColumns, target: torch.Tensor, hessian: torc
         by how much the objective fell; 0 if the refit was not kept.
     """
     device = target.device
-    codes = torch.from_numpy(np.stack([column.codes for column in state.columns])).to(device)
+    codes = torch.from_numpy(np.stack([column.codes for column in state.columns])).to(device, torch.int64)
     free = torch.ones_like(target)
     for j, column in enumerate(state.columns):
         if len(column.rows):

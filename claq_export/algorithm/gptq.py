@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from .columns import Column, ColumnCoder
+from . import native
+from .columns import Column, ColumnCoder, from_native
 from .hessian import Factor
 
 
@@ -42,9 +44,8 @@ def quantize_columns(
 ) -> QuantizedColumns:
     """Quantize all columns, with error feedback when there is a factor.
 
-    The matrix products run on the device of ``target``; the columns of a block are fitted on the CPU. Within a block
-    the correction of a column is gathered when it is its turn (one vector-matrix product), not scattered after each
-    column: the same sums, a fraction of the memory traffic.
+    The matrix products run on the device of ``target``; the columns of a block are quantized on the CPU, by libclaq
+    where it is there.
 
     Args:
         target: float32 ``[K, N]``: the weight transposed, rows divided by their scales.
@@ -60,34 +61,80 @@ def quantize_columns(
     result: list[Column | None] = [None] * count
     value = torch.empty_like(target)
     errors = torch.zeros_like(target) if factor is not None else None
+    quantize_block = _quantize_native if coder.native else _quantize_block
     kmeans = 0.0
     for start in range(0, count, block):
         features = order[start : start + block]
         index = torch.tensor(features, device=target.device)
         rows = target[index]
-        if factor is None or errors is None:
-            local_upper = local_errors = None
-        else:
+        feedback = None
+        if factor is not None and errors is not None:
             stop = start + len(features)
             if start:
                 rows = rows - factor.upper[:start, start:stop].T @ errors[:start]
-            local_upper = factor.upper[start:stop, start:stop].T.contiguous().cpu().numpy()
-            local_errors = np.empty(tuple(rows.shape), dtype=np.float32)
-        local = rows.cpu().numpy()
-        decoded = np.empty_like(local)
-        for i, feature in enumerate(features):
-            column = local[i]
-            if local_upper is not None and local_errors is not None and i:
-                column = column - local_upper[i, :i] @ local_errors[:i]
-            tick = perf_counter()
-            done = coder.quantize(column, bits[feature], reserve[feature])
-            kmeans += perf_counter() - tick
-            result[feature] = done
-            decoded[i] = done.value
-            if local_upper is not None and local_errors is not None:
-                np.divide(column - done.value, local_upper[i, i], out=local_errors[i])
-        value[index] = torch.from_numpy(decoded).to(target.device)
-        if errors is not None and local_errors is not None:
-            errors[start : start + len(features)] = torch.from_numpy(local_errors).to(target.device)
+            feedback = factor.upper[start:stop, start:stop].T.contiguous().cpu().numpy()
+        widths, reserves = [bits[feature] for feature in features], [reserve[feature] for feature in features]
+        done = quantize_block(rows.cpu().numpy(), widths, reserves, feedback, coder)
+        kmeans += done.kmeans_seconds
+        for feature, column in zip(features, done.columns, strict=True):
+            result[feature] = column
+        value[index] = torch.from_numpy(done.value).to(target.device)
+        if errors is not None and done.error is not None:
+            errors[start : start + len(features)] = torch.from_numpy(done.error).to(target.device)
     columns = [column for column in result if column is not None]
     return QuantizedColumns(columns, value, kmeans, perf_counter() - began - kmeans)
+
+
+@dataclass
+class _Block:
+    """The columns of a block, their decoded values ``[B, N]``, and with feedback their errors divided by U_jj."""
+
+    columns: list[Column]
+    value: npt.NDArray[np.float32]
+    error: npt.NDArray[np.float32] | None
+    kmeans_seconds: float
+
+
+def _quantize_block(
+    target: npt.NDArray[np.float32],
+    widths: list[int],
+    reserve: list[int],
+    feedback: npt.NDArray[np.float32] | None,
+    coder: ColumnCoder,
+) -> _Block:
+    """The loop as GPTQ states it: quantize a column, take its error off all later ones of the block.
+
+    ``feedback[i, j]``, float32 ``[B, B]``, times the error of column j is taken off column i > j; products and
+    differences are rounded one by one in the order of j, which is what libclaq does too.
+    """
+    target = target.copy()
+    value = np.empty_like(target)
+    error = None if feedback is None else np.empty_like(target)
+    columns, kmeans = [], 0.0
+    for i, (width, kept) in enumerate(zip(widths, reserve, strict=True)):
+        tick = perf_counter()
+        column = coder.quantize(target[i], width, kept)
+        kmeans += perf_counter() - tick
+        columns.append(column)
+        value[i] = column.value
+        if feedback is not None and error is not None:
+            np.divide(target[i] - value[i], feedback[i, i], out=error[i])
+            target[i + 1 :] -= feedback[i + 1 :, i, None] * error[i]
+    return _Block(columns, value, error, kmeans)
+
+
+def _quantize_native(
+    target: npt.NDArray[np.float32],
+    widths: list[int],
+    reserve: list[int],
+    feedback: npt.NDArray[np.float32] | None,
+    coder: ColumnCoder,
+) -> _Block:
+    """The same by libclaq."""
+    began = perf_counter()
+    coded = native.quantize_columns(
+        target, widths, reserve, coder.settings, row_weight=coder.weights, feedback=feedback
+    )
+    columns = [from_native(coded, i, width) for i, width in enumerate(widths)]
+    seconds = perf_counter() - began - coded.feedback_seconds
+    return _Block(columns, coded.value, None if feedback is None else coded.error, seconds)

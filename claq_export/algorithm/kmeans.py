@@ -39,9 +39,6 @@ _SAMPLES = 384
 _TAIL = 48
 # Lloyd ends when no centroid moves by more than this share of the range of values: a thirtieth of what int8 resolves.
 _TOLERANCE = 2e-4
-# Panter-Dite: the best density of centroids goes with the cube root of the density of values. A gap between
-# neighbouring order statistics goes with 1/density, so raising it to 2/3 and summing gives the companding function.
-_COMPANDING = 2.0 / 3.0
 
 
 @dataclass(frozen=True)
@@ -108,16 +105,31 @@ def _means(data: SortedValues, borders: Int64) -> Float64:
     return np.where(mass > 0, np.diff(data.moment[borders]) / np.where(mass > 0, mass, 1.0), middle)
 
 
+def _compand(gaps: Float64) -> Float64:
+    """``gaps`` to the power of 21/32.
+
+    Panter-Dite: the best density of centroids goes with the cube root of the density of values. A gap between
+    neighbouring order statistics goes with 1/density, so raising it to 2/3 and summing gives the companding function.
+    21/32 is as good, and made of square roots, which round alike everywhere.
+    """
+    half = np.sqrt(gaps)
+    eighth = np.sqrt(np.sqrt(half))
+    return cast(Float64, half * eighth * np.sqrt(np.sqrt(eighth)))
+
+
 @lru_cache(maxsize=64)
 def _sample(n: int) -> tuple[Int64, Float64]:
     """Order statistics that describe the density of ``n`` sorted values: all at the ends, every so many in between.
 
-    Returns their indices and the cube root of how many values each gap stands for.
+    Returns their indices and, to the power of 11/32 (the cube root, see :func:`_compand`), how many values each gap
+    stands for.
     """
     stride = max(1, n // _SAMPLES)
     tail = min(n, _TAIL)
     index = np.unique(np.concatenate([np.arange(tail), np.arange(tail, n, stride), np.arange(n - tail, n)]))
-    return index, np.cbrt(np.diff(index).astype(np.float64))
+    quarter = np.sqrt(np.sqrt(np.diff(index).astype(np.float64)))
+    sixteenth = np.sqrt(np.sqrt(quarter))
+    return index, quarter * sixteenth * np.sqrt(sixteenth)
 
 
 def _companded(data: SortedValues) -> tuple[Int64, Float64]:
@@ -125,13 +137,16 @@ def _companded(data: SortedValues) -> tuple[Int64, Float64]:
     equal values."""
     index, share = _sample(len(data.values))
     curve = np.zeros(len(index))
-    np.cumsum(np.diff(data.values[index]) ** _COMPANDING * share, out=curve[1:])
+    np.cumsum(_compand(np.diff(data.values[index])) * share, out=curve[1:])
     return index, curve
 
 
 def _companded_start(data: SortedValues, k: int) -> Float64:
     index, curve = _companded(data)
-    return cast(Float64, np.interp((np.arange(k) + 0.5) * (curve[-1] / k), curve, data.values[index]))
+    targets = (np.arange(k) + 0.5) * (curve[-1] / k)
+    below = (curve.searchsorted(targets, side="right") - 1).clip(0, len(curve) - 2)
+    low, high = data.values[index[below]], data.values[index[below + 1]]
+    return cast(Float64, low + (targets - curve[below]) * ((high - low) / (curve[below + 1] - curve[below])))
 
 
 def _coarse_start(data: SortedValues, k: int) -> Float64 | None:
@@ -147,8 +162,9 @@ def _coarse_start(data: SortedValues, k: int) -> Float64 | None:
     moment, mass = data.moment[cuts], data.mass[cuts]
     # gain[j, i]: what the cluster between cuts i < j takes off the sum of squares; the best partition has the largest
     # sum of gains. Only the best sums are kept on the way; which border gave them is found again on the way back.
+    inside = mass[:, None] - mass
     with np.errstate(divide="ignore", invalid="ignore"):
-        gain = np.square(moment[:, None] - moment) / (mass[:, None] - mass)
+        gain = np.where(inside > 0, np.square(moment[:, None] - moment) / inside, 0.0)
     gain[_upper_triangle(m)] = -np.inf
     layers = [gain[:, 0]]
     for _ in range(k - 2):
@@ -360,8 +376,10 @@ class SortedColumns:
         index, share = _sample(n)
         self.sample = self.values[:, torch.from_numpy(index).to(self.values.device)]
         self.curve = torch.zeros_like(self.sample)
-        gaps = self.sample.diff(dim=1) ** _COMPANDING * torch.from_numpy(share).to(self.values.device)
-        torch.cumsum(gaps, dim=1, out=self.curve[:, 1:])
+        half = self.sample.diff(dim=1).sqrt()
+        eighth = half.sqrt().sqrt()
+        gaps = half * eighth * eighth.sqrt().sqrt()
+        torch.cumsum(gaps * torch.from_numpy(share).to(gaps.device), dim=1, out=self.curve[:, 1:])
         self._square: torch.Tensor | None = None
 
     def _squares(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
@@ -429,24 +447,29 @@ def _batched_lloyd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lloyd on sorted columns, each until its centroids move by no more than ``near``; returns centroids and borders.
 
-    Columns take different numbers of steps. Once half of them rest, the others go on in a batch of their own.
+    Columns take different numbers of steps. Once half of a batch rest, the others go on in a batch of their own.
     """
     k = centroids.shape[1]
     final, cuts_at_end = centroids.clone(), borders.clone()
     rows = torch.arange(len(values), device=values.device)
+    resting = torch.zeros(len(values), dtype=torch.bool, device=values.device)
     low, high = borders[:, :1], borders[:, k:]
-    for step in range(max_iterations):
+    for _ in range(max_iterations):
         cuts = torch.searchsorted(values, (centroids[:, 1:] + centroids[:, :-1]) * 0.5)
         borders[:, 1:k] = torch.minimum(torch.maximum(cuts, low), high)
         inside = borders.diff(dim=1)
         moved = torch.where(inside > 0, moment.gather(1, borders).diff(dim=1) / inside.clamp(min=1), centroids)
-        moving = ((moved - centroids).abs() > near).any(dim=1)
+        # One that rested before stays as it was, whatever batch it is in.
+        here = rows[~resting]
+        final[here], cuts_at_end[here] = moved[~resting], borders[~resting]
+        resting |= ~((moved - centroids).abs() > near).any(dim=1)
         centroids = moved
-        count = int(moving.sum())
-        if count <= len(rows) // 2 or step == max_iterations - 1:
-            final[rows], cuts_at_end[rows] = centroids, borders
-            if not count:
-                break
-            rows, values, moment, centroids = rows[moving], values[moving], moment[moving], centroids[moving]
-            borders, near, low, high = borders[moving], near[moving], low[moving], high[moving]
+        count = len(rows) - int(resting.sum())
+        if not count:
+            break
+        if count <= len(rows) // 2:
+            going = ~resting
+            rows, values, moment, centroids = rows[going], values[going], moment[going], centroids[going]
+            borders, near, low, high = borders[going], near[going], low[going], high[going]
+            resting = resting[going]
     return final, cuts_at_end

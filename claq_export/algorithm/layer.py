@@ -204,7 +204,7 @@ def _store(state: QuantizedColumns, scale: torch.Tensor, plan: ColumnPlan) -> Qu
     scales = torch.zeros(K, dtype=torch.float16)
     outliers = None
     if state.columns:
-        stacked = np.stack([column.codes.astype(np.uint8) for column in state.columns])
+        stacked = np.stack([column.codes for column in state.columns])
         codes[:, alive] = torch.from_numpy(stacked).to(device)
         for k, column in enumerate(state.columns):
             centroids[k, : len(column.integers)] = torch.from_numpy(column.integers)

@@ -95,6 +95,69 @@ CLAQ_API const char* claq_version(void);
  * here). `context` is the number of threads to use, cast to a pointer. Threads are started at the first call. */
 CLAQ_API void claq_pool_parallel_for(void* context, void (*task)(void* data, size_t index), size_t total, void* data);
 
+/* ---- quantization ------------------------------------------------------------------------------------------------------
+ *
+ * The inner loops of the compiler (claq_export/algorithm), which describes every step; both give the same bits. All matrices
+ * are contiguous float32 [columns, rows]: a line holds the weights of one column, that is of one input feature, divided by
+ * their row scales. Results do not depend on the number of threads or on the kernel family. */
+
+typedef enum claq_kmeans {
+  CLAQ_KMEANS_LLOYD = 0,  /* Lloyd from a companded start */
+  CLAQ_KMEANS_COARSE = 1, /* the optimum over 64 candidate borders, then Lloyd */
+  CLAQ_KMEANS_OPTIMAL = 2 /* the optimum by dynamic programming */
+} claq_kmeans;
+
+typedef struct claq_columns_desc {
+  size_t struct_size; /* sizeof(claq_columns_desc) */
+  int64_t columns;
+  int64_t rows;
+  const int32_t* width;     /* [columns]: 2, 3 or 4 */
+  const int64_t* reserve;   /* [columns]: weights to keep as outliers, less than rows */
+  const double* row_weight; /* [rows]: what a row's squared error counts in the fit, finite and not negative; NULL = 1 */
+  const double* start;      /* [columns, 16]: ascending centroids to run Lloyd from, 2^width of them used; NULL = the method's */
+  const float* feedback;    /* [columns, columns]: feedback[i, j] of the error of column j is taken off column i > j before it
+                               is quantized, and errors are divided by feedback[j, j]; NULL: columns on their own */
+  int32_t method;           /* claq_kmeans */
+  int32_t most_iterations;  /* Lloyd steps a column */
+  int32_t both_sides;       /* outliers: 0 = the largest magnitudes, 1 = half from each end */
+  int32_t fit_outliers;     /* 1 = outliers take part in the fit */
+  const char* kernel;       /* as in claq_layer_desc */
+
+  float* target;           /* in: the columns; out: with all feedback taken off */
+  float* value;            /* out: what they decode to, outliers included */
+  float* error;            /* out: (target - value) / feedback[j, j]; NULL without feedback */
+  uint8_t* codes;          /* out [columns, rows] */
+  int8_t* codebook;        /* out [columns, 16], ascending, zero beyond 2^width */
+  uint16_t* scale;         /* out [columns]: float16 */
+  int64_t* outliers;       /* out [columns]: how many are kept: what was asked for, or none where scale is 0 */
+  int32_t* outlier_row;    /* out [sum of reserve]: column i's begin at the sum of reserve before it, ascending */
+  uint16_t* outlier_extra; /* out, likewise: float16 to be added to the codebook entry */
+  double* feedback_seconds; /* out: what of the time went into feedback; NULL: not wanted */
+} claq_columns_desc;
+
+/* Quantizes columns, one after the other where they feed back, else spread over threads. CLAQ_INVALID_ARGUMENT names what is
+ * wrong, such as a value that is not finite; results are then undefined. `parallel_for` may be NULL (serial). */
+CLAQ_API claq_status claq_quantize_columns(const claq_columns_desc* desc, claq_parallel_for parallel_for, void* context,
+                                           char* error, size_t error_size);
+
+typedef struct claq_profile_desc {
+  size_t struct_size; /* sizeof(claq_profile_desc) */
+  int64_t columns;
+  int64_t rows;
+  const float* target;     /* [columns, rows] */
+  const int32_t* width;    /* [widths] */
+  int64_t widths;
+  const int64_t* reserve;  /* [reserves]: largest magnitudes that are left out, less than rows */
+  int64_t reserves;
+  int32_t most_iterations; /* Lloyd steps */
+  const char* kernel;
+  double* error; /* out [columns, widths, reserves]: summed squared distances to the fitted centroids */
+} claq_profile_desc;
+
+/* What each column would cost at several widths with several numbers of outliers: one sort for all of them. */
+CLAQ_API claq_status claq_profile_columns(const claq_profile_desc* desc, claq_parallel_for parallel_for, void* context,
+                                          char* error, size_t error_size);
+
 /* ---- NVIDIA GPUs -------------------------------------------------------------------------------------------------
  * The Triton kernels of claq-export, compiled ahead of time and launched through the CUDA driver, which is looked up when
  * the first of these functions is called. Failures for want of a GPU, a driver or kernels are CLAQ_UNAVAILABLE. */

@@ -6,6 +6,7 @@
 #include "family.h"
 #include "gather.h"
 #include "layer.h"
+#include "quantize/quantize.h"
 #include "run.h"
 
 namespace {
@@ -62,6 +63,22 @@ claq_status claq_gather(const claq_layer* layer, claq_dtype index_dtype, const v
 }
 
 void claq_destroy(claq_layer* layer) { delete layer; }
+
+claq_status claq_quantize_columns(const claq_columns_desc* desc, claq_parallel_for parallel_for, void* context, char* error,
+                                  size_t error_size) {
+  return guarded(error, error_size, [&] {
+    if (!desc) throw claq::InvalidArgument("desc: is null");
+    claq::quantize::quantize_columns(*desc, {parallel_for, context});
+  });
+}
+
+claq_status claq_profile_columns(const claq_profile_desc* desc, claq_parallel_for parallel_for, void* context, char* error,
+                                 size_t error_size) {
+  return guarded(error, error_size, [&] {
+    if (!desc) throw claq::InvalidArgument("desc: is null");
+    claq::quantize::profile_columns(*desc, {parallel_for, context});
+  });
+}
 
 const char* claq_layer_kernel(const claq_layer* layer) { return layer ? layer->family->name : ""; }
 

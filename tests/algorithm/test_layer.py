@@ -215,7 +215,7 @@ def test_codebook_refit_reaches_the_least_squares_optimum() -> None:
     damped = hessian.damped(0.01)
     pick = torch.zeros(60, 12, 48, dtype=torch.float64)  # row n, column j -> which of the 12 * 4 centroids
     for j, column in enumerate(state.columns):
-        pick[torch.arange(60), j, 4 * j + torch.from_numpy(column.codes)] = 1
+        pick[torch.arange(60), j, 4 * j + torch.from_numpy(column.codes).long()] = 1
     normal = torch.einsum("nja,jk,nkb->ab", pick, damped, pick)
     right = torch.einsum("nja,jk,nk->a", pick, damped, target.T.double())
     best = torch.linalg.solve(normal, right)
