@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo-output
 
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test kernels lint format bench clean
 
 help: ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -27,6 +27,11 @@ demo: setup ## export the MiniLM sentence encoder at 4 bits and use the exported
 test: setup ## linters, type checker and all tests
 	$(MAKE) lint
 	$(BIN)/python -m pytest -q
+
+kernels: setup ## compile the GPU kernels of claq-runtime ahead of time (no GPU needed; half an hour on two cores)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "triton>=3.6"
+	$(BIN)/python -m claq_export.kernels.aot --targets sm_80,sm_86,sm_89,sm_90,sm_100,sm_120 --out runtime/kernels
+	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall ./runtime
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The native CPU runtime of claq models: where its library is and how ONNX Runtime gets to know it.
+"""The native runtime of claq models: where its library is and how ONNX Runtime gets to know it.
 
 A service needs two lines: ``claq_runtime.register(session_options)`` before it makes its ``InferenceSession``.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "kernels", "library_path", "register"]
+__all__ = ["__version__", "cuda", "kernels", "library_path", "register"]
 
 _LIBRARY = {"darwin": "libclaq.dylib", "win32": "claq.dll"}.get(sys.platform, "libclaq.so")
 _registered: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -35,7 +36,8 @@ def library_path() -> str:
 def register(session_options: Any) -> None:
     """Make the claq operators known to the sessions that will be created from these options.
 
-    A second call with the same options does nothing.
+    A second call with the same options does nothing. Where ONNX Runtime has its CUDA provider but libclaq cannot use the
+    GPU, a warning says why; sessions then run the claq operators on the CPU.
 
     Args:
         session_options: an ``onnxruntime.SessionOptions`` of ONNX Runtime 1.17 or newer.
@@ -47,6 +49,23 @@ def register(session_options: Any) -> None:
         return
     session_options.register_custom_ops_library(library_path())
     _registered[id(session_options)] = session_options
+    onnxruntime = sys.modules.get("onnxruntime")
+    if onnxruntime is not None and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        usable, reason = cuda()
+        if not usable:
+            warnings.warn(f"claq operators run on the CPU: {reason}", RuntimeWarning, stacklevel=2)
+
+
+def cuda() -> tuple[bool, str]:
+    """Whether sessions of ONNX Runtime's CUDA provider run ClaqMatMul on the GPU, and what was found or is missing.
+
+    It takes an NVIDIA GPU, its driver, and kernels for its generation (``CLAQ_CUDA_KERNELS``, else the folder ``cuda``
+    beside libclaq).
+    """
+    library = ctypes.CDLL(library_path())
+    text = ctypes.create_string_buffer(1024)
+    status: int = library.claq_cuda_usable(text, ctypes.c_size_t(len(text)))
+    return status == 0, text.value.decode()
 
 
 def kernels() -> list[str]:

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from ctypes.util import find_library
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -118,3 +119,12 @@ def test_kernels_of_an_older_chip_serve_a_newer_one_of_its_generation(results: d
     assert results["refusals"]["good"] == [0, "", True]
     assert results["refusals"]["fits a later chip"][0] == 0
     assert "claq_sm80.kernels" in results["refusals"]["fits a later chip"][1]
+
+
+def test_sessions_on_the_cpu_do_not_mind_the_operators_for_gpus(results: dict[str, Any]) -> None:
+    assert results["registered"]["error"] <= 1e-6
+
+
+@pytest.mark.skipif(find_library("cuda") is not None, reason="this machine has a CUDA driver")
+def test_without_a_driver_the_reason_is_given() -> None:
+    assert claq_runtime.cuda() == (False, "no CUDA driver: libcuda.so.1 cannot be loaded")

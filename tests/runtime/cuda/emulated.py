@@ -242,6 +242,35 @@ def refusals(library: ctypes.CDLL, driver: ctypes.CDLL, package: Path) -> dict[s
     return found
 
 
+def registered(path: str) -> dict[str, Any]:
+    """A session on the CPU while the operators of the CUDA provider are registered as well."""
+    import numpy as np
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    layer = random_layer(64, 32, (4, 2), outliers=0.05)
+    parts = {name: tensor.numpy() for name, tensor in layer.tensors().items()} | {"bias": np.zeros(0, np.float32)}
+    attributes = dict(zip(("columns_4", "columns_3", "columns_2"), layer.columns, strict=True))
+    node = helper.make_node(
+        "ClaqMatMul", ["x", *parts], ["y"], domain="com.claq", in_features=64, out_features=32, **attributes
+    )
+    graph = helper.make_graph(
+        [node],
+        "one",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", 32])],
+        [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in parts.items()],
+    )
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.claq", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(path)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
+    expected = x.astype(np.float64) @ dense_weight(layer).numpy().T
+    return {"error": float(np.abs(session.run(None, {"x": x})[0] - expected).max() / np.abs(expected).max())}
+
+
 def main() -> None:
     path, driver_path, blas_path, folder = sys.argv[1:]
     driver = ctypes.CDLL(driver_path)  # its soname is libcuda.so.1, which libclaq then finds loaded
@@ -260,6 +289,7 @@ def main() -> None:
     library.claq_cuda_workspace.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     library.claq_cuda_destroy.argtypes = [ctypes.c_void_p]
     results: dict[str, Any] = {case[0]: run(library, gpu, case, blas) for case in CASES}
+    results["registered"] = registered(path)
     results["refusals"] = refusals(library, driver, Path(folder) / f"claq_sm{TARGET}.kernels")
     print(json.dumps(results))
 
