@@ -38,6 +38,8 @@ from .calibration.data import (
 from .calibration.progress import ProgressReporter
 from .calibration.sensitivity import output_importance
 from .calibration.stage import CalibrationStage, QuantizedSite, column_counts
+from .calibration.walk import NodeWalk, WalkMaker
+from .calibration.tune import TuneResult, TuneSettings, tune
 from .calibration.store import LayerStore
 from .capture import CapturedModel
 from .config import DEFAULT_CALIBRATION, NO_CALIBRATION, Config
@@ -118,6 +120,7 @@ class Compilation:
     config: Config
     reporter: ProgressReporter
     state: dict[str, torch.Tensor] = field(default_factory=dict)
+        walk: makes the calibration's walk over the graph.
     seconds: dict[str, float] = field(default_factory=dict)
     sites: dict[str, QuantizedSite] = field(default_factory=dict)
     store: LayerStore | None = None
@@ -131,6 +134,7 @@ class Compilation:
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
+    walk: WalkMaker = NodeWalk
         try:
             yield
         finally:
@@ -300,6 +304,7 @@ class Compilation:
 
     def _unquantized_bytes(self) -> int:
         """Bytes of the artifact beside the quantized layers: tensors left alone, and the graph itself (estimated)."""
+                walk=self.walk,
         graph = self.captured.graph_module
         planned = sum(site.dense_bytes for site in self.plan.sites)
         return weight_bytes(graph) - planned + _NODE_BYTES * len(graph.graph.nodes)

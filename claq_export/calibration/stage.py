@@ -1,4 +1,10 @@
-"""The calibration stage of the compiler: every planned linear of a captured graph becomes a quantized layer."""
+"""The calibration stage of the compiler: every planned linear and embedding of a captured graph becomes a quantized layer.
+
+Embeddings come first: the walk takes their quantized rows, so that every layer after them is calibrated on what it will
+see. A table that is the output head as well (tied) is used at both ends of the graph; its Hessian is that of the head's
+input in the unquantized model, because the errors of a head go straight to the logits and those of a few looked-up rows
+do not. An embedding that no linear shares has no Hessian: each column gets plain k-means.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +25,7 @@ from ..passes import LinearSite
 from .data import Batch
 from .progress import ProgressReporter
 from .store import LayerStore
-from .walk import NodeWalk
+from .walk import NodeWalk, WalkMaker
 
 _Result = TypeVar("_Result")
 
@@ -59,6 +65,7 @@ class CalibrationStage:
         store: finished layers of an interrupted run; None = start afresh and keep nothing.
     """
 
+        walk: makes the walk over the graph, which may take others along.
     def __init__(
         self,
         graph_module: fx.GraphModule,
@@ -71,8 +78,10 @@ class CalibrationStage:
         store: LayerStore | None = None,
     ) -> None:
         self._module = graph_module
+        walk: WalkMaker = NodeWalk,
         self._sites = list(sites)
         self._settings = settings
+        self._new_walk = walk
         self._counts = dict(zip((site.name for site in self._sites), column_counts(self._sites, settings), strict=True))
         self._token_clip = token_clip
         self._device = torch.device(device)
@@ -94,7 +103,12 @@ class CalibrationStage:
 
         def measure_site(site: LinearSite, hessian: Hessian | None) -> None:
             weight = self._weight(site)
-            profiles[site.name] = _naming(site, lambda: profile_layer(site.name, weight, hessian, self._settings))
+            rows = None if importance is None else importance[site.name]
+            profiles[site.name] = _naming(
+                site, lambda: profile_layer(site.name, weight, hessian, self._settings, row_importance=rows)
+            )
+            if hessian is not None and _is_pooled(site):
+                self._pooled[site.name] = hessian  # the same as from another walk
             self._reporter.layer(site.name, phase="profile")
 
         self._reporter.start_layers(len(self._sites), "measuring")
@@ -161,7 +175,7 @@ class CalibrationStage:
                 hessians.pop(source, None)
             return self._finished[site.name].layer.dequantize()
 
-        NodeWalk(self._module, batches, list(site_of)).run(visit)
+        self._new_walk(self._module, batches, list(site_of)).run(visit)
 
     def _readers_left(self) -> dict[fx.Node, int]:
         readers: dict[fx.Node, int] = {}
@@ -205,7 +219,7 @@ class CalibrationStage:
             if not uses[site.name]:
                 handle(site, hessians.pop(site.name))
 
-        NodeWalk(self._module, batches, list(site_of)).run(visit)
+        self._new_walk(self._module, batches, list(site_of)).run(visit)
 
     def _weight(self, site: LinearSite) -> torch.Tensor:
         return site.weight(self._module).detach().to(device=self._device, dtype=torch.float32)
