@@ -30,6 +30,10 @@ Stop = tuple[fx.Node, Sequence[torch.Tensor]]
 """A linear node and its input for each batch."""
 
 
+RowLookup = Callable[[torch.Tensor], torch.Tensor]
+"""Rows of a table for indices of any shape."""
+
+
 def ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     """The nodes and everything they depend on."""
     needed: set[fx.Node] = set()
@@ -58,14 +62,22 @@ class NodeWalk:
         graph_module: unlifted graph (parameters are ``get_attr`` nodes).
         batches: inputs by name; their order is that of the graph's placeholders.
         stop_at: linear nodes the visitor is called for; nothing that they do not depend on is computed.
+        lookups: embedding nodes -> what gives the rows for their indices, in the place of the table in the graph.
 
     Raises:
         CalibrationError: the batches do not have the graph's inputs, or an operator fails on them.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, batches: Sequence[Batch], stop_at: Sequence[fx.Node]) -> None:
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        batches: Sequence[Batch],
+        stop_at: Sequence[fx.Node],
+        lookups: Mapping[fx.Node, RowLookup] | None = None,
+    ) -> None:
         self._module = graph_module
         self._batches = batches
+        self._lookups = dict(lookups or {})
         self._linears = set(stop_at)
         needed = ancestors(stop_at)
         self._nodes = [node for node in graph_module.graph.nodes if node in needed]
@@ -164,6 +176,8 @@ class NodeWalk:
         if node.op == "get_attr":
             return get_attribute(self._module, str(node.target))
         args, kwargs = self._arguments(node, index)
+        if node in self._lookups:
+            return self._lookups[node](args[1])
         if node in self._linears:
             weight = self._weights[node]
             if weight is not None:
@@ -226,6 +240,10 @@ class JointWalk:
 
     def _key(self, node: fx.Node) -> fx.Node:
         return self._same.get(node, node)
+
+
+WalkMaker = Callable[[fx.GraphModule, Sequence[Batch], Sequence[fx.Node]], NodeWalk | JointWalk]
+"""Makes a walk over a graph for batches that stops at the given linear nodes."""
 
 
 def _resume(steps: Generator[Stop, torch.Tensor | None, None], weight: torch.Tensor | None) -> Stop | None:

@@ -1,0 +1,155 @@
+"""Quantized weights of a compiled model on disk: the same two files that an export writes, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ModelError, OutputError
+from ..format.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from .release import saving
+from .store import STORES, Stack, WeightStore, named_parameters
+
+
+def save_compiled(model: nn.Module, folder: Path | str, config: Mapping[str, Any] | None = None) -> list[Path]:
+    """Write the quantized weights of a model compiled with ``backend="claq"``, and all its other tensors.
+
+    The files are those of an export, ``claq.safetensors`` and ``claq.json``: ``torch.compile(model, backend="claq",
+    options={"weights": folder})`` takes the weights from them, ``claq_export.load(folder, model)`` makes a model of
+    ``ClaqLinear`` modules. Nothing is pickled.
+
+    Args:
+        model: the module that was compiled, or what ``torch.compile`` returned for it.
+        folder: made if absent.
+        config: written into ``claq.json``; the options are not known here.
+
+    Returns:
+        the two files, tensors first.
+
+    Raises:
+        ModelError: no weight of the model is quantized yet, or it was compiled with several sets of options.
+        OutputError: the files cannot be written.
+    """
+    original = getattr(model, "_orig_mod", model)
+    names = named_parameters(original)
+    stores = [store for store in STORES.values() if _stacks(store, names)]
+    if not stores:
+        raise ModelError(
+            "no weight of this model has been quantized by backend='claq' yet: call the compiled model first (with "
+            "options={'observe': N}, N times)"
+        )
+    if len(stores) > 1:
+        raise ModelError(
+            f"this model was compiled with {len(stores)} different sets of options; save each from a model of its own"
+        )
+    stacks = _stacks(stores[0], names)
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"folder {str(folder)!r} cannot be made: {error.strerror or error}") from error
+    layers = {}
+    parts = {}
+    for stack, members in stacks:
+        layers[stack.name] = stack.layer
+        parts[stack.name] = tuple((name.removesuffix(".weight"), rows) for name, rows in members)
+    levels = {stack.accuracy_level for stack, _ in stacks}
+    with saving():
+        state = {name: value for name, value in original.state_dict().items() if isinstance(value, torch.Tensor)}
+    # A tied weight stands under several names, all of which the layer serves.
+    quantized = {id(weight) for weight, entry in stores[0].entries() if entry.stack is not None}
+    for name, parameter in original.named_parameters(remove_duplicate=False):
+        if id(parameter) in quantized:
+            state.pop(name, None)
+    return save_checkpoint(
+        folder,
+        layers,
+        state,
+        config or {},
+        parts=parts,
+        accuracy_level=max(levels),
+        transposed={stack.name for stack, _ in stacks if stack.transposed},
+    )
+
+
+def _stacks(store: WeightStore, names: Mapping[int, str]) -> list[tuple[Stack, list[tuple[str, int]]]]:
+    """The quantized layers that are wholly of one model, each with its parts' names there and their rows."""
+    members: dict[int, tuple[Stack, dict[int, tuple[str, int]]]] = {}
+    for weight, entry in store.entries():
+        if entry.stack is not None and id(weight) in names:
+            _, parts = members.setdefault(id(entry.stack), (entry.stack, {}))
+            parts[entry.part] = (names[id(weight)], entry.stack.rows[entry.part])
+    return [
+        (stack, [parts[index] for index in sorted(parts)])
+        for stack, parts in members.values()
+        if len(parts) == len(stack.rows)
+    ]
+
+
+def load_weights(folder: Path, named: Mapping[str, torch.Tensor], store: WeightStore) -> None:
+    """Take the quantized weights of a graph's parameters from a checkpoint.
+
+    Args:
+        folder: with ``claq.safetensors`` and ``claq.json``.
+        named: parameters by name; names may lack the path of the module that was compiled, as those of a part of the
+            model do.
+        store: where they go.
+
+    Raises:
+        FormatError: the checkpoint is damaged.
+        ModelError: a shape differs, or no parameter is in the checkpoint.
+    """
+    checkpoint = _checkpoint(folder.resolve())
+    where = {
+        part: (layer, index)
+        for layer in checkpoint.layers
+        for index, (part, _) in enumerate(checkpoint.parts_of(layer))
+    }
+    stacks = {layer: _stack(checkpoint, layer) for layer in checkpoint.layers}
+    found = 0
+    for name, weight in named.items():
+        part = _part_named(name.removesuffix(".weight"), where)
+        if part is None:
+            continue
+        layer, index = where[part]
+        stack = stacks[layer]
+        shape = (stack.rows[index], stack.layer.in_features)
+        if tuple(weight.shape) != (shape[::-1] if stack.transposed else shape):
+            raise ModelError(
+                f"{folder}: layer {part!r} is for a weight of shape {list(shape)}, the model's has {list(weight.shape)}"
+            )
+        store.put(weight, stack, index)
+        found += 1
+    if named and not found:
+        raise ModelError(
+            f"{folder} holds no weight of this model: it has {', '.join(list(where)[:3])}, …, the model "
+            f"{', '.join(list(named)[:3])}, …"
+        )
+
+
+@lru_cache(maxsize=2)
+def _checkpoint(folder: Path) -> Checkpoint:
+    return load_checkpoint(folder)
+
+
+def _stack(checkpoint: Checkpoint, layer: str) -> Stack:
+    return Stack(
+        name=layer,
+        layer=checkpoint.layers[layer],
+        rows=tuple(rows for _, rows in checkpoint.parts_of(layer)),
+        transposed=layer in checkpoint.transposed,
+        accuracy_level=checkpoint.accuracy_levels.get(layer, 0),
+    )
+
+
+def _part_named(name: str, where: Mapping[str, Any]) -> str | None:
+    """The part of that name, or the only one that ends in it."""
+    if name in where:
+        return name
+    longer = [part for part in where if part.endswith(f".{name}")]
+    return longer[0] if len(longer) == 1 else None

@@ -1,0 +1,90 @@
+"""The backend itself: what Dynamo calls with each graph, and the function it gets back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import ClaqError, ConfigError
+from .dynamo import graph_parameters, trace_to_aten
+from .graph import DynamoGraph
+from .options import CompileOptions, parse_options
+from .session import CompiledGraph, session_for
+
+Compiled = Callable[..., Any]
+
+
+def claq(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Compiled:
+    """Compile one of Dynamo's graphs; ``torch.compile(model, backend="claq", options={...})`` calls this.
+
+    Args:
+        gm: the graph; parameters are inputs.
+        example_inputs: its inputs at this call.
+        options: see docs/torch-compile.md.
+        mode: passed on to Inductor.
+
+    Returns:
+        what Dynamo calls instead of the graph. It raises :class:`~claq_export.errors.ClaqError` where the options are
+        wrong or gradients are wanted; raised from here, Dynamo would wrap the error in its own.
+    """
+    try:
+        parsed = parse_options(options, mode)
+        if any(isinstance(p, torch.nn.Parameter) for p in gm.parameters()):
+            raise ConfigError(
+                "backend='claq' needs parameters as inputs of Dynamo's graphs: leave "
+                "torch._dynamo.config.inline_inbuilt_nn_modules on"
+            )
+        _refuse_gradients(example_inputs)
+    except ClaqError as error:
+        return _raising(error)
+    session = session_for(parsed)
+    graph = DynamoGraph(trace_to_aten(gm), graph_parameters(gm, example_inputs), example_inputs)
+    try:
+        rewritten = graph.rewrite(parsed.config, session.store.key)
+    except ClaqError as error:
+        return _raising(error)
+    if parsed.config.include and not rewritten.weights:
+        warnings.warn(f"backend='claq': no layer of this graph is quantized ({rewritten.notes[0]})", stacklevel=2)
+    run = _fall_back(rewritten.module, example_inputs, parsed)
+    if not rewritten.weights:
+        return run
+    return CompiledGraph(graph, rewritten, run, session).__call__
+
+
+def _fall_back(module: fx.GraphModule, example_inputs: Sequence[Any], options: CompileOptions) -> Compiled:
+    if options.fallback == "eager":
+        return module.forward
+    from torch import _inductor
+
+    settings = _inductor.list_mode_options(options.mode) if options.mode else None
+    return _inductor.compile(module, list(example_inputs), settings)  # type: ignore[no-any-return]
+
+
+def _refuse_gradients(inputs: Sequence[Any]) -> None:
+    """Raise where the call would need gradients.
+
+    Raises:
+        ConfigError: gradients are enabled and an input (parameters are inputs) requires them.
+    """
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+        raise ConfigError(
+            "backend='claq' compiles for inference: call the model under torch.no_grad() or torch.inference_mode(); "
+            "train the original model, without torch.compile or with another backend, and compile it afterwards"
+        )
+
+
+def _raising(error: ClaqError) -> Compiled:
+    def refuse(*_args: Any) -> Any:
+        raise error
+
+    return refuse

@@ -1,0 +1,196 @@
+"""What the compiled graphs of one set of options have in common: their weights, and how these are calibrated."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..calibration.progress import ProgressReporter
+from ..config import NO_CALIBRATION
+from .calibrate import Recording, quantize_on_data, quantize_recordings
+from .checkpoint import load_weights
+from .graph import DynamoGraph, Rewritten
+from .options import CompileOptions
+from .release import check_not_released, release
+from .store import WeightStore, store_for, version_of
+
+_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
+"""Skips the autograd layer of every operator inside; it would call into Python once more for each of ours."""
+
+
+class CompiledGraph:
+    """One of Dynamo's graphs, compiled: sees to it that the weights of each call are quantized, and runs it.
+
+    Args:
+        graph: as traced.
+        rewritten: with the operators of this room.
+        run: compiled from ``rewritten``.
+        session: of the options.
+    """
+
+    def __init__(
+        self, graph: DynamoGraph, rewritten: Rewritten, run: Callable[..., Any], session: Session
+    ) -> None:
+        self.graph = graph
+        self.rewritten = rewritten
+        self._run = run
+        self._session = session
+        self._watched = (*rewritten.weights, *rewritten.biases)
+        self._pick = operator.itemgetter(*self._watched) if len(self._watched) > 1 else None
+        self._known: list[tuple[weakref.ref[torch.Tensor], int]] = []
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the graph on its inputs, as Dynamo passes them.
+
+        Raises:
+            ClaqError: the weights cannot be quantized with these options.
+        """
+        observed = None
+        if not self._served(args):
+            observed = self._session.prepare(self, args)
+        with _below_autograd():
+            result = self._run(*args)
+        if observed is not None:
+            self._session.observed(observed)
+        return result
+
+    def weights(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        """The parameters among ``args`` that are to be quantized."""
+        return [args[position] for position in self.rewritten.weights]
+
+    def remember(self, args: Sequence[Any]) -> None:
+        """Note that the weights of this call have been seen to; the next call with the same ones asks no more."""
+        self._known = [(weakref.ref(args[i]), version_of(args[i])) for i in self._watched]
+
+    def _served(self, args: Sequence[Any]) -> bool:
+        if not self._known:
+            return False
+        tensors = self._pick(args) if self._pick is not None else (args[self._watched[0]],)
+        for (ref, version), tensor in zip(self._known, tensors, strict=True):
+            if ref() is not tensor or version != version_of(tensor):
+                return False
+        return True
+
+
+@dataclass
+class Session:
+    """The options, the store of quantized weights, and the inputs observed so far."""
+
+    options: CompileOptions
+    store: WeightStore
+    _recordings: list[Recording] = field(default_factory=list)
+    _calls: Counter[int] = field(default_factory=Counter)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def prepare(self, compiled: CompiledGraph, args: Sequence[Any]) -> Recording | None:
+        """See to it that the weights of a call are quantized.
+
+        Returns:
+            None when they are; where calls are observed first, the recording this call's inputs went into.
+
+        Raises:
+            ClaqError: they cannot be quantized with these options.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            weights = compiled.weights(args)
+            missing = [weight for weight in weights if self.store.find(weight) is None]
+            if missing:
+                check_not_released(missing)
+                if self.options.observe:
+                    return self._record(compiled, args, missing)
+                self._quantize(compiled, args, missing)
+            self._finish(compiled, args)
+            return None
+
+    def _quantize(self, compiled: CompiledGraph, args: Sequence[Any], missing: Sequence[torch.Tensor]) -> None:
+        graph, options = compiled.graph, self.options
+        named = {graph.names[i]: args[i] for i in compiled.rewritten.weights}
+        with self._reporter() as reporter:
+            if options.weights is not None:
+                load_weights(options.weights, named, self.store)
+            elif options.config.calibration == NO_CALIBRATION:
+                quantize_recordings([Recording(graph, tuple(args), None)], options.config, self.store, reporter)
+            else:
+                root = graph.root() if graph.root is not None else None
+                quantize_on_data(root, named, options, self.store, reporter)
+        for weight in missing:
+            if self.store.find(weight) is None:
+                self.store.leave(weight)
+
+    def _finish(self, compiled: CompiledGraph, args: Sequence[Any]) -> None:
+        self.store.refresh()
+        compiled.remember(args)
+        if self.options.release_weights:
+            candidates = [args[i] for i in compiled.rewritten.freeable]
+            release([w for w in candidates if (e := self.store.find(w)) is not None and e.stack is not None])
+
+    def _record(
+        self, compiled: CompiledGraph, args: Sequence[Any], missing: Sequence[torch.Tensor]
+    ) -> Recording:
+        for recording in self._recordings:
+            if recording.graph is compiled.graph and all(
+                recording.args[i] is args[i] for i in compiled.rewritten.weights
+            ):
+                break
+        else:
+            recording = Recording(compiled.graph, tuple(args), [])
+            self._recordings.append(recording)
+            if len(self._recordings) == 1:
+                with self._reporter() as reporter:
+                    reporter.stage(
+                        f"claq: the first {self.options.observe} calls run in full precision and are observed; "
+                        "then the weights are quantized"
+                    )
+        used = sum(one.nbytes for one in self._recordings)
+        recording.add(args, self.options.observe_bytes - used)
+        recording.missing = list(missing)
+        return recording
+
+    def observed(self, recording: Recording) -> None:
+        """A call whose inputs were recorded is over; quantize when there have been enough."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            for weight in recording.missing:
+                self._calls[id(weight)] += 1
+            if max(self._calls[id(weight)] for weight in recording.missing) < self.options.observe:
+                return
+            together = self._related(recording)
+            with self._reporter() as reporter:
+                reporter.stage(f"claq: {self.options.observe} calls observed, quantizing the weights")
+                quantize_recordings(together, self.options.config, self.store, reporter)
+                reporter.stage("claq: quantized weights are in use from the next call on")
+            for one in together:
+                self._recordings.remove(one)
+                for weight in one.missing:
+                    self._calls.pop(id(weight), None)
+                    if self.store.find(weight) is None:
+                        self.store.leave(weight)
+
+    def _related(self, recording: Recording) -> list[Recording]:
+        """The recordings that share weights with one, directly or through others; it comes first."""
+        found, left = [recording], [one for one in self._recordings if one is not recording]
+        for one in found:
+            identities = {id(weight) for weight in one.missing}
+            near = [other for other in left if identities.intersection(id(weight) for weight in other.missing)]
+            found += near
+            left = [other for other in left if other not in near]
+        return found
+
+    def _reporter(self) -> ProgressReporter:
+        return ProgressReporter(quiet=not self.options.progress)
+
+
+_sessions: dict[tuple[object, ...], Session] = {}
+
+
+def session_for(options: CompileOptions) -> Session:
+    """The session of these options, made at the first call; options that do not concern the weights share a store."""
+    key = (options.key, options.observe_bytes, options.release_weights, options.progress)
+    return _sessions.setdefault(key, Session(options, store_for(options.key)))

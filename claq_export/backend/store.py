@@ -1,0 +1,249 @@
+"""Quantized weights by the identity of the parameters they stand for: each is quantized once, whatever is recompiled."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ..format.layer import QuantizedLinear
+from ..format.rows import slice_rows
+from ..kernels import ops
+from ..kernels.cpu import backend
+from ..kernels.native import NativeLinear, native_available
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A quantized layer and the parameters whose rows it holds.
+
+    Attributes:
+        name: of the layer.
+        layer: its tensors.
+        rows: of each parameter, in the order of the layer's rows.
+        transposed: the parameters are stored as ``[in_features, out_features]``.
+        accuracy_level: arithmetic of the native kernels.
+    """
+
+    name: str
+    layer: QuantizedLinear
+    rows: tuple[int, ...]
+    transposed: bool
+    accuracy_level: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of one parameter.
+
+    Attributes:
+        ref: the parameter.
+        version: its version counter when it was quantized.
+        stack: where its quantized rows are; None for a parameter that stays as it is.
+        part: which part of the stack it is.
+    """
+
+    ref: weakref.ref[torch.Tensor]
+    version: int
+    stack: Stack | None
+    part: int
+
+    @property
+    def layer(self) -> QuantizedLinear:
+        """The rows of this parameter alone."""
+        assert self.stack is not None
+        start = sum(self.stack.rows[: self.part])
+        whole = self.stack.layer
+        rows = self.stack.rows[self.part]
+        return whole if rows == whole.out_features else slice_rows(whole, start, start + rows)
+
+
+@dataclass(frozen=True)
+class _Cached:
+    refs: tuple[weakref.ref[torch.Tensor] | None, ...]
+    run: Product
+
+    def serves(self, tensors: Sequence[torch.Tensor | None]) -> bool:
+        if len(tensors) != len(self.refs):
+            return False
+        for ref, tensor in zip(self.refs, tensors, strict=True):
+            if (ref() if ref is not None else None) is not tensor:
+                return False
+        return True
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Counts changes in place; tensors made in inference mode have no counter and cannot be changed outside of it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class WeightStore:
+    """The quantized weights of one set of options.
+
+    Args:
+        key: name of the store among :data:`STORES`; graphs carry it as a constant.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self._entries: dict[int, Entry] = {}
+        self._products: dict[int, _Cached] = {}
+        self._rows: dict[int, _Cached] = {}
+
+    def find(self, weight: torch.Tensor) -> Entry | None:
+        """The entry of a parameter; None if it is unknown or was changed since it was quantized."""
+        entry = self._entries.get(id(weight))
+        if entry is None or entry.ref() is not weight or entry.version != version_of(weight):
+            return None
+        return entry
+
+    def entries(self) -> Iterator[tuple[torch.Tensor, Entry]]:
+        """Every living parameter with its entry."""
+        for entry in list(self._entries.values()):
+            weight = entry.ref()
+            if weight is not None:
+                yield weight, entry
+
+    def add(self, weights: Sequence[torch.Tensor], stack: Stack) -> None:
+        """Put a quantized layer in for the parameters whose rows it holds, in order."""
+        for part, weight in enumerate(weights):
+            self.put(weight, stack, part)
+
+    def leave(self, weight: torch.Tensor) -> None:
+        """Note that a parameter stays as it is."""
+        self.put(weight, None, 0)
+
+    def refresh(self) -> None:
+        """Forget what was prepared from weights and biases as they were."""
+        self._products.clear()
+        self._rows.clear()
+
+    def put(self, weight: torch.Tensor, stack: Stack | None, part: int) -> None:
+        """Put in what stands for one parameter: a part of a stack, or None where it stays as it is."""
+        identity = id(weight)
+        entries = self._entries
+
+        def forget(ref: weakref.ref[torch.Tensor]) -> None:
+            if (entry := entries.get(identity)) is not None and entry.ref is ref:
+                del entries[identity]
+
+        entries[identity] = Entry(weakref.ref(weight, forget), version_of(weight), stack, part)
+        self.refresh()
+
+    def product(
+        self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], transposed: bool
+    ) -> Product:
+        """``x -> x Wᵀ + b`` with the parameters stacked, on their quantized rows where there are any."""
+        tensors = (*weights, *biases)
+        cached = self._products.get(id(weights[0]))
+        if cached is None or not cached.serves(tensors):
+            cached = _Cached(_references(tensors), self._build(weights, biases, transposed))
+            self._products[id(weights[0])] = cached
+        return cached.run
+
+    def _build(
+        self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], transposed: bool
+    ) -> Product:
+        entries = [self.find(weight) for weight in weights]
+        stack = entries[0].stack if entries[0] is not None else None
+        if (
+            stack is not None
+            and len(stack.rows) == len(weights)
+            and all(e is not None and e.stack is stack and e.part == i for i, e in enumerate(entries))
+        ):
+            return _quantized(stack.layer, _joined(biases, stack.rows), stack.accuracy_level)
+        parts = [
+            _dense(weight, bias, transposed)
+            if entry is None or entry.stack is None
+            else _quantized(entry.layer, bias, entry.stack.accuracy_level)
+            for weight, bias, entry in zip(weights, biases, entries, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else lambda x: torch.cat([part(x) for part in parts], -1)
+
+    def rows(self, weight: torch.Tensor) -> Product:
+        """``indices -> rows of the parameter``, quantized where they are."""
+        cached = self._rows.get(id(weight))
+        if cached is None or not cached.serves((weight,)):
+            entry = self.find(weight)
+            run = _dense_rows(weight) if entry is None or entry.stack is None else _rows_of(entry.layer, weight.dtype)
+            cached = _Cached(_references((weight,)), run)
+            self._rows[id(weight)] = cached
+        return cached.run
+
+
+STORES: dict[str, WeightStore] = {}
+"""All stores by key; the operators of compiled graphs look their weights up here."""
+
+
+def store_for(key: str) -> WeightStore:
+    """The store of that key, made at the first call."""
+    return STORES.setdefault(key, WeightStore(key))
+
+
+def _references(tensors: Sequence[torch.Tensor | None]) -> tuple[weakref.ref[torch.Tensor] | None, ...]:
+    return tuple(None if tensor is None else weakref.ref(tensor) for tensor in tensors)
+
+
+def _joined(biases: Sequence[torch.Tensor | None], rows: Sequence[int]) -> torch.Tensor | None:
+    """One bias for a stack, zeros standing for absent ones."""
+    like = next((bias for bias in biases if bias is not None), None)
+    if like is None:
+        return None
+    return torch.cat([like.new_zeros(n) if bias is None else bias for bias, n in zip(biases, rows, strict=True)])
+
+
+def _quantized(layer: QuantizedLinear, bias: torch.Tensor | None, accuracy_level: int) -> Product:
+    tensors = tuple(layer.tensors().values())
+    device = tensors[0].device
+    offset = torch.zeros(0, device=device) if bias is None else bias.detach()
+    if device.type == "cpu" and backend() != "reference" and native_available()[0]:
+        native = NativeLinear(
+            *tensors, offset, columns=layer.columns, in_features=layer.in_features, out_features=layer.out_features
+        )
+        return lambda x: native(x, accuracy_level)
+    settings = (layer.in_features, layer.out_features, list(layer.columns), accuracy_level)
+    return lambda x: ops.linear(x, *tensors, offset, *settings)
+
+
+def _dense(weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> Product:
+    reference = weakref.ref(weight)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        value = reference()
+        assert value is not None
+        value = value.detach().to(x.dtype)  # under autocast x may be of a lower precision
+        return functional.linear(x, value.t() if transposed else value, None if bias is None else bias.to(x.dtype))
+
+    return product
+
+
+def _rows_of(layer: QuantizedLinear, dtype: torch.dtype) -> Product:
+    tensors = tuple(layer.tensors().values())
+    like = torch.zeros(0, dtype=dtype, device=tensors[0].device)
+    settings = (layer.in_features, layer.out_features, list(layer.columns))
+    return lambda indices: ops.embedding(indices, *tensors, like, *settings)
+
+
+def _dense_rows(weight: torch.Tensor) -> Product:
+    reference = weakref.ref(weight)
+
+    def rows(indices: torch.Tensor) -> torch.Tensor:
+        value = reference()
+        assert value is not None
+        return functional.embedding(indices, value.detach())
+
+    return rows
+
+
+def named_parameters(module: nn.Module) -> dict[int, str]:
+    """Identity -> first name of every parameter."""
+    names: dict[int, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), name)
+    return names
