@@ -71,7 +71,7 @@ def main() -> None:
         path = options.model or make_model(
             Path(folder), options.layers, options.out_features, options.in_features, options.bits
         )
-        files = [path, path.with_name(path.name + ".data")]
+        files = [path, *path.parent.glob(path.name + "*.data")]
         print(f"files: {sum(file.stat().st_size for file in files if file.is_file()) / 1e6:.1f} MB")
         results: dict[str, list[list[float]]] = {"stock": [], "runtime": []}
         for _ in range(options.rounds):

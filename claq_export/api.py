@@ -131,7 +131,7 @@ def export(
     trust_remote_code: bool = False,
     verify: bool = True,
     work: str | Path | None = None,
-    resume: bool = False,
+    resume: bool | None = None,
     report: str | Path | None = None,
     reporter: ProgressReporter | None = None,
 ) -> ExportResult:
@@ -150,7 +150,8 @@ def export(
         verify: compare the written file, run by ONNX Runtime, with the PyTorch quantized model.
         work: folder for finished layers; an interrupted run with the same model, data and settings goes on from it.
             It is removed when the export is complete. None = keep nothing.
-        resume: refuse a ``work`` folder of another run instead of discarding it.
+        resume: False: discard a ``work`` folder that another model, data, settings or version left; otherwise such
+            a folder is refused, and what changed is named.
         report: write a self-contained HTML page about the run to this file.
         reporter: told of stages and layers; silent by default.
 

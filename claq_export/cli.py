@@ -172,7 +172,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--work", metavar="FOLDER", help="where finished layers are kept until the export is done (default: OUT.work)"
     )
     run.add_argument(
-        "--resume", action="store_true", help="go on with an interrupted run; refuse if anything changed since"
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="the same command goes on with an interrupted run by itself, and refuses, naming it, if something changed "
+        "since; --no-resume discards what an interrupted run left",
     )
     run.add_argument("--device", default="cpu", help="where layers are quantized, for example cuda (default: cpu)")
     run.add_argument(

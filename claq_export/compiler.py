@@ -5,7 +5,6 @@ Each stage is a method of :class:`Compilation`; ``claq_export.export`` and the c
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -75,6 +74,9 @@ _COMPANIONS = (
 
 _TEXTS_A_SAMPLE = 100
 """Texts of a Python iterable that are read for each calibration sample at most; short ones are joined for decoders."""
+
+_NOT_IN_FINGERPRINT = ("accuracy", "calibration", "device")
+"""Settings that finished layers do not depend on; calibration data counts by its content, not its file's name."""
 
 _NODE_BYTES = 450
 """What a graph node takes in an ONNX file, names and small constants included, seen on encoders and decoders."""
@@ -220,12 +222,12 @@ class Compilation:
                 self._batches = load_calibration(self.captured, self.config)
         return self._batches
 
-    def quantize(self, work: Path | None = None, resume: bool = False) -> None:
+    def quantize(self, work: Path | None = None, resume: bool | None = None) -> None:
         """Calibrate, quantize and put the quantized operators into the graph.
 
         Args:
             work: folder for finished layers, so that an interrupted run can go on; None = keep nothing.
-            resume: refuse a ``work`` folder of another run instead of discarding it.
+            resume: False: discard a ``work`` folder of another run; otherwise it is refused, and what changed named.
         """
         plan = self.plan
         batches = self.batches()
@@ -246,9 +248,15 @@ class Compilation:
                 reporter=self.reporter,
                 store=self.store,
             )
+            plans = None
             if self.config.budgeted:
-                self.budget = self._solve_budget(stage.profile(batches, self._importance(batches)))
-            self.sites = stage.run(batches, self.budget.plans if self.budget is not None else None)
+                plans = None if self.store is None else self.store.load_plans()
+                if plans is None:
+                    self.budget = self._solve_budget(stage.profile(batches, self._importance(batches)))
+                    plans = self.budget.plans
+                    if self.store is not None:
+                        self.store.save_plans(plans)
+            self.sites = stage.run(batches, plans)
         if self.keep_records:
             self.records = [self._record(done) for done in self.sites.values()]
         with self.timed("passes"):
@@ -324,11 +332,12 @@ class Compilation:
             lower_with_cache(self.captured.with_cache, self._plan_with_cache, layers, self.config.accuracy_level)
 
     def _fingerprint(self, batches: Sequence[Batch] | None) -> dict[str, str]:
-        settings = {key: value for key, value in self.config.to_json().items() if key not in ("accuracy", "device")}
+        settings = {key: value for key, value in self.config.to_json().items() if key not in _NOT_IN_FINGERPRINT}
         return {
+            **{f"setting {name}": json.dumps(value, sort_keys=True) for name, value in settings.items()},
             "claq version": claq_export.__version__,
+            "torch version": torch.__version__,
             "model": self.captured.source.sha256,
-            "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
             "calibration data": fingerprint(batches or []),
         }
 

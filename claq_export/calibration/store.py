@@ -1,8 +1,9 @@
 """Finished layers on disk, so that an interrupted run goes on where it stopped.
 
 A work folder belongs to one run: its fingerprint covers the model's weights, the calibration batches, the settings
-    and the
-claq version. A layer is written whole or not at all (temporary name, then rename).
+and the versions. Whatever moment the process dies at, the folder is one that the same command goes on with: the marker
+with the fingerprint is written before anything else and removed after everything else, and a layer is there whole or
+not at all (temporary name, flush, rename).
 """
 
 from __future__ import annotations
@@ -15,64 +16,78 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..algorithm import ColumnPlan
 from ..errors import FormatError, OutputError
+from ..format.files import lock_file, write_atomically
 from ..format.layer import QuantizedLinear
+from ..inputs import SafetensorsFile, read_json_object
 
 _MARKER = "claq-run.json"
+_PLANS = "plans.safetensors"
 
 
 class LayerStore:
     """Layers of one run, by name.
 
     Args:
-        folder: made if it does not exist.
-        fingerprint: digests of everything the layers depend on, by name ("model", "calibration data", ...); layers of
+        folder: made if it does not exist. It is locked until :meth:`remove` or the end of the process.
+        fingerprint: everything the layers depend on, by name ("model", "calibration data", ...); layers of
             another fingerprint are never returned.
-        resume: True: go on with what the folder holds. False: an earlier run of another fingerprint is discarded.
+        resume: False: discard an earlier run of another fingerprint. True or None: refuse to.
 
     Raises:
-        OutputError: the folder cannot be written, is not one of claq's, or (with ``resume``) belongs to another run;
-            the message names what changed.
+        OutputError: the folder cannot be written, is not one of claq's, is in use by another process, or belongs to
+            another run; the message names what changed.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: Mapping[str, str], resume: bool = False) -> None:
+    def __init__(self, folder: str | Path, fingerprint: Mapping[str, str], resume: bool | None = None) -> None:
         self.folder = Path(folder)
         self._fingerprint = dict(fingerprint)
+        self._lock: int | None = None
         try:
-            earlier = self._earlier_run()
-            if earlier is not None and earlier != self._fingerprint:
-                if resume:
-                    names = sorted(set(earlier) | set(self._fingerprint))
-                    changed = [name for name in names if earlier.get(name) != self._fingerprint.get(name)]
-                    raise OutputError(
-                        f"cannot resume from {str(self.folder)!r}: changed since that run: {', '.join(changed)}; "
-                        "run without --resume to start afresh"
-                    )
-                shutil.rmtree(self.folder)
-                earlier = None
             self.folder.mkdir(parents=True, exist_ok=True)
+            earlier = self._earlier_run()
+            marker = self.folder / _MARKER
             if earlier is None:
-                _write_atomically(self.folder / _MARKER, json.dumps(self._fingerprint).encode())
+                write_atomically(marker, json.dumps(self._fingerprint, indent=1).encode())
+            self._lock = lock_file(marker)
+            if self._lock is None:
+                raise OutputError(f"work folder {str(self.folder)!r} is in use by another process")
+            if earlier is not None and earlier != self._fingerprint:
+                if resume is not False:
+                    raise OutputError(
+                        f"cannot resume from {str(self.folder)!r}: changed since that run: "
+                        f"{'; '.join(_changes(earlier, self._fingerprint))}. --no-resume discards what is there and "
+                        "starts afresh, --work names another folder"
+                    )
+                self._discard_layers()
+                os.close(self._lock)
+                write_atomically(marker, json.dumps(self._fingerprint, indent=1).encode())
+                self._lock = lock_file(marker)
         except OSError as error:
             raise OutputError(f"work folder {str(self.folder)!r} cannot be used: {error}") from error
 
     def _earlier_run(self) -> dict[str, str] | None:
-        """Fingerprint of the run the folder belongs to; None if the folder is new or empty."""
+        """Fingerprint of the run the folder belongs to; None if the folder holds nothing yet."""
         marker = self.folder / _MARKER
-        if not self.folder.exists() or not any(self.folder.iterdir()):
-            return None
         if not marker.is_file():
-            raise OutputError(
-                f"{str(self.folder)!r} is not empty and is not a work folder of claq; name another with --work"
-            )
-        try:
-            found = json.loads(marker.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
-            found = None
-        return found if isinstance(found, dict) else {}
+            # A process that died while it wrote the marker leaves the marker's temporary file and nothing else.
+            others = [path.name for path in self.folder.iterdir() if not path.name.startswith(f".{_MARKER}.")]
+            if others:
+                raise OutputError(
+                    f"{str(self.folder)!r} is not empty and is not a work folder of claq; name another with --work"
+                )
+            return None
+        return {str(key): str(value) for key, value in read_json_object(marker, OutputError).items()}
+
+    def _discard_layers(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name != _MARKER:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
@@ -83,15 +98,23 @@ class LayerStore:
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                record = json.loads(file.metadata()["claq"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            file = SafetensorsFile(path, FormatError)
+            record = json.loads(file.metadata["claq"])
             if record["name"] != name or record["fingerprint"] != self._fingerprint:
                 return None
+            tensors = {key: file.read(key) for key in file}
             return QuantizedLinear.from_parts(record["attributes"], tensors), record["extra"]
-        except (SafetensorError, FormatError, KeyError, TypeError, json.JSONDecodeError, OSError):
+        except (FormatError, KeyError, TypeError, json.JSONDecodeError):
             # A damaged file is one that does not count as finished: the layer is quantized again.
             return None
+
+    def read(self, name: str, tensor: str) -> torch.Tensor:
+        """One tensor of a finished layer.
+
+        Raises:
+            FormatError: it is not there any more.
+        """
+        return SafetensorsFile(self._path(name), FormatError).read(tensor)
 
     def save(self, name: str, layer: QuantizedLinear, extra: dict[str, Any]) -> None:
         """Record a finished layer.
@@ -100,22 +123,77 @@ class LayerStore:
             OutputError: the layer cannot be written.
         """
         record = {"name": name, "fingerprint": self._fingerprint, "attributes": layer.attributes(), "extra": extra}
-        path = self._path(name)
+        tensors = {key: tensor.cpu().contiguous() for key, tensor in layer.tensors().items()}
+        self._write(self._path(name), tensors, record, f"layer {name!r}")
+
+    def load_plans(self) -> dict[str, ColumnPlan] | None:
+        """What :meth:`save_plans` recorded; None if nothing was, or the file is damaged."""
+        path = self.folder / _PLANS
+        if not path.exists():
+            return None
+        try:
+            file = SafetensorsFile(path, FormatError)
+            record = json.loads(file.metadata["claq"])
+            if record["fingerprint"] != self._fingerprint:
+                return None
+            return {
+                name: ColumnPlan(file.read(f"{i}.bits"), file.read(f"{i}.reserve"))
+                for i, name in enumerate(record["names"])
+            }
+        except (FormatError, KeyError, TypeError, json.JSONDecodeError):
+            return None
+
+    def save_plans(self, plans: Mapping[str, ColumnPlan]) -> None:
+        """Record the outcome of a bit budget, so that its walk over the model is not repeated.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        tensors = {}
+        for i, plan in enumerate(plans.values()):
+            tensors |= {f"{i}.bits": plan.bits.cpu().contiguous(), f"{i}.reserve": plan.reserve.cpu().contiguous()}
+        self._write(
+            self.folder / _PLANS, tensors, {"names": list(plans), "fingerprint": self._fingerprint}, "the bit budget"
+        )
+
+    def _write(self, path: Path, tensors: dict[str, torch.Tensor], record: dict[str, Any], what: str) -> None:
         temporary = path.with_suffix(".tmp")
         try:
-            tensors = {key: tensor.cpu().contiguous() for key, tensor in layer.tensors().items()}
             save_file(tensors, temporary, metadata={"claq": json.dumps(record)})
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
-            raise OutputError(f"layer {name!r} cannot be written to {str(self.folder)!r}: {error}") from error
+            raise OutputError(f"{what} cannot be written to {str(self.folder)!r}: {error}") from error
 
     def remove(self) -> None:
-        """Delete the work folder (the run is complete)."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the work folder (the run is complete), the marker last."""
+        try:
+            self._discard_layers()
+            (self.folder / _MARKER).unlink(missing_ok=True)
+            self.folder.rmdir()
+        except OSError as error:
+            raise OutputError(f"work folder {str(self.folder)!r} cannot be removed: {error}") from error
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __del__(self) -> None:
+        self.close()
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def _changes(earlier: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """``"setting bits (4.0 -> 3.0)"``; digests are named only."""
+    changes = []
+    for name in sorted(set(earlier) | set(now)):
+        before, after = earlier.get(name), now.get(name)
+        if before != after:
+            short = all(value is not None and len(value) < 40 for value in (before, after))
+            changes.append(f"{name} ({before} -> {after})" if short else name)
+    return changes

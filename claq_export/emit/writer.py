@@ -1,7 +1,14 @@
-"""The bytes of ``model.onnx`` and ``model.onnx.data``: layout of external tensors, deterministic serialization."""
+"""The bytes of ``model.onnx`` and its data file: layout of external tensors, deterministic serialization.
+
+The data file is called ``model.onnx.<digest of its content>.data``. A model file therefore never finds the data of
+another export under the name it refers to, whatever moment an export over an existing artifact dies at: until the
+model file is replaced, in one step, the old pair is whole, and from then on the new one.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,23 +28,41 @@ PAGE = 4096
 
 PAGE_ALIGNED_FROM = 1 << 20
 
+_DIGEST_CHARACTERS = 16
+
 
 def _place(offset: int, size: int) -> int:
     unit = PAGE if size >= PAGE_ALIGNED_FROM else ALIGNMENT
     return -(-offset // unit) * unit
 
 
-def _write_external(model: ir.Model, data_name: str, data: BinaryIO) -> None:
-    """Write the large initializers to ``data`` and let the model refer to them."""
+def _is_external(value: ir.Value) -> bool:
+    return value.const_value is not None and value.const_value.nbytes >= INLINE_BELOW
+
+
+def _write_external(model: ir.Model, data: BinaryIO) -> tuple[dict[str, int], str]:
+    """Write the large initializers to ``data``; returns the offset of each and the digest of all."""
     offset = 0
-    for value in model.graph.initializers.values():
+    offsets: dict[str, int] = {}
+    digest = hashlib.sha256()
+    for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or tensor.nbytes < INLINE_BELOW:
+        if tensor is None or not _is_external(value):
             continue
         start = _place(offset, tensor.nbytes)
-        data.write(b"\0" * (start - offset))
-        data.write(tensor.tobytes())
+        for content in (b"\0" * (start - offset), tensor.tobytes()):
+            data.write(content)
+            digest.update(content)
         offset = start + tensor.nbytes
+        offsets[name] = start
+    return offsets, digest.hexdigest()[:_DIGEST_CHARACTERS]
+
+
+def _refer_to(model: ir.Model, data_name: str, offsets: dict[str, int]) -> None:
+    for name, start in offsets.items():
+        value = model.graph.initializers[name]
+        tensor = value.const_value
+        assert tensor is not None
         value.const_value = ir.ExternalTensor(
             location=data_name,
             offset=start,
@@ -49,7 +74,9 @@ def _write_external(model: ir.Model, data_name: str, data: BinaryIO) -> None:
 
 
 def write_model(model: ir.Model, functions: list[onnx.FunctionProto], path: Path) -> list[Path]:
-    """Write ``model`` to ``path`` and its large tensors to ``<path>.data``; ``model`` refers to that file afterwards.
+    """Write ``model`` to ``path`` and its large tensors beside it; ``model`` refers to the data file afterwards.
+
+    Data files of earlier exports to ``path`` are deleted last.
 
     Args:
         model: the graph, its initializers in memory.
@@ -62,15 +89,14 @@ def write_model(model: ir.Model, functions: list[onnx.FunctionProto], path: Path
     Raises:
         OutputError: the files cannot be written; nothing is left behind then.
     """
-    data_path = path.with_name(path.name + ".data")
-    external = any(
-        value.const_value is not None and value.const_value.nbytes >= INLINE_BELOW
-        for value in model.graph.initializers.values()
-    )
+    data_path = None
     with StagedFiles(path.parent) as files:
-        if external:
-            with files.stage(data_path.name).open("wb") as data:
-                _write_external(model, data_path.name, data)
+        if any(_is_external(value) for value in model.graph.initializers.values()):
+            staged = files.stage(f"{path.name}.data")
+            with staged.open("wb") as data:
+                offsets, digest = _write_external(model, data)
+            data_path = files.rename(staged, f"{path.name}.{digest}.data")
+            _refer_to(model, data_path.name, offsets)
         proto = ir.serde.serialize_model(model)
         imported = {entry.domain for entry in proto.opset_import}
         for function in functions:
@@ -79,4 +105,13 @@ def write_model(model: ir.Model, functions: list[onnx.FunctionProto], path: Path
                 proto.opset_import.append(onnx.helper.make_opsetid(function.domain, 1))
                 imported.add(function.domain)
         files.stage(path.name).write_bytes(proto.SerializeToString(deterministic=True))
-    return [path, data_path] if external else [path]
+    for earlier in data_files(path):
+        if earlier != data_path:
+            earlier.unlink(missing_ok=True)
+    return [path] if data_path is None else [path, data_path]
+
+
+def data_files(path: Path) -> list[Path]:
+    """The data files beside a model file that bear its name, of any export."""
+    pattern = re.compile(re.escape(path.name) + rf"\.[0-9a-f]{{{_DIGEST_CHARACTERS}}}\.data")
+    return sorted(entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name))

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import claq_export
 
 from ..errors import FormatError, OutputError
+from ..inputs import SafetensorsFile, parse_json_object
 from .files import StagedFiles
 from .layer import TENSOR_NAMES, QuantizedLinear
 
@@ -183,7 +184,7 @@ def load_checkpoint(folder: Path | str) -> Checkpoint:
     folder = Path(folder)
     description = _read_json(folder / CONFIG_FILE)
     path = folder / TENSORS_FILE
-    tensors = _read_tensors(path)
+    tensors, header = _read_tensors(path)
     layers: dict[str, QuantizedLinear] = {}
     for name, entry in description["layers"].items():
         parts = {part: tensors.pop(f"{name}.{part}", None) for part in TENSOR_NAMES}
@@ -211,6 +212,13 @@ def load_checkpoint(folder: Path | str) -> Checkpoint:
         transposed=frozenset(name for name, entry in description["layers"].items() if entry["transposed"]),
     )
     _check_parts(checkpoint, str(folder / CONFIG_FILE))
+    if header is not None:
+        stated = parse_json_object(header.encode(), f"{path}: its header's description", FormatError)
+        if stated != {key: value for key, value in description.items() if key != "config"}:
+            raise FormatError(
+                f"{path} and {CONFIG_FILE} are from two exports, or one was changed: their descriptions of the layers "
+                "differ; an export that was interrupted while it replaced them leaves such a pair. Export again"
+            )
     return checkpoint
 
 
@@ -233,13 +241,14 @@ def _check_parts(checkpoint: Checkpoint, where: str) -> None:
             raise FormatError(f"{where}: parts are given for {name!r}, which is not a layer")
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], str | None]:
+    """All tensors, and the description in the file's header if there is one."""
     if not path.is_file():
         raise FormatError(f"{path} does not exist")
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError) as error:
+        file = SafetensorsFile(path, FormatError)
+        return {name: file.read(name) for name in file}, file.metadata.get("claq")
+    except FormatError as error:
         raise FormatError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +31,56 @@ def _flush(path: Path, flags: int = 0) -> None:
         os.close(descriptor)
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a small file whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; an earlier file of that name is as it was.
+    """
+    temporary = _temporary(path)
+    try:
+        temporary.write_bytes(content)
+        _flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def lock_file(path: Path) -> int | None:
+    """A descriptor that holds an exclusive lock on a file until it is closed or the process ends, however it does;
+    None if another process holds it."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _remove_orphans(path: Path) -> None:
+    """Delete temporary files of ``path`` whose process was killed."""
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.tmp")
+    for entry in path.parent.iterdir():
+        match = pattern.fullmatch(entry.name)
+        if match is not None and not _is_alive(int(match[1])):
+            entry.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def check_target(path: Path) -> None:
     """Say early, before hours of work, that ``path`` cannot be written.
 
@@ -49,7 +101,12 @@ class StagedFiles:
     :meth:`stage` names a temporary file in the same folder for the caller to write. Leaving the ``with`` block flushes
     all of them to disk and renames them in the order they were staged, so stage the file that refers to the others
     last. When the block raises, the temporary files are removed and files of an earlier run stay as they were; an
-    ``OSError`` raised inside the block leaves it as :class:`~claq_export.errors.OutputError`.
+    ``OSError`` raised inside the block leaves it as :class:`~claq_export.errors.OutputError`. Temporary files of a
+    process that was killed are removed by the next one that stages the same name.
+
+    Renaming is one step a file, not one step for all: a process that dies in between leaves new files beside old ones.
+    Whoever stages several makes sure that such a mixture is harmless (data under a name made of its content, which
+    only the new model refers to) or noticed by the reader.
 
     Raises:
         OutputError: the folder is missing or not writable, a target is a folder, or the disk is full.
@@ -68,11 +125,19 @@ class StagedFiles:
         """Path of the temporary file that becomes ``name``; it exists and is empty."""
         target = self._folder / name
         check_target(target)
-        temporary = self._folder / f".{name}.{os.getpid()}.tmp"
+        temporary = _temporary(target)
         with _as_output_error(target):
+            _remove_orphans(target)
             temporary.write_bytes(b"")
         self._staged.append((temporary, target, temporary.stat().st_mode))
         return temporary
+
+    def rename(self, temporary: Path, name: str) -> Path:
+        """Let a staged file become ``name`` instead, as when the name depends on the content; returns the target."""
+        target = self._folder / name
+        check_target(target)
+        self._staged = [(t, target if t == temporary else old, mode) for t, old, mode in self._staged]
+        return target
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

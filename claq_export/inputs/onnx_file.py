@@ -73,7 +73,7 @@ class OnnxFile:
         shape = tuple(tensor.dims)
         if (
             dtype is None
-            or dtype == object
+            or dtype.hasobject
             or any(not 0 <= size < _LARGEST for size in shape)
             or len(shape) > RANK_LIMIT
         ):

@@ -172,7 +172,7 @@ class SafetensorsFile:
             raise self._error(f"{self.path}: tensor {name!r} is missing")
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
         if info.nbytes:
-            view = memoryview(buffer.numpy())
+            view = memoryview(buffer.numpy())  # type: ignore[arg-type]
             try:
                 with self.path.open("rb", buffering=0) as file:
                     file.seek(info.begin)

@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper
 from quantized_layers import random_layer
 
 from claq_export.emit import emit_onnx
+from claq_export.emit.writer import data_files
 from claq_export.errors import VerificationError
 from claq_export.kernels.native import native_available
 from claq_export.modules import ClaqLinear
@@ -206,8 +207,8 @@ def test_the_library_names_the_damaged_tensor(written: tuple[Path, Pair], tmp_pa
 def test_truncated_data(written: tuple[Path, Pair], tmp_path: Path) -> None:
     path, pair = written
     (tmp_path / "model.onnx").write_bytes(path.read_bytes())
-    data = path.with_name("model.onnx.data").read_bytes()
-    (tmp_path / "model.onnx.data").write_bytes(data[: len(data) // 2])
+    (data,) = data_files(path)
+    (tmp_path / data.name).write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     with pytest.raises(VerificationError, match=r"model\.onnx"):
         verify_artifact(tmp_path / "model.onnx", pair, SAMPLES, library=False)
 

@@ -1,0 +1,152 @@
+"""Kills an export at random moments until it gets through, again and again: the campaign behind the test of resuming.
+
+    python tests/end_to_end/kill_export.py --seconds 600             # a long campaign on a small module
+    python tests/end_to_end/kill_export.py --bert --seconds 600      # on a tiny BERT, text calibration and a bit budget
+
+Each round exports into a folder that holds the artifact of an *other* export, so that the replacement of a live
+artifact is killed too. After every kill the artifact must be the old or the new one, whole, and a layer that was
+finished must not be quantized again; the artifact that a round ends with must be that of an export nobody killed, byte
+for byte. One JSON line with the counts is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "support")]
+
+# Forked children must not find locks of threads that the parent started.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Bytes of every file of an artifact; what a killed process left under temporary names is no part of it."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".") and p.is_file()}
+
+
+def in_child(run, delay: float | None) -> bool:
+    """Run in a forked process; kill it after ``delay`` seconds. True if it came to its end.
+
+    Raises:
+        RuntimeError: it ended by itself, but not well.
+    """
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run()
+        except BaseException as error:
+            print(f"child: {type(error).__name__}: {error}", file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return False
+    if status:
+        raise RuntimeError(f"an export ended with status {status}")
+    return True
+
+
+def same_pair(found: dict[str, bytes], whole: dict[str, bytes], names: tuple[str, ...]) -> bool:
+    return all(found.get(name) == whole.get(name) for name in names)
+
+
+def campaign(bert: bool, seconds: float, seed: int, folder: Path) -> dict[str, float]:
+    """Rounds of killed exports for about ``seconds``; raises AssertionError at the first violation."""
+    import torch
+    from tiny_models import save_tiny_bert, sentences
+
+    import claq_export
+    from claq_export.calibration.progress import ProgressReporter
+
+    if bert:
+        model, example = save_tiny_bert(folder / "model"), None
+        config = claq_export.Config(bits=3.5, calibration=sentences(40), samples=6, sequence_length=32)
+    else:
+        torch.manual_seed(0)
+        widths = (64, 96, 160, 128, 96, 64, 64)
+        layers = [torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
+        model, example = torch.nn.Sequential(*layers), torch.randn(4, 64)
+        config = claq_export.Config(bits=3.5, calibration=[torch.randn(32, 64) for _ in range(4)])
+    other = claq_export.Config(bits=2, calibration="none")
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "layers.log"
+
+    def export(out: Path, settings: claq_export.Config, work: Path | None) -> None:
+        class Reporter(ProgressReporter):
+            def layer(self, name: str, **fields: object) -> None:
+                if "layer_seconds" in fields:
+                    with log.open("a") as lines:
+                        lines.write(json.dumps([name, bool(fields.get("restored"))]) + "\n")
+
+        claq_export.export(
+            model, example, out=out / "model.onnx", config=settings, work=work, verify=False, reporter=Reporter(True)
+        )
+
+    # Here and not in a child, so that children find everything imported.
+    export(folder / "old", other, None)
+    start = time.perf_counter()
+    export(folder / "expected", config, None)
+    duration = time.perf_counter() - start
+    expected, old = contents(folder / "expected"), contents(folder / "old")
+    counts = {"rounds": 0, "kills": 0, "restored": 0, "repeated": 0, "seconds_undisturbed": round(duration, 2)}
+    while time.perf_counter() - start < seconds or not counts["rounds"]:
+        out, work = folder / "out", folder / "work"
+        out.mkdir(exist_ok=True)
+        for path in out.iterdir():
+            path.unlink()
+        for name, content in old.items():
+            (out / name).write_bytes(content)
+        log.unlink(missing_ok=True)
+        finished = False
+        while not finished:
+            # Now and then nobody kills, or a slow machine would never come to an end.
+            delay = rng.uniform(0, 1.1 * duration) if rng.random() < 0.9 else None
+            finished = in_child(lambda: export(out, config, work), delay)  # noqa: B023
+            counts["kills"] += not finished
+            found = contents(out)
+            for names in (("model.onnx",), ("claq.safetensors",), ("claq.json",)):
+                assert same_pair(found, old, names) or same_pair(found, expected, names), (
+                    f"{names} is neither old nor new"
+                )
+            whole = expected if found["model.onnx"] == expected["model.onnx"] else old
+            data = [name for name in whole if name.startswith("model.onnx.")]
+            assert same_pair(found, whole, ("model.onnx", *data)), "the graph and its data are of two exports"
+        assert contents(out) == expected, "a resumed export ends otherwise than an undisturbed one"
+        assert not work.exists()
+        assert not [path.name for path in out.iterdir() if path.name.startswith(".")], "temporary files were left"
+        runs = [json.loads(line) for line in log.read_text().splitlines()]
+        quantized = [name for name, restored in runs if not restored]
+        counts["rounds"] += 1
+        counts["restored"] += sum(restored for _, restored in runs)
+        # A process can be killed between writing a layer down and saying so, never the other way round.
+        counts["repeated"] += len(quantized) - len(set(quantized))
+        assert len(quantized) == len(set(quantized)), "a finished layer was quantized again"
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bert", action="store_true")
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        print(json.dumps(campaign(options.bert, options.seconds, options.seed, Path(scratch) / "campaign")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Exports that are killed at any moment go on with the same command and end the same."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import claq_export
+from claq_export.algorithm import ColumnPlan
+from claq_export.calibration.store import LayerStore
+from claq_export.errors import OutputError
+
+PROGRAM = Path(__file__).with_name("kill_export.py")
+
+
+def test_killed_at_random_moments():
+    result = subprocess.run(
+        [sys.executable, PROGRAM, "--seconds", "15", "--seed", str(os.getpid())],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    counts = json.loads(result.stdout.splitlines()[-1])
+    assert counts["rounds"] >= 1
+    assert counts["repeated"] == 0
+
+
+def test_a_marker_that_was_never_finished_is_no_obstacle(tmp_path):
+    (tmp_path / ".claq-run.json.1234.tmp").write_text('{"mo')
+    LayerStore(tmp_path, {"model": "a"}).close()
+    assert json.loads((tmp_path / "claq-run.json").read_text()) == {"model": "a"}
+
+
+def test_a_removal_that_was_killed_leaves_a_folder_to_go_on_with(tmp_path):
+    store = LayerStore(tmp_path / "work", {"model": "a"})
+    store.save_plans({"x": ColumnPlan(torch.tensor([4, 2], dtype=torch.uint8), torch.tensor([0, 1]))})
+    store._discard_layers()
+    store.close()
+    again = LayerStore(tmp_path / "work", {"model": "a"}, resume=True)
+    assert again.load_plans() is None
+    again.remove()
+    assert not (tmp_path / "work").exists()
+
+
+def test_plans_come_back(tmp_path):
+    plan = ColumnPlan(torch.tensor([4, 2, 3], dtype=torch.uint8), torch.tensor([0, 1, 7]))
+    store = LayerStore(tmp_path, {"model": "a"})
+    store.save_plans({"a.b": plan})
+    found = store.load_plans()
+    assert torch.equal(found["a.b"].bits, plan.bits)
+    assert torch.equal(found["a.b"].reserve, plan.reserve)
+
+
+def test_changes_are_named_and_nothing_is_thrown_away_unasked(tmp_path):
+    LayerStore(tmp_path, {"model": "0" * 64, "setting bits": "4"}).close()
+    keep = tmp_path / "layer.safetensors"
+    keep.write_bytes(b"x")
+    with pytest.raises(OutputError, match=r"model; setting bits \(4 -> 3\)\. --no-resume discards"):
+        LayerStore(tmp_path, {"model": "1" * 64, "setting bits": "3"})
+    assert keep.exists()
+    LayerStore(tmp_path, {"model": "1" * 64, "setting bits": "3"}, resume=False).close()
+    assert not keep.exists()
+
+
+def test_one_process_at_a_time(tmp_path):
+    store = LayerStore(tmp_path, {"model": "a"})
+    with pytest.raises(OutputError, match="in use by another process"):
+        LayerStore(tmp_path, {"model": "a"})
+    store.close()
+    LayerStore(tmp_path, {"model": "a"}).close()
+
+
+_KILLED_BETWEEN_RENAMES = """
+import os, signal, sys
+import torch
+sys.path[:0] = sys.argv[3:]
+import claq_export
+replace, left = os.replace, int(sys.argv[2])
+def dying(source, target):
+    global left
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    replace(source, target)
+torch.manual_seed(1)
+model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64))
+os.replace = dying
+claq_export.export(model, torch.randn(2, 64), out=sys.argv[1], verify=False,
+                   config=claq_export.Config(bits=2, calibration="none"))
+"""
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_live_artifact_stays_whole_when_its_replacement_is_killed(tmp_path, renames):
+    """Killed before the first and before the second of the two renames of ``model.onnx`` and its data."""
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64))
+    out = tmp_path / "model.onnx"
+    config = claq_export.Config(bits=2, calibration="none")
+    claq_export.export(model, torch.randn(2, 64), out=out, verify=False, config=config)
+    x = torch.randn(2, 64).numpy()
+
+    def run():
+        session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+        return session.run(None, {session.get_inputs()[0].name: x})[0].tobytes()
+
+    before = run()
+    command = [sys.executable, "-c", _KILLED_BETWEEN_RENAMES, out, str(renames), *sys.path]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert run() == before
+    subprocess.run([*command[:4], "99", *sys.path], check=True, capture_output=True)
+    assert run() != before
+    assert len(list(tmp_path.glob("model.onnx.*.data"))) == 1
+    assert not list(tmp_path.glob(".*"))
