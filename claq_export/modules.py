@@ -53,6 +53,45 @@ class ClaqLinear(nn.Module):
             persistent=bias is not None,
         )
 
+    @classmethod
+    def hollow(
+        cls,
+        in_features: int,
+        out_features: int,
+        columns: tuple[int, int, int],
+        bias: torch.Tensor | None = None,
+        accuracy_level: int = 0,
+    ) -> ClaqLinear:
+        """A module whose tensors are empty until :meth:`fill`, and absent from its ``state_dict()`` until then."""
+        empty = {name: torch.zeros(0, device="cpu") for name in TENSOR_NAMES}
+        module = cls(QuantizedLinear(in_features, out_features, columns, **empty), bias, accuracy_level)
+        module._non_persistent_buffers_set.update(TENSOR_NAMES)
+        return module
+
+    def fill(self, layer: QuantizedLinear) -> None:
+        """Take the tensors of ``layer``, moved to the device of this module's.
+
+        Raises:
+            ModelError: the layer is of another size.
+        """
+        if (layer.in_features, layer.out_features) != (self.in_features, self.out_features):
+            raise ModelError(
+                f"a layer of {layer.in_features} to {layer.out_features} features does not fit a module of "
+                f"{self.in_features} to {self.out_features}"
+            )
+        self.columns = layer.columns
+        for name, tensor in layer.tensors().items():
+            setattr(self, name, tensor.to(getattr(self, name).device))
+        self._non_persistent_buffers_set.difference_update(TENSOR_NAMES)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A stand-in without memory (device ``meta``) that has the shape and dtype of the dense weight.
+
+        Models ask a linear module for these (T5, for the dtype of its activations); the values are in :attr:`layer`.
+        """
+        return torch.empty(self.out_features, self.in_features, dtype=self.bias.dtype, device="meta")
+
     @property
     def layer(self) -> QuantizedLinear:
         """The quantized weight, sharing this module's tensors."""
@@ -135,7 +174,7 @@ def replace_linears(
         start = 0
         for target, rows in (parts or {}).get(name) or ((name, layer.out_features),):
             owner, weight = _weight_of(model, target, name)
-            linear = _linear_kind(owner)
+            linear = linear_kind(owner)
             flipped = linear == "Conv1D" if linear else name in transposed
             shape = (layer.in_features, rows) if flipped else (rows, layer.in_features)
             if tuple(weight.shape) != shape:
@@ -158,7 +197,7 @@ def replace_linears(
     return model
 
 
-def _linear_kind(module: nn.Module | None) -> str | None:
+def linear_kind(module: nn.Module | None) -> str | None:
     """``"Linear"`` or ``"Conv1D"`` for modules that do nothing but multiply by their weight, else None."""
     if type(module) is nn.Linear:  # subclasses may do anything
         return "Linear"
@@ -172,6 +211,8 @@ def _weight_of(model: nn.Module, target: str, layer: str) -> tuple[nn.Module | N
         module = model.get_submodule(target)
     except AttributeError:
         module = None
+    if isinstance(module, ClaqLinear):
+        raise ModelError(f"{target!r} is quantized already; start from the original model")
     weight = getattr(module, "weight", None) if module is not None else None
     if isinstance(weight, torch.Tensor):
         return module, weight

@@ -281,6 +281,8 @@ def _enlarge(model: nn.Module, arguments: _Arguments, requested: list[dict[int, 
 
 
 def _output_names(result: Any, given: Sequence[str] | None, input_names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(result, Mapping):  # outputs of transformers 4 are mappings whose paths pytree cannot tell
+        result = dict(result)
     entries = [
         (path, leaf) for path, leaf in pytree.tree_flatten_with_path(result)[0] if isinstance(leaf, torch.Tensor)
     ]

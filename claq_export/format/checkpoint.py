@@ -10,7 +10,9 @@
   order of their rows. A layer that was quantized alone has itself as its only part;
 - ``aliases``: names of tied tensors -> the name under which the tensor is stored.
 
-Biases are unquantized tensors of the model and stored under their own names, like all others.
+Biases are unquantized tensors of the model and stored under their own names, like all others. The header of
+``claq.safetensors`` carries the same object without ``config`` as metadata ``claq``, so that loaders which fetch single
+files (transformers) need no other; its metadata ``format`` is ``pt``, which transformers asks for.
 """
 
 from __future__ import annotations
@@ -117,12 +119,7 @@ def save_checkpoint(
         "claq_version": claq_export.__version__,
         "config": dict(config),
         "layers": {
-            name: {
-                **layer.attributes(),
-                "accuracy_level": accuracy_level,
-                "transposed": name in transposed,
-                "parts": [{"name": part, "rows": rows} for part, rows in checkpoint.parts_of(name)],
-            }
+            name: layer_entry(layer, checkpoint.parts_of(name), accuracy_level, name in transposed)
             for name, layer in layers.items()
         },
         "aliases": aliases,
@@ -134,11 +131,28 @@ def save_checkpoint(
     with StagedFiles(folder) as files:
         tensors_path = files.stage(TENSORS_FILE)
         try:
-            save_file(stored, tensors_path, metadata={"format": "claq"})
+            save_file(stored, tensors_path, metadata={"format": "pt", "claq": header_text(description)})
         except SafetensorError as error:
             raise OutputError(f"cannot write {folder / TENSORS_FILE}: {error}") from error
         files.stage(CONFIG_FILE).write_text(content, encoding="utf-8")
     return [folder / TENSORS_FILE, folder / CONFIG_FILE]
+
+
+def header_text(description: Mapping[str, Any]) -> str:
+    """The description as metadata ``claq`` of a safetensors header: JSON without ``config``."""
+    return json.dumps({key: value for key, value in description.items() if key != "config"}, ensure_ascii=False)
+
+
+def layer_entry(
+    layer: QuantizedLinear, parts: Sequence[tuple[str, int]], accuracy_level: int, transposed: bool
+) -> dict[str, Any]:
+    """What a description says about one layer."""
+    return {
+        **layer.attributes(),
+        "accuracy_level": accuracy_level,
+        "transposed": transposed,
+        "parts": [{"name": part, "rows": rows} for part, rows in parts],
+    }
 
 
 def _unquantized(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -262,11 +276,28 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
         raise FormatError(f"{path} is not valid JSON: {error}") from error
+    return _checked(value, path, ("config", "layers", "aliases"))
+
+
+def parse_header(text: str, path: Path) -> dict[str, Any]:
+    """The description in metadata ``claq`` of the safetensors file ``path``, checked as ``claq.json`` is.
+
+    Raises:
+        FormatError: it is not JSON, or not what a description must be.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: metadata 'claq' is not valid JSON: {error}") from error
+    return _checked(value, path, ("layers", "aliases"))
+
+
+def _checked(value: Any, path: Path, objects: Sequence[str]) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("format") != "claq":
         raise FormatError(f'{path} does not describe a claq model: "format" must be "claq"')
     if value.get("version") != VERSION:
         raise FormatError(f"{path} has format version {value.get('version')!r}; this package reads version {VERSION}")
-    for key in ("config", "layers", "aliases"):
+    for key in objects:
         if not isinstance(value.get(key), dict):
             raise FormatError(f"{path}: {key!r} must be an object, got {type(value.get(key)).__name__}")
     for name, entry in value["layers"].items():
