@@ -43,7 +43,6 @@ from .calibration.store import LayerStore
 from .capture import CapturedModel
 from .config import DEFAULT_CALIBRATION, NO_CALIBRATION, Config
 from .emit.companions import declare_quantized
-from .emit.companions import declare_quantized
 from .emit.exporter import Artifact, emit_onnx
 from .errors import CalibrationError, ConfigError, OutputError
 from .format import metadata
