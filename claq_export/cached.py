@@ -9,7 +9,16 @@ import torch
 from .capture import CapturedModel
 from .errors import CaptureError, VerificationError
 from .format.layer import QuantizedLinear
-from .passes import AdditiveMasks, FuseSiblings, PassContext, Pipeline, Plan, RemoveUnused, ReplaceLinears
+from .passes import (
+    AdditiveMasks,
+    FuseSiblings,
+    PassContext,
+    Pipeline,
+    Plan,
+    RemoveUnused,
+    ReplaceLinears,
+    decoder_pipeline,
+)
 
 _TEXTS = (
     "The committee will meet again on Thursday to discuss the budget.",
@@ -19,13 +28,14 @@ _DECODE_STEPS = 3
 _AGREEMENT = 1e-3
 
 
-def plan_with_cache(captured: CapturedModel, plan: Plan, planning: Pipeline) -> Plan:
+def plan_with_cache(captured: CapturedModel, plan: Plan, planning: Pipeline, fuse: bool) -> Plan:
     """Plan the graph with cache as the graph without was planned, sibling linears not stacked yet.
 
     Args:
         captured: the graph with cache, rewritten in place.
         plan: of the graph without cache, sibling linears stacked or not.
         planning: the passes that made that plan, but for the stacking.
+        fuse: put one operator in the place of many (attention, rotary positions, normalization).
 
     Raises:
         CaptureError: the two graphs do not have the same layers.
@@ -35,6 +45,8 @@ def plan_with_cache(captured: CapturedModel, plan: Plan, planning: Pipeline) -> 
     planning.run(captured.graph_module, context)
     assert context.plan is not None
     _check_same(_parts_of(plan), _parts_of(context.plan))
+    if fuse:
+        decoder_pipeline().run(captured.graph_module, context)
     return context.plan
 
 

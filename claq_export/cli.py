@@ -69,6 +69,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="arithmetic in claq-runtime: fp32 is exact to rounding, int8 rounds activations and is faster (default: fp32)",
     )
     output.add_argument(
+        "--opset",
+        type=int,
+        choices=(18, 23),
+        default=23,
+        help="ONNX operator set of text-generation models with cache: 23 has attention as one operator (ONNX Runtime 1.23 "
+        "and later), 18 spells it out, slower (default: 23)",
+    )
+    output.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -287,6 +295,7 @@ def run_export(options: argparse.Namespace) -> None:
         exclude=tuple(options.exclude),
         fuse_siblings=options.fuse_siblings,
         accuracy=options.accuracy,
+        opset=options.opset,
         device=options.device,
         algorithm=parse_overrides(options.set),
     )

@@ -41,7 +41,7 @@ from .calibration.walk import NodeWalk, WalkMaker
 from .calibration.tune import TuneResult, TuneSettings, tune
 from .calibration.store import LayerStore
 from .capture import CapturedModel
-from .config import DEFAULT_CALIBRATION, NO_CALIBRATION, Config
+from .config import DECODER_OPSET, DEFAULT_CALIBRATION, NO_CALIBRATION, Config
 from .emit.companions import declare_quantized
 from .emit.exporter import Artifact, emit_onnx
 from .errors import CalibrationError, ConfigError, OutputError
@@ -154,7 +154,9 @@ class Compilation:
                 if self.captured.with_cache is not None:
                     assert context.plan is not None
                     planning = self._planning(fuse_siblings=False)
-                    self._plan_with_cache = plan_with_cache(self.captured.with_cache, context.plan, planning)
+                    self._plan_with_cache = plan_with_cache(
+                        self.captured.with_cache, context.plan, planning, fuse=self.config.opset >= DECODER_OPSET
+                    )
         assert self._context.plan is not None
         return self._context.plan
 

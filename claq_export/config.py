@@ -21,6 +21,9 @@ DEFAULT_CALIBRATION = "default"
 NO_CALIBRATION = "none"
 """Stands for no calibration: plain column k-means, without error feedback."""
 
+DECODER_OPSET = 23
+"""ONNX operator set in which attention to a cache is one operator."""
+
 ACCURACY_LEVELS = {"fp32": 0, "int8": 4}
 """Arithmetic of the operators by name, numbered as ONNX Runtime's MatMulNBits numbers them."""
 
@@ -54,6 +57,8 @@ class Config:
         fuse_siblings: quantize linears that read the same value (q/k/v, gate/up) stacked as one.
         accuracy: arithmetic of the operators in the runtime: ``"fp32"`` (exact to rounding) or ``"int8"``
             (activations rounded to int8 with a scale a block of columns).
+        opset: ONNX operator set of a causal language model with cache: 23 has attention, rotary positions and RMS
+            normalization as one operator each (ONNX Runtime 1.23 and later), 18 spells them out (slower).
         device: where layers are quantized, for example ``"cpu"`` or ``"cuda"``.
         algorithm: overrides for single fields of :class:`claq_export.algorithm.settings.LayerSettings`.
 
@@ -77,6 +82,7 @@ class Config:
     exclude: tuple[str, ...] = ()
     fuse_siblings: bool = True
     accuracy: str = "fp32"
+    opset: int = DECODER_OPSET
     device: str = "cpu"
     algorithm: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -99,6 +105,8 @@ class Config:
             raise ConfigError(f"sequence_length must be at least 2, got {self.sequence_length!r}")
         if self.accuracy not in ACCURACY_LEVELS:
             raise ConfigError(f"accuracy must be one of {', '.join(ACCURACY_LEVELS)}, got {self.accuracy!r}")
+        if self.opset not in (18, DECODER_OPSET):
+            raise ConfigError(f"opset must be 18 or {DECODER_OPSET}, got {self.opset!r}")
         _check_device(self.device)
         known = {field.name for field in dataclasses.fields(LayerSettings)}
         unknown = sorted(set(self.algorithm) - known)

@@ -8,6 +8,9 @@ from pathlib import Path
 from .additive_masks import AdditiveMasks
 from .base import ContractError, Pass, PassContext, PassResult
 from .canonicalize_linears import CanonicalizeLinears
+from .fuse_attention import FuseAttention
+from .fuse_rms_norm import FuseRmsNorm
+from .fuse_rotary import FuseRotary
 from .fuse_siblings import FuseSiblings
 from .pipeline import PassRecord, Pipeline
 from .plan import LinearSite, Plan, PlanRow, Skipped
@@ -20,6 +23,9 @@ __all__ = [
     "AdditiveMasks",
     "CanonicalizeLinears",
     "ContractError",
+    "FuseAttention",
+    "FuseRmsNorm",
+    "FuseRotary",
     "FuseSiblings",
     "LinearSite",
     "Pass",
@@ -34,8 +40,14 @@ __all__ = [
     "ReplaceLinears",
     "SelectLinears",
     "Skipped",
+    "decoder_pipeline",
     "planning_pipeline",
 ]
+
+
+def decoder_pipeline() -> Pipeline:
+    """The passes that put one operator in the place of many in a decoder with a cache."""
+    return Pipeline([FuseRmsNorm(), FuseRotary(), FuseAttention(), RemoveUnused()])
 
 
 def planning_pipeline(

@@ -12,11 +12,11 @@ ATTENTION = _aten.scaled_dot_product_attention.default
 
 
 class AdditiveMasks(Pass):
-    """Rewrites ``attention(q, k, v, mask: bool)`` as ``attention(q, k, v, where(mask, 0, lowest))``.
+    """Rewrites ``attention(q, k, v, mask: bool)`` as ``attention(q, k, v, where(mask, 0, lowest / 2))``.
 
-    Runtimes disagree on a row that may see nothing (padding on the left): NaN, zeros or a mean. With the lowest finite
-    number in the place of minus infinity it is a mean of the values everywhere, and never a NaN that would reach the
-    cache. Rows that see something are not changed.
+    Runtimes disagree on a row that may see nothing (padding on the left): NaN, zeros or a mean. With half the lowest
+    finite number in the place of minus infinity it is a mean of the values everywhere (ONNX Runtime takes the lowest
+    itself for minus infinity), and never a NaN that would reach the cache. Rows that see something do not change.
     """
 
     name = "additive_masks"
@@ -41,7 +41,7 @@ class AdditiveMasks(Pass):
             key = (mask, query.dtype)
             if key not in made:
                 with gm.graph.inserting_after(mask):
-                    added = gm.graph.call_function(_aten.where.Scalar, (mask, 0.0, torch.finfo(query.dtype).min))
+                    added = gm.graph.call_function(_aten.where.Scalar, (mask, 0.0, torch.finfo(query.dtype).min / 2))
                 added.meta["val"] = value.to(query.dtype)
                 made[key] = added
             set_attention_mask(node, made[key])

@@ -75,12 +75,12 @@ def _stack(gm: fx.GraphModule, members: list[LinearSite], weights: bool) -> Line
     first = members[0].node
     with torch.no_grad():
         rows = [site.out_features for site in members]
-        value = (
+        stacked = (
             torch.cat([site.weight(gm) for site in members])
             if weights
             else members[0].weight(gm).new_zeros(1).expand(sum(rows), members[0].in_features)
         )
-        weight = torch.nn.Parameter(value, requires_grad=False)
+        weight = torch.nn.Parameter(stacked, requires_grad=False)
         biases = [site.bias(gm) for site in members]
         bias = None
         if any(part is not None for part in biases):

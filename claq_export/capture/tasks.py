@@ -106,7 +106,7 @@ class TaskModel(nn.Module):
         self.task = task
         self.source = source
         self.input_names = _input_names(model, task)
-        self.output_names = (TASKS[task].output,)
+        self.output_names: tuple[str, ...] = (TASKS[task].output,)
         self.eval()
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:

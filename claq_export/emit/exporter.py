@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import onnxscript.optimizer
@@ -21,12 +22,16 @@ import claq_export
 from claq_export.errors import CaptureError
 from claq_export.format.files import check_target
 
+from .decoder import decoder_translations, settle_decoder
 from .function import DOMAIN, OPSET, functions_of
 from .translation import translation_table
 from .writer import write_model
 
 IR_VERSION = 10
 """ONNX IR version of emitted files; ONNX Runtime 1.20 reads up to 10."""
+
+DECODER_IR_VERSION = 11
+"""ONNX IR version of files with operators of opset 23; ONNX Runtime 1.23 and later read them."""
 
 FOLD_LIMIT = 1024
 """Constants with more elements are left to the runtime to fold: a folded copy of a tied weight is stored twice."""
@@ -102,10 +107,14 @@ def emit_onnx(
     _name_axes(graph, axes)
     layers = _name_layers(graph)
     graph.producer_name, graph.producer_version = "claq-export", claq_export.__version__
-    graph.ir_version = IR_VERSION
+    decoder = settle_decoder(graph)
+    graph.ir_version = DECODER_IR_VERSION if decoder else IR_VERSION
     graph.metadata_props.clear()
     graph.metadata_props.update({key: metadata[key] for key in sorted(metadata)} if metadata else {})
     functions = functions_of(node.op_type for node in graph.graph if node.domain == DOMAIN)
+    if decoder:
+        for function in functions:
+            _set_opset(function, graph.opset_imports[""])
     files = write_model(graph, functions, path)
     return Artifact(
         path=path,
@@ -115,6 +124,13 @@ def emit_onnx(
         outputs=tuple(value.name or "" for value in graph.graph.outputs),
         layers=tuple(layers),
     )
+
+
+def _set_opset(function: onnx.FunctionProto, version: int) -> None:
+    """Let a function import the model's version of the default domain, in which its operators mean the same."""
+    for entry in function.opset_import:
+        if entry.domain == "":
+            entry.version = version
 
 
 @contextlib.contextmanager
@@ -153,7 +169,7 @@ def _translate(program: torch.export.ExportedProgram) -> ir.Model:
             program,
             dynamo=True,
             opset_version=OPSET,
-            custom_translation_table=translation_table(),
+            custom_translation_table=translation_table() | decoder_translations(),
             optimize=False,
             verbose=False,
         )

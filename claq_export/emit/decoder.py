@@ -1,0 +1,82 @@
+"""Decoder operators in the file: ``claq::rms_norm`` and its kin become the ONNX operators of opset 23."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from onnxscript import values
+
+from claq_export.kernels import decoder_ops
+
+OPSET = 23
+"""First version of the default ONNX domain with these operators."""
+
+_DOMAIN = "claq.decoder"
+"""Stands for the default domain while the graph is translated: the exporter works at a lower opset."""
+
+_FLOAT, _INT = onnx.defs.OpSchema.AttrType.FLOAT, onnx.defs.OpSchema.AttrType.INT
+
+
+def _operator(name: str, inputs: int, outputs: int, **attributes: Any) -> values.Op:
+    parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
+    schema = onnx.defs.OpSchema(
+        name,
+        _DOMAIN,
+        1,
+        inputs=[parameter(f"input_{index}", "T") for index in range(inputs)],
+        outputs=[parameter(f"output_{index}", "T") for index in range(outputs)],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "")],
+        attributes=[attribute(key, kind, required=True) for key, kind in attributes.items()],
+    )
+    return values.Op(values.Opset(_DOMAIN, 1), name, schema)
+
+
+_rms_norm = _operator("RMSNormalization", 2, 1, axis=_INT, epsilon=_FLOAT)
+_rotary = _operator("RotaryEmbedding", 3, 1, num_heads=_INT, rotary_embedding_dim=_INT)
+_attention = _operator("Attention", 6, 3, q_num_heads=_INT, kv_num_heads=_INT, scale=_FLOAT)
+
+
+def _translate_rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
+    return _rms_norm(x, weight, axis=-1, epsilon=epsilon)
+
+
+def _translate_rotary(x: Any, cos: Any, sin: Any, num_heads: int) -> Any:
+    rotated = 2 * int(cos.shape[-1])
+    head = int(x.shape[-1]) // num_heads
+    return _rotary(x, cos, sin, num_heads=num_heads, rotary_embedding_dim=rotated if rotated < head else 0)
+
+
+def _translate_attention(*arguments: Any) -> Any:
+    query, key, value, mask, past_key, past_value, num_heads, kv_heads, scale = arguments
+    return _attention(
+        query, key, value, mask, past_key, past_value, q_num_heads=num_heads, kv_num_heads=kv_heads, scale=scale
+    )
+
+
+def decoder_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """``custom_translation_table`` of the decoder operators."""
+    return {
+        decoder_ops.rms_norm: _translate_rms_norm,
+        decoder_ops.rotary: _translate_rotary,
+        decoder_ops.cached_attention: _translate_attention,
+    }
+
+
+def settle_decoder(model: ir.Model) -> bool:
+    """Move translated decoder operators to the default domain, whose version becomes 23; False if there are none.
+
+    The other operators are those of opset 18, whose meaning in opset 23 is the same.
+    """
+    found = False
+    for node in model.graph:
+        if node.domain == _DOMAIN:
+            node.domain = ""
+            node.version = None
+            found = True
+    model.opset_imports.pop(_DOMAIN, None)
+    if found:
+        model.opset_imports[""] = OPSET
+    return found
