@@ -3,7 +3,8 @@ which device.
 
 One node stands for one use of a quantized layer of ``docs/format.md`` wherever PyTorch keeps a graph (``torch.export``,
 ``torch.compile``, FX passes). The reference kernels (:mod:`.reference`) run on every device and are the oracles of all
-others; on CPU the native library takes their place where it is installed (:mod:`.cpu`).
+others; on CPU the native library takes their place where it is installed (:mod:`.cpu`), on CUDA Triton's kernels do
+(:mod:`.cuda`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from .cpu import cpu_embedding, cpu_linear
+from .cuda import cuda_linear
 from .reference import reference_embedding, reference_linear
 
 OPERATOR = "claq::linear"
@@ -72,6 +74,12 @@ def _cpu(x: torch.Tensor, *rest: Any) -> torch.Tensor:
     return cpu_linear(x, tensors, in_features, out_features, columns, accuracy_level)
 
 
+def _cuda(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    *tensors, in_features, out_features, columns, accuracy_level = rest
+    _check_arguments(x, tensors[-1], in_features, out_features, columns)
+    return cuda_linear(x, tensors, in_features, out_features, columns, accuracy_level)
+
+
 def _fake(x: torch.Tensor, *rest: Any) -> torch.Tensor:
     *tensors, in_features, out_features, columns, _accuracy_level = rest
     _check_arguments(x, tensors[-1], in_features, out_features, columns)
@@ -120,6 +128,7 @@ def _backward(_ctx: Any, *_gradients: torch.Tensor) -> None:
 
 _library.impl("linear", _reference, "CompositeExplicitAutograd")
 _library.impl("linear", _cpu, "CPU")
+_library.impl("linear", _cuda, "CUDA")
 torch.library.register_fake(OPERATOR, _fake, lib=_library)
 torch.library.register_autograd(OPERATOR, _backward, lib=_library)
 _library.impl("embedding", _reference_embedding, "CompositeExplicitAutograd")

@@ -292,6 +292,17 @@ def _many(layer: _Layer, x: torch.Tensor, y: torch.Tensor, config: DenseConfig) 
         y[:, part] = x @ weight if bias is None else torch.addmm(bias[part], x, weight)
 
 
+def kernel_for(x: torch.Tensor, in_features: int) -> str:
+    """Name of the matrix kernel that :func:`linear` takes for a CUDA tensor ``x [..., in_features]``."""
+    vectors = x.numel() // in_features
+    dispatch, _ = _device(x.device.index)
+    gemm = None if x.dtype == torch.float32 else dispatch.gemm_for(vectors)
+    few = vectors * 2 if x.dtype == torch.float32 else vectors
+    if few <= dispatch.gemv.max_vectors:
+        return f"gemv{few}"
+    return f"gemm{gemm.vectors}" if gemm else "dense"
+
+
 def linear(
     x: torch.Tensor,
     codes: torch.Tensor,
