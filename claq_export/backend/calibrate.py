@@ -22,7 +22,7 @@ from torch import fx, nn
 from ..api import capture
 from ..calibration.data import Batch
 from ..calibration.progress import ProgressReporter
-from ..calibration.walk import JointWalk, NodeWalk
+from ..calibration.walk import JointWalk, NodeWalk, RowLookup
 from ..capture import CapturedModel, TaskModel
 from ..capture.tasks import infer_task
 from ..compiler import Compilation
@@ -133,8 +133,13 @@ def _joint_walk(
         if same and other.batches:
             further.append((compilation.captured.graph_module, other.batches, same))
 
-    def walk(module: fx.GraphModule, batches: Sequence[Batch], stop_at: Sequence[fx.Node]) -> JointWalk:
-        walks = [NodeWalk(module, batches, stop_at)]
+    def walk(
+        module: fx.GraphModule,
+        batches: Sequence[Batch],
+        stop_at: Sequence[fx.Node],
+        lookups: Mapping[fx.Node, RowLookup],
+    ) -> JointWalk:
+        walks = [NodeWalk(module, batches, stop_at, lookups)]
         every: dict[fx.Node, fx.Node] = {}
         for theirs, own_batches, same in further:
             nodes = [node for node, ours in same.items() if ours in stop_at]

@@ -110,9 +110,7 @@ class DynamoGraph:
         Pipeline(last).run(module, context)
         return self._result(module, placeholders, notes)
 
-    def _result(
-        self, module: fx.GraphModule, placeholders: Sequence[fx.Node], notes: tuple[str, ...]
-    ) -> Rewritten:
+    def _result(self, module: fx.GraphModule, placeholders: Sequence[fx.Node], notes: tuple[str, ...]) -> Rewritten:
         position = {node: index for index, node in enumerate(placeholders)}
         weights: dict[int, None] = {}
         biases: dict[int, None] = {}

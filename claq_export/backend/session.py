@@ -36,9 +36,7 @@ class CompiledGraph:
         session: of the options.
     """
 
-    def __init__(
-        self, graph: DynamoGraph, rewritten: Rewritten, run: Callable[..., Any], session: Session
-    ) -> None:
+    def __init__(self, graph: DynamoGraph, rewritten: Rewritten, run: Callable[..., Any], session: Session) -> None:
         self.graph = graph
         self.rewritten = rewritten
         self._run = run
@@ -132,9 +130,7 @@ class Session:
             candidates = [args[i] for i in compiled.rewritten.freeable]
             release([w for w in candidates if (e := self.store.find(w)) is not None and e.stack is not None])
 
-    def _record(
-        self, compiled: CompiledGraph, args: Sequence[Any], missing: Sequence[torch.Tensor]
-    ) -> Recording:
+    def _record(self, compiled: CompiledGraph, args: Sequence[Any], missing: Sequence[torch.Tensor]) -> Recording:
         for recording in self._recordings:
             if recording.graph is compiled.graph and all(
                 recording.args[i] is args[i] for i in compiled.rewritten.weights
