@@ -23,8 +23,10 @@ from .emit.exporter import Artifact
 from .errors import ConfigError
 from .modules import replace_linears
 from .passes import Skipped
+from .preflight import check as check_preflight
+from .preflight import peak_resident_bytes
 from .report import QualityRow, ReportData, write_report
-from .verify import VerificationReport, verify_artifact
+from .verify import VerificationReport, check_stored, verify_artifact
 
 _ORIGINAL_LIMIT = 2 << 30
 """Bytes of weights up to which the unquantized model is written to a temporary folder too, for its latency."""
@@ -87,6 +89,7 @@ def capture(
     tokenizer: Any = None,
     cache: bool = False,
     trust_remote_code: bool = False,
+    lazy: bool = False,
 ) -> tuple[CapturedModel, nn.Module]:
     """A model as a graph, and the module it came from.
 
@@ -98,6 +101,7 @@ def capture(
         tokenizer: for text calibration of a module given in Python.
         cache: of a folder with a causal language model, capture the graph with a key/value cache too.
         trust_remote_code: run Python code that comes with a folder.
+        lazy: leave a folder's large weights on disk until their values are needed.
 
     Raises:
         ModelError, CaptureError, ConfigError: see :mod:`claq_export.errors`.
@@ -106,7 +110,7 @@ def capture(
         captured = capture_module(model, example_inputs, dynamic_shapes, input_names, output_names)
         captured.tokenizer = tokenizer
         return captured, model
-    loaded, found_tokenizer, _ = load_pretrained(model, task, trust_remote_code=trust_remote_code)
+    loaded, found_tokenizer, _ = load_pretrained(model, task, trust_remote_code=trust_remote_code, lazy=lazy)
     axes = {name: {0: "batch", 1: "sequence"} for name in loaded.input_names}
     captured = capture_module(loaded, dynamic_shapes=axes)
     captured.tokenizer = tokenizer if tokenizer is not None else found_tokenizer
@@ -130,6 +134,7 @@ def export(
     cache: bool = True,
     trust_remote_code: bool = False,
     verify: bool = True,
+    memory: int | None = None,
     work: str | Path | None = None,
     resume: bool | None = None,
     report: str | Path | None = None,
@@ -148,6 +153,10 @@ def export(
         cache: write a folder's causal language model with a key/value cache, prefill and decode in one graph; False:
             as a graph that sees all tokens at once.
         verify: compare the written file, run by ONNX Runtime, with the PyTorch quantized model.
+        memory: bytes of resident memory the run may take. Weights are then read from the folder's files while the
+            calibration passes them, activations past the budget go to disk, and a run that cannot fit is refused with
+            numbers before it begins. The artifact is compared with the finished layers byte by byte instead of being
+            run. None = everything is in memory.
         work: folder for finished layers; an interrupted run with the same model, data and settings goes on from it.
             It is removed when the export is complete. None = keep nothing.
         resume: False: discard a ``work`` folder that another model, data, settings or version left; otherwise such
@@ -174,8 +183,14 @@ def export(
         tokenizer=tokenizer,
         cache=cache,
         trust_remote_code=trust_remote_code,
+        lazy=memory is not None,
     )
     compilation = Compilation(captured, config, reporter, used_state(module, captured), keep_records=report is not None)
+    compilation.memory = memory
+    if memory is not None:
+        if report is not None or config.tune:
+            raise ConfigError("a report and tuning need the unquantized weights in memory; leave them or --memory out")
+        verify, work = False, work or f"{out}.work"
     compilation.seconds["capture"] = time.perf_counter() - start
     original_bytes = weight_bytes(module)
     del module
@@ -185,6 +200,10 @@ def export(
         raise ConfigError(f"there is no linear layer to quantize ({reasons or 'the model has none'})")
     reporter.stage("reading calibration data")
     compilation.batches()
+    if memory is not None:
+        preflight = compilation.preflight()
+        reporter.stage(str(preflight), **preflight.to_json())
+        check_preflight(preflight, memory, out)
     with tempfile.TemporaryDirectory(prefix="claq-") as scratch:
         emitted = compilation.emitted
         samples = verification_inputs(emitted) if verify else []
@@ -212,6 +231,11 @@ def export(
                     unquantized=originals,
                     original_path=original_path,
                 )
+    if memory is not None:
+        reporter.stage("comparing the artifact with the finished layers")
+        with compilation.timed("verification"):
+            check_stored(out, {name: done.layer for name, done in compilation.sites.items()})
+        reporter.event("memory", peak_bytes=peak_resident_bytes())
     if work is not None and compilation.store is not None:
         compilation.store.remove()
     result = ExportResult(

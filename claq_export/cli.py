@@ -186,6 +186,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="the same command goes on with an interrupted run by itself, and refuses, naming it, if something changed "
         "since; --no-resume discards what an interrupted run left",
     )
+    run.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="resident memory the run may take, for example 4GB: weights are read while calibration passes them, "
+        "activations past it go to disk; what is needed is predicted first, and refused if it cannot fit",
+    )
     run.add_argument("--device", default="cpu", help="where layers are quantized, for example cuda (default: cpu)")
     run.add_argument(
         "--report", metavar="FILE", help="write an HTML page about the run: bits, errors, column widths, codebooks"
@@ -315,6 +321,7 @@ def run_export(options: argparse.Namespace) -> None:
             cache=options.cache,
             trust_remote_code=options.trust_remote_code,
             verify=options.verify,
+            memory=None if options.memory is None else parse_size(options.memory),
             work=options.work or f"{options.out}.work",
             resume=options.resume,
             report=options.report,

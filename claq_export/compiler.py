@@ -5,14 +5,17 @@ Each stage is a method of :class:`Compilation`; ``claq_export.export`` and the c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from torch import nn
 
 import claq_export
 
-from .algorithm import predict
+from .algorithm import ColumnPlan, measure, predict
 from .algorithm.budget import Budget, LayerProfile, solve
 from .algorithm.settings import LayerSettings
 from .cached import lower_with_cache, plan_with_cache
@@ -36,12 +39,14 @@ from .calibration.data import (
 )
 from .calibration.progress import ProgressReporter
 from .calibration.sensitivity import output_importance
+from .calibration.spill import ActivationSpill
 from .calibration.stage import CalibrationStage, QuantizedSite, column_counts
-from .calibration.walk import NodeWalk, WalkMaker
-from .calibration.tune import TuneResult, TuneSettings, tune
 from .calibration.store import LayerStore
+from .calibration.tune import TuneResult, TuneSettings, tune
+from .calibration.walk import NodeWalk, WalkMaker
 from .capture import CapturedModel
 from .config import DECODER_OPSET, DEFAULT_CALIBRATION, NO_CALIBRATION, Config
+from .deferred import is_deferred, logical_bytes
 from .emit.companions import declare_quantized
 from .emit.exporter import Artifact, emit_onnx
 from .errors import CalibrationError, ConfigError, OutputError
@@ -49,6 +54,9 @@ from .format import metadata
 from .format.checkpoint import save_checkpoint
 from .format.packing import WIDTHS
 from .passes import Pass, PassContext, Pipeline, Plan, RemoveUnused, ReplaceLinears, planning_pipeline
+from .passes.plan import HEAD_ROLE, LINEAR_ROLE
+from .passes.select_linears import layer_name
+from .preflight import Preflight, predict_resources
 from .report import LayerRecord, layer_record
 
 _log = logging.getLogger(__name__)
@@ -93,6 +101,8 @@ class PlannedLayer:
         columns: input features at 4, 3 and 2 bits.
         dense_bytes: of the weight now.
         nbytes, true_bits, nominal_bits: predicted.
+        role: ``"linear"``, ``"head"`` or ``"embedding"``, see :class:`~claq_export.passes.LinearSite`.
+        tied: it is both an embedding and a linear.
     """
 
     name: str
@@ -104,6 +114,8 @@ class PlannedLayer:
     nbytes: int
     true_bits: float
     nominal_bits: float
+    role: str = LINEAR_ROLE
+    tied: bool = False
 
 
 @dataclass
@@ -115,28 +127,32 @@ class Compilation:
         config: the settings.
         reporter: told of stages and layers.
         keep_records: collect what a report shows of each layer (histograms of columns need the original weights).
+        memory: bytes of resident memory the run may take; None = as much as it likes.
         state: every tensor of the original model by its ``state_dict()`` name, for the PyTorch checkpoint.
+        walk: makes the calibration's walk over the graph.
     """
 
     captured: CapturedModel
     config: Config
     reporter: ProgressReporter
     state: dict[str, torch.Tensor] = field(default_factory=dict)
-        walk: makes the calibration's walk over the graph.
     seconds: dict[str, float] = field(default_factory=dict)
     sites: dict[str, QuantizedSite] = field(default_factory=dict)
     store: LayerStore | None = None
     budget: Budget | None = None
+    tuning: TuneResult | None = None
     keep_records: bool = False
+    memory: int | None = None
     records: list[LayerRecord] = field(default_factory=list)
+    walk: WalkMaker = NodeWalk
     _context: PassContext | None = None
     _plan_with_cache: Plan | None = None
+    _preflight: Preflight | None = None
     _batches: list[Batch] | None = None
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
-    walk: WalkMaker = NodeWalk
         try:
             yield
         finally:
@@ -161,7 +177,13 @@ class Compilation:
         return self._context.plan
 
     def _planning(self, fuse_siblings: bool) -> Pipeline:
-        return planning_pipeline(self.config.include, self.config.exclude, fuse_siblings=fuse_siblings)
+        return planning_pipeline(
+            self.config.include,
+            self.config.exclude,
+            fuse_siblings=fuse_siblings,
+            embeddings=self.config.embeddings,
+            heads=self.config.heads,
+        )
 
     def predicted_layers(self) -> list[PlannedLayer]:
         """The plan with its predicted sizes, for ``--dry-run``.
@@ -170,33 +192,75 @@ class Compilation:
             same mix.
         """
         settings = self.config.layer_settings()
-        if self.config.budgeted:
-            settings = self._even_mix(settings)
-        return self._predict(settings)
+        if not self.config.budgeted:
+            return self._predict(settings, self._table_settings())
+        for most in self._table_widths():
+            planned = self._predict_budget(settings, self._table_settings(most))
+            if 8 * sum(layer.nbytes for layer in planned) <= self._target_bits() * 1.01 * self._weights():
+                break
+        return planned
 
-    def _even_mix(self, settings: LayerSettings) -> LayerSettings:
-        """The nominal width at which all layers together take the budget."""
-        target = float(self.config.bits)
-        if self.config.size is not None:
-            weights = sum(site.in_features * site.out_features for site in self.plan.sites)
-            target = 8 * (self.config.size - self._unquantized_bytes()) / weights
-        low, high = 2.0, 4.0
+    def preflight(self) -> Preflight:
+        """What the run will need; measured and predicted once."""
+        if self._preflight is None:
+            assert self.memory is not None
+            self._preflight = predict_resources(
+                self.captured.graph_module,
+                self.plan.sites,
+                self.batches(),
+                self.config.layer_settings(),
+                sum(layer.nbytes for layer in self.predicted_layers()),
+                self._unquantized_bytes(),
+                self.memory,
+            )
+        return self._preflight
+
+    def _weights(self) -> int:
+        """Number of weights that are to be quantized."""
+        return sum(site.in_features * site.out_features for site in self.plan.sites)
+
+    def _target_bits(self) -> float:
+        """The budget in true bits a weight."""
+        if self.config.size is None:
+            return float(self.config.bits)
+        return 8 * (self.config.size - self._unquantized_bytes()) / max(self._weights(), 1)
+
+    def _table_widths(self) -> list[int]:
+        """With a budget, the widths of tables to try: the next whole one above the budget, then smaller ones."""
+        first = min(max(math.ceil(self._target_bits()), min(WIDTHS)), max(WIDTHS))
+        return [width for width in WIDTHS if width <= first]
+
+    def _table_settings(self, most: int = max(WIDTHS)) -> dict[str, LayerSettings]:
+        """Settings of tables and heads by name; ``most`` is their width where the configuration gives none."""
+        chosen = {}
+        for site in self.plan.sites:
+            if site.role != LINEAR_ROLE or site.lookups:
+                width = self.config.table_bits(head=site.role == HEAD_ROLE, embedding=bool(site.lookups)) or most
+                settings = self.config.layer_settings()
+                chosen[site.name] = replace(settings, bits=float(width), widths=None, shares=None)
+        return chosen
+
+    def _predict_budget(self, settings: LayerSettings, tables: dict[str, LayerSettings]) -> list[PlannedLayer]:
+        """All layers at the nominal width at which they take the budget together; tables at theirs."""
+        target, low, high = self._target_bits(), 2.0, 4.0
         for _ in range(12):
             middle = (low + high) / 2
-            layers = self._predict(replace(settings, bits=middle))
-            size = sum(layer.nbytes for layer in layers)
-            weights = sum(layer.in_features * layer.out_features for layer in layers)
-            low, high = (middle, high) if 8 * size / weights < target else (low, middle)
-        return replace(settings, bits=low)
+            size = sum(layer.nbytes for layer in self._predict(replace(settings, bits=middle), tables))
+            low, high = (middle, high) if 8 * size / self._weights() < target else (low, middle)
+        return self._predict(replace(settings, bits=low), tables)
 
-    def _predict(self, settings: LayerSettings) -> list[PlannedLayer]:
-        widths, _ = settings.mix()
+    def _predict(self, settings: LayerSettings, tables: Mapping[str, LayerSettings]) -> list[PlannedLayer]:
+        ordinary = [site for site in self.plan.sites if site.name not in tables]
+        shared = dict(zip((site.name for site in ordinary), column_counts(ordinary, settings), strict=True))
         planned = []
-        for site, counts in zip(self.plan.sites, column_counts(self.plan.sites, settings), strict=True):
+        for site in self.plan.sites:
+            own = tables.get(site.name, settings)
+            widths, _ = own.mix()
+            counts = shared.get(site.name) or column_counts([site], own)[0]
             by_width = dict(zip(widths, counts, strict=True))
             columns = tuple(by_width.get(width, 0) for width in WIDTHS)
             weights = site.in_features * site.out_features
-            outliers = [round(settings.outliers * weights * count / site.in_features) for count in columns]
+            outliers = [round(own.outliers * weights * count / site.in_features) for count in columns]
             bits = predict(site.out_features, site.in_features, columns, outliers)
             planned.append(
                 PlannedLayer(
@@ -209,6 +273,8 @@ class Compilation:
                     nbytes=bits.nbytes,
                     true_bits=bits.true_bits,
                     nominal_bits=bits.nominal_bits,
+                    role=site.role,
+                    tied=bool(site.nodes and site.lookups),
                 )
             )
         return planned
@@ -225,7 +291,21 @@ class Compilation:
         return self._batches
 
     def quantize(self, work: Path | None = None, resume: bool | None = None) -> None:
-        """Calibrate, quantize and put the quantized operators into the graph.
+        """Calibrate, quantize, tune if asked for, and put the quantized operators into the graph.
+
+        Args:
+            work, resume: see :meth:`quantize_sites`.
+        """
+        self.quantize_sites(work, resume)
+        if self.config.tune is not None:
+            self.tune()
+        if self.keep_records:
+            self.records = [self._record(done) for done in self.sites.values()]
+        with self.timed("passes"):
+            self._lower()
+
+    def quantize_sites(self, work: Path | None = None, resume: bool | None = None) -> None:
+        """Calibrate and quantize; the graph keeps its original weights.
 
         Args:
             work: folder for finished layers, so that an interrupted run can go on; None = keep nothing.
@@ -240,39 +320,78 @@ class Compilation:
             )
         if work is not None:
             self.store = LayerStore(work, self._fingerprint(batches), resume)
-        with self.timed("quantization"):
+        with contextlib.ExitStack() as stack:
+            spill = None
+            if self.memory is not None:
+                assert work is not None
+                spill = stack.enter_context(ActivationSpill(self.preflight().activations, work))
+            stack.enter_context(self.timed("quantization"))
             stage = CalibrationStage(
                 self.captured.graph_module,
                 plan.sites,
                 settings=self.config.layer_settings(),
+                table_settings=self._table_settings(),
                 token_clip=self.config.hessian_clip,
                 device=self.config.device,
                 reporter=self.reporter,
                 store=self.store,
+                walk=self.walk if spill is None else partial(self.walk, spill=spill),
+                release=self.memory is not None,
             )
             plans = None
             if self.config.budgeted:
                 plans = None if self.store is None else self.store.load_plans()
                 if plans is None:
-                    self.budget = self._solve_budget(stage.profile(batches, self._importance(batches)))
-                    plans = self.budget.plans
+                    plans = self._solve_budget(stage.profile(batches, self._importance(batches)))
                     if self.store is not None:
                         self.store.save_plans(plans)
             self.sites = stage.run(batches, plans)
-        if self.keep_records:
-            self.records = [self._record(done) for done in self.sites.values()]
-        with self.timed("passes"):
-            self._lower()
+
+    def tune(self, batches: Sequence[Batch] | None = None, settings: TuneSettings | None = None) -> TuneResult:
+        """Tune the quantized layers by gradient against the model's original weights (before they leave the graph).
+
+        Args:
+            batches: to tune on; None: those that calibrated.
+            settings: None: as the configuration says.
+
+        Raises:
+            CalibrationError: there is no calibration data, or the model has no gradient.
+        """
+        batches = self.batches() if batches is None else batches
+        if batches is None:
+            raise CalibrationError("tuning needs calibration data; it was switched off")
+        with self.timed("tuning"):
+            result = tune(
+                self.captured.graph_module,
+                [done.site for done in self.sites.values()],
+                {name: done.layer for name, done in self.sites.items()},
+                batches,
+                task=self.captured.task,
+                settings=settings or TuneSettings(minutes=self.config.tune or None),
+                seed=self.config.seed,
+                reporter=self.reporter,
+            )
+        if result.after >= result.before:
+            self.reporter.warn(
+                f"tuning brought no gain on held-out samples (loss {result.before:.4g}); the layers stay as they were"
+            )
+        self.sites = {
+            name: replace(done, layer=result.layers[name], bits=measure(result.layers[name]))
+            for name, done in self.sites.items()
+        }
+        self.tuning = result
+        return result
 
     def _importance(self, batches: Sequence[Batch] | None) -> dict[str, torch.Tensor] | None:
         """What an error of each layer's outputs counts, by gradients; None where they are not wanted or not to be had."""
-        if batches is None or not self.config.importance:
+        # Gradients need the whole model in memory.
+        if batches is None or not self.config.importance or self.memory is not None:
             return None
         try:
             with self.timed("importance"):
                 return output_importance(
                     self.captured.graph_module,
-                    self.plan.sites,
+                    [site for site in self.plan.sites if site.nodes],
                     batches,
                     task=self.captured.task,
                     seed=self.config.seed,
@@ -291,30 +410,50 @@ class Compilation:
             error=done.error,
             seconds=done.seconds,
             parts=[name for name, _ in done.site.parts] if len(done.site.parts) > 1 else (),
+            kind=done.site.kind,
         )
 
-    def _solve_budget(self, profiles: Sequence[LayerProfile]) -> Budget:
+    def _solve_budget(self, profiles: Sequence[LayerProfile]) -> dict[str, ColumnPlan]:
+        """Widths and outliers of all columns by layer; embeddings have one width each, which is counted."""
         floors: dict[str, int] = {}
         for pattern, width in self.config.floors.items():
             matching = [p.name for p in profiles if fnmatchcase(p.name, pattern)]
             if not matching:
                 raise ConfigError(f"--floor {pattern}={width}: no layer to quantize matches")
             floors.update({name: max(width, floors.get(name, 0)) for name in matching})
-        if self.config.size is None:
-            budget = solve(profiles, true_bits=self.config.bits, floors=floors)
-        else:
-            others = self._unquantized_bytes()
-            if self.config.size <= others:
-                raise ConfigError(
-                    f"a size of {self.config.size:,} bytes cannot be met: what is not quantized takes {others:,} already"
+        if self.config.size is not None and self.config.size <= (others := self._unquantized_bytes()):
+            raise ConfigError(
+                f"a size of {self.config.size:,} bytes cannot be met: what is not quantized takes {others:,} already"
+            )
+        refused: ConfigError | None = None
+        for most in self._table_widths():
+            tables = self._table_settings(most)
+            embeddings = {
+                site.name: ColumnPlan(
+                    torch.full((site.in_features,), int(tables[site.name].bits), dtype=torch.uint8),
+                    torch.zeros(site.in_features, dtype=torch.int64),
                 )
-            budget = solve(profiles, nbytes=self.config.size - others, floors=floors)
-        self.reporter.event("budget", **budget.to_json())
-        return budget
+                for site in self.plan.sites
+                if not site.nodes
+            }
+            taken = sum(plan.predict(self.plan.site(name).out_features).nbytes for name, plan in embeddings.items())
+            heads = {p.name: max(floors.get(p.name, 0), int(tables[p.name].bits)) for p in profiles if p.name in tables}
+            try:
+                self.budget = solve(
+                    profiles,
+                    nbytes=int(self._target_bits() * self._weights() / 8) - taken,
+                    floors={**floors, **heads},
+                )
+            except ConfigError as error:
+                refused = refused or error
+                continue
+            self.reporter.event("budget", **self.budget.to_json())
+            return {**self.budget.plans, **embeddings}
+        assert refused is not None
+        raise refused
 
     def _unquantized_bytes(self) -> int:
         """Bytes of the artifact beside the quantized layers: tensors left alone, and the graph itself (estimated)."""
-                walk=self.walk,
         graph = self.captured.graph_module
         planned = sum(site.dense_bytes for site in self.plan.sites)
         return weight_bytes(graph) - planned + _NODE_BYTES * len(graph.graph.nodes)
@@ -324,8 +463,9 @@ class Compilation:
         # The checkpoint leaves these out anyway; dropped here, the dense weights leave memory before emission.
         for site in self.plan.sites:
             for part, _ in site.parts:
-                self.state.pop(f"{part}.weight", None)
-                self.state.pop(part, None)
+                for name in (part, f"{part}.weight"):
+                    for tied in (name, *self.captured.aliases.get(name, ())):
+                        self.state.pop(tied, None)
         lowering: list[Pass] = [ReplaceLinears(layers, self.config.accuracy_level), RemoveUnused()]
         assert self._context is not None
         Pipeline(lowering).run(self.captured.graph_module, self._context)
@@ -366,6 +506,16 @@ class Compilation:
         """Layers whose weight the model stores as ``[in_features, out_features]``."""
         return {name for name, done in self.sites.items() if done.site.transposed}
 
+    @property
+    def tied(self) -> dict[str, tuple[str, ...]]:
+        """Layer -> further modules with the same weight."""
+        found = {}
+        for name, done in self.sites.items():
+            others = self.captured.aliases.get(done.site.weight_name, ())
+            if others:
+                found[name] = tuple(layer_name(other) for other in others)
+        return found
+
     def metadata(self) -> dict[str, str]:
         """What the ONNX file says about itself."""
         return {
@@ -402,6 +552,7 @@ class Compilation:
                 parts={name: done.site.parts for name, done in self.sites.items()},
                 accuracy_level=self.config.accuracy_level,
                 transposed=self.transposed,
+                tied=self.tied,
             )
             if copy_companions(Path(self.captured.source.path), out.parent):
                 floating = next((t.dtype for t in self.state.values() if t.is_floating_point()), torch.float32)
@@ -506,7 +657,8 @@ def weight_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers, tied ones once."""
     seen: dict[int, int] = {}
     for tensor in (*module.parameters(), *module.buffers()):
-        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = logical_bytes(tensor) if is_deferred(tensor) else storage.nbytes()
     return sum(seen.values())
 
 

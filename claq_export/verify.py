@@ -20,7 +20,10 @@ import onnx
 import onnxruntime
 import torch
 
+from .deferred import DEFER_FROM, logical_bytes, materialize
 from .errors import VerificationError
+from .format.layer import QuantizedLinear
+from .inputs import OnnxFile
 from .kernels import use_backend
 
 Inputs = Mapping[str, torch.Tensor]
@@ -166,6 +169,27 @@ def verify_artifact(
         onnxruntime=onnxruntime.__version__,
         note=note,
     )
+
+
+def check_stored(path: Path | str, layers: Mapping[str, QuantizedLinear]) -> None:
+    """Check that an artifact is a valid model that holds these layers, byte for byte, without running it.
+
+    For a model that does not fit into memory: one tensor at a time is read.
+
+    Raises:
+        VerificationError: it is not; the message names the layer and the tensor.
+    """
+    path = Path(path)
+    _check_model(path)
+    file = OnnxFile(path, VerificationError)
+    for name, layer in layers.items():
+        for part, expected in layer.tensors().items():
+            key = f"{name}.{part}"
+            # Small equal tensors of several layers may have been merged under one name.
+            if key not in file.initializers and logical_bytes(expected) < DEFER_FROM:
+                continue
+            if file.read(key).tobytes() != materialize(expected).numpy().tobytes():
+                raise VerificationError(f"{path}: tensor {key!r} is not that of the finished layer")
 
 
 def _check_model(path: Path) -> None:

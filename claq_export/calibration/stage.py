@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,13 +19,15 @@ from torch import fx
 from ..algorithm import Bits, ColumnPlan, Hessian, LayerResult, LayerSettings, measure, plan_columns, quantize_layer
 from ..algorithm.budget import LayerProfile, profile_layer
 from ..algorithm.precision import spread_counts
+from ..deferred import defer_layer, materialize, materialize_layer
 from ..errors import ClaqError
 from ..format.layer import QuantizedLinear
+from ..kernels import ops
 from ..passes import LinearSite
 from .data import Batch
 from .progress import ProgressReporter
 from .store import LayerStore
-from .walk import NodeWalk, WalkMaker
+from .walk import NodeWalk, RowLookup, WalkMaker
 
 _Result = TypeVar("_Result")
 
@@ -59,47 +61,62 @@ class CalibrationStage:
         graph_module: captured graph after the passes, its linears canonical.
         sites: what to quantize.
         settings: the algorithm's switches.
+        table_settings: those of single sites (tables and heads), by name, in the place of ``settings``.
         token_clip: see :class:`~claq_export.algorithm.hessian.Hessian`.
         device: where layers are quantized.
         reporter: told of every layer.
         store: finished layers of an interrupted run; None = start afresh and keep nothing.
+        walk: makes the walk over the graph, which may take others along.
+        release: leave finished layers in ``store`` and keep stand-ins of their large tensors.
     """
 
-        walk: makes the walk over the graph, which may take others along.
     def __init__(
         self,
         graph_module: fx.GraphModule,
         sites: Sequence[LinearSite],
         *,
         settings: LayerSettings,
+        table_settings: Mapping[str, LayerSettings] | None = None,
         token_clip: float | None,
         device: str,
         reporter: ProgressReporter,
         store: LayerStore | None = None,
+        walk: WalkMaker = NodeWalk,
+        release: bool = False,
     ) -> None:
         self._module = graph_module
-        walk: WalkMaker = NodeWalk,
+        self._new_walk = walk
         self._sites = list(sites)
         self._settings = settings
-        self._new_walk = walk
-        self._counts = dict(zip((site.name for site in self._sites), column_counts(self._sites, settings), strict=True))
+        self._table_settings = dict(table_settings or {})
+        ordinary = [site for site in self._sites if site.name not in self._table_settings]
+        self._counts = dict(zip((site.name for site in ordinary), column_counts(ordinary, settings), strict=True))
         self._token_clip = token_clip
         self._device = torch.device(device)
         self._reporter = reporter
         self._store = store
+        self._release = release
         self._plans: Mapping[str, ColumnPlan] = {}
+        self._pooled: dict[str, Hessian] = {}
         self._finished: dict[str, QuantizedSite] = {}
 
-    def profile(self, batches: Sequence[Batch] | None) -> list[LayerProfile]:
-        """Measure, in the unquantized model, what each column of each site would gain from bits and outliers.
+    def profile(
+        self, batches: Sequence[Batch] | None, importance: Mapping[str, torch.Tensor] | None = None
+    ) -> list[LayerProfile]:
+        """Measure, in the unquantized model, what each column of each linear would gain from bits and outliers.
+
+        Embeddings that are no linear as well are left out: no error of theirs is comparable with that of a linear.
 
         Args:
             batches: as for :meth:`run`.
+            importance: mean squared gradient of each output ``[N]``, by site name; None: each layer's error counts
+                relative to its output.
 
         Returns:
-            one profile a site, in the order of the sites.
+            one profile a linear, in the order of the sites.
         """
         profiles: dict[str, LayerProfile] = {}
+        linears = [site for site in self._sites if site.nodes]
 
         def measure_site(site: LinearSite, hessian: Hessian | None) -> None:
             weight = self._weight(site)
@@ -111,16 +128,16 @@ class CalibrationStage:
                 self._pooled[site.name] = hessian  # the same as from another walk
             self._reporter.layer(site.name, phase="profile")
 
-        self._reporter.start_layers(len(self._sites), "measuring")
+        self._reporter.start_layers(len(linears), "measuring")
         try:
             if batches is None:
-                for site in self._sites:
+                for site in linears:
                     measure_site(site, None)
-            elif self._sites:
-                self._visit_sites(batches, measure_site)
+            elif linears:
+                self._visit_sites(batches, measure_site, linears)
         finally:
             self._reporter.finish_layers()
-        return [profiles[site.name] for site in self._sites]
+        return [profiles[site.name] for site in linears]
 
     def run(
         self, batches: Sequence[Batch] | None, plans: Mapping[str, ColumnPlan] | None = None
@@ -140,11 +157,10 @@ class CalibrationStage:
         self._plans = plans or {}
         self._reporter.start_layers(len(self._sites), "quantizing")
         try:
-            if batches is None:
-                for site in self._sites:
-                    if self._restore(site) is None:
-                        self._quantize(site, None, time.perf_counter())
-            elif self._sites:
+            for site in self._sites:
+                if batches is None or not site.nodes:
+                    self._restore_or_quantize(site, None)
+            if batches is not None and any(site.nodes for site in self._sites):
                 self._walk(batches)
         finally:
             self._reporter.finish_layers()
@@ -153,6 +169,9 @@ class CalibrationStage:
     def _walk(self, batches: Sequence[Batch]) -> None:
         site_of = {node: site for site in self._sites for node in site.nodes}
         pooled = self._pool_shared_sites(batches)
+        for site in self._sites:
+            if site.lookups and site.name not in self._finished:
+                self._restore_or_quantize(site, pooled.pop(site.name))
         hessians: dict[fx.Node, Hessian] = {}
         readers = self._readers_left()
 
@@ -173,9 +192,16 @@ class CalibrationStage:
             if not readers[source]:
                 # K x K floats a value: not to be kept for the rest of the walk.
                 hessians.pop(source, None)
-            return self._finished[site.name].layer.dequantize()
+            return materialize_layer(self._finished[site.name].layer).dequantize()
 
-        self._new_walk(self._module, batches, list(site_of)).run(visit)
+        lookups = {node: self._rows_of(site) for site in self._sites for node in site.lookups}
+        self._new_walk(self._module, batches, list(site_of), lookups).run(visit)
+
+    def _rows_of(self, site: LinearSite) -> RowLookup:
+        layer = materialize_layer(self._finished[site.name].layer)
+        like = torch.zeros(0, dtype=site.dtype)
+        arguments = (*layer.tensors().values(), like, layer.in_features, layer.out_features, list(layer.columns))
+        return lambda indices: ops.embedding(indices, *arguments)
 
     def _readers_left(self) -> dict[fx.Node, int]:
         readers: dict[fx.Node, int] = {}
@@ -187,13 +213,13 @@ class CalibrationStage:
         return readers
 
     def _pool_shared_sites(self, batches: Sequence[Batch]) -> dict[str, Hessian]:
-        """Hessians over all uses of weights that stand at several places (layers shared across depth).
+        """Hessians over all products of weights that stand at several places (layers shared across depth, tied heads).
 
         Such a weight is quantized at its first use, before the walk reaches the others, so their inputs are taken from
         a walk with the unquantized weights.
         """
-        shared = [site for site in self._sites if len(site.nodes) > 1]
-        pooled: dict[str, Hessian] = {}
+        pooled, self._pooled = self._pooled, {}
+        shared = [site for site in self._sites if _is_pooled(site) and site.name not in pooled]
         if shared:
             self._visit_sites(batches, lambda site, hessian: pooled.update({site.name: hessian}), shared)
         return pooled
@@ -219,10 +245,10 @@ class CalibrationStage:
             if not uses[site.name]:
                 handle(site, hessians.pop(site.name))
 
-        self._new_walk(self._module, batches, list(site_of)).run(visit)
+        self._new_walk(self._module, batches, list(site_of), {}).run(visit)
 
     def _weight(self, site: LinearSite) -> torch.Tensor:
-        return site.weight(self._module).detach().to(device=self._device, dtype=torch.float32)
+        return materialize(site.weight(self._module).detach()).to(device=self._device, dtype=torch.float32)
 
     def _hessian(self, in_features: int) -> Hessian:
         return Hessian(in_features, token_clip=self._token_clip, device=self._device)
@@ -235,14 +261,19 @@ class CalibrationStage:
         layer, extra = found
         return self._finish(QuantizedSite(site, layer, extra["error"], measure(layer), 0.0), restored=True)
 
+    def _restore_or_quantize(self, site: LinearSite, hessian: Hessian | None) -> None:
+        if self._restore(site) is None:
+            self._quantize(site, hessian, time.perf_counter())
+
     def _quantize(self, site: LinearSite, hessian: Hessian | None, start: float) -> None:
         weight = self._weight(site)
+        settings = self._table_settings.get(site.name, self._settings)
 
         def quantize() -> LayerResult:
             plan = self._plans.get(site.name)
             if plan is None:
-                plan = plan_columns(weight, hessian, self._settings, self._counts[site.name])
-            return quantize_layer(weight, hessian, self._settings, plan=plan)
+                plan = plan_columns(weight, hessian, settings, self._counts.get(site.name))
+            return quantize_layer(weight, hessian, settings, plan=plan)
 
         result = _naming(site, quantize)
         layer = result.layer.to("cpu")
@@ -252,6 +283,9 @@ class CalibrationStage:
         self._finish(QuantizedSite(site, layer, result.error, measure(layer), time.perf_counter() - start), steps=steps)
 
     def _finish(self, done: QuantizedSite, **fields: Any) -> QuantizedSite:
+        if self._release and self._store is not None:
+            store, name = self._store, done.site.name
+            done = replace(done, layer=defer_layer(done.layer, lambda tensor: store.read(name, tensor)))
         self._finished[done.site.name] = done
         self._reporter.layer(
             done.site.name,
@@ -264,6 +298,11 @@ class CalibrationStage:
             **fields,
         )
         return done
+
+
+def _is_pooled(site: LinearSite) -> bool:
+    """Whether a weight is quantized before all of its products are reached."""
+    return len(site.nodes) > 1 or bool(site.nodes and site.lookups)
 
 
 def column_counts(sites: Sequence[LinearSite], settings: LayerSettings) -> list[tuple[int, ...]]:

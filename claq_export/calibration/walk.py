@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import fx
 
+from ..deferred import is_deferred, materialize
 from ..errors import CalibrationError
 from ..passes.attributes import get_attribute
 from .data import Batch
+from .spill import ActivationSpill, Spilled, is_large
 
 LinearVisitor = Callable[[fx.Node, Sequence[torch.Tensor]], torch.Tensor | None]
 """Called with a linear node and its input for each batch; returns the weight ``[N, K]`` to go on with, None to keep
@@ -63,6 +65,7 @@ class NodeWalk:
         batches: inputs by name; their order is that of the graph's placeholders.
         stop_at: linear nodes the visitor is called for; nothing that they do not depend on is computed.
         lookups: embedding nodes -> what gives the rows for their indices, in the place of the table in the graph.
+        spill: where activations go past a budget; None = all stay in memory.
 
     Raises:
         CalibrationError: the batches do not have the graph's inputs, or an operator fails on them.
@@ -74,8 +77,11 @@ class NodeWalk:
         batches: Sequence[Batch],
         stop_at: Sequence[fx.Node],
         lookups: Mapping[fx.Node, RowLookup] | None = None,
+        spill: ActivationSpill | None = None,
     ) -> None:
         self._module = graph_module
+        self._spill = spill
+        self._held = [0] * len(batches)
         self._batches = batches
         self._lookups = dict(lookups or {})
         self._linears = set(stop_at)
@@ -134,13 +140,39 @@ class NodeWalk:
         """The walk as a generator: yields each stop, takes the weight to go on with (None: the present one)."""
         for nodes, linear in self._segments():
             for index in range(len(self._batches)):
+                self._fetch_batch(index)
                 self._run_segment(nodes, index)
+                self._spill_batch(index)
             for node in nodes:
                 for dead in self._last_use.get(node, ()):
                     self._shared.pop(dead, None)
             source = linear.args[0]
             assert isinstance(source, fx.Node)
-            self._weights[linear] = yield linear, [values[source] for values in self._values]
+            weight = yield linear, _Inputs(self._values, source)
+            self._weights[linear] = self._present_weight(linear) if weight is None else weight
+
+    def _fetch_batch(self, index: int) -> None:
+        values = self._values[index]
+        for node, value in values.items():
+            if isinstance(value, Spilled):
+                values[node] = value.read()
+
+    def _spill_batch(self, index: int) -> None:
+        """Move a batch's large values to disk if those of all batches are more than the budget."""
+        if self._spill is None:
+            return
+        values = self._values[index]
+        shared = {id(value) for known in self._shared.values() for value in known.values()}
+        large = {
+            node: value
+            for node, value in values.items()
+            if is_large(value) and id(value) not in shared and node.op == "call_function"
+        }
+        self._held[index] = sum(value.nbytes for value in large.values())
+        if sum(self._held) > self._spill.budget:
+            for node, value in large.items():
+                values[node] = self._spill.put(value)
+            self._held[index] = 0
 
     def _run_segment(self, nodes: Sequence[fx.Node], index: int) -> None:
         values, signatures = self._values[index], self._signatures[index]
@@ -151,7 +183,7 @@ class NodeWalk:
                 value = self._shared[node][signature]
             else:
                 value = self._evaluate(node, index)
-                if shareable and node.op == "call_function":
+                if shareable and (node.op == "call_function" or is_deferred(self._stored(node))):
                     self._shared.setdefault(node, {})[signature] = value
             values[node], signatures[node] = value, signature
             for dead in self._last_use.get(node, ()):
@@ -174,7 +206,9 @@ class NodeWalk:
         if node.op == "placeholder":
             return self._batches[index][self._input_name[node]]
         if node.op == "get_attr":
-            return get_attribute(self._module, str(node.target))
+            # The weights of the linears where the walk stops are read there, once, and not for every batch.
+            only_for_stops = all(user in self._linears and user.args[1] is node for user in node.users)
+            return self._stored(node) if only_for_stops else materialize(self._stored(node))
         args, kwargs = self._arguments(node, index)
         if node in self._lookups:
             return self._lookups[node](args[1])
@@ -189,6 +223,16 @@ class NodeWalk:
             return self._callable(node)(*args, **kwargs)
         except RuntimeError as error:
             raise CalibrationError(f"operator {node.name} fails on calibration batch {index}: {error}") from error
+
+    def _stored(self, node: fx.Node) -> Any:
+        """What a ``get_attr`` node fetches, a stand-in as it is; None for other nodes."""
+        return get_attribute(self._module, str(node.target)) if node.op == "get_attr" else None
+
+    def _present_weight(self, linear: fx.Node) -> torch.Tensor | None:
+        """The unquantized weight of a linear where it has to be read first; None where the graph holds it."""
+        weight = linear.args[1]
+        stored = self._stored(weight) if isinstance(weight, fx.Node) else None
+        return materialize(stored) if is_deferred(stored) else None
 
     def _callable(self, node: fx.Node) -> Callable[..., Any]:
         if node.op == "call_function" and callable(node.target):
@@ -252,6 +296,28 @@ def _resume(steps: Generator[Stop, torch.Tensor | None, None], weight: torch.Ten
         return steps.send(weight)
     except StopIteration:
         return None
+
+
+class _Inputs(Sequence[torch.Tensor]):
+    """A linear's input for each batch; one that was spilled is read when it is asked for, and not kept."""
+
+    def __init__(self, values: Sequence[Mapping[fx.Node, Any]], source: fx.Node) -> None:
+        self._values = [value[source] for value in values]
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @overload
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[torch.Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> torch.Tensor | list[torch.Tensor]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        value = self._values[index]
+        return value.read() if isinstance(value, Spilled) else value
 
 
 def _clone(value: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 from ..errors import ModelError
 from .captured import CapturedModel, Source
 from .checkpoint import digest, read_json, weight_files
+from .lazy import build_lazily
 from .module import capture_module
 from .tasks import Task, TaskModel, canonical_task, infer_task
 
@@ -41,6 +42,7 @@ def load_pretrained(
     task: str | None = None,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    lazy: bool = False,
 ) -> tuple[TaskModel, Any, str]:
     """Load a model for a task.
 
@@ -49,6 +51,7 @@ def load_pretrained(
         task: task name or alias (:mod:`claq_export.capture.tasks`); None: inferred from the saved architecture.
         dtype: of the weights after loading.
         trust_remote_code: run Python code that comes with the model.
+        lazy: leave large weights on disk until their values are needed (:mod:`claq_export.deferred`).
 
     Returns:
         ``(model, tokenizer or None, task name)``; the model's ``source`` holds path and digest.
@@ -65,8 +68,11 @@ def load_pretrained(
     files = weight_files(folder)
     config = _config(folder, settings, trust_remote_code)
     chosen = canonical_task(task) if task is not None else _inferred(folder, config)
-    model = _load(folder, config, chosen, dtype, trust_remote_code)
-    _check_finite(model, path_or_id)
+    if lazy:
+        model = _load_lazily(folder, files, config, chosen, dtype, trust_remote_code)
+    else:
+        model = _load(folder, config, chosen, dtype, trust_remote_code)
+        _check_finite(model, path_or_id)
     source = Source(path=str(path_or_id), sha256=digest([folder / "config.json", *files]))
     return TaskModel(model, chosen.name, source), _tokenizer(folder, trust_remote_code), chosen.name
 
@@ -143,14 +149,38 @@ def _inferred(folder: Path, config: Any) -> Task:
     return infer_task(config.architectures)
 
 
+def _auto_class(config: Any, task: Task) -> str:
+    saved = (config.architectures or [""])[0]
+    encoder_only = getattr(config, "is_encoder_decoder", False) or saved.endswith("EncoderModel")
+    return "AutoModelForTextEncoding" if task.name == "feature-extraction" and encoder_only else task.auto_class
+
+
+def _load_lazily(
+    folder: Path, files: list[Path], config: Any, task: Task, dtype: torch.dtype, trust_remote_code: bool
+) -> torch.nn.Module:
+    import transformers
+
+    unused = _UNUSED.get(task.name)
+
+    def build() -> torch.nn.Module:
+        auto = getattr(transformers, _auto_class(config, task))
+        model: torch.nn.Module = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        return model
+
+    try:
+        with _quiet():
+            return build_lazily(build, files, dtype, lambda name: unused is not None and bool(unused.search(name)))
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises many types; each is the reason
+        raise ModelError(f"{folder} cannot be loaded for {task.name}: {_first_line(error)}") from error
+
+
 def _load(folder: Path, config: Any, task: Task, dtype: torch.dtype, trust_remote_code: bool) -> torch.nn.Module:
     import transformers
 
-    name = task.auto_class
+    name = _auto_class(config, task)
     saved = (config.architectures or ["an unknown architecture"])[0]
-    encoder_only = getattr(config, "is_encoder_decoder", False) or saved.endswith("EncoderModel")
-    if task.name == "feature-extraction" and encoder_only:
-        name = "AutoModelForTextEncoding"
     try:
         with _quiet():
             model, info = getattr(transformers, name).from_pretrained(

@@ -19,6 +19,7 @@ import onnxscript.rewriter
 import torch
 
 import claq_export
+from claq_export.deferred import is_deferred
 from claq_export.errors import CaptureError
 from claq_export.format.files import check_target
 
@@ -225,7 +226,7 @@ def _store_equal_tensors_once(model: ir.Model) -> None:
     seen: dict[tuple[Any, ...], list[ir.Value]] = {}
     for value in tuple(model.graph.initializers.values()):
         tensor = value.const_value
-        if tensor is None or tensor.size <= FOLD_LIMIT:
+        if tensor is None or tensor.size <= FOLD_LIMIT or is_deferred(getattr(tensor, "raw", None)):
             continue
         content = tensor.tobytes()
         key = (tensor.dtype, tuple(tensor.shape), hash(content))

@@ -14,7 +14,9 @@ from typing import BinaryIO
 
 import onnx
 import onnx_ir as ir
+import torch
 
+from claq_export.deferred import is_deferred, materialize
 from claq_export.format.files import StagedFiles
 
 INLINE_BELOW = 1024
@@ -50,12 +52,22 @@ def _write_external(model: ir.Model, data: BinaryIO) -> tuple[dict[str, int], st
         if tensor is None or not _is_external(value):
             continue
         start = _place(offset, tensor.nbytes)
-        for content in (b"\0" * (start - offset), tensor.tobytes()):
+        for content in (b"\0" * (start - offset), _content(tensor)):
             data.write(content)
             digest.update(content)
         offset = start + tensor.nbytes
         offsets[name] = start
     return offsets, digest.hexdigest()[:_DIGEST_CHARACTERS]
+
+
+def _content(tensor: ir.TensorProtocol) -> bytes | memoryview:
+    """A tensor's bytes, without a second copy where PyTorch holds or has just read it."""
+    raw = getattr(tensor, "raw", None)
+    if is_deferred(raw):
+        assert isinstance(raw, torch.Tensor)
+        values = materialize(raw).contiguous()
+        return memoryview(values.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return tensor.tobytes()
 
 
 def _refer_to(model: ir.Model, data_name: str, offsets: dict[str, int]) -> None:

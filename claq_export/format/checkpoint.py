@@ -24,15 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 import claq_export
 
-from ..errors import FormatError, OutputError
+from ..errors import FormatError
 from ..inputs import SafetensorsFile, parse_json_object
 from .files import StagedFiles
 from .layer import TENSOR_NAMES, QuantizedLinear
+from .safetensors_writer import write_safetensors
 
 TENSORS_FILE = "claq.safetensors"
 CONFIG_FILE = "claq.json"
@@ -112,7 +111,7 @@ def save_checkpoint(
             key = f"{name}.{part}"
             if key in stored or key in aliases:
                 raise FormatError(f"tensor {key!r} of the model has the name of a part of layer {name!r}")
-            stored[key] = tensor.detach().cpu().contiguous()
+            stored[key] = tensor
     description = {
         "format": "claq",
         "version": VERSION,
@@ -130,10 +129,7 @@ def save_checkpoint(
         raise FormatError(f"config cannot be written as JSON: {error}") from error
     with StagedFiles(folder) as files:
         tensors_path = files.stage(TENSORS_FILE)
-        try:
-            save_file(stored, tensors_path, metadata={"format": "pt", "claq": header_text(description)})
-        except SafetensorError as error:
-            raise OutputError(f"cannot write {folder / TENSORS_FILE}: {error}") from error
+        write_safetensors(tensors_path, stored, {"format": "pt", "claq": header_text(description)})
         files.stage(CONFIG_FILE).write_text(content, encoding="utf-8")
     return [folder / TENSORS_FILE, folder / CONFIG_FILE]
 
@@ -181,10 +177,7 @@ def _store_once(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Te
             aliases[name] = first[key]
             continue
         first[key] = name
-        # A copy where memory is shared only in part: safetensors stores each tensor by itself.
-        whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
-        dense = tensor.detach().cpu().contiguous()
-        stored[name] = dense if whole else dense.clone()
+        stored[name] = tensor
     return stored, aliases
 
 

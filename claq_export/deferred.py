@@ -1,0 +1,112 @@
+"""Tensors that are not in memory: stand-ins with shape, dtype and layout, whose values are read when they are needed.
+
+A model larger than memory goes through the compiler as a graph whose large tensors are stand-ins. A stand-in is an
+ordinary CPU tensor with one stored element a row (stride 0 along the others), so ``torch.export``, views and transposes
+treat it as any weight; :func:`materialize` reads the values. Whoever would copy a tensor's values asks
+:func:`is_deferred` first.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from .format.layer import QuantizedLinear
+
+DEFER_FROM = 1 << 18
+"""Bytes from which a tensor is worth a stand-in; smaller ones are simply read. It must be far above what the exporter
+folds or merges by value (1024 elements)."""
+
+Load = Callable[[], torch.Tensor]
+
+_loads: dict[int, tuple[tuple[int, ...], tuple[int, ...], Load]] = {}
+
+
+def stand_in(shape: Sequence[int], dtype: torch.dtype, load: Load) -> torch.Tensor:
+    """A tensor of that shape and dtype without its values.
+
+    Args:
+        shape, dtype: of what ``load`` returns.
+        load: reads the values; called at each :func:`materialize`.
+    """
+    shape = tuple(shape)
+    stored = torch.zeros(shape[:1] + (1,) * (len(shape) - 1), dtype=dtype)
+    tensor = stored.expand(shape) if len(shape) > 1 else stored[:1].expand(shape)
+    key = _key(tensor)
+    _loads[key] = (shape, tensor.stride(), load)
+    weakref.finalize(tensor.untyped_storage(), _loads.pop, key, None)
+    return tensor
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def is_deferred(tensor: object) -> bool:
+    """Whether a tensor is a stand-in, or a view of one."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        and tensor.device.type == "cpu"
+        and _key(tensor) in _loads
+    )
+
+
+def materialize(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a stand-in (read anew at each call) or of the transpose of one; other tensors as they are.
+
+    Raises:
+        RuntimeError: the tensor is another kind of view.
+        ClaqError: the values cannot be read.
+    """
+    if not is_deferred(tensor):
+        return tensor
+    shape, stride, load = _loads[_key(tensor)]
+    if tuple(tensor.shape) == shape and tensor.stride() == stride:
+        return load()
+    if tensor.dim() == 2 and tuple(tensor.shape) == shape[::-1] and tensor.stride() == stride[::-1]:
+        return load().T
+    raise RuntimeError(f"a stand-in of shape {list(shape)} was viewed as {list(tensor.shape)}; claq cannot follow that")
+
+
+def concatenate(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``torch.cat`` along the first axis; a stand-in if one of the tensors is."""
+    if not any(is_deferred(tensor) for tensor in tensors):
+        return torch.cat(list(tensors))
+    # Stand-ins are kept alive by what they are loaded for, not by the graph, which drops the parts.
+    parts = [tensor.detach() for tensor in tensors]
+    rows = sum(part.shape[0] for part in parts)
+
+    def load() -> torch.Tensor:
+        whole = torch.empty((rows, *parts[0].shape[1:]), dtype=parts[0].dtype)
+        start = 0
+        for part in parts:
+            whole[start : start + part.shape[0]] = materialize(part)
+            start += part.shape[0]
+        return whole
+
+    return stand_in((rows, *parts[0].shape[1:]), parts[0].dtype, load)
+
+
+def logical_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's elements, in memory or not."""
+    return math.prod(tensor.shape) * tensor.element_size()
+
+
+def defer_layer(layer: QuantizedLinear, read: Callable[[str], torch.Tensor]) -> QuantizedLinear:
+    """A layer whose large tensors are stand-ins; ``read`` gives each by its name."""
+    deferred: Mapping[str, torch.Tensor] = {
+        name: stand_in(tensor.shape, tensor.dtype, lambda name=name: read(name))
+        for name, tensor in layer.tensors().items()
+        if logical_bytes(tensor) >= DEFER_FROM
+    }
+    return replace(layer, **deferred)
+
+
+def materialize_layer(layer: QuantizedLinear) -> QuantizedLinear:
+    """The layer with all its values."""
+    return replace(layer, **{name: materialize(tensor) for name, tensor in layer.tensors().items()})

@@ -1,0 +1,153 @@
+"""Runs with a memory limit: the same artifact as without, weights read on demand, activations spilled, refusals."""
+
+import filecmp
+import gc
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny_llama, sentences
+
+import claq_export
+from claq_export import deferred, preflight
+from claq_export.calibration import spill
+from claq_export.calibration.spill import ActivationSpill
+from claq_export.capture import load_pretrained
+from claq_export.errors import ConfigError, ModelError, OutputError
+from claq_export.format.safetensors_writer import write_safetensors
+
+
+@pytest.fixture
+def everything_deferred(monkeypatch):
+    """Tensors of a tiny model count as large."""
+    for module in ("deferred", "capture.lazy", "verify"):
+        monkeypatch.setattr(f"claq_export.{module}.DEFER_FROM", 8192)
+    monkeypatch.setattr(spill, "SPILL_FROM", 256)
+
+
+def shard(folder: Path) -> None:
+    """Split a folder's weights over two files with an index, half of them in float16."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, members in halves.items():
+        save_file({name: tensors[name].half() for name in members}, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {name: file for file, members in halves.items() for name in members}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def same_artifacts(a: Path, b: Path) -> None:
+    assert {path.name for path in a.iterdir()} == {path.name for path in b.iterdir()}
+    for path in a.iterdir():
+        assert filecmp.cmp(path, b / path.name, shallow=False), path.name
+
+
+def test_the_same_artifact_with_and_without_a_limit(tmp_path, everything_deferred, monkeypatch):
+    source = save_tiny_llama(tmp_path / "model")
+    shard(source)
+    config = claq_export.Config(bits=4, calibration=sentences(40), samples=6, sequence_length=32, batch_size=2)
+    claq_export.export(source, out=tmp_path / "whole" / "model.onnx", config=config, verify=False, cache=False)
+    put = ActivationSpill.put
+    spilled = []
+    monkeypatch.setattr(ActivationSpill, "put", lambda self, tensor: spilled.append(tensor.nbytes) or put(self, tensor))
+    predict = preflight.predict_resources
+
+    def without_room(*arguments):
+        found = predict(*arguments)
+        return preflight.Preflight(found.memory, 0, found.disk, found.artifact, found.seconds)
+
+    monkeypatch.setattr("claq_export.compiler.predict_resources", without_room)
+    out = tmp_path / "limited" / "model.onnx"
+    result = claq_export.export(source, out=out, config=config, cache=False, memory=64 << 30)
+    same_artifacts(tmp_path / "whole", tmp_path / "limited")
+    assert len(spilled) > 6
+    assert result.original_bytes > result.artifact_bytes
+    assert not (tmp_path / "limited" / "model.onnx.work").exists()
+
+
+def test_too_little_memory_is_refused_with_numbers_before_any_work(tmp_path):
+    source = save_tiny_llama(tmp_path / "model")
+    config = claq_export.Config(calibration="none")
+    with pytest.raises(ConfigError, match=r"--memory 50\.0 MB is not enough: .* need \d"):
+        claq_export.export(source, out=tmp_path / "out" / "model.onnx", config=config, memory=50_000_000)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_too_little_disk_is_refused_with_numbers(tmp_path):
+    wanted = preflight.Preflight(1, 0, 1 << 60, 1, 1.0)
+    with pytest.raises(OutputError, match=r"needs \d+\.\d\d GB of disk"):
+        preflight.check(wanted, 10, tmp_path / "model.onnx")
+
+
+def test_values_are_checked_when_they_are_read(tmp_path, everything_deferred):
+    source = save_tiny_llama(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"NaN or infinite weights in model\.layers\.1\.mlp\.up_proj\.weight"):
+        claq_export.export(
+            source, out=tmp_path / "out" / "m.onnx", config=claq_export.Config(calibration="none"), memory=64 << 30
+        )
+
+
+def test_missing_weights_are_named(tmp_path):
+    source = save_tiny_llama(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_pretrained(source, lazy=True)
+
+
+def test_stand_ins_follow_transposes_and_refuse_other_views():
+    values = torch.arange(512 * 512.0).reshape(512, 512)
+    tensor = deferred.stand_in(values.shape, values.dtype, lambda: values)
+    assert tensor.untyped_storage().nbytes() == 2048
+    assert torch.equal(deferred.materialize(tensor), values)
+    assert torch.equal(deferred.materialize(torch.nn.Parameter(tensor, requires_grad=False).T), values.T)
+    assert torch.equal(
+        deferred.materialize(deferred.concatenate([tensor, tensor[:, :].detach()])), torch.cat([values] * 2)
+    )
+    with pytest.raises(RuntimeError, match="cannot follow"):
+        deferred.materialize(tensor[3:7])
+    before = len(deferred._loads)
+    del tensor
+    gc.collect()
+    assert len(deferred._loads) < before
+
+
+def test_safetensors_are_written_as_the_library_reads_them(tmp_path):
+    tensors = {
+        "b": torch.randn(3, 5).half(),
+        "a": torch.arange(7, dtype=torch.int64),
+        "none": torch.zeros(0, 4),
+        "scalar": torch.tensor(2.5),
+        "view": torch.randn(4, 6).T,
+        "codes": torch.arange(6, dtype=torch.int32).view(torch.uint32).reshape(2, 3),
+    }
+    write_safetensors(tmp_path / "x.safetensors", tensors, {"format": "pt"})
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.skipif(not os.environ.get("CLAQ_LARGE_MODEL"), reason="a minute: set CLAQ_LARGE_MODEL=1 for it")
+def test_peak_memory_is_below_the_limit_and_the_model():
+    import subprocess
+    import sys
+    import tempfile
+
+    script = Path(__file__).parents[2] / "benchmarks" / "large_model.py"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, script, "--folder", folder, "--gigabytes", "1", "--hidden", "2048", "--ffn", "5504"]
+        output = subprocess.run(
+            [*command, "--memory", "1500MB", "--calibration", "none"], capture_output=True, text=True
+        )
+    assert output.returncode == 0, output.stderr
+    measured = json.loads(output.stdout.splitlines()[-1])
+    assert measured["peak_resident_bytes"] < 1.5e9 < 2 * measured["model_bytes"]
