@@ -40,7 +40,8 @@ _VERIFY_TEXTS = (
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One quantized layer: its name, shape ``[out_features, in_features]``, bits, bytes and relative error."""
+    """One quantized layer: its name, shape ``[out_features, in_features]``, bits, bytes and relative error; an embedding's
+    vocabulary is its out_features. ``role`` and ``tied`` as in :class:`claq_export.compiler.PlannedLayer`."""
 
     name: str
     out_features: int
@@ -50,6 +51,8 @@ class LayerSummary:
     nbytes: int
     error: float
     seconds: float
+    role: str = "linear"
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,7 @@ def export(
 
     if not compilation.plan.sites:
         reasons = "; ".join(f"{skipped.name}: {skipped.reason}" for skipped in compilation.plan.skipped[:5])
-        raise ConfigError(f"there is no linear layer to quantize ({reasons or 'the model has none'})")
+        raise ConfigError(f"there is no layer to quantize ({reasons or 'the model has none'})")
     reporter.stage("reading calibration data")
     compilation.batches()
     if memory is not None:
@@ -288,6 +291,7 @@ def quantize(
         parts={name: done.site.parts for name, done in compilation.sites.items()},
         accuracy_levels=dict.fromkeys(layers, config.accuracy_level),
         transposed=compilation.transposed,
+        tied=compilation.tied,
     )
 
 
@@ -353,6 +357,8 @@ def _summary(compilation: Compilation) -> list[LayerSummary]:
             nbytes=done.bits.nbytes,
             error=done.error,
             seconds=done.seconds,
+            role=done.site.role,
+            tied=bool(done.site.nodes and done.site.lookups),
         )
         for name, done in compilation.sites.items()
     ]

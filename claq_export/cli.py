@@ -23,6 +23,10 @@ examples:
       3 bits, calibrated on your own text (the closer to what the model will see, the better)
   claq-export ./SmolLM2-135M --out smol/model.onnx --bits 2.5 --calibration corpus.jsonl
       2.5 true bits a weight over the whole model: columns of 2, 3 and 4 bits and outliers where they help most
+  claq-export ./SmolLM2-135M --out smol/model.onnx --bits 3.1 --tune 30
+      the same size, half an hour longer, closer to the original
+  claq-export ./SmolLM2-135M --out smol/model.onnx --bits 3 --head-bits 4
+      linears at 3 bits, the output head and the embedding that shares its codes at 4 (the default)
   claq-export ./all-MiniLM-L6-v2 --dry-run --bits 3
       what would be quantized, what not and why, and how large the result would be
 
@@ -87,16 +91,44 @@ def build_parser() -> argparse.ArgumentParser:
         "--bits",
         type=float,
         metavar="B",
-        help="2 to 4. Whole: the code width of all columns. A fraction: a budget of true bits a weight over the whole model, "
-        "everything counted, for which columns and outliers of all layers compete (default: 4)",
+        help="2, 3 or 4: the code width of all columns. A fraction from 2 to 5, such as 2.5 or 4.1: a budget of true bits a "
+        "weight over the whole model, everything counted, for which columns and outliers of all layers compete (default: 4)",
     )
     bits.add_argument("--size", metavar="SIZE", help="a budget for the whole artifact instead, for example 60MB")
+    bits.add_argument(
+        "--embedding-bits",
+        type=_table_bits,
+        metavar="B",
+        help="code width of embedding tables, 2, 3 or 4, or 'none' to leave them at full precision (default: 4; with a budget "
+        "the next whole width above it, and counted in it)",
+    )
+    bits.add_argument(
+        "--head-bits",
+        type=_table_bits,
+        metavar="B",
+        help="the same of a language model's output head; with a budget the least width of its columns. A head tied to the "
+        "embedding shares its codes: this option decides, if given, else --embedding-bits",
+    )
     bits.add_argument(
         "--floor",
         action="append",
         default=[],
         metavar="PATTERN=B",
         help="with a budget: at least B bits for columns of layers whose name matches (repeatable)",
+    )
+    bits.add_argument(
+        "--importance",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with a budget: weigh layers by the gradient of the model's output (default: on)",
+    )
+    bits.add_argument(
+        "--tune",
+        nargs="?",
+        type=float,
+        const=0.0,
+        metavar="MINUTES",
+        help="tune codebooks and scales by gradient afterwards, at the same size; at most MINUTES if given (default: off)",
     )
     bits.add_argument(
         "--preset",
@@ -202,6 +234,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _table_bits(text: str) -> int:
+    """``"4"`` or ``"none"`` as a width, 0 for none; argparse reports what is neither."""
+    return 0 if text == "none" else int(text)
+
+
 def parse_overrides(entries: Sequence[str]) -> dict[str, Any]:
     """``["row_scale=none", "block=64"]`` as values of LayerSettings: numbers, true/false/none, else strings.
 
@@ -289,6 +326,10 @@ def run_export(options: argparse.Namespace) -> None:
         bits=4.0 if options.bits is None else options.bits,
         size=None if options.size is None else parse_size(options.size),
         floors=parse_floors(options.floor),
+        importance=options.importance,
+        tune=options.tune,
+        embedding_bits=options.embedding_bits,
+        head_bits=options.head_bits,
         preset=options.preset,
         outliers=options.outliers,
         reservation=options.reservation,

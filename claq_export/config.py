@@ -33,11 +33,18 @@ class Config:
     """Everything a run of claq can be told.
 
     Attributes:
-        bits: 2 to 4. A whole number is the code width of all columns. A fraction is a budget: *true* bits a weight
-            over the whole model, everything counted (``docs/format.md``), for which the columns of all layers and
-            outliers compete.
+        bits: 2 to 4 as a whole number: the code width of all columns. A fraction from 2 to 5 is a budget: *true* bits a
+            weight over the whole model, everything counted (``docs/format.md``), for which the columns of all layers
+            and outliers compete.
         size: a budget in bytes for the whole artifact instead; ``bits`` is not used then.
         floors: least code width of the layers whose name matches a glob pattern, for budgets.
+        embedding_bits: code width of embedding tables, 0 = leave them at full precision. None: 4; with a budget the next
+            whole width above it, or less where the budget cannot be met otherwise; 0 with a preset.
+        head_bits: the same of the output heads of (masked) language models; with a budget the least width of their
+            columns, which compete like all others. A head tied to an embedding shares its codes: ``head_bits`` decides
+            where it is given, else ``embedding_bits``.
+        importance: with a budget, weigh each layer's error by the gradient of the model's output with respect to it (a
+            few backward passes over calibration samples); False: by its size relative to the layer's own output.
         preset: a configuration of the paper by name (:mod:`claq_export.algorithm.presets`); sets ``bits``,
             ``outliers``, ``reservation`` and ``token_clip``, and leaves out all that goes beyond the paper.
         calibration: a text, JSONL or Parquet file; an iterable of texts or of model inputs; ``"default"`` for the
@@ -50,6 +57,9 @@ class Config:
         outliers: share of weights reserved at 16 bits, 0 to 0.1 (the paper's outlier reservation).
         reservation: how reserved weights are shared out over the columns: ``"fixed"``, ``"dynamic"`` or
             ``"saliency"``, see :class:`~claq_export.algorithm.settings.LayerSettings`.
+        tune: minutes of tuning by gradient after quantization (:mod:`claq_export.calibration.tune`): codebooks, scales
+            and reserved weights move to bring the model's output closer to the original's, codes and size stay. 0: as
+            many as its 200 steps take. None: no tuning.
         token_clip: in a Hessian a token's norm is clipped to this multiple of the median (attention sinks would own it
             otherwise); None = leave tokens as they are.
         include, exclude: glob patterns over qualified names; a linear layer is quantized if it matches one of
@@ -69,6 +79,9 @@ class Config:
     bits: float = 4
     size: int | None = None
     floors: dict[str, int] = dataclasses.field(default_factory=dict)
+    embedding_bits: int | None = None
+    head_bits: int | None = None
+    importance: bool = True
     preset: str | None = None
     calibration: str | Path | Iterable[Any] = DEFAULT_CALIBRATION
     samples: int = 128
@@ -77,6 +90,7 @@ class Config:
     seed: int = 0
     outliers: float = 0.0
     reservation: str = "dynamic"
+    tune: float | None = None
     token_clip: float | None = 2.0
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -87,8 +101,8 @@ class Config:
     algorithm: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, (int, float)) or not 2 <= self.bits <= 4:
-            raise ConfigError(f"bits must be a number from 2 to 4, got {self.bits!r}")
+        if isinstance(self.bits, bool) or not isinstance(self.bits, (int, float)) or not 2 <= self.bits < 5:
+            raise ConfigError(f"bits must be 2, 3, 4 or a fraction from 2 to 5 (a budget), got {self.bits!r}")
         if self.preset is not None and self.preset not in PRESETS:
             raise ConfigError(f"unknown preset {self.preset!r}; known: {', '.join(PRESETS)}")
         if self.size is not None and (self.size < 1 or self.preset is not None):
@@ -96,6 +110,10 @@ class Config:
         for pattern, width in self.floors.items():
             if width not in WIDTHS:
                 raise ConfigError(f"the floor of {pattern!r} must be one of {WIDTHS} bits, got {width!r}")
+        for name in ("embedding_bits", "head_bits"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or value not in (None, 0, *WIDTHS):
+                raise ConfigError(f"{name} must be one of {WIDTHS}, or 0 to leave them alone, got {value!r}")
         if not 0 <= self.outliers <= 0.1:
             raise ConfigError(f"outliers must be a share of weights from 0 to 0.1, got {self.outliers!r}")
         for name in ("samples", "batch_size"):
@@ -103,6 +121,8 @@ class Config:
                 raise ConfigError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
         if self.sequence_length is not None and self.sequence_length < 2:
             raise ConfigError(f"sequence_length must be at least 2, got {self.sequence_length!r}")
+        if self.tune is not None and not self.tune >= 0:
+            raise ConfigError(f"tune must be a number of minutes, got {self.tune!r}")
         if self.accuracy not in ACCURACY_LEVELS:
             raise ConfigError(f"accuracy must be one of {', '.join(ACCURACY_LEVELS)}, got {self.accuracy!r}")
         if self.opset not in (18, DECODER_OPSET):
@@ -129,6 +149,22 @@ class Config:
         )
 
     @property
+    def embeddings(self) -> bool:
+        """Whether embedding tables are quantized."""
+        return self.embedding_bits != 0 and (self.preset is None or self.embedding_bits is not None)
+
+    @property
+    def heads(self) -> bool:
+        """Whether the output heads of language models are quantized."""
+        return self.head_bits != 0 and (self.preset is None or self.head_bits is not None)
+
+    def table_bits(self, *, head: bool, embedding: bool) -> int | None:
+        """The width that was asked for of a head, a table, or a tied table; None if that is left to claq."""
+        if head and (self.head_bits is not None or not embedding):
+            return self.head_bits
+        return self.embedding_bits
+
+    @property
     def hessian_clip(self) -> float | None:
         """``token_clip`` of the Hessians; the paper's presets leave tokens as they are."""
         return PAPER_TOKEN_CLIP if self.preset is not None else self.token_clip
@@ -137,7 +173,7 @@ class Config:
         """What the algorithm is told for each layer."""
         if self.preset is not None:
             return dataclasses.replace(preset_settings(self.preset), **self.algorithm)
-        chosen = {"bits": float(self.bits), "outliers": self.outliers, "reservation": self.reservation}
+        chosen = {"bits": min(float(self.bits), 4.0), "outliers": self.outliers, "reservation": self.reservation}
         return LayerSettings(**{**chosen, **self.algorithm})
 
     def to_json(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from .api import ExportResult
 from .compiler import PlannedLayer
 from .passes import Skipped
+from .passes.plan import site_kind
 from .verify import VerificationReport
 
 _WORST_SHOWN = 5
@@ -28,7 +29,7 @@ def print_plan(console: Console, layers: Sequence[PlannedLayer], skipped: Sequen
         table.add_column(heading, justify="left" if heading == "layer" else "right", overflow="fold")
     for layer in layers:
         table.add_row(
-            layer.name,
+            f"{layer.name} ({kind})" if (kind := site_kind(layer.role, layer.tied)) else layer.name,
             f"{layer.out_features} x {layer.in_features}",
             " / ".join(str(count) for count in layer.columns),
             megabytes(layer.dense_bytes),
@@ -70,6 +71,11 @@ def print_result(console: Console, result: ExportResult) -> None:
         "size", f"{megabytes(result.original_bytes)} -> {megabytes(result.artifact_bytes)} ({ratio:.2f} times smaller)"
     )
     table.add_row("quantized", f"{len(result.layers)} layers, {weights / 1e6:.1f} M weights in {megabytes(nbytes)}")
+    for layer in result.layers:
+        kind = site_kind(layer.role, layer.tied)
+        if kind:
+            size = f"{layer.out_features} x {layer.in_features} in {megabytes(layer.nbytes)}"
+            table.add_row(kind, f"{layer.name}, {size}, {layer.true_bits:.3f} true bits a weight")
     left = sum(entry.nbytes for entry in result.skipped)
     if result.skipped:
         table.add_row("left alone", f"{len(result.skipped)} weights, {megabytes(left)} (--dry-run tells why)")

@@ -56,6 +56,8 @@ def planning_pipeline(
     *,
     predicted_bytes: Callable[[int, int], int] = four_bit_bytes,
     fuse_siblings: bool = True,
+    embeddings: bool = True,
+    heads: bool = True,
     dump_dir: Path | None = None,
 ) -> Pipeline:
     """The passes from a captured graph to a plan in the context; arguments as :class:`SelectLinears`'s."""
@@ -63,7 +65,7 @@ def planning_pipeline(
         RemoveNoops(),
         CanonicalizeLinears(),
         RemoveUnused(),
-        SelectLinears(include, exclude, predicted_bytes),
+        SelectLinears(include, exclude, predicted_bytes, embeddings=embeddings, heads=heads),
     ]
     if fuse_siblings:
         passes.append(FuseSiblings())

@@ -10,7 +10,7 @@ from torch import fx
 from .attributes import fetch, free_name, get_attribute, release, set_tensor
 from .base import ContractError, Pass, PassContext, PassResult
 from .canonicalize_linears import LINEAR, WEIGHT_KEY, is_canonical, stored_name
-from .plan import LinearSite, Plan
+from .plan import LINEAR_ROLE, LinearSite, Plan
 
 _aten = torch.ops.aten
 
@@ -39,6 +39,8 @@ class FuseSiblings(Pass):
         groups: dict[tuple[fx.Node, torch.dtype, bool], list[LinearSite]] = {}
         notes: list[str] = []
         for site in plan.sites:
+            if site.lookups or site.role != LINEAR_ROLE:
+                continue  # tables and heads have widths of their own
             if len(site.nodes) == 1:
                 groups.setdefault((site.inputs[0], site.dtype, site.transposed), []).append(site)
             elif any(other is not site and set(other.inputs) & set(site.inputs) for other in plan.sites):

@@ -1,4 +1,4 @@
-"""The plan: which linears of a graph are quantized, which are left alone, and why."""
+"""The plan: which linears and embeddings of a graph are quantized, which are left alone, and why."""
 
 from __future__ import annotations
 
@@ -10,19 +10,33 @@ from torch import fx
 
 from .attributes import get_attribute
 
+LINEAR_ROLE, HEAD_ROLE, EMBEDDING_ROLE = "linear", "head", "embedding"
+
+
+def site_kind(role: str, tied: bool) -> str:
+    """A role in words, for people: "embedding", "output head", "output head and embedding"; empty for a linear."""
+    named = {EMBEDDING_ROLE: "embedding", HEAD_ROLE: "output head"}.get(role, "")
+    return " and ".join(part for part in (named, "embedding" if tied else "") if part)
+
 
 @dataclass
 class LinearSite:
-    """A weight to quantize and the ``aten.linear`` nodes that use it.
+    """A weight to quantize, and the ``aten.linear`` and ``aten.embedding`` nodes that use it.
+
+    An embedding's table is a weight like any other: its vocabulary is N, its columns are K. One that is the output head
+    as well (tied) is one site with nodes of both kinds, so that its codes are stored once.
 
     Attributes:
         name: qualified name of the layer: its module's, or the parameter's own if that is not called ``weight``.
         weight_name: the weight's name in the model's ``state_dict()`` (the first one, for a stacked site).
-        nodes: every node that multiplies by this weight, in topological order.
+        nodes: every node that multiplies by this weight, in topological order; none of an embedding's.
         in_features, out_features: K and N.
         dtype: of the weight.
         parts: ``(layer name, rows)`` of what is stacked, in order of rows; a single entry for an ordinary layer.
         transposed: the model stores this weight as ``[K, N]``.
+        lookups: every node that takes rows of this weight, in topological order.
+        role: ``"linear"``, ``"head"`` (its result is the model's output, a distribution over the vocabulary) or
+            ``"embedding"`` (rows are looked up, and it is no head).
     """
 
     name: str
@@ -33,22 +47,31 @@ class LinearSite:
     dtype: torch.dtype
     parts: list[tuple[str, int]]
     transposed: bool = False
+    lookups: list[fx.Node] = field(default_factory=list)
+    role: str = LINEAR_ROLE
+
+    @property
+    def kind(self) -> str:
+        """What the layer is, in words; empty for an ordinary linear."""
+        return site_kind(self.role, bool(self.nodes and self.lookups))
 
     @property
     def node(self) -> fx.Node:
-        """The first node."""
+        """The first node that multiplies by the weight."""
         return self.nodes[0]
 
     @property
     def weight_target(self) -> str:
         """Attribute of the GraphModule that holds the weight as ``[N, K]``."""
-        node = self.node.args[1]
+        node = self.node.args[1] if self.nodes else self.lookups[0].args[0]
         assert isinstance(node, fx.Node)
         return str(node.target)
 
     @property
     def bias_target(self) -> str | None:
         """Attribute of the GraphModule that holds the bias of the first node, if it has one."""
+        if not self.nodes:
+            return None
         bias = self.node.args[2] if len(self.node.args) > 2 else None
         return str(bias.target) if isinstance(bias, fx.Node) else None
 
@@ -103,7 +126,8 @@ class PlanRow:
         site: qualified name.
         shape: ``(N, K)`` of a site, the stored shape of a weight left alone.
         parts: names of the layers stacked into the site (one name for an ordinary layer, none for a weight left alone).
-        calls: nodes that use the weight (0 for a weight left alone).
+        calls: nodes that multiply by the weight or take its rows (0 for a weight left alone).
+        role: see :class:`LinearSite`; empty for a weight left alone.
         bias: whether there is one.
         dense_bytes: before quantization.
         predicted_bytes: after it; None for a weight left alone.
@@ -118,6 +142,7 @@ class PlanRow:
     dense_bytes: int
     predicted_bytes: int | None
     skipped: str | None
+    role: str = ""
 
 
 @dataclass
@@ -125,7 +150,7 @@ class Plan:
     """What to quantize, in graph order, and what not.
 
     Attributes:
-        sites: the linears to quantize.
+        sites: the linears and embeddings to quantize.
         skipped: every other weight of two or more dimensions that the graph uses.
         predict: ``(N, K)`` -> bytes after quantization, as the selection rule counts them.
     """
@@ -158,11 +183,12 @@ class Plan:
                 site=site.name,
                 shape=(site.out_features, site.in_features),
                 parts=tuple(name for name, _ in site.parts),
-                calls=len(site.nodes),
+                calls=len(site.nodes) + len(site.lookups),
                 bias=site.bias_target is not None,
                 dense_bytes=site.dense_bytes,
                 predicted_bytes=None if self.predict is None else self.predict(site.out_features, site.in_features),
                 skipped=None,
+                role=site.role,
             )
             for site in self.sites
         ]

@@ -1,4 +1,5 @@
-"""Puts quantized layers in the place of planned linears: one ``claq::linear`` node a use, tensors as buffers."""
+"""Puts quantized layers in the place of planned linears and embeddings: one ``claq::linear`` or ``claq::embedding`` node a
+use, tensors as buffers."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from .canonicalize_linears import stored_name
 from .plan import LinearSite
 
 NO_BIAS = "claq_no_bias"
-"""Buffer of length zero that stands for the bias of layers without one; one a dtype, the dtype's name appended."""
+"""Buffer of length zero that stands for the bias of layers without one, and gives the dtype of an embedding's rows; one a
+dtype, the dtype's name appended."""
 
 
 class ReplaceLinears(Pass):
@@ -29,7 +31,9 @@ class ReplaceLinears(Pass):
     """
 
     name = "replace_linears"
-    doc = "Replaces planned linears by claq::linear with the quantized tensors as buffers."
+    doc = (
+        "Replaces planned linears and embeddings by claq::linear and claq::embedding, the quantized tensors as buffers."
+    )
 
     def __init__(self, layers: Mapping[str, QuantizedLinear], accuracy_level: int = 0) -> None:
         self._layers = layers
@@ -59,6 +63,7 @@ class ReplaceLinears(Pass):
     def _replace(self, gm: fx.GraphModule, site: LinearSite, layer: QuantizedLinear) -> None:
         device = site.weight(gm).device
         new: list[fx.Node] = []
+        lookups: list[fx.Node] = []
         old_weights: list[fx.Node] = []
         for node in site.nodes:
             x, weight, bias = node.args
@@ -72,6 +77,18 @@ class ReplaceLinears(Pass):
             node.replace_all_uses_with(call)
             gm.graph.erase_node(node)
             new.append(call)
+        for node in site.lookups:
+            table, indices = node.args[:2]
+            assert isinstance(table, fx.Node)
+            if table not in old_weights:
+                old_weights.append(table)
+            like = _no_bias(gm, site.dtype, device)
+            with gm.graph.inserting_before(node):
+                call = gm.graph.call_function(ops.embedding, (indices, *[like] * (len(TENSOR_NAMES) + 1)))
+            call.meta = dict(node.meta)
+            node.replace_all_uses_with(call)
+            gm.graph.erase_node(node)
+            lookups.append(call)
         for weight in old_weights:
             release(gm, weight, stored_name(weight))
         prefix = _buffer_prefix(gm, site.name)
@@ -79,10 +96,12 @@ class ReplaceLinears(Pass):
         for name, tensor in layer.tensors().items():
             set_tensor(gm, f"{prefix}.{name}", tensor.to(device))
             fetched.append(fetch(gm.graph, f"{prefix}.{name}"))
-        settings = (layer.in_features, layer.out_features, list(layer.columns), self._accuracy_level)
+        settings = (layer.in_features, layer.out_features, list(layer.columns))
         for call in new:
+            call.args = (call.args[0], *fetched, call.args[-1], *settings, self._accuracy_level)
+        for call in lookups:
             call.args = (call.args[0], *fetched, call.args[-1], *settings)
-        site.nodes = new
+        site.nodes, site.lookups = new, lookups
 
     def ensures(self, gm: fx.GraphModule) -> None:
         for node in gm.graph.nodes:

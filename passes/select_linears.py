@@ -1,4 +1,4 @@
-"""Chooses the linears to quantize and writes down why every other weight is left alone."""
+"""Chooses the linears and embeddings to quantize and writes down why every other weight is left alone."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from ..errors import ConfigError
 from .attributes import get_attribute
 from .base import Pass, PassContext, PassResult
 from .canonicalize_linears import LINEAR, is_canonical, weight_origin
-from .constants import is_constant_expression, resolve
-from .plan import LinearSite, Plan, PlanRow, Skipped
+from .constants import is_constant_expression, memory_of, resolve
+from .plan import EMBEDDING_ROLE, HEAD_ROLE, LinearSite, Plan, PlanRow, Skipped
 
 __all__ = ["LinearSite", "Plan", "PlanRow", "SelectLinears", "Skipped", "four_bit_bytes"]
 
 _aten = torch.ops.aten
-_EMBEDDINGS = {_aten.embedding.default, _aten.embedding_bag.default, _aten._embedding_bag.default}
+_LOOKUP = _aten.embedding.default
+_EMBEDDINGS = {_LOOKUP, _aten.embedding_bag.default, _aten.embedding_bag.padding_idx, _aten._embedding_bag.default}
 _CONVOLUTIONS = {
     _aten.conv1d.default,
     _aten.conv2d.default,
@@ -45,11 +46,14 @@ _AFTER_HEAD = {
     _aten.tanh.default,
     _aten.index.Tensor,
 }
+_CLASSIFIER = "classifier head"
 _HEAD_TASKS = {
     "text-generation": "language-model head",
     "fill-mask": "masked-LM head",
-    "text-classification": "classifier head",
+    "text-classification": _CLASSIFIER,
 }
+SMALL_TABLE = 0.02
+"""An embedding with less than this share of the model's bytes is left alone: positions, token types."""
 
 
 def four_bit_bytes(out_features: int, in_features: int) -> int:
@@ -61,13 +65,16 @@ def four_bit_bytes(out_features: int, in_features: int) -> int:
 class SelectLinears(Pass):
     """Puts a :class:`Plan` into the context; the graph stays as it is.
 
-    A weight is left alone by default when quantizing it would save less than half of its bytes, when an embedding uses
-    it too (its table stays, so the file would grow), or when it is the output head of the model's task.
+    A weight is left alone by default when quantizing it would save less than half of its bytes, when it is a small table
+    (:data:`SMALL_TABLE`) or the head of a classifier. A table that linears multiply by too (a tied output head) is one
+    site with all its uses; it is left alone when something else reads it, because the dense table would have to stay.
 
     Args:
-        include: glob patterns over layer names; empty: all. A layer named here is quantized even if it is a head.
+        include: glob patterns over layer names; empty: all. A small table or a classifier named here is quantized.
         exclude: glob patterns over layer names; wins over ``include``. A pattern also matches everything below the
-            module it names.
+            module it names, and a tied weight by any of its names.
+        embeddings: whether tables are quantized.
+        heads: whether the output heads of language models and masked language models are.
         predicted_bytes: ``(N, K)`` -> bytes of the quantized layer; default: 4 bits a weight.
         largest_share: a layer is quantized if its predicted bytes are at most this share of its present ones.
     """
@@ -81,22 +88,37 @@ class SelectLinears(Pass):
         exclude: Sequence[str] = (),
         predicted_bytes: Callable[[int, int], int] = four_bit_bytes,
         largest_share: float = 0.5,
+        *,
+        embeddings: bool = True,
+        heads: bool = True,
     ) -> None:
         self._include = tuple(include)
         self._exclude = tuple(exclude)
         self._predicted_bytes = predicted_bytes
         self._largest_share = largest_share
+        self._embeddings = embeddings
+        self._heads = heads
 
     def run(self, gm: fx.GraphModule, context: PassContext) -> PassResult:
         uses = _weight_uses(gm)
         heads = _heads(gm, context.task)
         candidates, both_ways = _candidates(gm)
-        self._check_patterns([site.name for site in candidates.values()])
+        names = {site.name: _all_names(site, context) for site in candidates.values()}
+        self._check_patterns([name for every in names.values() for name in every])
+        whole = sum(parameter.numel() * parameter.element_size() for parameter in gm.parameters())
         plan = Plan(predict=self._predicted_bytes)
         for storage, site in candidates.items():
-            reason = self._reason(site, uses.get(storage, []), heads)
+            label = next((heads[node] for node in site.nodes if node in heads), None)
+            if label is not None:
+                site.role = HEAD_ROLE
+            elif not site.nodes:
+                site.role = EMBEDDING_ROLE
+            reason = self._reason(site, names[site.name], label, whole)
             if storage in both_ways:
                 reason = "its weight is used both as it is and transposed"
+            others = [user for user in uses.get(storage, []) if user not in (*site.nodes, *site.lookups)]
+            if reason is None and site.lookups and others:
+                reason = f"the embedding's table is also read by {', '.join(sorted({str(u.target) for u in others}))}"
             if reason is None:
                 plan.sites.append(site)
             else:
@@ -104,22 +126,27 @@ class SelectLinears(Pass):
         plan.skipped += _other_weights(gm, uses, set(candidates), context)
         context.plan = plan
         notes = tuple(f"{entry.name} left: {entry.reason}" for entry in plan.skipped)
-        return PassResult(gm, False, (f"{len(plan.sites)} linears to quantize", *notes))
+        return PassResult(gm, False, (f"{len(plan.sites)} layers to quantize", *notes))
 
-    def _reason(self, site: LinearSite, users: Sequence[fx.Node], heads: dict[fx.Node, str]) -> str | None:
-        excluded = next((pattern for pattern in self._exclude if _match(site.name, pattern)), None)
+    def _reason(self, site: LinearSite, names: Sequence[str], label: str | None, whole: int) -> str | None:
+        excluded = next((p for p in self._exclude if any(_match(name, p) for name in names)), None)
         if excluded is not None:
             return f"excluded by the pattern {excluded!r}"
-        named = any(_match(site.name, pattern) for pattern in self._include)
+        named = any(_match(name, pattern) for pattern in self._include for name in names)
         if self._include and not named:
             return "not among those included"
         if site.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"weights are {site.dtype}"
-        if any(user.target in _EMBEDDINGS for user in users) and not named:
-            return "tied to the embedding, whose table stays as it is"
-        head = next((heads[node] for node in site.nodes if node in heads), None)
-        if head is not None and not named:
-            return f"{head}, left at full precision by default (name it in include to quantize it)"
+        if site.lookups and not self._embeddings:
+            return "embeddings are left at full precision" + (", and this linear is tied to one" if site.nodes else "")
+        if label == _CLASSIFIER and not named:
+            return f"{label}, left at full precision by default (name it in include to quantize it)"
+        if label is not None and label != _CLASSIFIER and not self._heads:
+            return f"{label}; output heads are left at full precision"
+        if site.role == EMBEDDING_ROLE and not named and site.dense_bytes < SMALL_TABLE * whole:
+            return (
+                f"small table, {100 * site.dense_bytes / whole:.1f} % of the model (name it in include to quantize it)"
+            )
         predicted = self._predicted_bytes(site.out_features, site.in_features)
         if predicted > self._largest_share * site.dense_bytes:
             return f"too small to gain: {predicted} bytes quantized against {site.dense_bytes}"
@@ -130,18 +157,24 @@ class SelectLinears(Pass):
             for pattern in patterns:
                 if not any(_match(name, pattern) for name in names):
                     some = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
-                    raise ConfigError(
-                        f"--{option} {pattern!r} matches none of the model's {len(names)} linears: {some}"
-                    )
+                    raise ConfigError(f"--{option} {pattern!r} matches none of the model's {len(names)} layers: {some}")
+
+
+def _all_names(site: LinearSite, context: PassContext) -> list[str]:
+    """The layer's name and those of the weights that are tied to it."""
+    return [site.name, *(layer_name(alias) for alias in context.aliases.get(site.weight_name, ()))]
 
 
 def _match(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
-def _key(tensor: torch.Tensor) -> int:
+_Key = tuple[int, int]
+
+
+def _key(tensor: torch.Tensor) -> _Key:
     """Tied weights and a parameter and its transpose have the same key."""
-    return tensor.data_ptr()
+    return memory_of(tensor)
 
 
 def layer_name(weight_name: str) -> str:
@@ -150,38 +183,44 @@ def layer_name(weight_name: str) -> str:
 
 
 def _candidates(gm: fx.GraphModule) -> tuple[dict[int, LinearSite], set[int]]:
-    """One site for each weight used by canonical linears, by memory, in graph order; and those used in both layouts."""
+    """One site for each weight used by canonical linears and embeddings, by memory, in graph order; and those used in two
+    layouts."""
     sites: dict[int, LinearSite] = {}
+    layouts: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     both_ways: set[int] = set()
     for node in gm.graph.nodes:
-        if not is_canonical(node):
+        is_lookup = node.target == _LOOKUP and isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr"
+        if not is_lookup and not is_canonical(node):
             continue
-        weight = get_attribute(gm, str(node.args[1].target))
+        source = node.args[0 if is_lookup else 1]
+        weight = get_attribute(gm, str(source.target))
+        if weight.dim() != 2:
+            continue
         key = _key(weight)
-        if key in sites:
-            sites[key].nodes.append(node)
-            if get_attribute(gm, sites[key].weight_target).stride() != weight.stride():
-                both_ways.add(key)
-            continue
-        name, transposed = weight_origin(node)
-        layer = layer_name(name)
-        out_features, in_features = weight.shape
-        sites[key] = LinearSite(
-            name=layer,
-            weight_name=name,
-            nodes=[node],
-            in_features=in_features,
-            out_features=out_features,
-            dtype=weight.dtype,
-            parts=[(layer, out_features)],
-            transposed=transposed,
-        )
+        if key not in sites:
+            name, transposed = (str(source.target), False) if is_lookup else weight_origin(node)
+            layer = layer_name(name)
+            out_features, in_features = weight.shape
+            layouts[key] = (tuple(weight.shape), tuple(weight.stride()))
+            sites[key] = LinearSite(
+                name=layer,
+                weight_name=name,
+                nodes=[],
+                in_features=in_features,
+                out_features=out_features,
+                dtype=weight.dtype,
+                parts=[(layer, out_features)],
+                transposed=transposed,
+            )
+        elif layouts[key] != (tuple(weight.shape), tuple(weight.stride())):
+            both_ways.add(key)
+        (sites[key].lookups if is_lookup else sites[key].nodes).append(node)
     return sites, both_ways
 
 
-def _weight_uses(gm: fx.GraphModule) -> dict[int, list[fx.Node]]:
+def _weight_uses(gm: fx.GraphModule) -> dict[_Key, list[fx.Node]]:
     """Storage of each tensor of two or more dimensions -> the nodes that use it, through views."""
-    uses: dict[int, list[fx.Node]] = {}
+    uses: dict[_Key, list[fx.Node]] = {}
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             continue
@@ -225,7 +264,7 @@ def _embedding_tables(gm: fx.GraphModule) -> list[torch.Tensor]:
 
 
 def _other_weights(
-    gm: fx.GraphModule, uses: dict[int, list[fx.Node]], taken: set[int], context: PassContext
+    gm: fx.GraphModule, uses: dict[_Key, list[fx.Node]], taken: set[_Key], context: PassContext
 ) -> list[Skipped]:
     """Every used floating-point weight of two or more dimensions that is no candidate, with the reason."""
     skipped: list[Skipped] = []
@@ -254,7 +293,8 @@ def _use(users: Sequence[fx.Node], context: PassContext) -> str:
             reached += [later for later in user.users if later not in reached]
     targets = {user.target for user in users}
     if targets & _EMBEDDINGS:
-        return "embedding table"
+        kinds = ", ".join(sorted(str(target) for target in targets & _EMBEDDINGS))
+        return f"embedding table read by {kinds}, of which no rows can be taken one by one"
     if targets & _CONVOLUTIONS:
         return "convolution"
     if LINEAR in targets:

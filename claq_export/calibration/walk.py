@@ -286,8 +286,10 @@ class JointWalk:
         return self._same.get(node, node)
 
 
-WalkMaker = Callable[[fx.GraphModule, Sequence[Batch], Sequence[fx.Node]], NodeWalk | JointWalk]
-"""Makes a walk over a graph for batches that stops at the given linear nodes."""
+WalkMaker = Callable[
+    [fx.GraphModule, Sequence[Batch], Sequence[fx.Node], Mapping[fx.Node, RowLookup]], NodeWalk | JointWalk
+]
+"""Makes a walk over a graph for batches that stops at the given linear nodes and takes rows from the given tables."""
 
 
 def _resume(steps: Generator[Stop, torch.Tensor | None, None], weight: torch.Tensor | None) -> Stop | None:

@@ -7,7 +7,8 @@
 - ``layers``: name -> the integers of docs/format.md (``in_features``, ``out_features``, ``columns_4``, ``columns_3``,
   ``columns_2``, ``accuracy_level``), ``transposed`` (the model stores this weight as ``[K, N]``), and ``parts``, a list
   of ``{"name", "rows"}``: the linear layers of the PyTorch model that the layer stands for, by qualified name, in the
-  order of their rows. A layer that was quantized alone has itself as its only part;
+  order of their rows. A layer that was quantized alone has itself as its only part. ``tied``, if present, lists further
+  modules of the same weight: the embedding that an output head is tied to;
 - ``aliases``: names of tied tensors -> the name under which the tensor is stored.
 
 Biases are unquantized tensors of the model and stored under their own names, like all others. The header of
@@ -57,6 +58,7 @@ class Checkpoint:
         accuracy_levels: layer -> the operator's ``accuracy_level``; 0 where not listed.
         aliases: tied name -> stored name.
         transposed: layers whose weight the model stores as ``[K, N]``.
+        tied: layer -> further modules with the same weight.
     """
 
     layers: Mapping[str, QuantizedLinear]
@@ -66,6 +68,7 @@ class Checkpoint:
     accuracy_levels: Mapping[str, int] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     transposed: Collection[str] = ()
+    tied: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def parts_of(self, name: str) -> tuple[tuple[str, int], ...]:
         """The linears that layer ``name`` stands for, with their rows."""
@@ -81,6 +84,7 @@ def save_checkpoint(
     parts: Mapping[str, Sequence[tuple[str, int]]] | None = None,
     accuracy_level: int = 0,
     transposed: Collection[str] = (),
+    tied: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Path]:
     """Write ``claq.safetensors`` and ``claq.json`` into ``folder``, both or none.
 
@@ -94,6 +98,7 @@ def save_checkpoint(
         parts: for stacked layers, the linears they stand for and their rows; see :class:`Checkpoint`.
         accuracy_level: of all layers.
         transposed: layers whose weight the model stores as ``[K, N]``.
+        tied: layer -> further modules with the same weight.
 
     Returns:
         the two files, tensors first.
@@ -103,7 +108,9 @@ def save_checkpoint(
         OutputError: the files cannot be written; nothing is left behind then.
     """
     folder = Path(folder)
-    checkpoint = Checkpoint(layers, other_tensors, config, parts or {}, dict.fromkeys(layers, accuracy_level))
+    checkpoint = Checkpoint(
+        layers, other_tensors, config, parts or {}, dict.fromkeys(layers, accuracy_level), tied=tied or {}
+    )
     _check_parts(checkpoint, "the checkpoint")
     stored, aliases = _store_once(_unquantized(checkpoint))
     for name, layer in layers.items():
@@ -118,7 +125,9 @@ def save_checkpoint(
         "claq_version": claq_export.__version__,
         "config": dict(config),
         "layers": {
-            name: layer_entry(layer, checkpoint.parts_of(name), accuracy_level, name in transposed)
+            name: layer_entry(
+                layer, checkpoint.parts_of(name), accuracy_level, name in transposed, checkpoint.tied.get(name, ())
+            )
             for name, layer in layers.items()
         },
         "aliases": aliases,
@@ -140,15 +149,20 @@ def header_text(description: Mapping[str, Any]) -> str:
 
 
 def layer_entry(
-    layer: QuantizedLinear, parts: Sequence[tuple[str, int]], accuracy_level: int, transposed: bool
+    layer: QuantizedLinear,
+    parts: Sequence[tuple[str, int]],
+    accuracy_level: int,
+    transposed: bool,
+    tied: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What a description says about one layer."""
-    return {
+    entry: dict[str, Any] = {
         **layer.attributes(),
         "accuracy_level": accuracy_level,
         "transposed": transposed,
         "parts": [{"name": part, "rows": rows} for part, rows in parts],
     }
+    return {**entry, "tied": list(tied)} if tied else entry
 
 
 def _unquantized(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -160,6 +174,9 @@ def _unquantized(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
             # A layer is named after its module, or after the parameter itself where that is not called weight.
             tensors.pop(f"{part}.weight", None)
             tensors.pop(part, None)
+        for other in checkpoint.tied.get(name, ()):
+            tensors.pop(f"{other}.weight", None)
+            tensors.pop(other, None)
         if len(parts) > 1 and (bias := tensors.pop(f"{name}.bias", None)) is not None:
             for (part, _), values in zip(parts, bias.split([rows for _, rows in parts]), strict=True):
                 tensors.setdefault(f"{part}.bias", values)
@@ -217,6 +234,7 @@ def load_checkpoint(folder: Path | str) -> Checkpoint:
         accuracy_levels={name: entry["accuracy_level"] for name, entry in description["layers"].items()},
         aliases=description["aliases"],
         transposed=frozenset(name for name, entry in description["layers"].items() if entry["transposed"]),
+        tied={name: tuple(entry["tied"]) for name, entry in description["layers"].items() if entry.get("tied")},
     )
     _check_parts(checkpoint, str(folder / CONFIG_FILE))
     if header is not None:
@@ -315,6 +333,9 @@ def _check_entry(path: Path, name: str, entry: Any) -> None:
         raise FormatError(
             f"{path}: layer {name!r}: 'transposed' must be true or false, got {entry.get('transposed')!r}"
         )
+    tied = entry.get("tied", [])
+    if not isinstance(tied, list) or not all(isinstance(other, str) for other in tied):
+        raise FormatError(f"{path}: layer {name!r}: 'tied' must be a list of names, got {tied!r}")
     parts = entry.get("parts")
     if not isinstance(parts, list) or not parts:
         raise FormatError(f"{path}: layer {name!r}: 'parts' must be a list with at least one entry")

@@ -4,8 +4,9 @@
     model = AutoModelForCausalLM.from_pretrained("claq-folder")
 
 The folder is one that ``claq-export`` wrote from a Hugging Face model, or that ``model.save_pretrained`` of such a model
-wrote. Linear modules are :class:`~claq_export.modules.ClaqLinear` before any weight is read, so that no dense weight of
-a quantized layer is ever in memory. Works with transformers 4.57 and 5.
+wrote. Linear modules are :class:`~claq_export.modules.ClaqLinear` and embeddings :class:`~claq_export.modules.ClaqEmbedding`
+before any weight is read, so that no dense weight of a quantized layer is ever in memory. A head that is tied to the
+embedding shares its tensors. Works with transformers 4.57 and 5.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..errors import ConfigError, FormatError, ModelError
 from ..format.checkpoint import VERSION, header_text, layer_entry
 from ..format.layer import TENSOR_NAMES
 from ..format.rows import join_rows, share_columns, slice_rows
-from ..modules import ClaqLinear, linear_kind
+from ..modules import ClaqEmbedding, ClaqLinear, linear_kind
 from ..passes.fuse_siblings import stacked_name
 from .weights import HEADER_KEY, LayerFiles
 
@@ -100,15 +101,17 @@ class ClaqHfQuantizer(HfQuantizer):
         """The model's tensors as ``claq.safetensors`` holds them, slices of stacked layers stacked again."""
         state = model.state_dict()
         entries: dict[str, Any] = {}
-        for parts in _stacks(model):
+        tied = _tied(model)
+        for parts in _stacks(model, [name for others in tied.values() for name in others]):
             layer = join_rows([module.layer for _, module in parts])
             names = [name for name, _ in parts]
-            for name in names:
+            others = tied.get(names[0], [])
+            for name in (*names, *others):
                 for tensor in TENSOR_NAMES:
                     del state[f"{name}.{tensor}"]
             title = names[0] if len(names) == 1 else stacked_name(names)
             rows = [(name, module.out_features) for name, module in parts]
-            entries[title] = layer_entry(layer, rows, parts[0][1].accuracy_level, False)
+            entries[title] = layer_entry(layer, rows, getattr(parts[0][1], "accuracy_level", 0), False, others)
             state.update({f"{title}.{name}": tensor for name, tensor in layer.tensors().items()})
         description = {"format": METHOD, "version": VERSION, "layers": entries, "aliases": {}}
         return state, {HEADER_KEY: header_text(description)}
@@ -116,6 +119,11 @@ class ClaqHfQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for name, module in list(_quantized(model)):
             kind = dtype if dtype is not None else model.dtype
+            if isinstance(module, ClaqEmbedding):
+                table = nn.Embedding(module.num_embeddings, module.embedding_dim, device="meta")
+                table.weight = nn.Parameter(module.layer.dequantize(kind), requires_grad=False)
+                model.set_submodule(name, table)
+                continue
             linear = nn.Linear(module.in_features, module.out_features, bool(module.bias.numel()), device="meta")
             linear.weight = nn.Parameter(module.layer.dequantize(kind), requires_grad=False)
             if module.bias.numel():
@@ -163,20 +171,24 @@ class _Place:
     def __init__(self, target: str, start: int, stop: int, owner: nn.Module) -> None:
         self.target, self.start, self.stop = target, start, stop
         self.owner = owner
-        self.module: ClaqLinear
+        self.module: ClaqLinear | ClaqEmbedding
 
     def hollow(self, model: nn.Module, columns: tuple[int, int, int], accuracy_level: int) -> None:
         """Put a module without tensors into the model."""
         weight = self.owner.weight
         assert isinstance(weight, torch.Tensor)
-        shape = tuple(weight.shape) if linear_kind(self.owner) == "Linear" else tuple(weight.shape)[::-1]
+        kind = linear_kind(self.owner)
+        shape = tuple(weight.shape)[::-1] if kind == "Conv1D" else tuple(weight.shape)
         rows, in_features = shape
         if rows != self.stop - self.start:
             raise ModelError(
                 f"{self.target!r} has {rows} output features in the model, {self.stop - self.start} in the files"
             )
-        bias = self.owner.bias if isinstance(self.owner.bias, torch.Tensor) else None
-        self.module = ClaqLinear.hollow(in_features, rows, columns, bias, accuracy_level)
+        if kind == "Embedding":
+            self.module = ClaqEmbedding.hollow(in_features, rows, columns, weight.dtype)
+        else:
+            bias = self.owner.bias if isinstance(self.owner.bias, torch.Tensor) else None
+            self.module = ClaqLinear.hollow(in_features, rows, columns, bias, accuracy_level)
         model.set_submodule(self.target, self.module)
 
 
@@ -190,18 +202,22 @@ def _places(model: Any, layers: LayerFiles) -> dict[str, list[_Place]]:
     found: dict[str, list[_Place]] = {}
     for name in layers.entries:
         start = 0
-        for part, rows in layers.parts(name):
+        parts = [(part, rows, True) for part, rows in layers.parts(name)]
+        parts += [(other, parts[0][1], False) for other in layers.tied(name)]
+        for part, rows, follows in parts:
             # A base model's names lack the prefix that a model with a head has, and the other way round.
             for target in (part, part.removeprefix(prefix), prefix + part):
                 owner = _submodule(model, target)
                 if owner is not None:
                     break
+            if not follows:
+                start = 0  # all rows once more, under another name
             stop = start + rows
             if owner is not None:
                 if linear_kind(owner) is None:
                     raise ModelError(
                         f"{target!r} is a {type(owner).__name__} in transformers {transformers.__version__}, not a plain "
-                        "linear module; load the folder with claq_export.load instead"
+                        "linear or embedding module; load the folder with claq_export.load instead"
                     )
                 found.setdefault(name, []).append(_Place(target, start, stop, owner))
             start = stop
@@ -231,17 +247,33 @@ def _untie_quantized_heads(model: Any) -> None:
             del tied[name]
 
 
-def _quantized(model: nn.Module) -> Iterator[tuple[str, ClaqLinear]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, ClaqLinear))
+def _quantized(model: nn.Module) -> Iterator[tuple[str, ClaqLinear | ClaqEmbedding]]:
+    return (
+        (name, module) for name, module in model.named_modules() if isinstance(module, (ClaqLinear, ClaqEmbedding))
+    )
 
 
-def _stacks(model: nn.Module) -> list[list[tuple[str, ClaqLinear]]]:
-    """The quantized modules in order; neighbours that share their columns, as slices of one layer do, together."""
-    stacks: list[list[tuple[str, ClaqLinear]]] = []
+def _tied(model: nn.Module) -> dict[str, list[str]]:
+    """First module of each shared weight -> the other ones."""
+    first: dict[int, str] = {}
+    found: dict[str, list[str]] = {}
     for name, module in _quantized(model):
+        owner = first.setdefault(module.codes.data_ptr(), name)
+        if owner != name:
+            found.setdefault(owner, []).append(name)
+    return found
+
+
+def _stacks(model: nn.Module, without: Sequence[str]) -> list[list[tuple[str, ClaqLinear | ClaqEmbedding]]]:
+    """The quantized modules in order; neighbours that share their columns, as slices of one layer do, together."""
+    stacks: list[list[tuple[str, ClaqLinear | ClaqEmbedding]]] = []
+    for name, module in _quantized(model):
+        if name in without:
+            continue
         last = stacks[-1][-1][1] if stacks else None
         if (
-            last is not None
+            isinstance(last, ClaqLinear)
+            and isinstance(module, ClaqLinear)
             and last.accuracy_level == module.accuracy_level
             and share_columns(last.layer, module.layer)
         ):

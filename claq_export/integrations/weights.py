@@ -48,6 +48,10 @@ class LayerFiles:
         """The linears that a layer stands for, with their rows."""
         return [(part["name"], part["rows"]) for part in self.entries[name]["parts"]]
 
+    def tied(self, name: str) -> list[str]:
+        """Further modules with the weight of a layer."""
+        return list(self.entries[name].get("tied", ()))
+
     def columns(self, name: str) -> tuple[int, int, int]:
         """Stored columns of 4, 3 and 2 bits."""
         entry = self.entries[name]

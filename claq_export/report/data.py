@@ -55,6 +55,7 @@ class LayerRecord:
         outlier_share: reserved weights over all weights.
         parts: names of the layers stacked in it; empty for a single layer.
         samples: columns for the column view.
+        kind: what the layer is if not an ordinary linear: "embedding", "output head", ...
     """
 
     name: str
@@ -69,6 +70,7 @@ class LayerRecord:
     outlier_share: float = 0.0
     parts: Sequence[str] = ()
     samples: Sequence[ColumnSample] = ()
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ def layer_record(
     seconds: float,
     parts: Sequence[str] = (),
     samples: int = 4,
+    kind: str = "",
 ) -> LayerRecord:
     """The record of a stored layer.
 
@@ -164,7 +167,7 @@ def layer_record(
         name: as shown.
         layer: its stored form.
         weight: the original ``[N, K]``, for the histograms; None leaves the column view out.
-        nominal_bits, error, seconds, parts: as in :class:`LayerRecord`.
+        nominal_bits, error, seconds, parts, kind: as in :class:`LayerRecord`.
         samples: columns to keep: the widest spread first, then evenly over the input features, each width present at
             least once.
     """
@@ -185,6 +188,7 @@ def layer_record(
         outlier_share=layer.outliers / size,
         parts=tuple(parts),
         samples=[] if weight is None else _sample_columns(layer, weight, bits, chosen),
+        kind=kind,
     )
 
 

@@ -152,8 +152,7 @@ def _accounting(data: ReportData) -> str:
     rest = data.size_after - total
     note = (
         f"<p class='dim'>The quantized layers take {human_size(total)}; the other {human_size(rest)} of the file "
-        f"are embeddings, "
-        "norms, biases, layers left alone, and the graph.</p>"
+        f"are norms, biases, tables and layers left alone, and the graph.</p>"
         if rest > 0
         else ""
     )
@@ -179,6 +178,8 @@ def _layers(data: ReportData) -> str:
 
     def row(number: int, layer: LayerRecord) -> str:
         name = escape(layer.name)
+        if layer.kind:
+            name += f'<div class="dim">{escape(layer.kind)}</div>'
         if layer.parts:
             name += f'<div class="dim">stacked: {escape(_short_names(layer.parts))}</div>'
         return (
@@ -201,9 +202,8 @@ def _layers(data: ReportData) -> str:
             f"<details><summary>{len(rows)} layers left alone</summary>{_table(('layer', 'reason'), rows)}</details>"
         )
     return (
-        "<section><h2>Layers</h2><p class='dim'>Error: relative output error on the calibration data. Click a "
-        "heading to "
-        "sort.</p>"
+        "<section><h2>Layers</h2><p class='dim'>Error: relative output error on the calibration data, of an embedding "
+        "relative error of its rows. Click a heading to sort.</p>"
         f'<div class="scroll tall"><table class="layers '
         f'sortable"><thead><tr>{buttons}</tr></thead><tbody>{body}</tbody>'
         f"</table></div>{skipped}</section>"

@@ -37,19 +37,22 @@ def albert():
     return transformers.AlbertModel(config), "feature-extraction"
 
 
-# model -> (layers a block ends with, weights left alone)
+# model -> (what linears' names end with, tables and heads, weights left alone); in models this small positions count as large
 EXPECTED = {
     gpt2: (
         {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"},
-        {"lm_head": "tied to the embedding", "transformer.wpe": "embedding table"},
+        {"lm_head": "head", "transformer.wpe": "embedding"},
+        {},
     ),
     opt: (
         {"self_attn.q_proj+k_proj+v_proj", "self_attn.out_proj", "fc1", "fc2"},
-        {"lm_head": "tied to the embedding", "model.decoder.embed_positions": "embedding table"},
+        {"lm_head": "head", "model.decoder.embed_positions": "embedding"},
+        {},
     ),
     t5_encoder: (
         {"SelfAttention.q+k+v", "SelfAttention.o", "DenseReluDense.wi", "DenseReluDense.wo"},
-        {"relative_attention_bias": "embedding table", "embed_tokens": "embedding table"},
+        {"embed_tokens": "embedding"},
+        {"relative_attention_bias": "small table"},
     ),
 }
 
@@ -79,14 +82,16 @@ def test_architecture(make):
     captured = capture_module(model)
     plan = planned(captured)
     same_numbers(captured, model, 99, 1e-5)
-    kinds, left = EXPECTED[make]
-    assert len(plan) == 8
-    for site in plan:
+    kinds, tables, left = EXPECTED[make]
+    linears = [site for site in plan if site.role == "linear"]
+    assert len(linears) == 8
+    for site in linears:
         assert any(site.name.endswith(kind) for kind in kinds), site.name
+    assert {site.name.removeprefix("encoder."): site.role for site in plan if site not in linears} == tables
     for name, reason in left.items():
         assert any(entry.name.endswith(name) and entry.reason.startswith(reason) for entry in plan.skipped), name
     if make is gpt2:
-        assert all(site.transposed for site in plan)
+        assert all(site.transposed for site in linears)
         assert not [n for n in captured.graph_module.graph.nodes if n.target is torch.ops.aten.addmm.default]
 
 
@@ -96,8 +101,9 @@ def test_layers_shared_across_depth_are_one_site_each():
     captured = capture_module(model)
     plan = planned(captured)
     same_numbers(captured, model, 99, 1e-5)
-    shared = [site for site in plan if len(site.nodes) == 2]
-    assert len(shared) == len(plan) - 1 == 6
+    linears = [site for site in plan if site.role == "linear"]
+    shared = [site for site in linears if len(site.nodes) == 2]
+    assert len(shared) == len(linears) - 1 == 6
     assert len({source for site in shared for source in site.inputs}) < 2 * len(shared)
 
 
@@ -108,16 +114,21 @@ def test_stories260k():
     plan = planned(captured)
     model = TaskModel(transformers.AutoModelForCausalLM.from_pretrained(STORIES), "text-generation")
     same_numbers(captured, model, 512, 1e-4)
-    assert len(plan) == 5 * 4
-    assert plan.sites[0].name == "model.layers.0.self_attn.q_proj+k_proj+v_proj"
-    assert [entry.reason for entry in plan.skipped] == ["tied to the embedding, whose table stays as it is"]
+    assert len(plan) == 1 + 5 * 4
+    tied, first = plan.sites[:2]
+    assert (tied.role, len(tied.nodes), len(tied.lookups), tied.out_features) == ("head", 1, 1, 512)
+    assert first.name == "model.layers.0.self_attn.q_proj+k_proj+v_proj"
+    assert plan.skipped == []
 
 
 def test_minilm(minilm):
     captured = capture_pretrained(minilm)
     plan = planned(captured)
-    assert len(plan) == 6 * 4
-    assert sum(site.in_features * site.out_features for site in plan) == 6 * (4 * 384 * 384 + 2 * 384 * 1536)
-    assert {entry.reason for entry in plan.skipped} == {"embedding table"}
+    linears = [site for site in plan if site.role == "linear"]
+    assert len(linears) == 6 * 4
+    assert sum(site.in_features * site.out_features for site in linears) == 6 * (4 * 384 * 384 + 2 * 384 * 1536)
+    (table,) = [site for site in plan if site.role == "embedding"]
+    assert (table.name, table.out_features, table.in_features) == ("embeddings.word_embeddings", 30522, 384)
+    assert [entry.reason.split(",")[0] for entry in plan.skipped] == ["small table"] * 2
     model = TaskModel(transformers.AutoModel.from_pretrained(minilm), "feature-extraction")
     same_numbers(captured, model, 30000, 1e-4)

@@ -134,44 +134,40 @@ def test_shared_weight_becomes_one_layer_with_each_call_its_bias(helpers):
     helpers.same(planned.captured, twin, (3, D), atol=1e-3)
 
 
-def test_weight_that_an_embedding_shares_stays(helpers):
-    class Tied(nn.Module):
+def test_weight_that_something_else_reads_stays(helpers):
+    class Reads(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed = nn.Embedding(96, D)
             self.head = nn.Linear(D, 96, bias=False)
-            self.head.weight = self.embed.weight
 
-        def forward(self, ids):
-            return self.head(self.embed(ids))
+        def forward(self, x):
+            return self.head(x) * self.head.weight.abs().mean()
 
-    model = Tied()
-    planned, layers = quantized(helpers, model, torch.randint(0, 96, (2, 3)), include=["*"])
-    (name,) = layers
-    assert name in {"head", "embed"}
+    model = Reads()
+    planned, layers = quantized(helpers, model, torch.randn(2, 3, D))
     gm = planned.graph_module
-    assert torch.equal(gm.get_parameter(f"{name}.weight"), model.embed.weight)
-    assert gm.get_buffer(f"{name}.codes").dtype == torch.uint32
-    ids = torch.tensor([[1, 2]])
-    expected = F.linear(model.embed(ids), layers[name].dequantize())
-    torch.testing.assert_close(planned.captured.run({"ids": ids})[0], expected.detach(), rtol=0, atol=1e-3)
+    assert torch.equal(gm.get_parameter("head.weight"), model.head.weight)
+    assert gm.get_buffer("head.codes").dtype == torch.uint32
+    x = torch.randn(1, 2, D)
+    expected = F.linear(x, layers["head"].dequantize()) * model.head.weight.abs().mean()
+    torch.testing.assert_close(planned.captured.run({"x": x})[0], expected.detach(), rtol=0, atol=1e-3)
 
 
 def test_bare_parameter_that_stays_makes_room(helpers):
-    """Buffers of ``bare`` would stand under a parameter's name while an embedding still uses it."""
+    """Buffers of ``bare`` would stand under a parameter's name while something else still reads it."""
 
     class Bare(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.bare = nn.Parameter(torch.randn(96, D))
 
-        def forward(self, ids):
-            return F.linear(F.embedding(ids, self.bare), self.bare)
+        def forward(self, x):
+            return F.linear(x * self.bare[0], self.bare)
 
-    planned, layers = quantized(helpers, Bare(), torch.randint(0, 96, (2, 3)), include=["bare"])
+    planned, layers = quantized(helpers, Bare(), torch.randn(2, 3, D), include=["bare"])
     assert list(layers) == ["bare"]
     assert "bare_claq.codes" in planned.graph_module.state_dict()
-    assert planned.captured.run({"ids": torch.tensor([[1, 2]])})[0].shape == (1, 2, 96)
+    assert planned.captured.run({"x": torch.randn(1, 2, D)})[0].shape == (1, 2, 96)
 
 
 def test_float16(helpers):
@@ -201,3 +197,40 @@ def test_layers_that_do_not_fit(helpers):
         ReplaceLinears({"q": helpers.quantize(torch.randn(32, D))})(gm, planned.context)
     with pytest.raises(ContractError, match="there is no plan"):
         ReplaceLinears({})(gm, PassContext())
+
+
+class Tied(nn.Module):
+    """A table whose rows are looked up twice and which is multiplied by, and one that is looked up only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(97, D)
+        self.other = nn.Embedding(45, D)
+        self.head = nn.Linear(D, 97)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids) * self.embed(ids.flip(0)) + self.other(ids % 45)
+        return self.head(torch.relu(x))
+
+
+def test_tables_and_a_tied_head(helpers):
+    model = Tied().eval()
+    planned, layers = quantized(helpers, model, torch.randint(0, 97, (2, 5)), task="text-generation")
+    gm = planned.graph_module
+    tied, other = planned.plan.sites
+    assert (len(tied.nodes), len(tied.lookups), tied.role, len(other.lookups)) == (1, 2, "head", 1)
+    assert [node.target for node in (*tied.lookups, *other.lookups)] == [torch.ops.claq.embedding.default] * 3
+    # The three uses read the very same buffers, and no dense table is left.
+    assert {node.args[1:9] for node in tied.lookups} == {tied.node.args[1:9]}
+    assert [name for name, _ in gm.named_parameters()] == ["head.bias"]
+    with torch.no_grad():
+        model.embed.weight.copy_(layers[tied.name].dequantize())
+        model.other.weight.copy_(layers[other.name].dequantize())
+    for shape in ((1, 1), (3, 7)):
+        ids = torch.randint(0, 97, shape)
+        torch.testing.assert_close(planned.captured.run({"ids": ids})[0], model(ids), rtol=1e-5, atol=1e-5)
+    again = torch.export.export(
+        gm, (), {"ids": torch.zeros(2, 3, dtype=torch.int64)}, dynamic_shapes={"ids": {0: torch.export.Dim.DYNAMIC}}
+    )
+    assert sum(node.target is torch.ops.claq.embedding.default for node in again.graph.nodes) == 3

@@ -1,4 +1,4 @@
-"""The plan: names, sharing, patterns, default skips, and a reason for every weight left alone."""
+"""The plan: names, sharing, tables and heads, patterns, default skips, and a reason for every weight left alone."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ class Encoder(nn.Module):
     def __init__(self, layers: int = 2) -> None:
         super().__init__()
         self.embed = nn.Embedding(50, D)
+        self.kind = nn.Embedding(14, D)
+        self.bag = nn.EmbeddingBag(50, D)
         self.layer = nn.ModuleList(
             nn.ModuleDict({"up": nn.Linear(D, 2 * D), "down": Conv1D(D, 2 * D)}) for _ in range(layers)
         )
@@ -26,7 +28,7 @@ class Encoder(nn.Module):
         self.scale = nn.Parameter(torch.randn(D, D))
 
     def forward(self, ids):
-        x = self.embed(ids)
+        x = self.embed(ids) + self.kind(ids.clamp(max=13)) + self.bag(ids)[:, None]
         for layer in self.layer:
             x = x + layer["down"](torch.relu(layer["up"](x)))
         x = self.conv(x.transpose(1, 2)).transpose(1, 2) * self.scale[0]
@@ -41,8 +43,12 @@ def tokens():
 def test_names_shapes_and_reasons(helpers, tokens):
     model = Encoder()
     planned = helpers.plan(model, tokens)
-    assert [site.name for site in planned.plan] == ["layer.0.up", "layer.0.down", "layer.1.up", "layer.1.down"]
-    up, down = planned.plan.sites[:2]
+    assert [site.name for site in planned.plan] == ["embed", "layer.0.up", "layer.0.down", "layer.1.up", "layer.1.down"]
+    embed, up, down = planned.plan.sites[:3]
+    assert (embed.role, embed.out_features, embed.in_features, embed.bias_target) == ("embedding", 50, D, None)
+    assert (len(embed.nodes), len(embed.lookups), embed.inputs) == (0, 1, [])
+    assert torch.equal(embed.weight(planned.graph_module), model.embed.weight)
+    assert up.role == "linear"
     assert (up.out_features, up.in_features, up.transposed, up.bias_target) == (2 * D, D, False, "layer.0.up.bias")
     assert (down.out_features, down.in_features, down.transposed) == (D, 2 * D, True)
     assert down.weight_name == "layer.0.down.weight"
@@ -54,15 +60,18 @@ def test_names_shapes_and_reasons(helpers, tokens):
     assert up.inputs[0].name in planned.graph_module.code
     assert planned.skipped == {
         "small": f"too small to gain: {four_bit_bytes(2, D)} bytes quantized against {2 * D * 4}",
-        "embed": "embedding table",
+        "kind": "small table, 1.6 % of the model (name it in include to quantize it)",
+        "bag": "embedding table read by aten.embedding_bag.padding_idx, of which no rows can be taken one by one",
         "conv": "convolution",
         "scale": "not used by a linear layer but by aten.mul.Tensor",
     }
 
 
 def test_rows_for_a_dry_run(helpers, tokens):
-    planned = helpers.plan(Encoder(1), tokens)
-    first, second, *rest = planned.plan.rows()
+    planned = helpers.plan(Encoder(1), tokens, exclude=["kind"])
+    table, first, second, *rest = planned.plan.rows()
+    assert (table.site, table.shape, table.calls, table.role) == ("embed", (50, D), 1, "embedding")
+    assert table.predicted_bytes == four_bit_bytes(50, D)
     assert (first.site, first.shape, first.parts, first.calls) == ("layer.0.up", (2 * D, D), ("layer.0.up",), 1)
     assert first.bias
     assert first.skipped is None
@@ -79,9 +88,10 @@ def test_rows_for_a_dry_run(helpers, tokens):
         ({"include": ["layer.1.*"]}, ["layer.1.up", "layer.1.down"]),
         ({"include": ["layer.1"]}, ["layer.1.up", "layer.1.down"]),
         ({"include": ["*.up"]}, ["layer.0.up", "layer.1.up"]),
-        ({"exclude": ["layer.0"]}, ["layer.1.up", "layer.1.down"]),
+        ({"exclude": ["layer.0"], "embeddings": False}, ["layer.1.up", "layer.1.down"]),
+        ({"include": ["embed", "kind", "layer.1.up"]}, ["embed", "kind", "layer.1.up"]),
         ({"include": ["layer.*"], "exclude": ["*.down"]}, ["layer.0.up", "layer.1.up"]),
-        ({"exclude": ["layer.?.up", "layer.[0]*"]}, ["layer.1.down"]),
+        ({"exclude": ["embed", "layer.?.up", "layer.[0]*"]}, ["layer.1.down"]),
     ],
 )
 def test_patterns(helpers, tokens, options, names):
@@ -94,7 +104,7 @@ def test_patterns(helpers, tokens, options, names):
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_pattern_that_matches_nothing_is_an_error(helpers, tokens, option):
     with pytest.raises(
-        ConfigError, match=rf"--{option} 'layers\.\*' matches none of the model's 5 linears: layer.0.up"
+        ConfigError, match=rf"--{option} 'layers\.\*' matches none of the model's 7 layers: embed, kind, layer.0.up"
     ):
         helpers.plan(Encoder(), tokens, **{option: ["layers.*"]})
 
@@ -103,8 +113,9 @@ def test_too_small_follows_the_predicted_bytes(helpers, tokens):
     planned = helpers.plan(Encoder(1), tokens, predicted_bytes=lambda n, k: n * k * 3)
     assert len(planned.plan) == 0
     assert planned.skipped["layer.0.up"].startswith("too small to gain")
-    planned = helpers.plan(Encoder(1), tokens, predicted_bytes=lambda n, k: n * k * 2)
-    assert [site.name for site in planned.plan] == ["layer.0.up", "layer.0.down", "small"]
+    assert planned.skipped["embed"].startswith("too small to gain")
+    planned = helpers.plan(Encoder(1), tokens, exclude=["kind"], predicted_bytes=lambda n, k: n * k * 2)
+    assert [site.name for site in planned.plan] == ["embed", "layer.0.up", "layer.0.down", "small"]
 
 
 class Repeats(nn.Module):
@@ -147,29 +158,74 @@ class Language(nn.Module):
         return self.head(torch.relu(self.body(self.embed(ids))))[:, -1:] * 0.5
 
 
-def test_head_tied_to_the_embedding(helpers, tokens):
+def test_a_head_tied_to_the_embedding_is_one_site(helpers, tokens):
     planned = helpers.plan(Language(True), tokens)
-    assert [site.name for site in planned.plan] == ["body"]
-    (reason,) = planned.skipped.values()
-    assert reason == "tied to the embedding, whose table stays as it is"
-    named = helpers.plan(Language(True), tokens, include=list(planned.skipped))
-    assert [site.name for site in named.plan] == list(planned.skipped)
+    tied, body = planned.plan
+    assert body.name == "body"
+    assert (tied.role, len(tied.nodes), len(tied.lookups)) == ("head", 1, 1)
+    assert planned.skipped == {}
+    # It goes by both of its names.
+    for name in ("embed", "head"):
+        left = helpers.plan(Language(True), tokens, exclude=[name])
+        assert [site.name for site in left.plan] == ["body"]
+        assert list(left.skipped.values()) == [f"excluded by the pattern {name!r}"]
+        assert [site.role for site in helpers.plan(Language(True), tokens, include=[name]).plan] == ["head"]
 
 
 @pytest.mark.parametrize(
-    ("task", "reason"),
+    ("options", "reason"),
     [
-        ("text-generation", "language-model head"),
-        ("fill-mask", "masked-LM head"),
-        ("text-classification", "classifier head"),
-        (None, "language-model head"),
+        ({"embeddings": False}, "embeddings are left at full precision, and this linear is tied to one"),
+        ({"heads": False}, "language-model head; output heads are left at full precision"),
     ],
 )
-def test_head_of_the_task(helpers, tokens, task, reason):
-    planned = helpers.plan(Language(False), tokens, task=task)
+def test_a_tied_table_needs_both_kinds(helpers, tokens, options, reason):
+    planned = helpers.plan(Language(True), tokens, **options)
     assert [site.name for site in planned.plan] == ["body"]
-    assert planned.skipped["head"].startswith(f"{reason}, left at full precision by default")
-    named = helpers.plan(Language(False), tokens, task=task, include=["head", "body"])
+    assert list(planned.skipped.values()) == [reason]
+
+
+def test_a_table_that_something_else_reads_stays(helpers, tokens):
+    class Reads(Language):
+        def forward(self, ids):
+            return super().forward(ids) + self.embed.weight.sum()
+
+    planned = helpers.plan(Reads(True), tokens)
+    assert [site.name for site in planned.plan] == ["body"]
+    assert list(planned.skipped.values()) == ["the embedding's table is also read by aten.sum.default"]
+
+
+def test_a_table_multiplied_the_other_way_stays(helpers, tokens):
+    class Factorized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(96, D)
+
+        def forward(self, ids):
+            return self.embed(ids) + torch.nn.functional.one_hot(ids, 96).float() @ self.embed.weight
+
+    planned = helpers.plan(Factorized(), tokens)
+    assert len(planned.plan) == 0
+    assert list(planned.skipped.values()) == ["its weight is used both as it is and transposed"]
+
+
+@pytest.mark.parametrize("task", ["text-generation", "fill-mask", None])
+def test_head_of_the_task(helpers, tokens, task):
+    planned = helpers.plan(Language(False), tokens, task=task)
+    assert [(site.name, site.role) for site in planned.plan] == [
+        ("embed", "embedding"),
+        ("body", "linear"),
+        ("head", "head"),
+    ]
+    without = helpers.plan(Language(False), tokens, task=task, heads=False)
+    assert [site.name for site in without.plan] == ["embed", "body"]
+
+
+def test_head_of_a_classifier(helpers, tokens):
+    planned = helpers.plan(Language(False), tokens, task="text-classification")
+    assert [site.name for site in planned.plan] == ["embed", "body"]
+    assert planned.skipped["head"].startswith("classifier head, left at full precision by default")
+    named = helpers.plan(Language(False), tokens, task="text-classification", include=["head", "body"])
     assert [site.name for site in named.plan] == ["body", "head"]
 
 
