@@ -7,6 +7,7 @@ import operator
 import torch
 from torch import fx
 
+from ..deferred import concatenate
 from .attributes import fetch, free_name, get_attribute, release, set_tensor
 from .base import ContractError, Pass, PassContext, PassResult
 from .canonicalize_linears import LINEAR, WEIGHT_KEY, is_canonical, stored_name
@@ -78,7 +79,7 @@ def _stack(gm: fx.GraphModule, members: list[LinearSite], weights: bool) -> Line
     with torch.no_grad():
         rows = [site.out_features for site in members]
         stacked = (
-            torch.cat([site.weight(gm) for site in members])
+            concatenate([site.weight(gm) for site in members])
             if weights
             else members[0].weight(gm).new_zeros(1).expand(sum(rows), members[0].in_features)
         )
