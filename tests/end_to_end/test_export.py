@@ -19,7 +19,7 @@ import claq_export
 from claq_export.calibration.progress import ProgressReporter
 from claq_export.cli import main
 from claq_export.format.checkpoint import load_checkpoint
-from claq_export.modules import ClaqLinear
+from claq_export.modules import ClaqEmbedding, ClaqLinear
 
 FILES = {"model.onnx", "claq.safetensors", "claq.json", "config.json", "tokenizer.json"}
 
@@ -58,6 +58,7 @@ def test_plain_onnxruntime_runs_it_at_other_sizes(artifact: Path, tiny_bert: Pat
 
     model = claq_export.load(artifact.parent, BertModel.from_pretrained(tiny_bert, add_pooling_layer=False)).eval()
     assert sum(isinstance(module, ClaqLinear) for module in model.modules()) == 12
+    assert sum(isinstance(module, ClaqEmbedding) for module in model.modules()) == 2
     for batch, length in ((1, 1), (3, 17), (2, 64)):
         ids = torch.randint(5, 60, (batch, length))
         mask = torch.ones_like(ids)
@@ -84,8 +85,8 @@ def test_file_is_valid_and_describes_itself(artifact: Path) -> None:
     assert metadata["claq.version"] == claq_export.__version__
     assert len(metadata["claq.source_sha256"]) == 64
     assert str(artifact.parent) not in str(model)
-    assert [(f.domain, f.name) for f in model.functions] == [("com.claq", "ClaqMatMul")]
-    assert sum(node.domain == "com.claq" for node in model.graph.node) == 8
+    assert [(f.domain, f.name) for f in model.functions] == [("com.claq", "ClaqMatMul"), ("com.claq", "ClaqGather")]
+    assert sum(node.domain == "com.claq" for node in model.graph.node) == 10
 
 
 def test_same_input_same_bytes(artifact: Path, tiny_bert: Path, text: Path, tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_dry_run_says_what_and_why(tiny_llama: Path, capsys: pytest.CaptureFixtu
 def test_real_minilm_stays_close(minilm: Path, tmp_path: Path) -> None:
     config = claq_export.Config(bits=4, samples=32)
     result = claq_export.export(minilm, out=tmp_path / "model.onnx", config=config)
-    assert len(result.layers) == 24
+    assert len(result.layers) == 25
     assert result.true_bits < 4.3
     assert result.verification is not None
     for name, run in result.verification.runs.items():
