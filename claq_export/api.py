@@ -16,7 +16,7 @@ import claq_export
 
 from .cached import check_cache, decoding_inputs
 from .calibration.progress import ProgressReporter
-from .capture import CACHED_TASK, CapturedModel, capture_decoder, capture_module, load_pretrained
+from .capture import CACHED_TASK, CapturedModel, TaskModel, capture_decoder, capture_module, load_pretrained
 from .compiler import Compilation, check_writable, emit_captured, used_state, weight_bytes
 from .config import Config
 from .emit.exporter import Artifact
@@ -285,8 +285,8 @@ def quantize(
     compilation = Compilation(captured, config, reporter or ProgressReporter(quiet=True))
     compilation.quantize()
     layers = {name: done.layer for name, done in compilation.sites.items()}
-    return replace_linears(
-        model,
+    replace_linears(
+        model.model if isinstance(model, TaskModel) else model,  # layers are named as in the model inside
         layers,
         parts={name: done.site.parts for name, done in compilation.sites.items()},
         accuracy_levels=dict.fromkeys(layers, config.accuracy_level),
@@ -296,6 +296,7 @@ def quantize(
 
 
 def verification_inputs(captured: CapturedModel) -> list[dict[str, torch.Tensor]]:
+    return model
     """Inputs to compare runs with: the example, and for text models a padded batch of other sizes."""
     if captured.task == CACHED_TASK:
         return decoding_inputs(captured)
