@@ -7,6 +7,7 @@ No extension is compiled against torch. The library comes with the distribution 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -29,8 +30,9 @@ _DTYPES = {
     torch.uint32: 12,
     torch.bfloat16: 16,
 }
-_ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ACTIVATION_DTYPES = {dtype: _DTYPES[dtype] for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 _ERROR_SIZE = 512
+_thread = threading.local()
 
 
 class _Tensor(ctypes.Structure):
@@ -116,6 +118,15 @@ def native_available() -> tuple[bool, str]:
     return library is not None, reason
 
 
+def _error_buffer() -> Any:
+    """The calling thread's buffer for the library's messages."""
+    try:
+        return _thread.error
+    except AttributeError:
+        _thread.error = ctypes.create_string_buffer(_ERROR_SIZE)
+        return _thread.error
+
+
 class NativeLinear:
     """One layer on libclaq: checked once when made, then called with activations.
 
@@ -154,6 +165,8 @@ class NativeLinear:
         self._library, reason = _load()
         if self._library is None:
             raise RuntimeError(f"the native kernel cannot be used: {reason}")
+        self._run = self._library.claq_run
+        self._pool = ctypes.cast(self._library.claq_pool_parallel_for, ctypes.c_void_p)
         self.in_features = in_features
         self.out_features = out_features
         given = (codes, codebook, scale, row_scale, order, outlier_ptr, outlier_index, outlier_value, bias)
@@ -196,17 +209,21 @@ class NativeLinear:
             ValueError: x is of another dtype, device or last dimension.
             RuntimeError: the library refused the call.
         """
-        if x.device.type != "cpu" or x.dtype not in _ACTIVATION_DTYPES:
+        dtype = _ACTIVATION_DTYPES.get(x.dtype)
+        if dtype is None or not x.is_cpu:
             raise ValueError(f"x: is {x.dtype} on {x.device}, expected float32, float16 or bfloat16 on the CPU")
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x: shape is {list(x.shape)}, expected the last dimension to be {self.in_features}")
-        x = x.detach().contiguous()
-        y = torch.empty((*x.shape[:-1], self.out_features), dtype=x.dtype)
+        shape = x.shape
+        if not shape or shape[-1] != self.in_features:
+            raise ValueError(f"x: shape is {list(shape)}, expected the last dimension to be {self.in_features}")
+        # A decoder's step makes hundreds of calls on single vectors: what can be prepared once is.
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = torch.empty((*shape[:-1], self.out_features), dtype=x.dtype)
         pool, threads = self._threads()
-        error = ctypes.create_string_buffer(_ERROR_SIZE)
-        status = self._library.claq_run(
+        error = _error_buffer()
+        status = self._run(
             self._handle,
-            _DTYPES[x.dtype],
+            dtype,
             accuracy_level,
             x.data_ptr(),
             x.numel() // self.in_features,
@@ -261,7 +278,7 @@ class NativeLinear:
     def _threads(self) -> tuple[ctypes.c_void_p | None, int]:
         """The library's own pool, or None for one thread, and the number of threads."""
         threads = torch.get_num_threads()
-        return (ctypes.cast(self._library.claq_pool_parallel_for, ctypes.c_void_p) if threads > 1 else None), threads
+        return (self._pool if threads > 1 else None), threads
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):

@@ -62,10 +62,13 @@ def save_compiled(model: nn.Module, folder: Path | str, config: Mapping[str, Any
     with saving():
         state = {name: value for name, value in original.state_dict().items() if isinstance(value, torch.Tensor)}
     # A tied weight stands under several names, all of which the layer serves.
-    quantized = {id(weight) for weight, entry in stores[0].entries() if entry.stack is not None}
+    quantized = {id(weight): entry for weight, entry in stores[0].entries() if entry.stack is not None}
+    tied: dict[str, list[str]] = {}
     for name, parameter in original.named_parameters(remove_duplicate=False):
-        if id(parameter) in quantized:
+        if (entry := quantized.get(id(parameter))) is not None and entry.stack is not None:
             state.pop(name, None)
+            if name != names[id(parameter)]:
+                tied.setdefault(entry.stack.name, []).append(name.removesuffix(".weight"))
     return save_checkpoint(
         folder,
         layers,
@@ -74,6 +77,7 @@ def save_compiled(model: nn.Module, folder: Path | str, config: Mapping[str, Any
         parts=parts,
         accuracy_level=max(levels),
         transposed={stack.name for stack, _ in stacks if stack.transposed},
+        tied=tied,
     )
 
 
@@ -110,6 +114,8 @@ def load_weights(folder: Path, named: Mapping[str, torch.Tensor], store: WeightS
         for layer in checkpoint.layers
         for index, (part, _) in enumerate(checkpoint.parts_of(layer))
     }
+    for layer, others in checkpoint.tied.items():
+        where |= dict.fromkeys(others, (layer, 0))
     stacks = {layer: _stack(checkpoint, layer) for layer in checkpoint.layers}
     found = 0
     for name, weight in named.items():

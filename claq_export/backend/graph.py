@@ -99,7 +99,13 @@ class DynamoGraph:
         config = self.settings(config)
         module = self._with_parameters(self._shapes, keep_inputs=True)
         context = PassContext()
-        planning_pipeline(config.include, config.exclude, fuse_siblings=False).run(module, context)
+        planning_pipeline(
+            config.include,
+            config.exclude,
+            fuse_siblings=False,
+            embeddings=config.embeddings,
+            heads=config.heads,
+        ).run(module, context)
         assert context.plan is not None
         sources = {site.name: (site.weight_name, site.bias_target) for site in context.plan}
         notes = tuple(f"{entry.name}: {entry.reason}" for entry in context.plan.skipped)
@@ -178,6 +184,8 @@ class _LookUpWeights(Pass):
         for node in site.nodes:
             # A weight used twice may have a bias at one place only.
             own = biases if len(site.parts) > 1 else [self._bias(_target(node.args[2]))]
+            if not any(own):
+                own = []
             with gm.graph.inserting_before(node):
                 call = gm.graph.call_function(linear_of, (node.args[0], weights, own, site.transposed, self._store))
             _exchange(gm.graph, node, call)

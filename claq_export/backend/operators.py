@@ -67,7 +67,7 @@ for _name, _kernel, _shape in (
 
 linear_of = torch.ops.claq.linear_of.default
 """``x[..., K]`` to ``[..., N]``: the product with the stacked parameters ``weights`` (each ``[N_i, K]``, or ``[K, N_i]``
-if ``transposed``) plus ``biases``, one a parameter or None. ``store`` is the key of a
+if ``transposed``) plus ``biases``, one a parameter or None (an empty list: none). ``store`` is the key of a
 :class:`~claq_export.backend.store.WeightStore`."""
 
 embedding_of = torch.ops.claq.embedding_of.default

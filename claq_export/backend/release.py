@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,10 +37,13 @@ def release(weights: Sequence[torch.Tensor]) -> None:
         empty = torch.empty_strided(weight.size(), weight.stride(), dtype=weight.dtype, device=weight.device)
         empty.untyped_storage().resize_(0)
         weight.data = empty
-        identity = id(weight)
-        _released[identity] = weakref.ref(weight, lambda _, key=identity: _released.pop(key, None))
+        _released[id(weight)] = weakref.ref(weight, partial(_forget, id(weight)))
     if fresh:
         _warn_owners({id(weight) for weight in fresh})
+
+
+def _forget(identity: int, _ref: weakref.ref[torch.Tensor]) -> None:
+    _released.pop(identity, None)
 
 
 def check_not_released(weights: Sequence[torch.Tensor]) -> None:

@@ -72,7 +72,7 @@ class _Cached:
     def serves(self, tensors: Sequence[torch.Tensor | None]) -> bool:
         if len(tensors) != len(self.refs):
             return False
-        for ref, tensor in zip(self.refs, tensors, strict=True):
+        for ref, tensor in zip(self.refs, tensors, strict=True):  # noqa: SIM110 - called for every layer of every token
             if (ref() if ref is not None else None) is not tensor:
                 return False
         return True
@@ -139,11 +139,17 @@ class WeightStore:
     def product(
         self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], transposed: bool
     ) -> Product:
-        """``x -> x Wᵀ + b`` with the parameters stacked, on their quantized rows where there are any."""
+        """``x -> x Wᵀ + b`` with the parameters stacked, on their quantized rows where there are any.
+
+        Args:
+            weights: the parameters.
+            biases: one a parameter or None; empty: none at all.
+            transposed: the parameters are stored as ``[in_features, out_features]``.
+        """
         tensors = (*weights, *biases)
         cached = self._products.get(id(weights[0]))
         if cached is None or not cached.serves(tensors):
-            cached = _Cached(_references(tensors), self._build(weights, biases, transposed))
+            cached = _Cached(_references(tensors), self._build(weights, biases or [None] * len(weights), transposed))
             self._products[id(weights[0])] = cached
         return cached.run
 

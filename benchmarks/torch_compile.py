@@ -1,0 +1,176 @@
+"""Decoding in PyTorch: torch.compile(model, backend="claq") against Inductor in float32.
+
+    python benchmarks/torch_compile.py --model SmolLM2-135M [--rounds 12] [--threads 2] [--calibration text.txt]
+
+Every variant decodes the same prompt with a dynamic cache, one token a step. The variants take turns, a few steps each, so
+that whatever else the machine does hits all alike; printed are medians and the ratio of medians to Inductor's. The greedy
+tokens are compared with those of a model from ``claq_export.quantize`` with the same settings, run eagerly.
+Writes benchmarks/results/torch_compile.md and .json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import claq_export
+from claq_export import Config
+from claq_export.backend import claq
+from claq_export.capture import TaskModel
+
+RESULTS = Path(__file__).parent / "results"
+STEPS = 8
+"""Tokens a variant decodes before the next one's turn."""
+
+
+class Decoder:
+    """A model that decodes greedily, one token a call of :meth:`step`."""
+
+    def __init__(self, model: Any, prompt: torch.Tensor) -> None:
+        self.model = model
+        self.prompt = prompt
+        self.restart()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        output = self.model(self.prompt, use_cache=True)
+        self.cache = output.past_key_values
+        self.token = output.logits[:, -1:].argmax(-1)
+        self.tokens = [int(self.token)]
+
+    @torch.no_grad()
+    def step(self) -> float:
+        start = time.perf_counter()
+        output = self.model(self.token, past_key_values=self.cache, use_cache=True)
+        self.token = output.logits[:, -1:].argmax(-1)
+        seconds = time.perf_counter() - start
+        self.tokens.append(int(self.token))
+        return seconds
+
+
+def load(folder: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def quantized_eagerly(folder: str, config: Config, tokenizer: Any) -> Any:
+    model = load(folder)
+    wrapped = TaskModel(model, "text-generation")
+    example = tuple(wrapped.example_inputs().values())
+    claq_export.quantize(wrapped, example, config, tokenizer=tokenizer)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a causal language model")
+    parser.add_argument("--bits", type=float, default=4)
+    parser.add_argument("--calibration", default="none", help="text file, 'default' or 'none'")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompt", type=int, default=32, help="tokens")
+    parser.add_argument("--check-tokens", type=int, default=48, help="greedy tokens compared; 0: none")
+    parser.add_argument("--note", default="", help="written beside the figures, such as what else the machine did")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch._dynamo.config.recompile_limit = 64
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    text = (
+        "The history of the railway begins with wooden tracks on which horses drew carts full of coal and stone. " * 8
+    )
+    prompt = torch.tensor([tokenizer(text)["input_ids"][: arguments.prompt]])
+    settings: dict[str, Any] = {"bits": arguments.bits, "calibration": arguments.calibration}
+    own = {"tokenizer": tokenizer} if arguments.calibration != "none" else {}
+    decoders: dict[str, Decoder] = {}
+    for name, options in (("Inductor, float32", None), ("claq, fp32", "fp32"), ("claq, int8", "int8")):
+        model = load(arguments.model)
+        if options is None:
+            model.forward = torch.compile(model.forward, dynamic=True)
+        else:
+            chosen = {**settings, **own, "accuracy": options, "progress": False}
+            model.forward = torch.compile(model.forward, backend=claq, dynamic=True, options=chosen)
+        start = time.perf_counter()
+        decoders[name] = Decoder(model, prompt)
+        for _ in range(3):
+            decoders[name].step()
+        print(f"{name}: first call and compilation {time.perf_counter() - start:.0f} s", flush=True)
+
+    agreement: dict[str, str] = {}
+    if arguments.check_tokens:
+        for name, accuracy in (("claq, fp32", "fp32"), ("claq, int8", "int8")):
+            config = Config(**settings, accuracy=accuracy)
+            expected = Decoder(quantized_eagerly(arguments.model, config, tokenizer), prompt)
+            decoders[name].restart()
+            for _ in range(arguments.check_tokens - 1):
+                expected.step()
+                decoders[name].step()
+            same = next(
+                (
+                    i
+                    for i, pair in enumerate(zip(expected.tokens, decoders[name].tokens, strict=True))
+                    if len(set(pair)) > 1
+                ),
+                arguments.check_tokens,
+            )
+            agreement[name] = f"{same} of {arguments.check_tokens}"
+            print(f"{name}: greedy tokens equal to claq_export.quantize's: {agreement[name]}", flush=True)
+            del expected
+
+    for decoder in decoders.values():
+        decoder.restart()
+    seconds: dict[str, list[float]] = {name: [] for name in decoders}
+    for _ in range(arguments.rounds):
+        for name, decoder in decoders.items():
+            decoder.step()  # the caches of the processor hold another model's weights
+            seconds[name] += [decoder.step() for _ in range(STEPS)]
+    base = statistics.median(seconds["Inductor, float32"])
+    rows = [
+        {
+            "variant": name,
+            "ms a token": round(1e3 * statistics.median(times), 2),
+            "tokens a second": round(1 / statistics.median(times), 1),
+            "speed to Inductor": round(base / statistics.median(times), 2),
+            "tokens as claq_export.quantize": agreement.get(name, ""),
+        }
+        for name, times in seconds.items()
+    ]
+    about = {
+        "model": Path(arguments.model).name,
+        "bits": arguments.bits,
+        "calibration": Path(arguments.calibration).name,
+        "threads": arguments.threads,
+        "prompt": arguments.prompt,
+        "steps": arguments.rounds * STEPS,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "note": arguments.note,
+    }
+    lines = [
+        f"# Decoding with torch.compile: {about['model']}, {arguments.bits:g} bits",
+        "",
+        ", ".join(f"{key} {value}" for key, value in about.items() if value and key not in ("model", "bits")) + ".",
+        "",
+        "| " + " | ".join(rows[0]) + " |",
+        "|" + "---|" * len(rows[0]),
+        *("| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows),
+    ]
+    print("\n".join(lines))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "torch_compile.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / "torch_compile.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""transformers' generate through the backend: dynamic and static cache, tokens equal to those of claq_export.quantize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from backend_models import compiled, store_of
+
+import claq_export
+from claq_export import Config
+from claq_export.backend import save_compiled
+from claq_export.capture import TaskModel
+
+STORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "stories260k"
+pytestmark = pytest.mark.skipif(not STORIES.is_dir(), reason="needs shared/data/stories260k beside the checkout")
+PROMPT = torch.tensor([[1, 403, 407, 261, 378]])  # "Once upon a"
+NEW = 24
+
+
+def stories() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(STORIES).eval()
+
+
+def batches(model: Any) -> list[dict[str, torch.Tensor]]:
+    """Stories that the model itself tells."""
+    torch.manual_seed(0)
+    tokens = model.generate(PROMPT.repeat(6, 1), max_new_tokens=90, min_new_tokens=90, do_sample=True)
+    mask = torch.ones_like(tokens[:3])
+    positions = torch.arange(tokens.shape[1]).expand_as(mask)
+    return [{"input_ids": part, "attention_mask": mask, "position_ids": positions} for part in tokens.split(3)]
+
+
+def greedy(model: Any, cache: str | None = None, prompt: torch.Tensor = PROMPT) -> list[int]:
+    # generate compiles the forward of static caches by itself on GPUs only.
+    result = model.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, cache_implementation=cache)
+    return result[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def calibration() -> list[dict[str, torch.Tensor]]:
+    return batches(stories())
+
+
+@pytest.fixture(scope="module")
+def expected(calibration: list[dict[str, torch.Tensor]]) -> Any:
+    model = stories()
+    example = {name: value.clone() for name, value in calibration[0].items()}
+    wrapped = TaskModel(model, "text-generation")
+    assert wrapped.input_names == tuple(example)
+    claq_export.quantize(wrapped, tuple(example.values()), Config(calibration=calibration))
+    return model
+
+
+def test_greedy_tokens_are_those_of_quantize(calibration: Any, expected: Any, tmp_path: Path) -> None:
+    model = stories()
+    model.forward = compiled(model.forward, calibration=calibration)
+    wanted = greedy(expected)
+    assert greedy(model) == wanted
+    assert greedy(model, "static") == wanted
+    assert wanted != greedy(stories())  # 4 bits are not nothing on a model of 260,000 weights
+    longer = torch.cat([PROMPT, torch.tensor([[300, 301, 302]])], 1)
+    assert greedy(model, prompt=longer) == greedy(expected, prompt=longer)
+
+    save_compiled(model, tmp_path)
+    again = stories()
+    again.forward = compiled(again.forward, weights=tmp_path)
+    assert greedy(again) == wanted
+    fresh = stories()
+    assert greedy(claq_export.load(tmp_path, fresh)) == wanted
+
+
+def test_generate_is_observed_and_swapped() -> None:
+    model, original = stories(), stories()
+    model.forward = compiled(model.forward, observe=NEW)
+    assert greedy(model) == greedy(original)  # prompt and steps in full precision
+    store = store_of(model)
+    assert all(entry.stack is not None for _, entry in store.entries())
+    first = torch.nn.functional.log_softmax(original(PROMPT).logits[:, -1].detach(), -1)
+    with torch.no_grad():
+        swapped = torch.nn.functional.log_softmax(model(PROMPT).logits[:, -1], -1)
+    assert 0 < (first - swapped).abs().max() < 2
+    # Calibrated on one story, the quantized model tells most of it in the same way.
+    assert greedy(model)[:8] == greedy(original)[:8]
+
+
+@pytest.mark.slow
+def test_inductor_generates_the_same_tokens(calibration: Any, expected: Any) -> None:
+    model = stories()
+    model.forward = compiled(model.forward, calibration=calibration, fallback="inductor")
+    assert greedy(model) == greedy(expected)
