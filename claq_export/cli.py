@@ -110,6 +110,13 @@ def build_parser() -> argparse.ArgumentParser:
         "embedding shares its codes: this option decides, if given, else --embedding-bits",
     )
     bits.add_argument(
+        "--exact-tokens",
+        type=float,
+        metavar="SHARE",
+        help="share of a vocabulary's rows kept at 16 bits, the most frequent tokens of the calibration data first, 0 to 0.1 "
+        "(default: 0.01)",
+    )
+    bits.add_argument(
         "--floor",
         action="append",
         default=[],
@@ -310,7 +317,7 @@ def run_export(options: argparse.Namespace) -> None:
     from .api import capture, export
     from .calibration.progress import ProgressReporter
     from .compiler import Compilation
-    from .config import Config
+    from .config import EXACT_TOKENS, Config
     from .errors import ConfigError
     from .summary import print_plan, print_result
 
@@ -330,6 +337,7 @@ def run_export(options: argparse.Namespace) -> None:
         tune=options.tune,
         embedding_bits=options.embedding_bits,
         head_bits=options.head_bits,
+        exact_tokens=EXACT_TOKENS if options.exact_tokens is None else options.exact_tokens,
         preset=options.preset,
         outliers=options.outliers,
         reservation=options.reservation,

@@ -24,6 +24,9 @@ NO_CALIBRATION = "none"
 DECODER_OPSET = 23
 """ONNX operator set in which attention to a cache is one operator."""
 
+EXACT_TOKENS = 0.01
+"""Share of a vocabulary's rows that is stored exactly by default, see ``benchmarks/results/tables.md``."""
+
 ACCURACY_LEVELS = {"fp32": 0, "int8": 4}
 """Arithmetic of the operators by name, numbered as ONNX Runtime's MatMulNBits numbers them."""
 
@@ -43,6 +46,8 @@ class Config:
         head_bits: the same of the output heads of (masked) language models; with a budget the least width of their
             columns, which compete like all others. A head tied to an embedding shares its codes: ``head_bits`` decides
             where it is given, else ``embedding_bits``.
+        exact_tokens: share of the rows of a quantized vocabulary that is stored at 16 bits, the most frequent tokens of the
+            calibration data first (:mod:`claq_export.algorithm.exact_rows`); counted like everything else.
         importance: with a budget, weigh each layer's error by the gradient of the model's output with respect to it (a
             few backward passes over calibration samples); False: by its size relative to the layer's own output.
         preset: a configuration of the paper by name (:mod:`claq_export.algorithm.presets`); sets ``bits``,
@@ -81,6 +86,7 @@ class Config:
     floors: dict[str, int] = dataclasses.field(default_factory=dict)
     embedding_bits: int | None = None
     head_bits: int | None = None
+    exact_tokens: float = EXACT_TOKENS
     importance: bool = True
     preset: str | None = None
     calibration: str | Path | Iterable[Any] = DEFAULT_CALIBRATION
@@ -114,6 +120,8 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, bool) or value not in (None, 0, *WIDTHS):
                 raise ConfigError(f"{name} must be one of {WIDTHS}, or 0 to leave them alone, got {value!r}")
+        if not 0 <= self.exact_tokens <= 0.1:
+            raise ConfigError(f"exact_tokens must be a share of tokens from 0 to 0.1, got {self.exact_tokens!r}")
         if not 0 <= self.outliers <= 0.1:
             raise ConfigError(f"outliers must be a share of weights from 0 to 0.1, got {self.outliers!r}")
         for name in ("samples", "batch_size"):

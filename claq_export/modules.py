@@ -62,7 +62,11 @@ class _QuantizedModule(nn.Module):
 
         Models ask a linear module for these (T5, for the dtype of its activations); the values are in :attr:`layer`.
         """
-        return torch.empty(self.out_features, self.in_features, dtype=self.bias.dtype, device="meta")
+        return torch.empty(self.out_features, self.in_features, dtype=self._dtype(), device="meta")
+
+    def _dtype(self) -> torch.dtype:
+        """Dtype of the dense weight this module stands for; it follows casts of the model."""
+        raise NotImplementedError
 
     @property
     def layer(self) -> QuantizedLinear:
@@ -136,6 +140,9 @@ class ClaqLinear(_QuantizedModule):
         module._empty_until_filled()
         return module
 
+    def _dtype(self) -> torch.dtype:
+        return self.bias.dtype
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x[..., in_features]`` of float32, float16 or bfloat16 to ``[..., out_features]`` of the same dtype."""
         return ops.linear(
@@ -186,6 +193,9 @@ class ClaqEmbedding(_QuantizedModule):
         module = cls(_no_tensors(in_features, out_features, columns), dtype)
         module._empty_until_filled()
         return module
+
+    def _dtype(self) -> torch.dtype:
+        return self.like.dtype
 
     @property
     def num_embeddings(self) -> int:
@@ -305,7 +315,7 @@ def _modules_by_weight(model: nn.Module) -> dict[int, list[str]]:
     """Identity of each weight -> names of the modules that have it as their ``weight``."""
     found: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        weight = getattr(module, "weight", None)
+        weight = None if isinstance(module, _QuantizedModule) else getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor):
             found.setdefault(id(weight), []).append(name)
     return found

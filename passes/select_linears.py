@@ -182,12 +182,12 @@ def layer_name(weight_name: str) -> str:
     return weight_name.removesuffix(".weight")
 
 
-def _candidates(gm: fx.GraphModule) -> tuple[dict[int, LinearSite], set[int]]:
+def _candidates(gm: fx.GraphModule) -> tuple[dict[_Key, LinearSite], set[_Key]]:
     """One site for each weight used by canonical linears and embeddings, by memory, in graph order; and those used in two
     layouts."""
-    sites: dict[int, LinearSite] = {}
-    layouts: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-    both_ways: set[int] = set()
+    sites: dict[_Key, LinearSite] = {}
+    layouts: dict[_Key, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    both_ways: set[_Key] = set()
     for node in gm.graph.nodes:
         is_lookup = node.target == _LOOKUP and isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr"
         if not is_lookup and not is_canonical(node):

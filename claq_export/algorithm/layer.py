@@ -15,6 +15,7 @@ from ..format.packing import WIDTHS
 from .accounting import Bits, measure, predict
 from .columns import ColumnCoder
 from .descent import descend, refit_codebooks, refit_row_scale
+from .exact_rows import keep_rows, most_frequent
 from .gptq import QuantizedColumns, quantize_columns
 from .hessian import Factor, Hessian
 from .outliers import reserve_counts
@@ -90,6 +91,7 @@ def quantize_layer(
     *,
     plan: ColumnPlan | None = None,
     row_importance: torch.Tensor | None = None,
+    row_frequency: torch.Tensor | None = None,
 ) -> LayerResult:
     """Quantize the weight of a linear layer. The same input gives the same bytes.
 
@@ -100,6 +102,8 @@ def quantize_layer(
         plan: widths and outliers of each column; None: :func:`plan_columns`.
         row_importance: non-negative ``[N]``: what a squared error of each output counts (mean squared gradient of
             the loss, as in SqueezeLLM and GuidedQuant), multiplied to the row weights of the k-means fits; None = 1.
+        row_frequency: non-negative ``[N]``: how often each row of a vocabulary is used, for ``exact_rows`` of the settings;
+            None: no row is kept exactly.
 
     Raises:
         ModelError: a weight is not finite; names row and column.
@@ -128,6 +132,8 @@ def quantize_layer(
     scale = row_scales(wanted, settings.row_scale)
     scale, state, descent_seconds = _quantize_rows(wanted, scale, hessian, factor, plan, settings, row_importance)
     layer = _store(state, scale, plan)
+    if row_frequency is not None and settings.exact_rows:
+        layer = keep_rows(layer, original, most_frequent(row_frequency, settings.exact_rows))
     bits = measure(layer)
     difference = layer.dequantize() - original
     seconds = {

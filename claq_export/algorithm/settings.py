@@ -35,6 +35,8 @@ class LayerSettings:
             ``dynamic_ratio`` times the share of the others) or ``"saliency"`` (columns get what of their weights is
             among the largest ``w^2 H_jj`` of the layer).
         dynamic_top, dynamic_ratio: the paper's 10 % and 0.014/0.004.
+        exact_rows: share of the rows that are stored exactly, the most frequent tokens of a vocabulary, 0 to 0.1
+            (exact_rows.py).
         outlier_choice: within a column the largest ``"magnitude"``, or ``"sides"`` (half from each end; paper).
         fit_outliers: let reserved weights take part in the k-means fit, as the paper's code does (a defect; for
             comparisons).
@@ -63,6 +65,7 @@ class LayerSettings:
     reservation: str = "dynamic"
     dynamic_top: float = 0.1
     dynamic_ratio: float = 3.5
+    exact_rows: float = 0.0
     outlier_choice: str = "magnitude"
     fit_outliers: bool = False
     row_scale: str = "rms"
@@ -80,6 +83,7 @@ class LayerSettings:
         _number("bits", self.bits, 2, 4)
         _number("outlier_threshold", self.outlier_threshold, 0, math.inf)
         _number("outliers", self.outliers, 0, 0.25)
+        _number("exact_rows", self.exact_rows, 0, 0.1)
         _number("dynamic_top", self.dynamic_top, 0, 1)
         _number("dynamic_ratio", self.dynamic_ratio, 1, math.inf)
         _number("damping", self.damping, 0, 1)
