@@ -15,6 +15,7 @@ import dataclasses
 import fnmatch
 import json
 import math
+import pickle
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,9 +38,13 @@ from benchmarks.peers.hqq import hqq
 from benchmarks.peers.rows import squeezellm
 from benchmarks.peers.uniform import gptq, round_to_nearest
 from claq_export.algorithm import Hessian, LayerSettings, quantize_layer
+from claq_export.algorithm.budget import LayerProfile
 from claq_export.algorithm.presets import PAPER_TOKEN_CLIP, PRESETS, preset_settings
 from claq_export.api import capture
+from claq_export.calibration.data import Batch
 from claq_export.calibration.progress import ProgressReporter
+from claq_export.calibration.stage import CalibrationStage
+from claq_export.calibration.tune import TuneSettings
 from claq_export.compiler import Compilation
 from claq_export.config import Config
 from claq_export.evaluation import open_tokenizer, read_text
@@ -189,18 +194,39 @@ def paper() -> list[Candidate]:
 
 
 OURS: dict[str, dict[str, Any]] = {
-    "ours-4": {"bits": 4},
+    "ours-4.1": {"bits": 4.1},
     "ours-3.1": {"bits": 3.1},
     "ours-2.25": {"bits": 2.25},
+    "ours-4": {"bits": 4},
     "ours-3": {"bits": 3},
     "ours-2.5": {"bits": 2.5},
     "ours-3.5": {"bits": 3.5},
 }
 """Settings of the product; everything else at its default. A fraction is a budget of true bits."""
 
+TUNED = ("ours-4.1", "ours-3.1", "ours-2.25")
+"""Those that are measured with tuning too."""
 
-def product(changes: dict[str, Any]) -> Callable[[Bench], float]:
-    """The product from end to end: capture, passes, calibration walk, bit budget."""
+TUNE_WINDOWS = 128
+"""Windows of the same text that tuning sees, as many as a user's export has by default."""
+
+
+class Budgeting(Compilation):
+    """A compilation whose profile of all columns is kept on disk: it is the same for every budget."""
+
+    profile_path: Path
+
+    def profiles(self, stage: CalibrationStage, batches: Sequence[Batch] | None) -> list[LayerProfile]:
+        if not self.profile_path.is_file():
+            self.profile_path.write_bytes(pickle.dumps(super().profiles(stage, batches)))
+        return pickle.loads(self.profile_path.read_bytes())
+
+
+def product(name: str, changes: dict[str, Any], tuned: TuneSettings | None = None) -> Callable[[Bench], float]:
+    """The product from end to end: capture, passes, calibration walk, bit budget, tuning.
+
+    Layers are kept in the work folder, so that the tuned row starts from those of the row without tuning.
+    """
 
     def quantize(bench: Bench) -> float:
         bench.restore()
@@ -209,15 +235,20 @@ def product(changes: dict[str, Any]) -> Callable[[Bench], float]:
             "position_ids": torch.arange(bench.calibration.shape[1])[None],
         }
         batches = [{"input_ids": window[None], **constant} for window in bench.calibration]
-        config = Config(calibration=batches, samples=len(batches), exclude=("*lm_head*",), **changes)
+        config = Config(calibration=batches, samples=len(batches), embedding_bits=0, head_bits=0, **changes)
         captured, _ = capture(bench.folder, task="text-generation")
-        compilation = Compilation(captured, config, ProgressReporter(quiet=True), {})
-        compilation.quantize()
+        log = bench.work / f"{name}{'-tune' if tuned else ''}.log.jsonl"
+        with ProgressReporter(quiet=True, log_path=log) as reporter:
+            compilation = Budgeting(captured, config, reporter, {})
+            compilation.profile_path = bench.work / f"profile-{len(bench.calibration)}.pickle"
+            compilation.quantize_sites(bench.work / f"{name}.layers", resume=False)
+            if tuned is not None:
+                compilation.tune([{"input_ids": w[None], **constant} for w in bench.more_text(TUNE_WINDOWS)], tuned)
         bits, weights = 0.0, 0
         for done in compilation.sites.values():
             rows = [count for _, count in done.site.parts]
-            for (name, _), part in zip(done.site.parts, done.layer.dequantize().split(rows), strict=True):
-                bench.model.get_submodule(name).weight.data.copy_(part)
+            for (part_name, _), part in zip(done.site.parts, done.layer.dequantize().split(rows), strict=True):
+                bench.model.get_submodule(part_name).weight.data.copy_(part)
             size = done.layer.in_features * done.layer.out_features
             bits, weights = bits + done.bits.true_bits * size, weights + size
         if weights != bench.weights:
@@ -227,12 +258,19 @@ def product(changes: dict[str, Any]) -> Callable[[Bench], float]:
     return quantize
 
 
-def ours() -> list[Candidate]:
+def ours(tuned: TuneSettings) -> list[Candidate]:
     """claq as a user runs it."""
-    return [
-        Candidate(name, "claq (this project)", f"claq --bits {changes['bits']}", product(changes), changes)
+    found = [
+        Candidate(name, "claq (this project)", f"claq --bits {changes['bits']}", product(name, changes), changes)
         for name, changes in OURS.items()
     ]
+    for name in TUNED:
+        settings = OURS[name] | {"tune": dataclasses.asdict(tuned), "tune_windows": TUNE_WINDOWS}
+        label = f"claq --bits {OURS[name]['bits']} --tune"
+        found.append(
+            Candidate(f"{name}-tune", "claq (this project, tuned)", label, product(name, OURS[name], tuned), settings)
+        )
+    return found
 
 
 def run(bench: Bench, candidate: Candidate, common: dict[str, Any], work: Path) -> dict[str, Any]:
@@ -372,6 +410,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--calibration-windows", type=int, default=16)
     parser.add_argument("--only", nargs="*", default=["*"], help="glob patterns over configuration names, in order")
+    parser.add_argument("--tune-steps", type=int, default=TuneSettings.steps, help="updates of the tuned rows")
+    parser.add_argument("--tune-minutes", type=float, help="most minutes of tuning a row")
     parser.add_argument("--skip-claq", action="store_true", help="peers only")
     parser.add_argument("--ggml", help="path of libggml-base, for the K-quants")
     parser.add_argument(
@@ -385,7 +425,7 @@ def main() -> None:
     library = find_library(arguments.ggml)
     candidates = peers(library)
     if not arguments.skip_claq:
-        candidates += paper() + ours()
+        candidates += paper() + ours(TuneSettings(steps=arguments.tune_steps, minutes=arguments.tune_minutes))
     chosen = [c for pattern in arguments.only for c in candidates if fnmatch.fnmatch(c.name, pattern)]
     candidates = list({c.name: c for c in chosen}.values())
     if arguments.list:

@@ -71,11 +71,16 @@ class Bench:
         every = token_windows(calibration, tokenizer, context)
         chosen = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[:calibration_windows]
         self.calibration = every[chosen.sort().values]
+        self._every = every
         self.work = work
         self.groups = [g for n, b in enumerate(model.model.layers) for g in groups_of(b, n).values()]
         self.original = {group.name: group.stacked().clone() for group in self.groups}
         self.weights = sum(weight.numel() for weight in self.original.values())
         self.reference = FinalStates(model, self.windows, work)
+
+    def more_text(self, windows: int) -> torch.Tensor:
+        """Random windows of the calibration text, more than calibrate; those that calibrate are among them."""
+        return self._every[torch.randperm(len(self._every), generator=torch.Generator().manual_seed(0))[:windows]]
 
     def restore(self) -> None:
         for group in self.groups:

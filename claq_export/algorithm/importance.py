@@ -8,7 +8,7 @@ The bit budget weighs each output row with its mean g^2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 
 import torch
@@ -30,8 +30,8 @@ class OutputImportance:
         rows = importance.result()["fc"]
 
     Args:
-        layers: modules by name, each called once a forward pass, with a tensor as output; its last axis is
-            out_features.
+        layers: modules by name, with a tensor as output; its last axis is out_features. Outputs that come from no
+            module are given to :meth:`watch`.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
@@ -42,7 +42,7 @@ class OutputImportance:
 
     def __enter__(self) -> OutputImportance:
         for name, module in self._layers.items():
-            self._handles.append(module.register_forward_hook(self._watch(name)))
+            self._handles.append(module.register_forward_hook(self._hook(name)))
         return self
 
     def __exit__(
@@ -52,33 +52,42 @@ class OutputImportance:
             handle.remove()
         self._handles.clear()
 
-    def _watch(self, name: str):  # type: ignore[no-untyped-def]
-        def collect(gradient: torch.Tensor) -> None:
-            rows = gradient.detach().reshape(-1, gradient.shape[-1]).to(torch.float32)
-            added = rows.square().sum(dim=0, dtype=torch.float64)
-            self._sums[name] = self._sums[name] + added if name in self._sums else added
-            self._tokens[name] = self._tokens.get(name, 0) + len(rows)
+    def watch(self, name: str, output: torch.Tensor) -> torch.Tensor:
+        """Collect the gradient of ``output`` ``[..., out_features]`` of layer ``name``; use what is returned instead of
+        it."""
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+        output.register_hook(lambda gradient: self._collect(name, gradient))
+        return output
 
+    def _collect(self, name: str, gradient: torch.Tensor) -> None:
+        rows = gradient.detach().reshape(-1, gradient.shape[-1]).to(torch.float32)
+        added = rows.square().sum(dim=0, dtype=torch.float64)
+        self._sums[name] = self._sums[name] + added if name in self._sums else added
+        self._tokens[name] = self._tokens.get(name, 0) + len(rows)
+
+    def _hook(self, name: str):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, inputs: tuple[object, ...], output: torch.Tensor) -> torch.Tensor:
-            if not output.requires_grad:
-                output = output.detach().requires_grad_()
-            output.register_hook(collect)
-            return output
+            return self.watch(name, output)
 
         return hook
 
-    def result(self) -> dict[str, torch.Tensor]:
+    def result(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """float64 ``[out_features]`` for each layer: mean over tokens of the squared gradient.
+
+        Args:
+            names: of the layers; None: those the collector was made with.
 
         Raises:
             CalibrationError: a layer saw no gradient, or one that is not finite.
         """
-        for name in self._layers:
+        wanted = list(self._layers if names is None else names)
+        for name in wanted:
             if name not in self._sums:
                 raise CalibrationError(f"layer {name} got no gradient: it takes no part in the model's output")
             if not torch.isfinite(self._sums[name]).all():
                 raise CalibrationError(f"the gradients at layer {name} are not finite")
-        return {name: self._sums[name] / self._tokens[name] for name in self._layers}
+        return {name: self._sums[name] / self._tokens[name] for name in wanted}
 
 
 def sampled_loss(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
