@@ -67,6 +67,7 @@ class ExportResult:
         original_bytes: of the model's weights as they were loaded.
         artifact_bytes: of ``model.onnx`` and its data.
         seconds: by stage.
+        quantization_seconds: where those of the quantization went: forward passes, Hessians, Cholesky factors, k-means, ...
         verification: None when it was switched off.
     """
 
@@ -78,6 +79,7 @@ class ExportResult:
     original_bytes: int
     artifact_bytes: int
     seconds: Mapping[str, float]
+    quantization_seconds: Mapping[str, float]
     verification: VerificationReport | None
 
 
@@ -250,6 +252,7 @@ def export(
         original_bytes=original_bytes,
         artifact_bytes=artifact.bytes,
         seconds=dict(compilation.seconds),
+        quantization_seconds=dict(compilation.quantization_seconds),
         verification=verification,
     )
     if report is not None:

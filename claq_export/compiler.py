@@ -137,6 +137,7 @@ class Compilation:
     reporter: ProgressReporter
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    quantization_seconds: dict[str, float] = field(default_factory=dict)
     sites: dict[str, QuantizedSite] = field(default_factory=dict)
     store: LayerStore | None = None
     budget: Budget | None = None
@@ -346,6 +347,8 @@ class Compilation:
                     if self.store is not None:
                         self.store.save_plans(plans)
             self.sites = stage.run(batches, plans)
+        self.quantization_seconds = stage.seconds
+        self.reporter.event("time", **{step: round(spent, 3) for step, spent in stage.seconds.items()})
 
     def tune(self, batches: Sequence[Batch] | None = None, settings: TuneSettings | None = None) -> TuneResult:
         """Tune the quantized layers by gradient against the model's original weights (before they leave the graph).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -82,10 +82,15 @@ def print_result(console: Console, result: ExportResult) -> None:
     table.add_row("true bits", f"{result.true_bits:.3f} a weight (nominal {result.nominal_bits:.3f})")
     worst = sorted(result.layers, key=lambda layer: -layer.error)[:_WORST_SHOWN]
     table.add_row("worst layers", ", ".join(f"{layer.name} {layer.error:.1e}" for layer in worst))
-    table.add_row("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items()))
+    table.add_row("time", _seconds(result.seconds))
+    table.add_row("quantization", _seconds(result.quantization_seconds))
     console.print(table)
     if result.verification is not None:
         print_verification(console, result.verification)
+
+
+def _seconds(spent: Mapping[str, float]) -> str:
+    return ", ".join(f"{step} {seconds:.1f} s" for step, seconds in spent.items())
 
 
 def print_verification(console: Console, report: VerificationReport) -> None:

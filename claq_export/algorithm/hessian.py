@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CalibrationError, ConfigError
+from .products import gram, linear
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Hessian:
         if root is not None:
             factor = factor * root
         x = x * factor[:, None]
-        self.matrix.addmm_(x.T, x)
+        self.matrix.add_(gram(x))
         if reference is not None:
             if self._cross is None:
                 self._cross = torch.zeros_like(self.matrix)
@@ -171,4 +172,4 @@ class Hessian:
     def energy(self, difference: torch.Tensor) -> torch.Tensor:
         """float64 ``[N]``: d H d^T of each row of ``difference`` ``[N, K]``."""
         rows = difference.to(device=self.matrix.device, dtype=torch.float32)
-        return ((rows @ self.matrix) * rows).sum(dim=1, dtype=torch.float64)
+        return (linear(rows, self.matrix) * rows).sum(dim=1, dtype=torch.float64)

@@ -9,7 +9,9 @@ do not. An embedding that no linear shares has no Hessian: each column gets plai
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -30,6 +32,8 @@ from .store import LayerStore
 from .walk import NodeWalk, RowLookup, WalkMaker
 
 _Result = TypeVar("_Result")
+
+_STEPS = {"cholesky": "Cholesky", "kmeans": "k-means", "feedback": "feedback", "descent": "descent"}
 
 _TOKENS_AT_ONCE = 4096
 """Tokens a product of the Hessian takes at least, while there are as many."""
@@ -99,6 +103,7 @@ class CalibrationStage:
         self._plans: Mapping[str, ColumnPlan] = {}
         self._pooled: dict[str, Hessian] = {}
         self._finished: dict[str, QuantizedSite] = {}
+        self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def profile(
         self, batches: Sequence[Batch] | None, importance: Mapping[str, torch.Tensor] | None = None
@@ -121,9 +126,10 @@ class CalibrationStage:
         def measure_site(site: LinearSite, hessian: Hessian | None) -> None:
             weight = self._weight(site)
             rows = None if importance is None else importance[site.name]
-            profiles[site.name] = _naming(
-                site, lambda: profile_layer(site.name, weight, hessian, self._settings, row_importance=rows)
-            )
+            with self._timed("bit budget"):
+                profiles[site.name] = _naming(
+                    site, lambda: profile_layer(site.name, weight, hessian, self._settings, row_importance=rows)
+                )
             if hessian is not None and _is_pooled(site):
                 self._pooled[site.name] = hessian  # the same as from another walk
             self._reporter.layer(site.name, phase="profile")
@@ -185,7 +191,8 @@ class CalibrationStage:
                 else:
                     if source not in hessians:
                         hessians[source] = self._hessian(site.in_features)
-                        _accumulate(hessians[source], inputs)
+                        with self._timed("Hessian"):
+                            _accumulate(hessians[source], inputs)
                     hessian = hessians[source]
                 self._quantize(site, hessian, start)
             readers[source] -= 1
@@ -195,7 +202,8 @@ class CalibrationStage:
             return materialize_layer(self._finished[site.name].layer).dequantize()
 
         lookups = {node: self._rows_of(site) for site in self._sites for node in site.lookups}
-        self._new_walk(self._module, batches, list(site_of), lookups).run(visit)
+        with self._timed("forward"):
+            self._new_walk(self._module, batches, list(site_of), lookups).run(visit)
 
     def _rows_of(self, site: LinearSite) -> RowLookup:
         layer = materialize_layer(self._finished[site.name].layer)
@@ -240,12 +248,29 @@ class CalibrationStage:
         def visit(node: fx.Node, inputs: Sequence[torch.Tensor]) -> None:
             site = site_of[node]
             hessian = hessians.setdefault(site.name, self._hessian(site.in_features))
-            _accumulate(hessian, inputs)
+            with self._timed("Hessian"):
+                _accumulate(hessian, inputs)
             uses[site.name] -= 1
             if not uses[site.name]:
                 handle(site, hessians.pop(site.name))
 
-        self._new_walk(self._module, batches, list(site_of), {}).run(visit)
+        with self._timed("forward"):
+            self._new_walk(self._module, batches, list(site_of), {}).run(visit)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Where the time of all walks went: forward passes, Hessians, Cholesky factors, k-means, error feedback, ..."""
+        return {step: spent for step, spent in sorted(self._seconds.items(), key=lambda item: -item[1]) if spent > 0}
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        """Count the time spent inside as that of ``step``, less what steps inside it count as theirs."""
+        start, before = time.perf_counter(), sum(self._seconds.values())
+        try:
+            yield
+        finally:
+            inside = sum(self._seconds.values()) - before
+            self._seconds[step] += time.perf_counter() - start - inside
 
     def _weight(self, site: LinearSite) -> torch.Tensor:
         return materialize(site.weight(self._module).detach()).to(device=self._device, dtype=torch.float32)
@@ -275,7 +300,10 @@ class CalibrationStage:
                 plan = plan_columns(weight, hessian, settings, self._counts.get(site.name))
             return quantize_layer(weight, hessian, settings, plan=plan)
 
-        result = _naming(site, quantize)
+        with self._timed("other"):
+            result = _naming(site, quantize)
+            for step, label in _STEPS.items():
+                self._seconds[label] += result.seconds[step]
         layer = result.layer.to("cpu")
         if self._store is not None:
             self._store.save(site.name, layer, {"error": result.error})

@@ -22,6 +22,7 @@ from ..deferred import is_deferred, materialize
 from ..errors import CalibrationError
 from ..passes.attributes import get_attribute
 from .data import Batch
+from .operators import faster
 from .spill import ActivationSpill, Spilled, is_large
 
 LinearVisitor = Callable[[fx.Node, Sequence[torch.Tensor]], torch.Tensor | None]
@@ -236,7 +237,7 @@ class NodeWalk:
 
     def _callable(self, node: fx.Node) -> Callable[..., Any]:
         if node.op == "call_function" and callable(node.target):
-            return node.target
+            return faster(node.target)
         if node.op == "call_module":
             return self._module.get_submodule(str(node.target))
         raise CalibrationError(f"graph node {node.format_node()} is not an operator of a captured graph")
