@@ -31,6 +31,9 @@ from .settings import LayerSettings
 RESERVE_SHARES = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04)
 """Shares of a column's weights whose reservation is measured."""
 
+_WEIGHTS_AT_ONCE = 1 << 22
+"""Weights whose columns are sorted together: with prefix sums they take about 40 bytes each, and a vocabulary has millions."""
+
 _LLOYD_STEPS = 12
 _OUTLIER_BITS = 32
 _HALVINGS = 40
@@ -139,10 +142,12 @@ def profile_layer(
     reserve = sorted({min(round(share * N), max(0, len(alive) // 2)) for share in RESERVE_SHARES})
     error = np.zeros((K, len(WIDTHS), len(reserve)))
     if len(alive):
-        batch = SortedColumns(columns)
-        for i, width in enumerate(WIDTHS):
-            for m, count in enumerate(reserve):
-                error[:, i, m] = (batch.fit(1 << width, count, _LLOYD_STEPS)[1] * cost * unit).cpu().numpy()
+        for part in torch.arange(K, device=w.device).split(max(1, _WEIGHTS_AT_ONCE // len(alive))):
+            batch = SortedColumns(columns[part])
+            for i, width in enumerate(WIDTHS):
+                for m, count in enumerate(reserve):
+                    fitted = batch.fit(1 << width, count, _LLOYD_STEPS)[1] * cost[part] * unit
+                    error[part.cpu().numpy(), i, m] = fitted.cpu().numpy()
     # More bits never hurt; where a local optimum says so, believe the cheaper choice.
     error = np.minimum.accumulate(error[:, ::-1], axis=1)[:, ::-1]
     return LayerProfile(name, N, np.minimum.accumulate(error, axis=2), tuple(reserve))
