@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
-from claq_export.calibration.walk import NodeWalk
+from claq_export.calibration.walk import JointWalk, NodeWalk
 from claq_export.capture import capture_module
 from claq_export.errors import CalibrationError
 from claq_export.passes import PassContext, planning_pipeline
@@ -123,3 +124,43 @@ def test_values_are_freed_after_their_last_use(tiny_bert: Path) -> None:
     walk = NodeWalk(captured.graph_module, [captured.example_inputs], nodes)
     freed = [value for values in walk._last_use.values() for value in values]
     assert sorted(node.name for node in freed) == sorted(node.name for node in walk._nodes)
+
+
+class TestJointWalk:
+    def walks(self) -> tuple[list[NodeWalk], dict[fx.Node, fx.Node], list[fx.Node]]:
+        walks, same, first = [], {}, []
+        for rows in (3, 1):
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 8))
+            captured = capture_module(model.eval(), (torch.randn(2, 8),))
+            nodes = [node for node in captured.graph_module.graph.nodes if node.target is torch.ops.aten.linear.default]
+            batches = [{captured.input_names[0]: torch.full((rows, 8), float(i))} for i in range(2)]
+            walks.append(NodeWalk(captured.graph_module, batches, nodes))
+            first = first or nodes
+            same |= dict(zip(nodes, first, strict=True))
+        return walks, same, first
+
+    def test_a_layer_sees_the_inputs_of_all_graphs_behind_the_new_weights(self) -> None:
+        walks, same, (first, second) = self.walks()
+        seen: list[tuple[fx.Node, list[torch.Tensor]]] = []
+
+        def visit(node: fx.Node, inputs: Sequence[torch.Tensor]) -> torch.Tensor | None:
+            seen.append((node, list(inputs)))
+            return torch.zeros(16, 8) if node is first else None
+
+        JointWalk(walks, same).run(visit)
+        assert [node for node, _ in seen] == [first, second]
+        assert [x.shape[0] for x in seen[0][1]] == [3, 3, 1, 1]
+        # With zeros as the first weight only its bias is left, the same for every row of every graph.
+        rows = torch.cat(seen[1][1])
+        assert torch.equal(rows, rows[:1].expand_as(rows))
+
+    def test_graphs_with_layers_in_another_order_do_not_wait_for_one_another(self) -> None:
+        walks, same, (first, second) = self.walks()
+        crossed = {
+            node: second if target is first else first for node, target in same.items() if node not in (first, second)
+        }
+        visits: list[tuple[fx.Node, int]] = []
+        JointWalk(walks, crossed).run(lambda node, inputs: visits.append((node, len(inputs))))
+        assert sum(count for _, count in visits) == 8
+        assert {node for node, _ in visits} == {first, second}
