@@ -1,0 +1,135 @@
+"""A Hugging Face model whose weights stay on disk until something needs their values.
+
+The architecture is built without memory for its parameters; each large one becomes a stand-in
+(:mod:`claq_export.deferred`) that reads its tensor from the safetensors files, checks it and converts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..deferred import DEFER_FROM, logical_bytes, stand_in
+from ..errors import ModelError
+from ..inputs import SafetensorsFile
+
+
+def build_lazily(
+    build: Callable[[], nn.Module],
+    files: Sequence[Path],
+    dtype: torch.dtype,
+    may_be_absent: Callable[[str], bool],
+) -> nn.Module:
+    """Build a transformers model over weights on disk.
+
+    Args:
+        build: makes the model from its configuration.
+        files: its safetensors files.
+        dtype: of floating-point parameters.
+        may_be_absent: whether the task does without a parameter of that name; it is zero then.
+
+    Returns:
+        the model in evaluation mode; large parameters are stand-ins.
+
+    Raises:
+        ModelError: a weight is missing or has another shape; when its values are read: it is NaN or infinite.
+    """
+    with _parameters_without_memory():
+        model = build()
+    where: dict[str, SafetensorsFile] = {}
+    for path in files:
+        file = SafetensorsFile(path, ModelError)
+        where.update(dict.fromkeys(file, file))
+    stored = _stored_names(model, where)
+    absent = sorted(name for name in _wanted(model) if name not in stored and not may_be_absent(name))
+    if absent:
+        more = f" and {len(absent) - 4} more" if len(absent) > 4 else ""
+        raise ModelError(
+            f"{files[0].parent} lacks {len(absent)} weights that {type(model).__name__} needs: {', '.join(absent[:4])}"
+            f"{more}. With --memory weights are read under the names that the files give them; a model whose weights "
+            "transformers renames while it loads needs a run without --memory"
+        )
+    replaced: dict[int, nn.Parameter] = {}
+    for owner_name, owner in model.named_modules():
+        prefix = f"{owner_name}." if owner_name else ""
+        for leaf, parameter in list(owner._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in replaced:
+                name = f"{prefix}{leaf}"
+                kind = dtype if parameter.dtype.is_floating_point else parameter.dtype
+                tensor = _tensor(parameter, kind, stored.get(name), where, name)
+                replaced[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+            owner._parameters[leaf] = replaced[id(parameter)]
+        for leaf, buffer in list(owner._buffers.items()):
+            source = stored.get(f"{prefix}{leaf}")
+            if buffer is not None and source is not None and leaf not in owner._non_persistent_buffers_set:
+                owner._buffers[leaf] = where[source].read(source).to(buffer.dtype)
+    return model.eval()
+
+
+@contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """Parameters that are registered inside have shape and dtype only; buffers are computed as ever."""
+    register = nn.Module.register_parameter
+
+    def without_memory(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = type(param)(param.detach().to("meta"), requires_grad=False)
+        register(self, name, param)
+
+    nn.Module.register_parameter = without_memory  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _wanted(model: nn.Module) -> list[str]:
+    """One name for each parameter (tied ones once)."""
+    return [name for name, _ in model.named_parameters()]
+
+
+def _stored_names(model: nn.Module, where: Mapping[str, Any]) -> dict[str, str]:
+    """Name in the model -> name in the files: the same, with or without the base model's prefix, or that of a tied
+    parameter."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    found: dict[str, str] = {}
+    by_identity: dict[int, str] = {}
+    entries = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    for name, tensor in entries:
+        candidates = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
+        source = next((candidate for candidate in candidates if candidate in where), None)
+        if source is not None:
+            found[name] = source
+            by_identity.setdefault(id(tensor), source)
+    for name, tensor in entries:
+        if name not in found and id(tensor) in by_identity:
+            found[name] = by_identity[id(tensor)]
+    return found
+
+
+def _tensor(
+    parameter: nn.Parameter, dtype: torch.dtype, source: str | None, where: Mapping[str, SafetensorsFile], name: str
+) -> torch.Tensor:
+    if source is None:
+        return torch.zeros(parameter.shape, dtype=dtype)
+    file, shape = where[source], tuple(parameter.shape)
+    if file.tensors[source].shape != shape:
+        raise ModelError(
+            f"{file.path}: tensor {source!r} has shape {list(file.tensors[source].shape)}, the model needs {list(shape)}"
+        )
+
+    def load() -> torch.Tensor:
+        values = file.read(source)
+        if values.is_floating_point() and not torch.isfinite(values).all():
+            raise ModelError(f"{file.path} has NaN or infinite weights in {name}")
+        return values.to(dtype)
+
+    wanted = parameter.to(dtype)  # on the meta device: for its size
+    return stand_in(shape, dtype, load) if logical_bytes(wanted) >= DEFER_FROM else load()
