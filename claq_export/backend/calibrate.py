@@ -174,7 +174,9 @@ def quantize_on_data(
             f"the module itself, or calibrate by observation (options={{'observe': 16}}); weights: {', '.join(list(named)[:3])}"
         )
     reporter.stage("claq: capturing the model for calibration")
-    captured, config = _capture(root, options)
+    # The module's own forward may be what is being compiled.
+    with torch.compiler.set_stance("force_eager"):
+        captured, config = _capture(root, options)
     compilation = Compilation(captured, config, reporter)
     reporter.stage(f"claq: quantizing {len(compilation.plan.sites)} layers on calibration data")
     parameters = dict(root.named_parameters(remove_duplicate=False))

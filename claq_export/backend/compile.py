@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import TorchDynamoException
 
 from ..errors import ClaqError, ConfigError
 from .dynamo import graph_parameters, trace_to_aten
@@ -48,7 +49,17 @@ def claq(
     except ClaqError as error:
         return _raising(error)
     session = session_for(parsed)
-    graph = DynamoGraph(trace_to_aten(gm), graph_parameters(gm, example_inputs), example_inputs)
+    try:
+        aten = trace_to_aten(gm)
+    except TorchDynamoException:
+        raise  # Dynamo's own signals, such as to start over with other sizes
+    except Exception as error:  # operators fail to trace in their own ways; each is the reason
+        warnings.warn(
+            f"backend='claq' cannot trace a graph, which runs without quantization: {type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+        return _fall_back(gm, example_inputs, parsed)
+    graph = DynamoGraph(aten, graph_parameters(gm, example_inputs), example_inputs)
     try:
         rewritten = graph.rewrite(parsed.config, session.store.key)
     except ClaqError as error:

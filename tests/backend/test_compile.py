@@ -199,6 +199,16 @@ def store_of_after(run: Any, model: nn.Module) -> WeightStore:
     return store_of(model)
 
 
+def test_a_graph_that_cannot_be_traced_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_gm: Any) -> Any:
+        raise NotImplementedError("no such operator")
+
+    monkeypatch.setattr("claq_export.backend.compile.trace_to_aten", refuse)
+    model, x = Net(), data(1)[0]
+    with pytest.warns(UserWarning, match="runs without quantization: NotImplementedError: no such operator"):
+        assert torch.equal(compiled(model, calibration="none")(x), model(x))
+
+
 def test_entries_die_with_their_model() -> None:
     model = Net()
     run = compiled(model, calibration="none")
