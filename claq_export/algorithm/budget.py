@@ -21,6 +21,7 @@ import torch
 
 from ..errors import ConfigError
 from ..format.packing import BLOCK, WIDTHS
+from . import native
 from .accounting import Bits
 from .hessian import Hessian
 from .kmeans import SortedColumns
@@ -142,15 +143,24 @@ def profile_layer(
     reserve = sorted({min(round(share * N), max(0, len(alive) // 2)) for share in RESERVE_SHARES})
     error = np.zeros((K, len(WIDTHS), len(reserve)))
     if len(alive):
-        for part in torch.arange(K, device=w.device).split(max(1, _WEIGHTS_AT_ONCE // len(alive))):
-            batch = SortedColumns(columns[part])
-            for i, width in enumerate(WIDTHS):
-                for m, count in enumerate(reserve):
-                    fitted = batch.fit(1 << width, count, _LLOYD_STEPS)[1] * cost[part] * unit
-                    error[part.cpu().numpy(), i, m] = fitted.cpu().numpy()
+        error = _column_errors(columns, tuple(reserve)) * (cost * unit).cpu().numpy()[:, None, None]
     # More bits never hurt; where a local optimum says so, believe the cheaper choice.
     error = np.minimum.accumulate(error[:, ::-1], axis=1)[:, ::-1]
     return LayerProfile(name, N, np.minimum.accumulate(error, axis=2), tuple(reserve))
+
+
+def _column_errors(columns: torch.Tensor, reserve: Sequence[int]) -> Float64:
+    """Squared distance ``[K, 3, M]`` of each of ``columns`` ``[K, N]`` to its centroids, by width and reserved weights."""
+    if columns.device.type == "cpu" and native.enabled():
+        return native.profile_columns(columns.numpy(), WIDTHS, reserve, _LLOYD_STEPS)
+    error = np.empty((len(columns), len(WIDTHS), len(reserve)))
+    step = max(1, _WEIGHTS_AT_ONCE // columns.shape[1])
+    for start in range(0, len(columns), step):
+        batch = SortedColumns(columns[start : start + step])
+        for i, width in enumerate(WIDTHS):
+            for m, count in enumerate(reserve):
+                error[start : start + step, i, m] = batch.fit(1 << width, count, _LLOYD_STEPS)[1].cpu().numpy()
+    return error
 
 
 def solve(
