@@ -12,7 +12,7 @@ from typing import Any
 
 from claq_export import __version__
 
-COMMANDS = ("eval", "verify")
+COMMANDS = ("eval", "verify", "generate")
 """Words that are commands when they come first; anything else there is a model (a folder of that name: ``./eval``)."""
 
 _EXAMPLES = """\
@@ -34,6 +34,8 @@ other commands:
   claq-export eval ARTIFACT_OR_MODEL ...      perplexity, KL divergence, embeddings, LAMBADA: claq-export eval --help
   claq-export verify ARTIFACT --against MODEL --text FILE --max-kl 0.05
       exits with 8 when the artifact is worse than allowed, and names the worst layers: claq-export verify --help
+  claq-export generate ./smol --prompt "Once upon a time"
+      streams text from an exported language model: claq-export generate --help
 
 the result is a folder that ONNX Runtime loads as it is:
   onnxruntime.InferenceSession("minilm/model.onnx")              runs everywhere, on standard operators
@@ -385,12 +387,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if argv and argv[0] in COMMANDS:
         from .evaluation.command import add_eval_command
         from .evaluation.guard_command import add_verify_command
+        from .generate_command import add_generate_command
 
         parser = argparse.ArgumentParser(prog="claq-export")
         parser.set_defaults(verbose=False)
         subparsers = parser.add_subparsers()
         add_eval_command(subparsers)
         add_verify_command(subparsers)
+        add_generate_command(subparsers)
         return parser.parse_args(argv)
     parser = build_parser()
     parser.set_defaults(run=run_export)

@@ -49,9 +49,11 @@ from .config import DECODER_OPSET, DEFAULT_CALIBRATION, NO_CALIBRATION, Config
 from .deferred import is_deferred, logical_bytes
 from .emit.companions import declare_quantized
 from .emit.exporter import Artifact, emit_onnx
+from .emit.genai import write_genai_config
 from .errors import CalibrationError, ConfigError, OutputError
 from .format import metadata
 from .format.checkpoint import save_checkpoint
+from .format.layer import index_dtype
 from .format.packing import WIDTHS
 from .passes import Pass, PassContext, Pipeline, Plan, RemoveUnused, ReplaceLinears, planning_pipeline
 from .passes.plan import HEAD_ROLE, LINEAR_ROLE
@@ -238,7 +240,9 @@ class Compilation:
             if site.role != LINEAR_ROLE or site.lookups:
                 width = self.config.table_bits(head=site.role == HEAD_ROLE, embedding=bool(site.lookups)) or most
                 settings = self.config.layer_settings()
-                chosen[site.name] = replace(settings, bits=float(width), widths=None, shares=None)
+                chosen[site.name] = replace(
+                    settings, bits=float(width), widths=None, shares=None, exact_rows=self._exact_tokens()
+                )
         return chosen
 
     def _predict_budget(self, settings: LayerSettings, tables: dict[str, LayerSettings]) -> list[PlannedLayer]:
@@ -261,7 +265,8 @@ class Compilation:
             by_width = dict(zip(widths, counts, strict=True))
             columns = tuple(by_width.get(width, 0) for width in WIDTHS)
             weights = site.in_features * site.out_features
-            outliers = [round(own.outliers * weights * count / site.in_features) for count in columns]
+            exact = round(own.exact_rows * site.out_features)
+            outliers = [round(own.outliers * weights * count / site.in_features) + exact * count for count in columns]
             bits = predict(site.out_features, site.in_features, columns, outliers)
             planned.append(
                 PlannedLayer(
@@ -343,7 +348,7 @@ class Compilation:
             if self.config.budgeted:
                 plans = None if self.store is None else self.store.load_plans()
                 if plans is None:
-                    plans = self._solve_budget(stage.profile(batches, self._importance(batches)))
+                    plans = self._solve_budget(self.profiles(stage, batches))
                     if self.store is not None:
                         self.store.save_plans(plans)
             self.sites = stage.run(batches, plans)
@@ -384,6 +389,10 @@ class Compilation:
         }
         self.tuning = result
         return result
+
+    def profiles(self, stage: CalibrationStage, batches: Sequence[Batch] | None) -> list[LayerProfile]:
+        """What every column of every linear would gain from bits and outliers; the same for all budgets."""
+        return stage.profile(batches, self._importance(batches))
 
     def _importance(self, batches: Sequence[Batch] | None) -> dict[str, torch.Tensor] | None:
         """What an error of each layer's outputs counts, by gradients; None where they are not wanted or not to be had."""
@@ -439,14 +448,12 @@ class Compilation:
                 for site in self.plan.sites
                 if not site.nodes
             }
-            taken = sum(plan.predict(self.plan.site(name).out_features).nbytes for name, plan in embeddings.items())
             heads = {p.name: max(floors.get(p.name, 0), int(tables[p.name].bits)) for p in profiles if p.name in tables}
+            room = int(self._target_bits() * self._weights() / 8)
+            room -= sum(plan.predict(self.plan.site(name).out_features).nbytes for name, plan in embeddings.items())
+            room -= sum(self._exact_bytes(name, settings) for name, settings in tables.items())
             try:
-                self.budget = solve(
-                    profiles,
-                    nbytes=int(self._target_bits() * self._weights() / 8) - taken,
-                    floors={**floors, **heads},
-                )
+                self.budget = self._solve_with_pointers(profiles, room, {**floors, **heads}, heads)
             except ConfigError as error:
                 refused = refused or error
                 continue
@@ -454,6 +461,26 @@ class Compilation:
             return {**self.budget.plans, **embeddings}
         assert refused is not None
         raise refused
+
+    def _solve_with_pointers(
+        self, profiles: Sequence[LayerProfile], room: int, floors: Mapping[str, int], heads: Iterable[str]
+    ) -> Budget:
+        """Solve so that the row pointers of exact rows fit in too, where a head reserves nothing else that needs them."""
+        pointers = {name: 4 * (self.plan.site(name).out_features + 1) for name in heads if self._exact_tokens()}
+        budget = solve(profiles, nbytes=room, floors=floors)
+        missing = sum(size for name, size in pointers.items() if not budget.plans[name].reserve.any())
+        return budget if not missing else solve(profiles, nbytes=room - sum(pointers.values()), floors=floors)
+
+    def _exact_tokens(self) -> float:
+        """Share of a vocabulary's rows that is stored exactly; which ones is known from calibration data alone."""
+        return 0.0 if self.config.calibration == NO_CALIBRATION else self.config.exact_tokens
+
+    def _exact_bytes(self, name: str, settings: LayerSettings) -> int:
+        """What the exact rows of a table take; of an embedding with their row pointers."""
+        site = self.plan.site(name)
+        rows = round(settings.exact_rows * site.out_features)
+        entry = 2 + index_dtype(site.in_features).itemsize
+        return rows * site.in_features * entry + (4 * (site.out_features + 1) if rows and not site.nodes else 0)
 
     def _unquantized_bytes(self) -> int:
         """Bytes of the artifact beside the quantized layers: tensors left alone, and the graph itself (estimated)."""
@@ -560,6 +587,8 @@ class Compilation:
             if copy_companions(Path(self.captured.source.path), out.parent):
                 floating = next((t.dtype for t in self.state.values() if t.is_floating_point()), torch.float32)
                 declare_quantized(out.parent, self.true_bits, floating)
+            if self.captured.with_cache is not None:
+                write_genai_config(out.parent, out.name, self.captured.with_cache.file_shapes)
         return artifact
 
 

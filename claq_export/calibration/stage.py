@@ -102,6 +102,7 @@ class CalibrationStage:
         self._release = release
         self._plans: Mapping[str, ColumnPlan] = {}
         self._pooled: dict[str, Hessian] = {}
+        self._frequency: dict[int, torch.Tensor] = {}
         self._finished: dict[str, QuantizedSite] = {}
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
@@ -161,6 +162,7 @@ class CalibrationStage:
             ClaqError: a layer cannot be quantized; the message names it.
         """
         self._plans = plans or {}
+        self._frequency = token_frequency(self._module, self._sites, batches or [])
         self._reporter.start_layers(len(self._sites), "quantizing")
         try:
             for site in self._sites:
@@ -298,7 +300,9 @@ class CalibrationStage:
             plan = self._plans.get(site.name)
             if plan is None:
                 plan = plan_columns(weight, hessian, settings, self._counts.get(site.name))
-            return quantize_layer(weight, hessian, settings, plan=plan)
+            return quantize_layer(
+                weight, hessian, settings, plan=plan, row_frequency=self._frequency.get(site.out_features)
+            )
 
         with self._timed("other"):
             result = _naming(site, quantize)
@@ -331,6 +335,30 @@ class CalibrationStage:
 def _is_pooled(site: LinearSite) -> bool:
     """Whether a weight is quantized before all of its products are reached."""
     return len(site.nodes) > 1 or bool(site.nodes and site.lookups)
+
+
+def token_frequency(
+    graph_module: fx.GraphModule, sites: Sequence[LinearSite], batches: Sequence[Batch]
+) -> dict[int, torch.Tensor]:
+    """How often each row of a vocabulary is looked up in the calibration data, by the size of the vocabulary.
+
+    Only tables whose indices are an input of the model count (not positions). A head that is not tied has the vocabulary
+    of the embedding, so the size is key enough.
+    """
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    found: dict[int, torch.Tensor] = {}
+    for site in sites:
+        for node in site.lookups:
+            source = node.args[1]
+            if source not in placeholders or not batches:
+                continue
+            name = list(batches[0])[placeholders.index(source)]
+            counts = found.setdefault(site.out_features, torch.zeros(site.out_features, dtype=torch.int64))
+            for batch in batches:
+                counts += torch.bincount(
+                    batch[name].flatten().remainder(site.out_features), minlength=site.out_features
+                )
+    return found
 
 
 def column_counts(sites: Sequence[LinearSite], settings: LayerSettings) -> list[tuple[int, ...]]:

@@ -151,6 +151,49 @@ void check_agreement(std::mt19937& random, const std::vector<std::string>& kerne
   }
 }
 
+std::vector<float> gather(const Handle& handle, const TestLayer& layer, const std::vector<int64_t>& rows, int threads) {
+  std::vector<float> y(rows.size() * static_cast<size_t>(layer.in_features));
+  char error[256] = "";
+  const claq_status status = claq_gather(handle.layer, CLAQ_INT64, rows.data(), static_cast<int64_t>(rows.size()), CLAQ_FLOAT32,
+                                         y.data(), threads > 1 ? claq_pool_parallel_for : nullptr,
+                                         reinterpret_cast<void*>(static_cast<uintptr_t>(threads)), error, sizeof error);
+  expect(status == CLAQ_OK, error);
+  return y;
+}
+
+// Rows of the weight, multiplied here, give what the layer gives.
+void check_gather(std::mt19937& random) {
+  const TestLayer layer = random_layer(random);
+  const Handle handle(layer, "portable");
+  expect(handle.status == CLAQ_OK, handle.error);
+  const auto features = static_cast<size_t>(layer.in_features), outputs = static_cast<size_t>(layer.out_features);
+  std::vector<int64_t> rows(outputs);
+  for (size_t n = 0; n < outputs; ++n) rows[n] = static_cast<int64_t>(n) - (n % 2 ? layer.out_features : 0);
+  const std::vector<float> weight = gather(handle, layer, rows, 1);
+  expect(gather(handle, layer, rows, 3) == weight, "rows differ on three threads");
+  std::vector<float> x(features), nothing(features);
+  for (auto& value : x) value = std::normal_distribution<float>()(random);
+  const std::vector<float> y = run(handle, layer, x, 0, 1), offset = run(handle, layer, nothing, 0, 1);
+  for (size_t n = 0; n < outputs; ++n) {
+    double sum = offset[n], magnitude = 1;
+    for (size_t k = 0; k < features; ++k) {
+      sum += static_cast<double>(weight[n * features + k]) * x[k];
+      magnitude += std::fabs(static_cast<double>(weight[n * features + k]) * x[k]);
+    }
+    if (!(std::fabs(sum - y[n]) <= 1e-5 * magnitude)) {
+      expect(false, "rows and products disagree");
+      break;
+    }
+  }
+  std::vector<float> row(features);
+  for (const int32_t wrong : {static_cast<int32_t>(layer.out_features), static_cast<int32_t>(-layer.out_features - 1)}) {
+    char error[256] = "";
+    const claq_status status = claq_gather(handle.layer, CLAQ_INT32, &wrong, 1, CLAQ_FLOAT32, row.data(), nullptr, nullptr, error,
+                                           sizeof error);
+    expect(status == CLAQ_INVALID_ARGUMENT && std::strstr(error, "indices: element 0"), "accepted an index out of range");
+  }
+}
+
 void check_concurrency(std::mt19937& random) {
   const TestLayer layer = random_layer(random);
   const Handle handle(layer, nullptr);
@@ -217,6 +260,7 @@ int main() {
   std::istringstream names(claq_kernels());
   for (std::string name; names >> name;) kernels.push_back(name);
   for (int i = 0; i < 40; ++i) check_agreement(random, kernels);
+  for (int i = 0; i < 20; ++i) check_gather(random);
   for (int i = 0; i < 4; ++i) check_concurrency(random);
   check_bad_layers(random);
   std::printf("%s: %d failures\n", claq_kernels(), failures);
