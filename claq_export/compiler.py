@@ -50,6 +50,7 @@ from .deferred import is_deferred, logical_bytes
 from .emit.companions import declare_quantized
 from .emit.exporter import Artifact, emit_onnx
 from .emit.genai import write_genai_config
+from .emit.genai import write_genai_config
 from .errors import CalibrationError, ConfigError, OutputError
 from .format import metadata
 from .format.checkpoint import save_checkpoint

@@ -42,6 +42,8 @@ class FuseAttention(Pass):
         notes: list[str] = []
         fused = 0
         for node in list(gm.graph.nodes):
+            if node.op == "call_function" and node.target is _aten.softmax.int:
+                notes.append(f"{node.name} left: the model spells its attention out, with a softmax")
             if node.op != "call_function" or node.target is not ATTENTION:
                 continue
             try:
@@ -74,7 +76,8 @@ class FuseAttention(Pass):
         if not isinstance(scale, (int, float)):
             raise Mismatch("its scale is not a number")
         for stream in (keys, values):
-            readers = [user for user in stream.joined.users if user.op != "output" and user is not stream.reader]
+            expected = {node, stream.reader}
+            readers = [user for user in stream.joined.users if user.op != "output" and user not in expected]
             if readers:
                 raise Mismatch(f"the longer cache is read by {readers[0].name} too")
         with graph.inserting_before(node):

@@ -91,6 +91,11 @@ class CapturedModel:
         dim = torch.export.Dim.DYNAMIC
         return {name: dict.fromkeys(axes, dim) for name, axes in self.dynamic_shapes.items()}
 
+    @property
+    def file_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Sizes of the example inputs, by the inputs' names in the emitted file."""
+        return {self.file_names.get(name, name): tuple(value.shape) for name, value in self.example_inputs.items()}
+
     def run(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Run the graph without gradients; always a tuple, in the order of ``output_names``."""
         with torch.no_grad():

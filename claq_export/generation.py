@@ -1,0 +1,189 @@
+"""Text generation from an ONNX artifact with a key/value cache: prefill, steps, sampling; NumPy and ONNX Runtime."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from .errors import ConfigError, ModelError
+
+PAST = "past_key_values."
+PRESENT = "present."
+
+
+@dataclass
+class Timing:
+    """What a generation took.
+
+    Attributes:
+        prompt_tokens, new_tokens: how many.
+        prefill_seconds: until the first new token.
+        decode_seconds: for those after it.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second after the first one."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
+
+
+@dataclass
+class Generator:
+    """A causal language model in ONNX Runtime, one sequence at a time.
+
+    Args:
+        path: ``model.onnx`` with cache, or its folder.
+        library: custom-operator library to register, or None.
+        threads: intra-op threads; 0 = ONNX Runtime's default.
+
+    Raises:
+        ModelError: the file is not there, cannot be loaded, or has no cache.
+    """
+
+    path: Path
+    library: Path | None = None
+    threads: int = 0
+    timing: Timing = field(default_factory=Timing)
+
+    def __post_init__(self) -> None:
+        self.path = Path(self.path)
+        if self.path.is_dir():
+            self.path = self.path / "model.onnx"
+        if not self.path.is_file():
+            raise ModelError(f"{self.path} does not exist; write it with: claq-export MODEL --out {self.path}")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self.threads
+        if self.library is not None:
+            options.register_custom_ops_library(str(self.library))
+        try:
+            self.session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exception classes have no public common base
+            raise ModelError(f"ONNX Runtime {ort.__version__} cannot load {self.path}: {error}") from error
+        self._inputs = {value.name: value for value in self.session.get_inputs()}
+        self._outputs = [value.name for value in self.session.get_outputs()]
+        past = [name for name in self._inputs if name.startswith(PAST)]
+        if "input_ids" not in self._inputs or "logits" not in self._outputs or not past:
+            raise ModelError(
+                f"{self.path} does not generate: it has no key/value cache (inputs {', '.join(list(self._inputs)[:4])}); "
+                "export a text-generation model without --no-cache"
+            )
+        self._presents = [PRESENT + name.removeprefix(PAST) for name in past]
+        missing = [name for name in self._presents if name not in self._outputs]
+        if missing:
+            raise ModelError(f"{self.path} takes a cache but does not return {missing[0]!r}")
+
+    def tokens(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[int] = (),
+    ) -> Iterator[int]:
+        """Generate tokens after a prompt, one at a time; :attr:`timing` tells how long it took so far.
+
+        Args:
+            prompt: token ids, at least one.
+            max_new_tokens: most tokens to generate.
+            temperature: 0 = always the likeliest token.
+            top_p: sample from the likeliest tokens that make up this share of the probability.
+            seed: of the draws.
+            stop: tokens that end the text; they are not yielded.
+
+        Raises:
+            ConfigError: a setting is out of range, or a token is not in the vocabulary.
+        """
+        if not prompt:
+            raise ConfigError("the prompt has no tokens")
+        if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+            raise ConfigError(
+                f"max_new_tokens must be positive, temperature at least 0 and top_p in (0, 1]; got {max_new_tokens}, "
+                f"{temperature}, {top_p}"
+            )
+        self.timing = Timing(prompt_tokens=len(prompt))
+        random = np.random.default_rng(seed)
+        past = self.empty_cache()
+        new, length = list(prompt), 0
+        for _ in range(max_new_tokens):
+            start = time.perf_counter()
+            logits, past = self.step(np.array([new], np.int64), length, past)
+            length += len(new)
+            token = _pick(logits[0, -1].astype(np.float64), temperature, top_p, random)
+            elapsed = time.perf_counter() - start
+            if self.timing.new_tokens == 0:
+                self.timing.prefill_seconds = elapsed
+            else:
+                self.timing.decode_seconds += elapsed
+            self.timing.new_tokens += 1
+            if token in stop:
+                return
+            yield token
+            new = [token]
+
+    def empty_cache(self, batch: int = 1) -> list[Any]:
+        """Keys and values of no token, one ``OrtValue`` an input."""
+        values = []
+        for name, value in self._inputs.items():
+            if name.startswith(PAST):
+                heads, size = value.shape[1], value.shape[3]
+                dtype = np.float16 if "float16" in value.type else np.float32
+                values.append(ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, 0, size), dtype)))
+        return values
+
+    def step(
+        self, tokens: npt.NDArray[np.int64], length: int, past: Sequence[Any]
+    ) -> tuple[npt.NDArray[Any], list[Any]]:
+        """Run the model on new tokens.
+
+        Args:
+            tokens: ``[batch, sequence]``.
+            length: tokens in the cache.
+            past: the cache, as returned by the step before.
+
+        Returns:
+            logits ``[batch, sequence, vocabulary]`` and the longer cache.
+        """
+        batch, sequence = tokens.shape
+        named = {
+            "input_ids": tokens,
+            "attention_mask": np.ones((batch, length + sequence), np.int64),
+            "position_ids": np.broadcast_to(np.arange(length, length + sequence), (batch, sequence)).copy(),
+        }
+        feed = {name: ort.OrtValue.ortvalue_from_numpy(named[name]) for name in named if name in self._inputs}
+        feed |= dict(zip((name for name in self._inputs if name.startswith(PAST)), past, strict=True))
+        try:
+            logits, *state = self.session.run_with_ort_values(["logits", *self._presents], feed)
+        except Exception as error:  # as above
+            raise ModelError(f"{self.path} fails after {length} tokens: {error}") from error
+        return logits.numpy(), state
+
+
+def _pick(logits: npt.NDArray[np.float64], temperature: float, top_p: float, random: np.random.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    scores = np.exp((logits - logits.max()) / temperature)
+    order = np.argsort(-scores)
+    shares = scores[order] / scores.sum()
+    kept = int(np.searchsorted(shares.cumsum(), top_p)) + 1
+    order, shares = order[:kept], shares[:kept]
+    return int(random.choice(order, p=shares / shares.sum()))

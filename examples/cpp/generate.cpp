@@ -1,0 +1,115 @@
+// A language model exported by claq in a C++ program: ONNX Runtime and libclaq, no Python. Greedy, one sequence.
+//
+//   make -C examples/cpp && examples/cpp/generate model.onnx libclaq.so 32 504 253 28 ...
+//
+// prints the new tokens' ids; turning text into ids is the tokenizer's business (see README.md). An empty library name
+// ("") runs the same file on ONNX Runtime's standard operators.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "ort_c_api.h"
+
+using Value = void*;
+
+static const OrtApi* api;
+
+template <typename... Args>
+void call(Slot slot, Args... args) {
+  void* status = reinterpret_cast<void* (*)(Args...)>(api->slots[slot])(args...);
+  if (!status) return;
+  std::fprintf(stderr, "onnxruntime: %s\n", reinterpret_cast<const char* (*)(void*)>(api->slots[kGetErrorMessage])(status));
+  std::exit(1);
+}
+
+void release(Slot slot, void* object) { reinterpret_cast<void (*)(void*)>(api->slots[slot])(object); }
+
+template <typename T>
+Value tensor(void* allocator, const std::vector<int64_t>& shape, ElementType type, const std::vector<T>& data) {
+  Value value = nullptr;
+  void* memory = nullptr;
+  call(kCreateTensorAsOrtValue, allocator, shape.data(), shape.size(), static_cast<int>(type), &value);
+  call(kGetTensorMutableData, value, &memory);
+  std::copy(data.begin(), data.end(), static_cast<T*>(memory));
+  return value;
+}
+
+int main(int argc, char** argv) {
+  if (argc < 5) {
+    std::fprintf(stderr, "usage: %s MODEL LIBCLAQ NEW_TOKENS TOKEN...\n", argv[0]);
+    return 2;
+  }
+  api = OrtGetApiBase()->GetApi(17);
+  void *env = nullptr, *options = nullptr, *session = nullptr, *allocator = nullptr, *library = nullptr;
+  call(kCreateEnv, 3, "generate", &env);
+  call(kCreateSessionOptions, &options);
+  call(kSetIntraOpNumThreads, options, 2);
+  if (*argv[2]) call(kRegisterCustomOpsLibrary, options, static_cast<const char*>(argv[2]), &library);
+  call(kCreateSession, env, static_cast<const char*>(argv[1]), options, &session);
+  call(kGetAllocatorWithDefaultOptions, &allocator);
+
+  // Inputs are input_ids, attention_mask, perhaps position_ids, and the cache; outputs logits and the longer cache.
+  size_t count = 0;
+  call(kSessionGetInputCount, session, &count);
+  std::vector<const char*> inputs;
+  std::vector<std::string> present;
+  std::vector<Value> cache;
+  const std::string past = "past_key_values";
+  for (size_t i = 0; i < count; ++i) {
+    char* name = nullptr;
+    call(kSessionGetInputName, session, i, allocator, &name);
+    inputs.push_back(name);
+    if (std::string(name).compare(0, past.size(), past)) continue;
+    void* type = nullptr;
+    const void* info = nullptr;
+    int64_t shape[4];
+    call(kSessionGetInputTypeInfo, session, i, &type);
+    call(kCastTypeInfoToTensorInfo, type, &info);
+    call(kGetDimensions, info, shape, size_t{4});
+    present.push_back("present" + std::string(name).substr(past.size()));
+    cache.push_back(tensor<float>(allocator, {1, shape[1], 0, shape[3]}, kFloat, {}));
+  }
+  std::vector<const char*> outputs{"logits"};
+  for (const auto& name : present) outputs.push_back(name.c_str());
+
+  std::vector<int64_t> tokens;
+  for (int i = 4; i < argc; ++i) tokens.push_back(std::atoll(argv[i]));
+  int64_t length = 0;
+  for (int step = 0; step < std::atoi(argv[3]); ++step) {
+    const int64_t added = static_cast<int64_t>(tokens.size());
+    std::vector<int64_t> mask(length + added, 1), positions(added);
+    std::iota(positions.begin(), positions.end(), length);
+    std::vector<Value> feed;
+    size_t used = 0;
+    for (const std::string name : inputs) {
+      if (name == "input_ids") feed.push_back(tensor(allocator, {1, added}, kInt64, tokens));
+      else if (name == "attention_mask") feed.push_back(tensor(allocator, {1, length + added}, kInt64, mask));
+      else if (name == "position_ids") feed.push_back(tensor(allocator, {1, added}, kInt64, positions));
+      else feed.push_back(cache[used++]);
+    }
+    std::vector<Value> results(outputs.size(), nullptr);
+    call(kRun, session, static_cast<const void*>(nullptr), inputs.data(), static_cast<const Value*>(feed.data()), feed.size(),
+         outputs.data(), outputs.size(), results.data());
+    for (Value value : feed) release(kReleaseValue, value);
+    cache.assign(results.begin() + 1, results.end());
+
+    float* logits = nullptr;
+    void* info = nullptr;
+    int64_t shape[3];
+    call(kGetTensorMutableData, results[0], reinterpret_cast<void**>(&logits));
+    call(kGetTensorTypeAndShape, results[0], &info);
+    call(kGetDimensions, static_cast<const void*>(info), shape, size_t{3});
+    const float* last = logits + (added - 1) * shape[2];
+    const int64_t next = std::max_element(last, last + shape[2]) - last;
+    release(kReleaseTensorTypeAndShapeInfo, info);
+    release(kReleaseValue, results[0]);
+    std::printf("%lld%s", static_cast<long long>(next), step + 1 < std::atoi(argv[3]) ? " " : "\n");
+    std::fflush(stdout);
+    length += added;
+    tokens = {next};
+  }
+  return 0;
+}
