@@ -20,6 +20,9 @@ from ..errors import CalibrationError
 TEXT_FIELDS = ("text", "content", "sentence", "document")
 """Fields looked for in JSONL and Parquet rows, first match wins."""
 
+TEXT_LIMIT = 2 << 30
+"""Bytes of a calibration file that is read whole."""
+
 # A line longer than this is running text, not one document a line.
 _DOCUMENT_LIMIT = 20_000
 # English text has about four characters a token; six make sure that a passage fills its window.
@@ -47,7 +50,7 @@ def read_texts(path: str | Path) -> list[str]:
         elif suffix in (".jsonl", ".json", ".ndjson"):
             texts = _read_jsonl(path)
         else:
-            texts = _split_documents(path.read_text(encoding="utf-8"))
+            texts = _split_documents(_read_limited(path).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise CalibrationError(f"calibration file {str(path)!r} is not UTF-8 text: {error}") from error
     except OSError as error:
@@ -56,6 +59,17 @@ def read_texts(path: str | Path) -> list[str]:
     if not texts:
         raise CalibrationError(f"calibration file {str(path)!r} holds no text")
     return texts
+
+
+def _read_limited(path: Path) -> bytes:
+    with path.open("rb") as file:
+        content = file.read(TEXT_LIMIT + 1)
+    if len(content) > TEXT_LIMIT:
+        raise CalibrationError(
+            f"calibration file {str(path)!r} has more than {TEXT_LIMIT >> 20} MiB; calibration reads a small part of a text: "
+            "give it one"
+        )
+    return content
 
 
 def _split_documents(text: str) -> list[str]:
@@ -82,8 +96,8 @@ def _read_jsonl(path: Path) -> list[str]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CalibrationError(f"{path}:{number}: not a JSON object a line: {error.msg}") from error
+            except (ValueError, RecursionError) as error:
+                raise CalibrationError(f"{path}:{number}: not a JSON object a line: {error}") from error
             if isinstance(row, str):
                 texts.append(row)
                 continue

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from ..inputs import SafetensorsFile, contained, read_json_object
 
-_HEADER_LIMIT = 100_000_000
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """A JSON object from a file of a model folder.
 
     Raises:
-        ModelError: missing, unreadable, or not an object.
+        ModelError: missing, unreadable, too large, not an object, or a link out of the folder.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} must hold a JSON object, found {type(content).__name__}")
-    return content
+    contained(path.parent, path.name, ModelError)
+    return read_json_object(path, ModelError)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -42,7 +34,10 @@ def weight_files(folder: Path) -> list[Path]:
         mapping = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(mapping, dict) or not mapping:
             raise ModelError(f"{folder / _INDEX} has no weight_map")
-        names = sorted(set(mapping.values()))
+        index = str(folder / _INDEX)
+        # One place of a name that is no string or leads elsewhere is enough to refuse all of it.
+        places = {contained(folder, name, ModelError, index): name for name in _distinct(mapping.values(), index)}
+        names = sorted(places.values())
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ModelError(
@@ -50,7 +45,7 @@ def weight_files(folder: Path) -> list[Path]:
             )
         files = [folder / name for name in names]
     elif (folder / _WEIGHTS).is_file():
-        mapping, files = None, [folder / _WEIGHTS]
+        mapping, files = None, [contained(folder, _WEIGHTS, ModelError)]
     else:
         pickles = sorted(
             path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(f"pytorch_model{pattern[1:]}")
@@ -59,40 +54,29 @@ def weight_files(folder: Path) -> list[Path]:
             f"; {pickles[0]} is a pickle, which claq does not read: save the model with safetensors" if pickles else ""
         )
         raise ModelError(f"{folder} has no weights: expected {_WEIGHTS} or {_INDEX}{hint}")
-    held = {path.name: safetensors_names(path) for path in files}
+    held = {str(path.relative_to(folder)): safetensors_names(path) for path in files}
     for tensor, name in (mapping or {}).items():
         if tensor not in held[name]:
             raise ModelError(f"{folder / name} lacks tensor {tensor!r}, which {_INDEX} places there")
     return files
 
 
+def _distinct(names: Iterable[object], index: str) -> list[str]:
+    found: dict[str, None] = {}
+    for name in names:
+        if not isinstance(name, str):
+            raise ModelError(f"{index} places a tensor in {str(name)[:80]!r}, expected a file name")
+        found[name] = None
+    return list(found)
+
+
 def safetensors_names(path: Path) -> set[str]:
-    """Names of the tensors in a safetensors file whose length fits its header.
+    """Names of the tensors in a safetensors file whose header keeps every rule of the format.
 
     Raises:
         ModelError: the file is truncated, too long, or has no valid header.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise ModelError(f"{path} is truncated: {size} bytes, not even a safetensors header")
-        (length,) = struct.unpack("<Q", start)
-        if length > _HEADER_LIMIT:
-            raise ModelError(f"{path} is no safetensors file: its header would be {length} bytes long")
-        if 8 + length > size:
-            raise ModelError(f"{path} is truncated: the header alone takes {8 + length} bytes, the file has {size}")
-        try:
-            header = json.loads(file.read(length))
-            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, UnicodeDecodeError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ModelError(f"{path} is no safetensors file: its header cannot be read ({error})") from None
-    expected = 8 + length + max(ends, default=0)
-    if expected > size:
-        raise ModelError(f"{path} is truncated: its header promises {expected} bytes, the file has {size}")
-    if expected < size:
-        raise ModelError(f"{path} is damaged: its header promises {expected} bytes, the file has {size}")
-    return set(header) - {"__metadata__"}
+    return set(SafetensorsFile(path, ModelError))
 
 
 def digest(files: list[Path]) -> str:

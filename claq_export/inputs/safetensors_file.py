@@ -76,7 +76,7 @@ def parse_header(content: bytes, data_bytes: int, start: int, where: str, error:
         error: not JSON, a name twice, an unknown dtype, a shape that is not a list of sizes, offsets that do not fit
             shape and dtype, overlap, leave a gap or do not end with the file.
     """
-    header = parse_json_object(content.rstrip(b" "), f"{where}: its header", error)
+    header = parse_json_object(content.rstrip(b" "), f"{where} is no safetensors file: its header", error)
     entries: dict[str, Any] = {}
     metadata = header.pop("__metadata__", None)
     if metadata is not None:

@@ -1,74 +1,55 @@
 #include "workspace.h"
 
+#include <atomic>
 #include <cstdlib>
-#include <mutex>
 #include <new>
-#include <vector>
 
 namespace claq {
 namespace {
 
-struct Buffer {
-  char* data;
-  size_t capacity;
-};
+// Buffers between runs, by size class. A slot is taken and given back by one atomic exchange: no lock is ever held, so a run
+// cannot wait for another one, a signal handler's or a forked child's runs included.
+constexpr size_t kSmallest = 64 * 1024;
+constexpr size_t kClasses = 30;  // the largest kept buffer is 64 KiB * 1.25^29, about 40 MB
+constexpr size_t kSlots = 8;     // kept of each class at most
 
-// Leaked on purpose: a host's threads may still run while static objects are destroyed.
-struct FreeList {
-  std::mutex mutex;
-  std::vector<Buffer> buffers;
-};
+std::atomic<char*> slots[kClasses][kSlots];  // zero from the start, freed with the process
 
-FreeList& free_list() {
-  static auto* list = new FreeList;
-  return *list;
+// The first class whose buffers hold `bytes`, and their capacity; kClasses for larger ones, which are not kept.
+size_t size_class(size_t bytes, size_t& capacity) {
+  size_t index = 0;
+  capacity = kSmallest;
+  while (capacity < bytes && index < kClasses) {
+    capacity += capacity / 4 / 64 * 64;
+    ++index;
+  }
+  if (index == kClasses) capacity = (bytes + 63) / 64 * 64;
+  return index;
 }
-
-constexpr size_t kLargestKept = size_t{32} << 20;
-constexpr size_t kMostKept = 64;
 
 }  // namespace
 
-Workspace::Workspace(size_t bytes) : data_(nullptr), capacity_(0) {
+Workspace::Workspace(size_t bytes) : data_(nullptr), class_(kClasses) {
   if (bytes == 0) return;
-  FreeList& list = free_list();
-  {
-    const std::lock_guard<std::mutex> lock(list.mutex);
-    // The smallest that is large enough, so that a task's small need does not take a run's large buffer.
-    size_t best = list.buffers.size();
-    for (size_t i = 0; i < list.buffers.size(); ++i) {
-      if (list.buffers[i].capacity >= bytes &&
-          (best == list.buffers.size() || list.buffers[i].capacity < list.buffers[best].capacity)) {
-        best = i;
-      }
-    }
-    if (best < list.buffers.size()) {
-      data_ = list.buffers[best].data;
-      capacity_ = list.buffers[best].capacity;
-      list.buffers[best] = list.buffers.back();
-      list.buffers.pop_back();
+  size_t capacity;
+  class_ = size_class(bytes, capacity);
+  if (class_ < kClasses) {
+    for (std::atomic<char*>& slot : slots[class_]) {
+      if (!slot.load(std::memory_order_relaxed)) continue;
+      data_ = slot.exchange(nullptr, std::memory_order_acquire);
+      if (data_) return;
     }
   }
-  if (data_) return;
-  size_t capacity = 64 * 1024;
-  while (capacity < bytes) capacity += capacity / 4 / 64 * 64;
   data_ = static_cast<char*>(std::aligned_alloc(64, capacity));
   if (!data_) throw std::bad_alloc();
-  capacity_ = capacity;
 }
 
 Workspace::~Workspace() {
   if (!data_) return;
-  if (capacity_ <= kLargestKept) {
-    FreeList& list = free_list();
-    const std::lock_guard<std::mutex> lock(list.mutex);
-    if (list.buffers.size() < kMostKept) {
-      try {
-        list.buffers.push_back({data_, capacity_});
-        return;
-      } catch (const std::bad_alloc&) {
-        // Without room in the list the buffer is freed instead.
-      }
+  if (class_ < kClasses) {
+    for (std::atomic<char*>& slot : slots[class_]) {
+      char* empty = nullptr;
+      if (slot.compare_exchange_strong(empty, data_, std::memory_order_release, std::memory_order_relaxed)) return;
     }
   }
   std::free(data_);

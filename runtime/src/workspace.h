@@ -1,4 +1,4 @@
-// Reusable scratch memory: a lease takes a buffer from a free list and returns it, so that a run allocates only the first
+// Reusable scratch memory: a lease takes a buffer that an earlier one left and leaves it, so that a run allocates only the first
 // time and concurrent runs never share.
 #pragma once
 
@@ -36,7 +36,7 @@ class Workspace {
 
  private:
   char* data_;
-  size_t capacity_;
+  size_t class_;
   size_t used_ = 0;
 };
 
