@@ -426,7 +426,8 @@ class SortedColumns:
         below = (above - 1).clamp_(min=0)
         start, stop = self.curve.gather(1, below), self.curve.gather(1, above)
         share = ((targets - start) / (stop - start).clamp(min=1e-300)).clamp_(0, 1)
-        centroids = torch.lerp(self.sample.gather(1, below), self.sample.gather(1, above), share)
+        first = self.sample.gather(1, below)
+        centroids = first + share * (self.sample.gather(1, above) - first)
         near = _TOLERANCE * (ends[:, 1] - ends[:, 0])[:, None]
 
         borders = torch.empty(len(low), k + 1, dtype=torch.int64, device=low.device)

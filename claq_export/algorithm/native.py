@@ -171,7 +171,7 @@ def quantize_columns(
     width = np.ascontiguousarray(widths, dtype=np.int32)
     reserved = np.ascontiguousarray(reserve, dtype=np.int64)
     first = np.cumsum(reserved) - reserved
-    room = int(reserved.sum())
+    room = max(0, int(reserved.sum()))
     results: dict[str, Any] = {
         "target": target,
         "value": np.empty_like(target),
