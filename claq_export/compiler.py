@@ -50,10 +50,9 @@ from .deferred import is_deferred, logical_bytes
 from .emit.companions import declare_quantized
 from .emit.exporter import Artifact, emit_onnx
 from .emit.genai import write_genai_config
-from .emit.genai import write_genai_config
 from .errors import CalibrationError, ConfigError, OutputError
 from .format import metadata
-from .format.checkpoint import save_checkpoint
+from .format.checkpoint import quantized_stacks, save_checkpoint
 from .format.layer import index_dtype
 from .format.packing import WIDTHS
 from .passes import Pass, PassContext, Pipeline, Plan, RemoveUnused, ReplaceLinears, planning_pipeline
@@ -497,6 +496,8 @@ class Compilation:
                 for name in (part, f"{part}.weight"):
                     for tied in (name, *self.captured.aliases.get(name, ())):
                         self.state.pop(tied, None)
+        for stack in quantized_stacks(self.state, {part for site in self.plan.sites for part, _ in site.parts}):
+            del self.state[stack]
         lowering: list[Pass] = [ReplaceLinears(layers, self.config.accuracy_level), RemoveUnused()]
         assert self._context is not None
         Pipeline(lowering).run(self.captured.graph_module, self._context)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .errors import ModelError
+from .experts import split_experts
 from .format.checkpoint import Checkpoint, load_checkpoint
 from .format.layer import TENSOR_NAMES, QuantizedLinear
 from .format.rows import slice_rows
@@ -250,7 +251,7 @@ def replace_linears(
     use it in its own way (``nn.MultiheadAttention``, for example), is overwritten with the dequantized one instead.
 
     Args:
-        model: changed in place; biases stay.
+        model: changed in place; biases stay. Expert weights stored in one tensor become a module an expert.
         layers: name -> quantized layer.
         parts: for stacked layers, the names of their linears and the rows of each; a layer that is not listed has the
             linear of its own name as its only part. A name is that of a module with a ``weight``, or of a parameter.
@@ -265,6 +266,7 @@ def replace_linears(
     Raises:
         ModelError: a weight is missing or has another size; the model is unchanged then.
     """
+    split_experts(model, [target for name in layers for target, _ in (parts or {}).get(name) or ((name, 0),)])
     sharing = _modules_by_weight(model)
     modules: dict[str, ClaqLinear | ClaqEmbedding] = {}
     dense: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -359,6 +361,7 @@ def load(folder: Path | str, model: nn.Module, *, strict: bool = True) -> nn.Mod
 
 def restore(model: nn.Module, checkpoint: Checkpoint, *, strict: bool = True) -> nn.Module:
     """As :func:`load`, from a checkpoint in memory."""
+    split_experts(model, [part for name in checkpoint.layers for part, _ in checkpoint.parts_of(name)])
     state = model.state_dict(keep_vars=True)
     parts = [part for name in checkpoint.layers for part, _ in checkpoint.parts_of(name)]
     parts += [other for names in checkpoint.tied.values() for other in names]

@@ -101,12 +101,13 @@ def stored_name(fetched: fx.Node) -> str:
 
 
 class _Rewriter:
-    """Builds canonical linears in one graph; a transposed weight is registered once, as a view of its parameter."""
+    """Builds canonical linears in one graph; a transposed weight, or a matrix of a stack of matrices (the experts of a
+    mixture), is registered once, as a view of its parameter."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self.graph = gm.graph
-        self.transposed: dict[str, str] = {}
+        self.views: dict[tuple[str, int | None, bool], str] = {}
 
     def resolve(self, value: object) -> Constant | None:
         return resolve(self.gm, value)
@@ -118,25 +119,29 @@ class _Rewriter:
             return NoMatch(f"the constant {constant.target} has {tensor.dim()} dimensions, not 2")
         if not tensor.is_floating_point():
             return NoMatch(f"the constant {constant.target} is {tensor.dtype}, not floating point")
-        stored = get_attribute(self.gm, constant.target)
-        if stored.dim() != 2 or not (same_layout(stored, tensor) or same_layout(stored.t(), tensor)):
+        if _place(get_attribute(self.gm, constant.target), tensor) is None:
             return NoMatch(f"the matrix is not {constant.target} as a whole but a part or a reshape of it")
         return None
 
     def weight_node(self, constant: Constant) -> fx.Node:
-        """A ``get_attr`` node of a matrix that passed :meth:`check_matrix`; a transpose is registered once."""
+        """A ``get_attr`` node of a matrix that passed :meth:`check_matrix`; each view is registered once."""
         stored = get_attribute(self.gm, constant.target)
         if same_layout(stored, constant.tensor):
             return fetch(self.graph, constant.target)
-        if constant.target in self.transposed:
-            return fetch(self.graph, self.transposed[constant.target])
-        target = free_name(self.gm, f"{constant.target}_transposed")
-        self.transposed[constant.target] = target
-        view = constant.tensor.detach()
-        is_parameter = isinstance(stored, torch.nn.Parameter)
-        set_tensor(self.gm, target, torch.nn.Parameter(view, requires_grad=False) if is_parameter else view)
-        node = fetch(self.graph, target)
-        node.meta[WEIGHT_KEY] = (constant.target, True)
+        place = _place(stored, constant.tensor)
+        assert place is not None
+        key = (constant.target, *place)
+        if key not in self.views:
+            index, transposed = place
+            which = "" if index is None else f"_{index}"
+            target = free_name(self.gm, f"{constant.target}{which}{'_transposed' if transposed else ''}")
+            view = constant.tensor.detach()
+            is_parameter = isinstance(stored, torch.nn.Parameter)
+            set_tensor(self.gm, target, torch.nn.Parameter(view, requires_grad=False) if is_parameter else view)
+            self.views[key] = target
+        node = fetch(self.graph, self.views[key])
+        name = constant.target if place[0] is None else f"{constant.target}.{place[0]}"
+        node.meta[WEIGHT_KEY] = (name, place[1])
         return node
 
     def replace(self, node: fx.Node, x: fx.Node, weight: Constant, bias: fx.Node | None) -> fx.Node:
@@ -303,6 +308,25 @@ def _rewrite_einsum(rewriter: _Rewriter, node: fx.Node) -> fx.Node | NoMatch:
         return NoMatch(f"einsum {equation!r} is not a product over the last axis")
     weight = constant.tensor if matrix == free + contracted else constant.tensor.t()
     return rewriter.replace(node, x, Constant(constant.target, weight), None)
+
+
+def _place(stored: torch.Tensor, matrix: torch.Tensor) -> tuple[int | None, bool] | None:
+    """Which matrix of ``stored`` (None for a matrix itself, an index for a stack of them), and whether transposed.
+
+    None if it is no whole matrix of it.
+    """
+    if stored.dim() == 2:
+        candidates: list[tuple[int | None, torch.Tensor]] = [(None, stored)]
+    elif stored.dim() == 3 and stored.is_contiguous() and stored.numel() and matrix.numel() == stored[0].numel():
+        nth = (matrix.data_ptr() - stored.data_ptr()) // (stored[0].numel() * stored.element_size())
+        candidates = [(nth, stored[nth])] if 0 <= nth < stored.shape[0] else []
+    else:
+        candidates = []
+    for index, whole in candidates:
+        for transposed, view in ((False, whole), (True, whole.t())):
+            if same_layout(view, matrix):
+                return index, transposed
+    return None
 
 
 def _keeps_leading_axes(x: fx.Node, product: fx.Node) -> bool:

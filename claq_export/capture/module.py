@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, ConfigError
+from ..experts import traceable_experts
 from .captured import CapturedModel, module_source
 from .graph import unlift
 from .masks import traceable_masks
@@ -108,7 +109,7 @@ def capture_module(
     arguments = _split_arguments(model, example_inputs, title)
     if input_names is not None:
         arguments.names = _checked_names(input_names, len(arguments.positions), "input")
-    with _evaluation(model), torch.no_grad():
+    with _evaluation(model), torch.no_grad(), traceable_experts(model):
         expected = _call(model, arguments, title)
         requested = _requested_axes(arguments, dynamic_shapes)
         _enlarge(model, arguments, requested)

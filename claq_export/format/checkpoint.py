@@ -180,7 +180,19 @@ def _unquantized(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         if len(parts) > 1 and (bias := tensors.pop(f"{name}.bias", None)) is not None:
             for (part, _), values in zip(parts, bias.split([rows for _, rows in parts]), strict=True):
                 tensors.setdefault(f"{part}.bias", values)
+    names = {part for name in checkpoint.layers for part, _ in checkpoint.parts_of(name)}
+    for stack in quantized_stacks(tensors, names):
+        del tensors[stack]
     return tensors
+
+
+def quantized_stacks(tensors: Mapping[str, torch.Tensor], names: Collection[str]) -> list[str]:
+    """Tensors of three axes (the weights of all experts) whose matrices ``<tensor>.0``, ... are all in ``names``."""
+    return [
+        name
+        for name, tensor in tensors.items()
+        if tensor.dim() == 3 and len(tensor) and all(f"{name}.{index}" in names for index in range(len(tensor)))
+    ]
 
 
 def _store_once(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -25,6 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import ConfigError, FormatError, ModelError
+from ..experts import split_experts
 from ..format.checkpoint import VERSION, header_text, layer_entry
 from ..format.layer import TENSOR_NAMES
 from ..format.rows import join_rows, share_columns, slice_rows
@@ -73,6 +74,7 @@ class ClaqHfQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         self._layers = LayerFiles(_checkpoint_files(model.config, checkpoint_files))
+        split_experts(model, _targets(model, self._layers))
         self._places = _places(model, self._layers)
         for name, places in self._places.items():
             level = self._layers.entries[name]["accuracy_level"]
@@ -99,6 +101,8 @@ class ClaqHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any, *_: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The model's tensors as ``claq.safetensors`` holds them, slices of stacked layers stacked again."""
+        # The names written are those of the modules: transformers 5 must not turn them into a checkpoint's old ones.
+        model._weight_conversions = []
         state = model.state_dict()
         entries: dict[str, Any] = {}
         tied = _tied(model)
@@ -225,6 +229,13 @@ def _places(model: Any, layers: LayerFiles) -> dict[str, list[_Place]]:
         some = ", ".join(list(layers.entries)[:3])
         raise ModelError(f"{type(model).__name__} has none of the quantized layers ({some}, …)")
     return found
+
+
+def _targets(model: Any, layers: LayerFiles) -> list[str]:
+    """The names that quantized linears may have in the model."""
+    prefix = f"{model.base_model_prefix}."
+    parts = [part for name in layers.entries for part, _ in layers.parts(name)]
+    return [target for part in parts for target in (part, part.removeprefix(prefix), prefix + part)]
 
 
 def _submodule(model: nn.Module, target: str) -> nn.Module | None:
