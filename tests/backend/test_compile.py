@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import shutil
 from typing import Any
 
 import pytest
@@ -219,6 +220,19 @@ def test_entries_die_with_their_model() -> None:
     torch._dynamo.reset()
     gc.collect()
     assert not list(store.entries())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_inductor_compiles_the_rest_in_one_graph_for_every_batch_size() -> None:
+    model = Net(1)
+    expected = quantized(model, Config(calibration=data()))
+    run = compiled(model, calibration=data(), fallback="inductor")
+    modules = torch.compile(expected, backend="inductor", fullgraph=True, dynamic=True)  # claq::linear of ClaqLinear
+    for rows in (5, 9):
+        x = data(1, rows, seed=9)[0]
+        torch.testing.assert_close(run(x), expected(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(modules(x), expected(x), rtol=1e-4, atol=1e-4)
 
 
 class TestRefusals:
