@@ -5,6 +5,10 @@
 
 Each session is made in a fresh process, in turns, and the medians are printed. Memory is what the process gained:
 anonymous memory belongs to it alone, file-backed memory is shared by all processes that map the same file.
+
+With ``--validation`` the share of the time that checking the layers takes is measured: every layer of the file is made
+through the C interface, which validates it and copies its small tensors, and the sum is set against the creation of a
+session. It is an upper bound, taken with the files in the page cache.
 """
 
 from __future__ import annotations
@@ -58,6 +62,41 @@ def make_model(folder: Path, layers: int, out_features: int, in_features: int, b
     return emit_onnx(model.eval(), example, folder / "model.onnx", dynamic_shapes={"input": {0: "rows"}}).path
 
 
+_VALIDATION_CHILD = """
+import json, sys, time
+from pathlib import Path
+import onnxruntime, claq_runtime, torch
+from claq_export.evaluation.layers import artifact_layers
+from claq_export.kernels.native import NativeLinear
+arguments = []
+for entry in artifact_layers(Path(sys.argv[1])):
+    layer = entry.layer
+    bias = torch.zeros(0)
+    sizes = {"columns": layer.columns, "in_features": layer.in_features, "out_features": layer.out_features}
+    arguments.append(((*layer.tensors().values(), bias), sizes))
+made, sessions = [], []
+for _ in range(int(sys.argv[2])):
+    start = time.perf_counter()
+    layers = [NativeLinear(*values, **sizes) for values, sizes in arguments]
+    made.append(time.perf_counter() - start)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    claq_runtime.register(options)
+    start = time.perf_counter()
+    session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+    sessions.append(time.perf_counter() - start)
+print(json.dumps([sorted(made)[len(made) // 2], sorted(sessions)[len(sessions) // 2]]))
+"""
+
+
+def validation_share(path: Path, rounds: int) -> tuple[float, float]:
+    """Median seconds of making all layers of a file through the C interface, and of creating a session."""
+    child = [sys.executable, "-c", _VALIDATION_CHILD, str(path), str(rounds)]
+    output = subprocess.run(child, capture_output=True, text=True, check=True).stdout
+    made, session = json.loads(re.findall(r"\[.*\]", output)[-1])
+    return made, session
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="an .onnx file; by default one is made from the options below")
@@ -66,6 +105,7 @@ def main() -> None:
     parser.add_argument("--in-features", type=int, default=2048)
     parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--validation", action="store_true", help="measure what checking the layers takes")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = options.model or make_model(
@@ -73,6 +113,11 @@ def main() -> None:
         )
         files = [path, *path.parent.glob(path.name + "*.data")]
         print(f"files: {sum(file.stat().st_size for file in files if file.is_file()) / 1e6:.1f} MB")
+        if options.validation:
+            made, session = validation_share(path, options.rounds)
+            share = 100 * made / session
+            print(f"layers checked and made in {1e3 * made:.2f} ms, session in {1e3 * session:.2f} ms: {share:.1f} %")
+            return
         results: dict[str, list[list[float]]] = {"stock": [], "runtime": []}
         for _ in range(options.rounds):
             for name, runs in results.items():

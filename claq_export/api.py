@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 import claq_export
 
 from .cached import check_cache, decoding_inputs
+from .calibration.peers import Peers
 from .calibration.progress import ProgressReporter
 from .capture import CACHED_TASK, CapturedModel, TaskModel, capture_decoder, capture_module, load_pretrained
 from .compiler import Compilation, check_writable, emit_captured, used_state, weight_bytes
@@ -192,6 +193,11 @@ def export(
     )
     compilation = Compilation(captured, config, reporter, used_state(module, captured), keep_records=report is not None)
     compilation.memory = memory
+    compilation.peers = peers = Peers.from_environment()
+    if peers.size > 1:
+        if memory is not None:
+            raise ConfigError("several processes keep their finished layers in memory; leave --memory out")
+        verify = verify and peers.rank == 0
     if memory is not None:
         if report is not None or config.tune:
             raise ConfigError("a report and tuning need the unquantized weights in memory; leave them or --memory out")
@@ -221,7 +227,7 @@ def export(
         reporter.stage(f"quantizing {len(compilation.plan.sites)} layers")
         compilation.quantize(Path(work) if work is not None else None, resume)
         reporter.stage(f"writing {out}")
-        artifact = compilation.emit(out)
+        artifact = _written_once(compilation, out)
         verification = None
         if verify:
             reporter.stage("verifying the artifact in ONNX Runtime")
@@ -255,7 +261,7 @@ def export(
         quantization_seconds=dict(compilation.quantization_seconds),
         verification=verification,
     )
-    if report is not None:
+    if report is not None and peers.rank == 0:
         write_report(report, _report_data(compilation, result))
     return result
 
@@ -323,6 +329,27 @@ class _Recorded:
 
     def __call__(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self._outputs[self._key(inputs)]
+
+
+def _written_once(compilation: Compilation, out: Path) -> Artifact:
+    """The artifact; process 0 writes it, all others are told what was written."""
+    peers = compilation.peers
+    artifact = compilation.emit(out) if peers.rank == 0 else None
+    if peers.size == 1:
+        assert artifact is not None
+        return artifact
+    description = None
+    if artifact is not None:
+        description = asdict(artifact) | {"path": str(out), "files": [str(file) for file in artifact.files]}
+    told = peers.tell(description)
+    return Artifact(
+        path=out,
+        files=tuple(map(Path, told["files"])),
+        bytes=told["bytes"],
+        inputs=tuple(told["inputs"]),
+        outputs=tuple(told["outputs"]),
+        layers=tuple(told["layers"]),
+    )
 
 
 def _report_data(compilation: Compilation, result: ExportResult) -> ReportData:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 import textwrap
@@ -360,7 +361,9 @@ def run_export(options: argparse.Namespace) -> None:
     )
     # Piped output has no width of its own; names of layers should not be broken at 80 columns then.
     console = Console(width=None if sys.stdout.isatty() else 140)
-    with ProgressReporter(quiet=options.quiet, log_path=options.log) as reporter:
+    # Of several processes (torchrun) the first one speaks.
+    first = os.environ.get("RANK", "0") == "0"
+    with ProgressReporter(quiet=options.quiet or not first, log_path=options.log if first else None) as reporter:
         if options.dry_run:
             captured, _ = capture(options.model, task=options.task, trust_remote_code=options.trust_remote_code)
             compilation = Compilation(captured, config, reporter)
@@ -381,7 +384,8 @@ def run_export(options: argparse.Namespace) -> None:
             reporter=reporter,
         )
         reporter.event("result", true_bits=result.true_bits, artifact_bytes=result.artifact_bytes)
-    print_result(console, result)
+    if first:
+        print_result(console, result)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -37,6 +37,7 @@ from .calibration.data import (
     read_texts,
     tokenize_texts,
 )
+from .calibration.peers import Peers
 from .calibration.progress import ProgressReporter
 from .calibration.sensitivity import output_importance
 from .calibration.spill import ActivationSpill
@@ -50,11 +51,12 @@ from .deferred import is_deferred, logical_bytes
 from .emit.companions import declare_quantized
 from .emit.exporter import Artifact, emit_onnx
 from .emit.genai import write_genai_config
-from .errors import CalibrationError, ConfigError, OutputError
+from .errors import CalibrationError, ConfigError, ModelError, OutputError
 from .format import metadata
 from .format.checkpoint import quantized_stacks, save_checkpoint
 from .format.layer import index_dtype
 from .format.packing import WIDTHS
+from .inputs import contained
 from .passes import Pass, PassContext, Pipeline, Plan, RemoveUnused, ReplaceLinears, planning_pipeline
 from .passes.plan import HEAD_ROLE, LINEAR_ROLE
 from .passes.select_linears import layer_name
@@ -129,6 +131,7 @@ class Compilation:
         config: the settings.
         reporter: told of stages and layers.
         keep_records: collect what a report shows of each layer (histograms of columns need the original weights).
+        peers: the processes that share calibration and quantization.
         memory: bytes of resident memory the run may take; None = as much as it likes.
         state: every tensor of the original model by its ``state_dict()`` name, for the PyTorch checkpoint.
         walk: makes the calibration's walk over the graph.
@@ -146,6 +149,7 @@ class Compilation:
     tuning: TuneResult | None = None
     keep_records: bool = False
     memory: int | None = None
+    peers: Peers = field(default_factory=Peers)
     records: list[LayerRecord] = field(default_factory=list)
     walk: WalkMaker = NodeWalk
     _context: PassContext | None = None
@@ -324,7 +328,7 @@ class Compilation:
                 "no calibration: every column gets plain k-means, without error feedback; "
                 "a calibration text lowers the error a lot"
             )
-        if work is not None:
+        if work is not None and self.peers.rank == 0:
             self.store = LayerStore(work, self._fingerprint(batches), resume)
         with contextlib.ExitStack() as stack:
             spill = None
@@ -343,11 +347,13 @@ class Compilation:
                 store=self.store,
                 walk=self.walk if spill is None else partial(self.walk, spill=spill),
                 release=self.memory is not None,
+                peers=self.peers,
             )
             plans = None
             if self.config.budgeted:
                 plans = None if self.store is None else self.store.load_plans()
-                if plans is None:
+                # A budget is solved by all processes or by none.
+                if self.peers.size > 1 or plans is None:
                     plans = self._solve_budget(self.profiles(stage, batches))
                     if self.store is not None:
                         self.store.save_plans(plans)
@@ -678,8 +684,10 @@ def copy_companions(source: Path, folder: Path) -> list[Path]:
     if source.is_dir() and source.resolve() != folder.resolve():
         for name in _COMPANIONS:
             if (source / name).is_file():
+                # A link would copy a file of this machine into what is going to be published.
+                origin = contained(source, name, ModelError)
                 try:
-                    copied.append(Path(shutil.copyfile(source / name, folder / name)))
+                    copied.append(Path(shutil.copyfile(origin, folder / name)))
                 except OSError as error:
                     raise OutputError(
                         f"{name} cannot be copied to {str(folder)!r}: {error.strerror or error}"

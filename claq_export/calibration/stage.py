@@ -27,6 +27,7 @@ from ..format.layer import QuantizedLinear
 from ..kernels import ops
 from ..passes import LinearSite
 from .data import Batch
+from .peers import Peers
 from .progress import ProgressReporter
 from .store import LayerStore
 from .walk import NodeWalk, RowLookup, WalkMaker
@@ -71,6 +72,7 @@ class CalibrationStage:
         reporter: told of every layer.
         store: finished layers of an interrupted run; None = start afresh and keep nothing.
         walk: makes the walk over the graph, which may take others along.
+        peers: the processes that share the work; None = this one alone.
         release: leave finished layers in ``store`` and keep stand-ins of their large tensors.
     """
 
@@ -87,6 +89,7 @@ class CalibrationStage:
         store: LayerStore | None = None,
         walk: WalkMaker = NodeWalk,
         release: bool = False,
+        peers: Peers | None = None,
     ) -> None:
         self._module = graph_module
         self._new_walk = walk
@@ -100,6 +103,7 @@ class CalibrationStage:
         self._reporter = reporter
         self._store = store
         self._release = release
+        self._peers = peers or Peers()
         self._plans: Mapping[str, ColumnPlan] = {}
         self._pooled: dict[str, Hessian] = {}
         self._frequency: dict[int, torch.Tensor] = {}
@@ -165,9 +169,8 @@ class CalibrationStage:
         self._frequency = token_frequency(self._module, self._sites, batches or [])
         self._reporter.start_layers(len(self._sites), "quantizing")
         try:
-            for site in self._sites:
-                if batches is None or not site.nodes:
-                    self._restore_or_quantize(site, None)
+            independent = [site for site in self._sites if batches is None or not site.nodes]
+            self._quantize_together([(site, None) for site in independent if self._restore(site) is None])
             if batches is not None and any(site.nodes for site in self._sites):
                 self._walk(batches)
         finally:
@@ -178,8 +181,8 @@ class CalibrationStage:
         site_of = {node: site for site in self._sites for node in site.nodes}
         pooled = self._pool_shared_sites(batches)
         for site in self._sites:
-            if site.lookups and site.name not in self._finished:
-                self._restore_or_quantize(site, pooled.pop(site.name))
+            if site.lookups and site.name not in self._finished and self._restore(site) is None:
+                self._quantize_together([(site, pooled.pop(site.name))])
         hessians: dict[fx.Node, Hessian] = {}
         readers = self._readers_left()
 
@@ -195,8 +198,10 @@ class CalibrationStage:
                         hessians[source] = self._hessian(site.in_features)
                         with self._timed("Hessian"):
                             _accumulate(hessians[source], inputs)
+                            self._peers.add_up(hessians[source])
                     hessian = hessians[source]
-                self._quantize(site, hessian, start)
+                together = [site] if site.name in pooled or self._peers.size == 1 else self._siblings(site, source)
+                self._quantize_together([(member, hessian) for member in together], start)
             readers[source] -= 1
             if not readers[source]:
                 # K x K floats a value: not to be kept for the rest of the walk.
@@ -205,7 +210,22 @@ class CalibrationStage:
 
         lookups = {node: self._rows_of(site) for site in self._sites for node in site.lookups}
         with self._timed("forward"):
-            self._new_walk(self._module, batches, list(site_of), lookups).run(visit)
+            self._new_walk(self._module, self._share(batches), list(site_of), lookups).run(visit)
+
+    def _share(self, batches: Sequence[Batch]) -> list[Batch]:
+        return self._peers.share(batches, _TOKENS_AT_ONCE)
+
+    def _siblings(self, site: LinearSite, source: fx.Node) -> list[LinearSite]:
+        """Sites that read the same value and wait to be quantized: different processes can take them."""
+        return [site] + [
+            other
+            for other in self._sites
+            if other is not site
+            and other.name not in self._finished
+            and not _is_pooled(other)
+            and any(node.args[0] is source for node in other.nodes)
+            and self._restore(other) is None
+        ]
 
     def _rows_of(self, site: LinearSite) -> RowLookup:
         layer = materialize_layer(self._finished[site.name].layer)
@@ -254,10 +274,11 @@ class CalibrationStage:
                 _accumulate(hessian, inputs)
             uses[site.name] -= 1
             if not uses[site.name]:
+                self._peers.add_up(hessian)
                 handle(site, hessians.pop(site.name))
 
         with self._timed("forward"):
-            self._new_walk(self._module, batches, list(site_of), {}).run(visit)
+            self._new_walk(self._module, self._share(batches), list(site_of), {}).run(visit)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -282,17 +303,36 @@ class CalibrationStage:
 
     def _restore(self, site: LinearSite) -> QuantizedSite | None:
         """A layer finished by an earlier run."""
-        found = self._store.load(site.name) if self._store is not None else None
+        found = self._peers.hand_round(self._store.load(site.name) if self._store is not None else None, 0)
         if found is None:
             return None
         layer, extra = found
         return self._finish(QuantizedSite(site, layer, extra["error"], measure(layer), 0.0), restored=True)
 
-    def _restore_or_quantize(self, site: LinearSite, hessian: Hessian | None) -> None:
-        if self._restore(site) is None:
-            self._quantize(site, hessian, time.perf_counter())
+    def _quantize_together(self, work: Sequence[tuple[LinearSite, Hessian | None]], start: float | None = None) -> None:
+        """Quantize layers that do not depend on one another; with peers each takes its share and hands it round."""
+        mine: dict[str, tuple[QuantizedLinear, dict[str, Any]]] = {}
+        peers = self._peers
+        if peers.size > 1:
+            for site, hessian in work[peers.rank :: peers.size]:
+                mine[site.name] = self._quantize(site, hessian, time.perf_counter() if start is None else start)
+        for number, (site, hessian) in enumerate(work):
+            begin = time.perf_counter() if start is None else start
+            if peers.size == 1:
+                layer, record = self._quantize(site, hessian, begin)
+            else:
+                handed = peers.hand_round(mine.pop(site.name, None), number % peers.size)
+                assert handed is not None
+                layer, record = handed
+            if self._store is not None:
+                self._store.save(site.name, layer, {"error": record["error"]})
+            done = QuantizedSite(site, layer, record["error"], measure(layer), record["seconds"])
+            self._finish(done, steps=record["steps"])
 
-    def _quantize(self, site: LinearSite, hessian: Hessian | None, start: float) -> None:
+    def _quantize(
+        self, site: LinearSite, hessian: Hessian | None, start: float
+    ) -> tuple[QuantizedLinear, dict[str, Any]]:
+        """A finished layer, its error, and the seconds it took by step."""
         weight = self._weight(site)
         settings = self._table_settings.get(site.name, self._settings)
 
@@ -308,11 +348,9 @@ class CalibrationStage:
             result = _naming(site, quantize)
             for step, label in _STEPS.items():
                 self._seconds[label] += result.seconds[step]
-        layer = result.layer.to("cpu")
-        if self._store is not None:
-            self._store.save(site.name, layer, {"error": result.error})
         steps = {key: round(value, 4) for key, value in result.seconds.items()}
-        self._finish(QuantizedSite(site, layer, result.error, measure(layer), time.perf_counter() - start), steps=steps)
+        record = {"error": result.error, "seconds": time.perf_counter() - start, "steps": steps}
+        return result.layer.to("cpu"), record
 
     def _finish(self, done: QuantizedSite, **fields: Any) -> QuantizedSite:
         if self._release and self._store is not None:

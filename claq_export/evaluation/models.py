@@ -227,7 +227,7 @@ def _pretrained(source: str | Path, causal: bool) -> torch.nn.Module:
 
     kind = AutoModelForCausalLM if causal else AutoModel
     try:
-        return kind.from_pretrained(str(source), dtype=torch.float32).eval()
+        return kind.from_pretrained(str(source), dtype=torch.float32, use_safetensors=True).eval()
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load {str(source)!r} with transformers: {error}") from error
 

@@ -1,0 +1,86 @@
+"""Two processes (gloo) calibrate one model and end with what one process ends with."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from claq_export.calibration.peers import Peers
+from claq_export.errors import CalibrationError
+from claq_export.format.checkpoint import load_checkpoint
+
+_PROGRAM = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import torch
+import claq_export
+import claq_export.calibration.stage as stage
+stage._TOKENS_AT_ONCE = 32
+torch.manual_seed(0)
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (torch.nn.Linear(64, 64) for _ in range(3))
+        self.o = torch.nn.Linear(64, 96)
+    def forward(self, x):
+        return self.o(torch.tanh(self.q(x)) * self.k(x) + self.v(x))
+config = claq_export.Config(bits=3, calibration=[torch.randn(16, 64) for _ in range(9)], fuse_siblings=False, outliers=0.01)
+result = claq_export.export(Model(), torch.randn(4, 64), out=sys.argv[1], config=config)
+print(len(result.layers), result.artifact_bytes)
+"""
+
+
+def run(out: Path, size: int) -> list[str]:
+    """Export in ``size`` processes; what each printed."""
+    out.parent.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(size):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if size > 1:
+            environment |= {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+        command = [sys.executable, "-c", _PROGRAM, str(out), *sys.path]
+        children.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    outputs = []
+    for child in children:
+        output, errors = child.communicate(timeout=240)
+        assert child.returncode == 0, errors
+        outputs.append(output.strip().splitlines()[-1])
+    return outputs
+
+
+def test_two_processes_end_with_what_one_ends_with(tmp_path):
+    (alone,) = run(tmp_path / "one" / "model.onnx", 1)
+    together = run(tmp_path / "two" / "model.onnx", 2)
+    assert together[0] == together[1]
+    assert together[0].split()[0] == alone.split()[0] == "4"
+    one, two = load_checkpoint(tmp_path / "one"), load_checkpoint(tmp_path / "two")
+    for name, layer in one.layers.items():
+        expected, got = layer.dequantize(), two.layers[name].dequantize()
+        # A sum in another order can move a weight to the neighbouring centroid, here and there.
+        assert float((expected - got).norm() / expected.norm()) < 1e-2, name
+    assert not list(tmp_path.glob("two/.*"))
+    assert json.loads((tmp_path / "two" / "claq.json").read_text())["format"] == "claq"
+
+
+def test_groups_of_tokens_stay_together():
+    batches = [{"ids": torch.zeros(4, 8, dtype=torch.int64)} for _ in range(7)]
+    shares = [Peers(rank, 2).share(batches, 64) for rank in range(2)]
+    assert [len(share) for share in shares] == [4, 3]
+    assert {id(batch) for share in shares for batch in share} == {id(batch) for batch in batches}
+    with pytest.raises(CalibrationError, match="9 processes need as many groups"):
+        Peers(0, 9).share(batches, 64)
