@@ -1,0 +1,254 @@
+"""Generation with an exported language model: equal tokens, decode and prefill speed beside MatMulNBits and llama.cpp.
+
+    claq-export SMOLLM2 --out smol/model.onnx
+    python benchmarks/decoder.py smol [--threads 2] [--gguf model.Q4_K_M.gguf] [--json results.json]
+
+All runtimes take turns in one process, so that a busy machine slows them alike: compare the ratios. The peer
+``MatMulNBits`` is the same graph with each claq layer replaced by ONNX Runtime's 4-bit operator (blocks of 32,
+accuracy level 4), made from the dequantized weight. llama.cpp runs where llama-cpp-python is installed and a file given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from onnx import numpy_helper
+
+import claq_export
+import claq_runtime
+from claq_export.format.checkpoint import load_checkpoint
+from claq_export.generation import Generator
+
+BLOCK = 32
+
+
+def with_accuracy(source: Path, target: Path, level: int) -> Path:
+    """The artifact with another ``accuracy_level``; it shares the data file."""
+    model = onnx.load(str(source), load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = level
+    target.write_bytes(model.SerializeToString())
+    return target
+
+
+def four_bit_blocks(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``MatMulNBits`` operands of ``weight[N, K]``: symmetric 4-bit codes and a scale a block of 32 inputs."""
+    n, k = weight.shape
+    padded = np.pad(weight, ((0, 0), (0, -k % BLOCK))).reshape(n, -1, BLOCK)
+    scale = np.abs(padded).max(-1, keepdims=True) / 7
+    codes = np.clip(np.rint(padded / np.where(scale == 0, 1, scale)) + 8, 0, 15).astype(np.uint8)
+    return codes[..., 0::2] | codes[..., 1::2] << 4, scale[..., 0].astype(np.float32)
+
+
+def as_nbits(folder: Path, target: Path) -> Path:
+    """The same graph with ``MatMulNBits`` in the place of every ``ClaqMatMul``."""
+    model = onnx.load(str(folder / "model.onnx"))
+    layers = load_checkpoint(folder).layers
+    constants = {value.name: value for value in model.graph.initializer}
+    done: dict[str, tuple[str, str]] = {}
+    for node in model.graph.node:
+        if node.op_type != "ClaqMatMul":
+            continue
+        layer = layers[node.name.split("#")[0]]
+        if node.name not in done:
+            codes, scale = four_bit_blocks(layer.dequantize(torch.float32).numpy())
+            names = (f"{node.name}.nbits", f"{node.name}.nbits_scale")
+            model.graph.initializer.extend(
+                [numpy_helper.from_array(codes, names[0]), numpy_helper.from_array(scale.reshape(-1), names[1])]
+            )
+            done[node.name] = names
+        bias = node.input[9]
+        has_bias = numpy_helper.to_array(constants[bias]).size > 0 if bias in constants else True
+        new = onnx.helper.make_node(
+            "MatMulNBits",
+            [node.input[0], *done[node.name], *(["", "", bias] if has_bias else [])],
+            list(node.output),
+            node.name,
+            domain="com.microsoft",
+            K=layer.in_features,
+            N=layer.out_features,
+            bits=4,
+            block_size=BLOCK,
+            accuracy_level=4,
+        )
+        node.CopyFrom(new)
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [value for value in model.graph.initializer if value.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, str(target), save_as_external_data=True, location=f"{target.name}.data")
+    return target
+
+
+def torch_model(folder: Path) -> Any:
+    """The artifact's quantized model in PyTorch."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return claq_export.load(folder, AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
+
+
+def agreement(folder: Path, prompt: list[int], count: int, threads: int) -> dict[str, Any]:
+    """Greedy tokens and logits of ONNX Runtime with claq-runtime against the quantized PyTorch model."""
+    model, generator = torch_model(folder), Generator(folder, Path(claq_runtime.library_path()), threads)
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        wanted = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()
+        logits = model(ids).logits.numpy()
+    found, _ = generator.step(ids.numpy(), 0, generator.empty_cache())
+    error = float(np.abs(found - logits).max() / np.abs(logits).max())
+    return {"equal_tokens": list(generator.tokens(prompt, count)) == wanted, "tokens": count, "logits_error": error}
+
+
+def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Median of what each run returns (seconds); runs take turns, the first turn warms up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            seconds = run()
+            if turn:
+                times[name].append(seconds)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def llama_runs(path: str, prompt: list[int], long: list[int], count: int, threads: int) -> tuple[Any, Any]:
+    """Decode and prefill of llama.cpp, in seconds, as functions."""
+    from llama_cpp import Llama
+
+    model = Llama(path, n_ctx=1024, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False)
+
+    def prefill() -> float:
+        model.reset()
+        start = time.perf_counter()
+        model.eval(long)
+        return time.perf_counter() - start
+
+    def decode() -> float:
+        model.reset()
+        model.eval(prompt)
+        token = model.sample(temp=0.0)
+        start = time.perf_counter()
+        for _ in range(count - 1):
+            model.eval([token])
+            token = model.sample(temp=0.0)
+        return time.perf_counter() - start
+
+    return decode, prefill
+
+
+def operator_times(path: Path, prompt: list[int], count: int, threads: int) -> dict[str, float]:
+    """Share of the time of each operator kind in decoding, from ONNX Runtime's profile."""
+    options = ort.SessionOptions()
+    options.enable_profiling = True
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    with tempfile.TemporaryDirectory() as scratch:
+        options.profile_file_prefix = str(Path(scratch) / "profile")
+        claq_runtime.register(options)
+        generator = Generator(path, Path(claq_runtime.library_path()), threads)
+        generator.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        list(generator.tokens(prompt, count))
+        events = json.loads(Path(generator.session.end_profiling()).read_text())
+    runs = [event for event in events if event["name"] == "model_run"]
+    begin = runs[0]["ts"] + runs[0]["dur"]
+    spent: Counter[str] = Counter()
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] > begin:
+            spent[event["args"]["op_name"]] += event["dur"]
+    total = sum(spent.values())
+    return {name: value / total for name, value in spent.most_common(12)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a language model exported by claq-export")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of the long prompt")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--gguf", help="a llama.cpp file of the same model")
+    parser.add_argument("--skip-agreement", action="store_true", help="timings only")
+    parser.add_argument("--note", default="", help="written into the results, for example: busy machine")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    vocabulary = json.loads((options.folder / "config.json").read_text())["vocab_size"]
+    draw = np.random.default_rng(0).integers(3, vocabulary, options.prefill).tolist()
+    prompt = draw[:16]
+    results: dict[str, Any] = {
+        "note": options.note,
+        "threads": options.threads,
+        "onnxruntime": ort.__version__,
+        "artifact_bytes": sum(p.stat().st_size for p in options.folder.glob("model.onnx*") if p.is_file()),
+    }
+    if not options.skip_agreement:
+        results["agreement"] = agreement(options.folder, prompt, options.new_tokens, options.threads)
+        print(json.dumps(results["agreement"]))
+    with tempfile.TemporaryDirectory() as scratch:
+        int8 = with_accuracy(options.folder / "model.onnx", options.folder / ".int8.onnx", 4)
+        try:
+            nbits = as_nbits(options.folder, Path(scratch) / "nbits.onnx")
+            library = Path(claq_runtime.library_path())
+            paths = {"claq int8": int8, "claq fp32": options.folder / "model.onnx", "MatMulNBits": nbits}
+            generators = {name: Generator(path, library, options.threads) for name, path in paths.items()}
+            decode: dict[str, Callable[[], float]] = {}
+            prefill: dict[str, Callable[[], float]] = {}
+            for name, generator in generators.items():
+
+                def run_decode(generator: Generator = generator) -> float:
+                    list(generator.tokens(prompt, options.new_tokens))
+                    return generator.timing.decode_seconds
+
+                def run_prefill(generator: Generator = generator) -> float:
+                    list(generator.tokens(draw, 1))
+                    return generator.timing.prefill_seconds
+
+                decode[name], prefill[name] = run_decode, run_prefill
+            if options.gguf:
+                decode["llama.cpp"], prefill["llama.cpp"] = llama_runs(
+                    options.gguf, prompt, draw, options.new_tokens, options.threads
+                )
+            seconds = interleaved(decode, options.rounds)
+            results["decode_tokens_per_second"] = {k: (options.new_tokens - 1) / v for k, v in seconds.items()}
+            results["prefill_seconds"] = interleaved(prefill, max(options.rounds // 2, 2))
+            for name in ("claq int8", "MatMulNBits"):
+                results[f"operators of {name}"] = operator_times(paths[name], prompt, 32, options.threads)
+        finally:
+            int8.unlink()
+    base = results["decode_tokens_per_second"]["MatMulNBits"]
+    print(f"\n{'decode':14} tokens/s  of MatMulNBits    prefill of {options.prefill}")
+    for name, rate in results["decode_tokens_per_second"].items():
+        print(f"{name:14} {rate:8.1f}  {rate / base:14.2f}    {results['prefill_seconds'][name]:.3f} s")
+    for name in ("claq int8", "MatMulNBits"):
+        shares = ", ".join(f"{op} {share:.1%}" for op, share in results[f"operators of {name}"].items())
+        print(f"time of {name} in decoding: {shares}")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The examples for language models, each in an interpreter that has what it needs: all give the same tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from claq_export.generation import Generator
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT = "the people of the country"
+NEW_TOKENS = 6
+
+
+def interpreter(module: str, variable: str) -> str:
+    """This interpreter if it has the module, else the one that an environment variable names."""
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        found = False
+    if found:
+        return sys.executable
+    if variable in os.environ:
+        return os.environ[variable]
+    pytest.skip(f"{module} is not installed here; {variable} may name an interpreter that has it")
+
+
+def run(python: str, script: str, *arguments: str) -> str:
+    result = subprocess.run(
+        [python, str(ROOT / "examples" / script), *arguments], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def expected(decoder_artifact: Path) -> tuple[list[int], list[int], str]:
+    """Prompt, new tokens, and both as text."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(decoder_artifact / "tokenizer.json"))
+    prompt = tokenizer.encode(PROMPT).ids
+    tokens = list(Generator(decoder_artifact).tokens(prompt, NEW_TOKENS))
+    return prompt, tokens, tokenizer.decode(prompt + tokens)
+
+
+def test_onnxruntime(decoder_artifact: Path, expected: tuple[list[int], list[int], str]) -> None:
+    text = run(sys.executable, "generate_onnxruntime.py", str(decoder_artifact), PROMPT, str(NEW_TOKENS))
+    assert text == expected[2]
+
+
+def test_optimum(decoder_artifact: Path, expected: tuple[list[int], list[int], str]) -> None:
+    python = interpreter("optimum.onnxruntime", "CLAQ_OPTIMUM_PYTHON")
+    text = run(python, "generate_optimum.py", str(decoder_artifact), PROMPT, str(NEW_TOKENS))
+    assert text.split() == expected[2].split()
+
+
+def test_optimum_embeds(artifact_encoder: Path) -> None:
+    python = interpreter("optimum.onnxruntime", "CLAQ_OPTIMUM_PYTHON")
+    lines = run(python, "embed_optimum.py", str(artifact_encoder)).splitlines()
+    assert lines[0].startswith("1.000")
+
+
+def test_genai(decoder_artifact: Path, tmp_path: Path, expected: tuple[list[int], list[int], str]) -> None:
+    python = interpreter("onnxruntime_genai", "CLAQ_GENAI_PYTHON")
+    folder = shutil.copytree(decoder_artifact, tmp_path / "model")
+    prompt, tokens, _ = expected
+    # GenAI's tokenizer does not know the test model's WordPiece; the tokens themselves are what is compared.
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'examples')!r}); from pathlib import Path; import numpy as np;"
+        "import onnxruntime_genai as og; import generate_genai;"
+        f"model = generate_genai.open_model(Path({str(folder)!r})); p = og.GeneratorParams(model);"
+        f"p.set_search_options(max_length={len(prompt) + NEW_TOKENS}, do_sample=False); g = og.Generator(model, p);"
+        f"g.append_tokens(np.array({prompt}, np.int32));\n"
+        "while not g.is_done(): g.generate_next_token()\n"
+        "print(*g.get_sequence(0))"
+    )
+    result = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert [int(token) for token in result.stdout.split()] == prompt + tokens
+
+
+@pytest.mark.parametrize("with_library", [False, True], ids=["stock", "runtime"])
+def test_cpp(
+    decoder_artifact: Path, tmp_path: Path, expected: tuple[list[int], list[int], str], with_library: bool
+) -> None:
+    import onnxruntime
+
+    libraries = sorted((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
+    if not libraries or shutil.which("make") is None or shutil.which("g++") is None:
+        pytest.skip("needs make, g++ and an ONNX Runtime wheel that carries libonnxruntime.so")
+    library = ""
+    if with_library:
+        library = pytest.importorskip("claq_runtime").library_path()
+    source = shutil.copytree(ROOT / "examples" / "cpp", tmp_path / "cpp")
+    subprocess.run(["make", "-s", "-C", str(source), f"ORT_LIBRARY={libraries[0]}"], check=True)
+    prompt, tokens, _ = expected
+    result = subprocess.run(
+        [str(source / "generate"), str(decoder_artifact / "model.onnx"), library, str(NEW_TOKENS), *map(str, prompt)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [int(token) for token in result.stdout.split()] == tokens
+
+
+@pytest.fixture(scope="module")
+def artifact_encoder(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from claq_export.cli import main
+
+    folder = tmp_path_factory.mktemp("encoder")
+    assert (
+        main([str(tiny_bert), "--out", str(folder / "model.onnx"), "--calibration", "none", "--quiet", "--no-verify"])
+        == 0
+    )
+    return folder

@@ -1,0 +1,157 @@
+"""RMS normalization, rotary positions and cached attention: found where they are, left alone with a reason elsewhere."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+from torch import fx, nn
+
+from claq_export.capture.decoder import capture_decoder
+from claq_export.capture.graph import is_check
+from claq_export.capture.tasks import TaskModel
+from claq_export.kernels import decoder_ops
+from claq_export.passes import (
+    AdditiveMasks,
+    FuseRmsNorm,
+    FuseRotary,
+    PassContext,
+    Pipeline,
+    RemoveNoops,
+    decoder_pipeline,
+)
+
+SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GATED = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
+
+
+def traced(module: nn.Module, *example: torch.Tensor) -> fx.GraphModule:
+    dim = torch.export.Dim.AUTO
+    shapes = tuple({0: dim, 1: dim} for _ in example)
+    graph = torch.export.export(module, example, dynamic_shapes=shapes).module(check_guards=False)
+    assert isinstance(graph, fx.GraphModule)
+    for node in list(graph.graph.nodes):
+        if is_check(node):
+            graph.graph.erase_node(node)
+    return graph
+
+
+def notes_of(records: list) -> str:
+    return "\n".join(note for record in records for note in record.notes)
+
+
+def captured_decoder(config: object):
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.uniform_(-0.3, 0.3)
+    return capture_decoder(TaskModel(model, "text-generation"))
+
+
+class Norm(nn.Module):
+    def __init__(self, axis: int = -1, weight: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(6)) if weight else None
+        self.axis = axis
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(torch.float32)
+        y = wide * torch.rsqrt(wide.pow(2).mean(self.axis, keepdim=True) + 1e-5)
+        return y + 1 if self.weight is None else self.weight * y.to(x.dtype)
+
+
+def test_rms_norm() -> None:
+    x = torch.randn(2, 3, 6)
+    module = Norm()
+    graph = traced(module, x)
+    Pipeline([RemoveNoops(), FuseRmsNorm()]).run(graph, PassContext())
+    calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert calls == [decoder_ops.rms_norm]
+    torch.testing.assert_close(graph(x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [(Norm(axis=1), "not over the last axis"), (Norm(weight=False), "no weight is multiplied")],
+    ids=["other axis", "no weight"],
+)
+def test_rms_norm_left_alone(module: Norm, reason: str) -> None:
+    x = torch.randn(2, 3, 6)
+    graph = traced(module, x)
+    records = Pipeline([RemoveNoops(), FuseRmsNorm()]).run(graph, PassContext())
+    assert reason in notes_of(records)
+    torch.testing.assert_close(graph(x), module(x))
+
+
+class Interleaved(nn.Module):
+    def forward(self, x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+        table = torch.cat([angle, angle], -1).unsqueeze(1)
+        swapped = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+        return x * table.cos() + swapped * table.sin()
+
+
+def test_interleaved_rotation_is_left_alone() -> None:
+    x, angle = torch.randn(2, 4, 3, 8), torch.randn(2, 3, 4)
+    graph = traced(Interleaved(), x, angle)
+    records = Pipeline([FuseRotary()]).run(graph, PassContext())
+    assert "not joined" in notes_of(records)
+    torch.testing.assert_close(graph(x, angle), Interleaved()(x, angle))
+
+
+def families() -> list:
+    from transformers import Gemma3TextConfig, GPT2Config, GPTNeoXConfig, MistralConfig, Qwen3Config
+
+    return [
+        pytest.param(MistralConfig(**GATED, sliding_window=3), 5, 4, 2, id="sliding window"),
+        pytest.param(Qwen3Config(**GATED, head_dim=16), 9, 4, 2, id="normalized heads"),
+        pytest.param(Gemma3TextConfig(**GATED, head_dim=8, sliding_window=3), 13, 4, 2, id="weight plus one"),
+        pytest.param(GPTNeoXConfig(**SIZES, intermediate_size=48), 0, 4, 2, id="part of the heads turned"),
+        pytest.param(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64), 0, 0, 2, id="Conv1D"),
+    ]
+
+
+@pytest.mark.parametrize(("config", "norms", "rotations", "attentions"), families())
+def test_families(config: object, norms: int, rotations: int, attentions: int) -> None:
+    captured = captured_decoder(config)
+    prefill = {
+        name: tensor[:, :, :0] if tensor.dim() == 4 else tensor[:, -3:]
+        for name, tensor in captured.example_inputs.items()
+    }
+    samples = [captured.example_inputs, prefill]
+    before = [captured.run(inputs) for inputs in samples]
+    context = PassContext(task="text-generation")
+    Pipeline([AdditiveMasks(), RemoveNoops()]).run(captured.graph_module, context)
+    decoder_pipeline().run(captured.graph_module, context)
+    targets = [node.target for node in captured.graph_module.graph.nodes]
+    found = [targets.count(op) for op in (decoder_ops.rms_norm, decoder_ops.rotary, decoder_ops.cached_attention)]
+    assert found == [norms, rotations, attentions]
+    for inputs, expected in zip(samples, before, strict=True):
+        for have, want in zip(captured.run(inputs), expected, strict=True):
+            torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+
+
+def test_cache_that_others_read_too_is_left_alone() -> None:
+    from transformers import LlamaConfig
+
+    captured = captured_decoder(LlamaConfig(**GATED))
+    graph = captured.graph_module.graph
+    joined = next(node for node in graph.nodes if node.target is torch.ops.aten.cat.default and node.args[1] == -2)
+    attention = next(node for node in graph.nodes if node.target is torch.ops.aten.scaled_dot_product_attention.default)
+    with graph.inserting_before(attention):
+        total = graph.call_function(torch.ops.aten.sum.default, (joined,))
+    with graph.inserting_after(attention):
+        changed = graph.call_function(operator.add, (attention, total))
+    attention.replace_all_uses_with(changed)
+    changed.args = (attention, total)
+    changed.meta["val"] = attention.meta["val"]
+    context = PassContext(task="text-generation")
+    before = captured.run(captured.example_inputs)
+    records = Pipeline([AdditiveMasks(), RemoveNoops()]).run(captured.graph_module, context)
+    records = decoder_pipeline().run(captured.graph_module, context)
+    assert "the longer cache is read by" in notes_of(records)
+    for have, want in zip(captured.run(captured.example_inputs), before, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
