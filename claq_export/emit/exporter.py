@@ -252,8 +252,7 @@ def _name_inputs(model: ir.Model, names: list[str]) -> None:
     if len(present) != len(names):
         raise CaptureError(f"the graph takes {len(present)} inputs ({', '.join(map(str, present))}), got {len(names)}")
     if set(present) != set(names):
-        for value, name in zip(model.graph.inputs, names, strict=True):
-            _rename(model, value, name)
+        _rename(model, model.graph.inputs, names)
 
 
 def _name_outputs(model: ir.Model, names: Sequence[str] | None) -> None:
@@ -263,22 +262,23 @@ def _name_outputs(model: ir.Model, names: Sequence[str] | None) -> None:
         raise CaptureError(
             f"the graph has {len(model.graph.outputs)} outputs, got {len(names)} names: {', '.join(names)}"
         )
-    for value, name in zip(model.graph.outputs, names, strict=True):
-        _rename(model, value, name)
+    _rename(model, model.graph.outputs, names)
 
 
-def _rename(model: ir.Model, value: ir.Value, name: str) -> None:
-    """Give ``value`` its public name; another value that has the name already gets a suffix."""
-    if value.name == name:
-        return
-    taken = {other.name for other in _values(model)}
-    for other in _values(model):
-        if other is not value and other.name == name:
+def _rename(model: ir.Model, values: Sequence[ir.Value], names: Sequence[str]) -> None:
+    """Give ``values`` their public names; other values that have one of the names already get a suffix."""
+    public, renamed = set(names), {id(value) for value in values}
+    everything = list(_values(model))
+    taken = {value.name for value in everything}
+    for other in everything:
+        if other.name in public and id(other) not in renamed:
             suffix = 1
-            while f"{name}_{suffix}" in taken:
+            while f"{other.name}_{suffix}" in taken:
                 suffix += 1
-            other.name = f"{name}_{suffix}"
-    value.name = name
+            other.name = f"{other.name}_{suffix}"
+            taken.add(other.name)
+    for value, name in zip(values, names, strict=True):
+        value.name = name
 
 
 def _axis_name(name: object) -> str | None:
