@@ -459,14 +459,21 @@ class Compilation:
             room -= sum(plan.predict(self.plan.site(name).out_features).nbytes for name, plan in embeddings.items())
             room -= sum(self._exact_bytes(name, settings) for name, settings in tables.items())
             try:
+                if room <= 0:
+                    raise ConfigError("the budget cannot be met: tables alone take more")
                 self.budget = self._solve_with_pointers(profiles, room, {**floors, **heads}, heads)
             except ConfigError as error:
-                refused = refused or error
+                refused = error
                 continue
             self.reporter.event("budget", **self.budget.to_json())
             return {**self.budget.plans, **embeddings}
         assert refused is not None
-        raise refused
+        if not self._table_settings():
+            raise refused
+        exact = ", --exact-tokens 0" if self._exact_tokens() else ""
+        raise ConfigError(
+            f"{refused}; embeddings and heads are counted: give more, or narrow them (--embedding-bits, --head-bits{exact})"
+        ) from refused
 
     def _solve_with_pointers(
         self, profiles: Sequence[LayerProfile], room: int, floors: Mapping[str, int], heads: Iterable[str]
