@@ -186,10 +186,19 @@ class WeightStore:
 STORES: dict[str, WeightStore] = {}
 """All stores by key; the operators of compiled graphs look their weights up here."""
 
+_keys: dict[str, str] = {}
 
-def store_for(key: str) -> WeightStore:
-    """The store of that key, made at the first call."""
-    return STORES.setdefault(key, WeightStore(key))
+
+def store_for(settings: str) -> WeightStore:
+    """The store of these settings, made at the first call.
+
+    Its key, which is part of compiled graphs, is a number: Inductor's cache on disk then knows the graph again whatever
+    the settings are.
+    """
+    if settings not in _keys:
+        _keys[settings] = str(len(_keys))
+        STORES[_keys[settings]] = WeightStore(_keys[settings])
+    return STORES[_keys[settings]]
 
 
 def _references(tensors: Sequence[torch.Tensor | None]) -> tuple[weakref.ref[torch.Tensor] | None, ...]:

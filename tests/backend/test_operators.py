@@ -7,7 +7,7 @@ import torch
 from quantized_layers import dense_weight, random_layer
 
 from claq_export.backend.operators import embedding_of, linear_of
-from claq_export.backend.store import Stack, store_for
+from claq_export.backend.store import STORES, Stack, WeightStore
 from claq_export.format.rows import slice_rows
 from claq_export.kernels import use_backend
 
@@ -20,7 +20,7 @@ def stacked(key: str, dtype: torch.dtype, transposed: bool = False) -> tuple[lis
     layer = random_layer(40, 24, (4, 2), outliers=0.05)
     shapes = [(16, 40), (8, 40)]
     weights = [torch.nn.Parameter(torch.zeros(s[::-1] if transposed else s, dtype=dtype), False) for s in shapes]
-    store_for(key).add(weights, Stack("ab", layer, (16, 8), transposed, 0))
+    STORES.setdefault(key, WeightStore(key)).add(weights, Stack("ab", layer, (16, 8), transposed, 0))
     return weights, dense_weight(layer)
 
 
@@ -75,8 +75,8 @@ def test_a_part_that_is_not_quantized() -> None:
 def test_a_changed_parameter_counts_as_unknown() -> None:
     weights, _ = stacked("changed", torch.float32)
     weights[0].add_(1)
-    assert store_for("changed").find(weights[0]) is None
-    entry = store_for("changed").find(weights[1])
+    assert STORES["changed"].find(weights[0]) is None
+    entry = STORES["changed"].find(weights[1])
     assert entry is not None
     assert entry.stack is not None
     assert torch.equal(entry.layer.codes, slice_rows(entry.stack.layer, 16, 24).codes)
