@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "claq.h"
+#include "claq_check_quantize.h"
 
 namespace {
 
@@ -263,6 +264,8 @@ int main() {
   for (int i = 0; i < 20; ++i) check_gather(random);
   for (int i = 0; i < 4; ++i) check_concurrency(random);
   check_bad_layers(random);
+  for (int i = 0; i < 60; ++i) check_quantization(random, kernels, expect);
+  check_bad_columns(random, expect);
   std::printf("%s: %d failures\n", claq_kernels(), failures);
   return failures ? 1 : 0;
 }
