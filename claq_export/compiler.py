@@ -87,7 +87,7 @@ _COMPANIONS = (
 _TEXTS_A_SAMPLE = 100
 """Texts of a Python iterable that are read for each calibration sample at most; short ones are joined for decoders."""
 
-_NOT_IN_FINGERPRINT = ("accuracy", "calibration", "device")
+_NOT_IN_FINGERPRINT = ("accuracy", "calibration", "device", "tune")
 """Settings that finished layers do not depend on; calibration data counts by its content, not its file's name."""
 
 _NODE_BYTES = 450
@@ -374,6 +374,8 @@ class Compilation:
         batches = self.batches() if batches is None else batches
         if batches is None:
             raise CalibrationError("tuning needs calibration data; it was switched off")
+        if self.memory is not None:
+            raise ConfigError("tuning needs the whole model in memory, twice over; leave out --tune or --memory")
         with self.timed("tuning"):
             result = tune(
                 self.captured.graph_module,

@@ -72,6 +72,11 @@ class OutputImportance:
 
         return hook
 
+    @property
+    def seen(self) -> list[str]:
+        """The layers that got a gradient."""
+        return list(self._sums)
+
     def result(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """float64 ``[out_features]`` for each layer: mean over tokens of the squared gradient.
 

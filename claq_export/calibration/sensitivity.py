@@ -77,7 +77,14 @@ def output_importance(
             reporter.layer(f"sample {number + 1}", phase="gradients")
     finally:
         reporter.finish_layers()
-    return importance.result([site.name for site in sites])
+    found = importance.result(importance.seen)
+    if not found:
+        raise CalibrationError("gradients cannot be had: no layer takes part in the model's output")
+    # An expert that these samples are never routed to: as much as the others on average.
+    mean = float(torch.stack([rows.mean() for rows in found.values()]).mean())
+    return {
+        site.name: found.get(site.name, torch.full((site.out_features,), mean, dtype=torch.float64)) for site in sites
+    }
 
 
 def _watched(name: str, weight: torch.Tensor, importance: OutputImportance) -> LinearFunction:

@@ -300,10 +300,11 @@ class TunedLayer:
     @torch.no_grad()
     def collect(self) -> None:
         """Gradients of the parameters from that of the decoded weight, which is dropped. Rounding passes straight
-        through."""
+        through; a layer that no sample used (an expert) has none."""
         gradient = self.weight.grad
+        self.table.grad = self.row.grad = self.kept.grad = None
         if gradient is None:
-            raise CalibrationError("a layer gets no gradient: it takes no part in the model's output")
+            return
         pull = gradient.to(torch.float32) * self._unit[:, None]
         pull *= self._row_unit
         self.row.grad = (pull * self._value()).sum(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,13 +85,19 @@ def quantized(folder: Path, task: str, texts: list[str], bits: float = 2) -> Com
     return compilation
 
 
+def compilation_again(compilation: Compilation, layers: dict[str, QuantizedLinear]) -> Compilation:
+    """The same compilation before it was tuned."""
+    compilation.sites = {name: replace(done, layer=layers[name]) for name, done in compilation.sites.items()}
+    return compilation
+
+
 def test_language_model(tiny_llama: Path) -> None:
     compilation = quantized(tiny_llama, "text-generation", sentences(200))
     tables = {name for name, done in compilation.sites.items() if done.site.lookups}
     assert tables
     before = {name: done.layer for name, done in compilation.sites.items()}
     sizes = {name: done.bits for name, done in compilation.sites.items()}
-    settings = TuneSettings(steps=30, check=10, rate=5e-3)
+    settings = TuneSettings(steps=10, check=5, rate=1e-2)
     first = compilation.tune(settings=settings)
     assert first.after < 0.95 * first.before
     for name, layer in before.items():
@@ -98,7 +105,7 @@ def test_language_model(tiny_llama: Path) -> None:
         assert torch.equal(done.layer.codes, layer.codes)
         assert done.bits == sizes[name]
         assert torch.equal(done.layer.codebook, layer.codebook) == (name in tables)
-    again = quantized(tiny_llama, "text-generation", sentences(200)).tune(settings=settings)
+    again = compilation_again(compilation, before).tune(settings=settings)
     assert again.after == first.after
     assert all(torch.equal(again.layers[name].codebook, layer.codebook) for name, layer in first.layers.items())
 
@@ -106,28 +113,20 @@ def test_language_model(tiny_llama: Path) -> None:
 def test_encoder_with_budget_and_outliers(tiny_bert: Path) -> None:
     compilation = quantized(tiny_bert, "feature-extraction", sentences(200), bits=3.7)
     assert sum(done.layer.outliers for done in compilation.sites.values()) > 0
-    result = compilation.tune(settings=TuneSettings(steps=20, check=10))
+    result = compilation.tune(settings=TuneSettings(steps=10, check=5, rate=5e-3))
     assert result.after < result.before
 
 
 def test_nothing_gained_leaves_the_layers_alone(tiny_llama: Path) -> None:
     compilation = quantized(tiny_llama, "text-generation", sentences(200))
+    with pytest.raises(CalibrationError, match="samples"):
+        compilation.tune([compilation.captured.inputs_from_tokens([[5, 6, 7]])])
     before = {name: done.layer for name, done in compilation.sites.items()}
     result = compilation.tune(settings=TuneSettings(steps=12, check=2, rate=10.0, row_rate=10.0, patience=2))
     assert result.after == result.before
     assert result.steps == 4
     assert all(compilation.sites[name].layer is layer for name, layer in before.items())
-
-
-def test_a_time_limit_ends_tuning(tiny_llama: Path) -> None:
-    compilation = quantized(tiny_llama, "text-generation", sentences(200))
     assert compilation.tune(settings=TuneSettings(steps=50, minutes=1e-6)).steps == 1
-
-
-def test_too_few_samples(tiny_llama: Path) -> None:
-    compilation = quantized(tiny_llama, "text-generation", sentences(200))
-    with pytest.raises(CalibrationError, match="samples"):
-        compilation.tune(compilation.batches()[:1] and [compilation.captured.inputs_from_tokens([[5, 6, 7]])])
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="needs shared/data/stories260k beside the checkout")
@@ -136,14 +135,14 @@ def test_a_trained_model_comes_closer_to_the_original() -> None:
 
     model = open_model(str(STORIES), causal=True)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.full((16, 1), 1)
-    for _ in range(63):
+    tokens = torch.full((12, 1), 1)
+    for _ in range(39):
         likely = model.logits(tokens)[:, -1].softmax(-1)
         tokens = torch.cat([tokens, torch.multinomial(likely, 1, generator=generator)], 1)
     captured, _ = capture(STORIES, task="text-generation")
     batches = [captured.inputs_from_tokens(row[None]) for row in tokens]
-    config = Config(bits=2, calibration=batches, samples=16)
+    config = Config(bits=2, calibration=batches, samples=12)
     compilation = Compilation(captured, config, ProgressReporter(quiet=True))
     compilation.quantize_sites()
-    result = compilation.tune(settings=TuneSettings(steps=60, check=20, held_out=2))
-    assert result.after < 0.8 * result.before
+    result = compilation.tune(settings=TuneSettings(steps=20, check=10, samples=2, rate=5e-3))
+    assert result.after < 0.95 * result.before
