@@ -26,10 +26,10 @@ model."""
 class CachedDecoder(TaskModel):
     """A causal language model as a function of tokens and of its cache, all positional tensors.
 
-    Inputs (as the file names them): ``input_ids [batch, sequence]``, ``attention_mask [batch, past + sequence]``, ``position_ids`` where the
-    model takes them, then ``past_key_values.N.key`` and ``.value [batch, heads, past, head size]`` a layer. Outputs:
-    ``logits [batch, sequence, vocabulary]`` and ``present.N.key`` and ``.value [batch, heads, past + sequence, head
-    size]``. The past may have length zero.
+    Inputs (as the file names them): ``input_ids [batch, sequence]``, ``attention_mask [batch, past + sequence]``,
+    ``position_ids`` where the model takes them, then ``past_key_values.N.key`` and ``.value``
+    ``[batch, heads, past, head size]`` a layer. Outputs: ``logits [batch, sequence, vocabulary]``, then
+    ``present.N.key`` and ``.value [batch, heads, past + sequence, head size]``. The past may have length zero.
 
     The cache holds every position, also in layers with a sliding window, whose mask leaves out what is outside.
 
@@ -135,10 +135,10 @@ def _cache_shapes(task_model: TaskModel) -> list[tuple[tuple[int, int], tuple[in
     title = type(model).__name__
     inputs = task_model.example_inputs(1, 4)
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True, return_dict=True).past_key_values
-    layers = getattr(cache, "layers", None)
+        result = model(**inputs, use_cache=True, return_dict=True)
+    layers = getattr(getattr(result, "past_key_values", None), "layers", None)
     if not layers:
-        raise CaptureError(f"{title} keeps no key/value cache ({type(cache).__name__}); export it with --no-cache")
+        raise CaptureError(f"{title} keeps no cache of keys and values between steps; export it with --no-cache")
     shapes = []
     for index, layer in enumerate(layers):
         pair = (getattr(layer, "keys", None), getattr(layer, "values", None))
