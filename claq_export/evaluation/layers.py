@@ -1,4 +1,4 @@
-"""Layer by layer: how far each quantized layer of an artifact is from the linear it stands for."""
+"""Layer by layer: how far each quantized layer of an artifact is from the linear or embedding it stands for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..inputs import OnnxFile
 
 DOMAIN = "com.claq"
 
-OPERATORS: Mapping[str, slice] = {"ClaqMatMul": slice(1, 1 + len(TENSOR_NAMES))}
+OPERATORS: Mapping[str, slice] = dict.fromkeys(("ClaqMatMul", "ClaqGather"), slice(1, 1 + len(TENSOR_NAMES)))
 """Operators of :data:`DOMAIN` whose weight is compared, and which of their inputs are :data:`TENSOR_NAMES`."""
 
 _ROWS_AT_ONCE = 4096
@@ -92,7 +92,8 @@ def _onnx_layers(path: Path) -> Iterator[ArtifactLayer]:
             layer = QuantizedLinear.from_parts(attributes, tensors)
         except (FormatError, ValueError, TypeError) as error:
             raise FormatError(f"{path}: layer {node.name!r}: {error}") from error
-        yield ArtifactLayer(node.name, layer, parts.get(node.name) or ((node.name, layer.out_features),))
+        name = node.name.partition("#")[0]  # later uses of a layer are numbered
+        yield ArtifactLayer(name, layer, parts.get(name) or ((name, layer.out_features),))
 
 
 def _stored_parts(file: OnnxFile) -> dict[str, tuple[tuple[str, int], ...]]:
