@@ -18,13 +18,13 @@ import claq_export
 
 def generate(model: Any, tokenizer: Any, prompt: str) -> str:
     start = time.perf_counter()
-    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False)
     print(f"  {time.perf_counter() - start:.1f} s")
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
-def main(folder: str, samples: int = 16, sequence_length: int = 256) -> None:
+def main(folder: str, fallback: str = "inductor", samples: int = 16, sequence_length: int = 256) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompt = "The history of the railway begins with"
@@ -33,6 +33,7 @@ def main(folder: str, samples: int = 16, sequence_length: int = 256) -> None:
     # Calibrated on the text that comes with claq; `generate` asks for nothing else.
     options = {
         "bits": 4,
+        "fallback": fallback,
         "tokenizer": tokenizer,
         "samples": samples,
         "sequence_length": sequence_length,
@@ -45,11 +46,11 @@ def main(folder: str, samples: int = 16, sequence_length: int = 256) -> None:
     with tempfile.TemporaryDirectory() as out:
         claq_export.save_compiled(model, out)
         fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        fresh.forward = torch.compile(fresh.forward, backend="claq", options={"weights": out})
+        fresh.forward = torch.compile(fresh.forward, backend="claq", options={"weights": out, "fallback": fallback})
         print("loaded:", generate(fresh, tokenizer, prompt))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ from backend_models import compiled, store_of
 
 import claq_export
 from claq_export import Config
-from claq_export.backend import save_compiled
+from claq_export.backend import claq, save_compiled
 from claq_export.capture import TaskModel
 
 STORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "stories260k"
-pytestmark = pytest.mark.skipif(not STORIES.is_dir(), reason="needs shared/data/stories260k beside the checkout")
+needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="needs shared/data/stories260k beside the checkout")
 PROMPT = torch.tensor([[1, 403, 407, 261, 378]])  # "Once upon a"
 NEW = 16
 
@@ -57,6 +58,7 @@ def expected(calibration: list[dict[str, torch.Tensor]]) -> Any:
     return model
 
 
+@needs_stories
 def test_greedy_tokens_are_those_of_quantize(calibration: Any, expected: Any, tmp_path: Path) -> None:
     model = stories()
     model.forward = compiled(model.forward, calibration=calibration)
@@ -74,6 +76,7 @@ def test_greedy_tokens_are_those_of_quantize(calibration: Any, expected: Any, tm
     assert greedy(claq_export.load(tmp_path, fresh)) == wanted
 
 
+@needs_stories
 def test_generate_is_observed_and_swapped() -> None:
     model, original = stories(2), stories(2)
     model.forward = compiled(model.forward, observe=NEW)
@@ -88,6 +91,7 @@ def test_generate_is_observed_and_swapped() -> None:
     assert torch.nn.functional.kl_div(got, wanted, log_target=True, reduction="sum") < 0.2
 
 
+@needs_stories
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_inductor_generates_the_same_tokens() -> None:
@@ -97,3 +101,14 @@ def test_inductor_generates_the_same_tokens() -> None:
         model.forward = compiled(model.forward, calibration="none", fallback=fallback)
         tokens.append(greedy(model))
     assert tokens[0] == tokens[1]
+
+
+def test_the_example_runs(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch._dynamo.reset()
+    if "claq" not in torch._dynamo.list_backends(None):  # the package is not installed: run from the source tree
+        torch._dynamo.register_backend(claq, name="claq")
+    path = Path(__file__).resolve().parents[2] / "examples" / "torch_compile.py"
+    runpy.run_path(str(path))["main"](str(tiny_llama), fallback="eager", samples=4, sequence_length=32)
+    lines = [line for line in capsys.readouterr().out.splitlines() if ":" in line]
+    assert [line.split(":")[0] for line in lines] == ["original", "quantized, with compilation", "quantized", "loaded"]
+    assert len({line.split(":", 1)[1] for line in lines[1:]}) == 1
