@@ -4,20 +4,25 @@ compares errors.
     python benchmarks/kmeans.py [--model FOLDER] [--rows 4096] [--columns 24] [--repeats 5] [--write]
 
 Without ``--model`` (a Hugging Face folder with safetensors) columns are drawn from a Student-t distribution with 6
-degrees of freedom. With it, columns of its linear weights are joined until they have the asked number of rows. Both
-run on one thread. Times are CPU times, so that other work on the machine disturbs them less: the median over
-interleaved repeats of a pass over all columns, sorting, rounding and the assignment of codes included.
+degrees of freedom. With it, columns of its linear weights are joined until they have the asked number of rows.
+Everything runs on one thread. claq's methods run natively (libclaq, all columns in one call, as in a block of the
+quantizer) and in their Python reference, column by column. Times are CPU times, so that other work on the machine
+disturbs them less: the median over interleaved repeats of a pass over all columns, sorting, rounding and the assignment
+of codes included.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from claq_export.algorithm import native
 from claq_export.algorithm.columns import ColumnCoder
 from claq_export.algorithm.kmeans import METHODS, cluster
 from claq_export.algorithm.settings import LayerSettings
@@ -46,12 +51,21 @@ def model_columns(folder: Path, rows: int, count: int, rng: np.random.Generator)
     return columns
 
 
+def in_python(columns: list[np.ndarray], bits: int, options: LayerSettings) -> None:
+    """Quantize columns without libclaq."""
+    coder = ColumnCoder(options)
+    coder.native = False
+    for column in columns:
+        coder.quantize(column, bits, 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--columns", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--note", default="", help="said about the run in the table, for example: busy machine")
     parser.add_argument("--write", action="store_true", help=f"write the table to {RESULT.name} in benchmarks/results")
     args = parser.parse_args()
 
@@ -65,10 +79,11 @@ def main() -> None:
     else:
         columns = [rng.standard_t(6, args.rows).astype(np.float32) for _ in range(args.columns)]
 
+    block = np.stack(columns)
     origin = "of a model" if args.model else "Student-t, 6 degrees of freedom"
     lines = [
         f"{args.columns} columns of {args.rows} weights ({origin}), one thread, CPU time; "
-        "error = sum of squared distances over the optimum's, mean and worst column.",
+        f"error = sum of squared distances over the optimum's, mean and worst column. {args.note}".rstrip(),
         "",
         "| bits | method | time a column | times faster than scikit-learn | error | worst |",
         "|---|---|---|---|---|---|",
@@ -76,17 +91,22 @@ def main() -> None:
     with threadpool_limits(1):
         for bits in (2, 3, 4):
             k = 1 << bits
-            coders = {method: ColumnCoder(LayerSettings(bits=bits, kmeans=method)) for method in METHODS}
-            times: dict[str, list[float]] = {name: [] for name in ("scikit-learn", *METHODS)}
+            runs: dict[str, Callable[[], object]] = {}
+            for method in METHODS:
+                options = LayerSettings(bits=bits, kmeans=method)
+                runs[f"{method}, native"] = partial(
+                    native.quantize_columns, block, [bits] * len(block), [0] * len(block), options, threads=1
+                )
+                runs[f"{method}, Python"] = partial(in_python, columns, bits, options)
+            times: dict[str, list[float]] = {name: [] for name in ("scikit-learn", *runs)}
             for _ in range(args.repeats):
                 began = time.process_time()
                 fitted = [KMeans(k, n_init=1, random_state=10).fit(column[:, None]) for column in columns]
                 times["scikit-learn"].append(time.process_time() - began)
-                for method, coder in coders.items():
+                for name, run in runs.items():
                     began = time.process_time()
-                    for column in columns:
-                        coder.quantize(column, bits, 0)
-                    times[method].append(time.process_time() - began)
+                    run()
+                    times[name].append(time.process_time() - began)
             errors: dict[str, list[float]] = {name: [] for name in times}
             for column, model in zip(columns, fitted, strict=True):
                 tensor = torch.from_numpy(column)
@@ -96,7 +116,10 @@ def main() -> None:
                 to_nearest = np.abs(column[:, None] - centres).min(axis=1)
                 errors["scikit-learn"].append(float((to_nearest**2).sum()) / best)
                 for method in METHODS:
-                    errors[method].append(cluster(tensor, k, method=method).error / best)
+                    # Both give the same centroids, bit for bit (tests/algorithm/test_native.py).
+                    error = cluster(tensor, k, method=method).error / best
+                    errors[f"{method}, native"].append(error)
+                    errors[f"{method}, Python"].append(error)
             base = float(np.median(times["scikit-learn"])) / len(columns)
             for name, values in times.items():
                 middle = float(np.median(values)) / len(columns)
