@@ -1,8 +1,8 @@
 """Measures what quantizing the embedding and the output head alone costs a language model, all linears in float32.
 
-For each width the vocabulary table is quantized twice: against the Hessian of the head's input (what a tied table gets),
-and by plain column k-means (what an embedding gets that no head shares). Each is put in the place of the head, of the
-embedding, and of both. Prints and writes perplexity, KL divergence to the original and top-1 agreement.
+The vocabulary table is quantized against the Hessian of the head's input, as a tied one is, with some of the most frequent
+tokens of the calibration text kept exactly, and put in the place of the head, of the embedding, and of both. Prints and
+writes perplexity, KL divergence to the original and top-1 agreement.
 
     python benchmarks/tables.py --model FOLDER --text wiki.test.raw --calibration text.txt [--write]
 """
@@ -21,7 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from claq_export.algorithm import Hessian, LayerSettings, quantize_layer
+from claq_export.algorithm import Hessian, LayerSettings, measure, quantize_layer
+from claq_export.algorithm.exact_rows import keep_rows, most_frequent
 from claq_export.evaluation import open_model, open_tokenizer, read_text
 from claq_export.evaluation.language import _compare, token_windows
 
@@ -31,10 +32,10 @@ _TOKENS_AT_ONCE = 128
 
 @dataclass(frozen=True)
 class Table:
-    """A quantized vocabulary: how it was made, its width and true bits, its dense weight."""
+    """A quantized vocabulary: its code width, the share of exact rows, its true bits, its dense weight."""
 
-    how: str
     bits: float
+    exact: float
     true_bits: float
     weight: torch.Tensor
 
@@ -69,25 +70,30 @@ def head_hessian(model: Any, windows: torch.Tensor, clip: float | None) -> Hessi
 
 def hidden(model: Any, window: torch.Tensor) -> torch.Tensor:
     """The head's input ``[1, S, K]``."""
-    return model.base_model(input_ids=window[None], use_cache=False).last_hidden_state
+    states: torch.Tensor = model.base_model(input_ids=window[None], use_cache=False).last_hidden_state
+    return states
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Hugging Face folder of a causal language model with tied embedding")
+    parser.add_argument(
+        "--model", required=True, help="Hugging Face folder of a causal language model with tied embedding"
+    )
     parser.add_argument("--name", help="of the model, for the title; default: the folder's")
     parser.add_argument("--text", required=True, help="evaluation text")
     parser.add_argument("--calibration", required=True, help="calibration text")
     parser.add_argument("--windows", type=int, default=8, help="evaluation windows")
     parser.add_argument("--samples", type=int, default=16, help="calibration windows")
     parser.add_argument("--length", type=int, default=1024, help="tokens a window")
-    parser.add_argument("--bits", type=float, nargs="*", default=[4, 3, 2], help="code widths")
+    parser.add_argument("--bits", type=float, nargs="*", default=[4, 3], help="code widths")
+    parser.add_argument("--exact", type=float, nargs="*", default=[0, 0.005, 0.01, 0.02], help="shares of exact rows")
     parser.add_argument("--write", action="store_true", help="keep table and numbers in benchmarks/results")
     arguments = parser.parse_args()
 
     tokenizer = open_tokenizer(arguments.model)
-    model = open_model(arguments.model, causal=True).module
+    opened: Any = open_model(arguments.model, causal=True)
+    model = opened.module
     windows = token_windows(read_text(arguments.text), tokenizer, arguments.length, arguments.windows)
     calibration = token_windows(read_text(arguments.calibration), tokenizer, arguments.length, arguments.samples)
     embedding = model.get_input_embeddings()
@@ -96,14 +102,16 @@ def main() -> None:
     began = time.perf_counter()
     hessian = head_hessian(model, calibration, 2.0)
     print(f"Hessian of the head's input: {time.perf_counter() - began:.0f} s", flush=True)
+    everything = token_windows(read_text(arguments.calibration), tokenizer, arguments.length).flatten()
+    frequency = torch.bincount(everything, minlength=original.shape[0])
     tables: list[Table] = []
     for bits in arguments.bits:
-        for how, used in (("head's Hessian", hessian), ("plain", None)):
-            began = time.perf_counter()
-            result = quantize_layer(original, used, LayerSettings(bits=bits))
-            tables.append(Table(how, bits, result.true_bits, result.layer.dequantize()))
-            seconds = time.perf_counter() - began
-            print(f"{bits} bits, {how}: {result.true_bits:.3f} true bits, {seconds:.0f} s", flush=True)
+        began = time.perf_counter()
+        layer = quantize_layer(original, hessian, LayerSettings(bits=bits)).layer
+        print(f"{bits:g} bits: {time.perf_counter() - began:.0f} s", flush=True)
+        for exact in arguments.exact:
+            kept = keep_rows(layer, original, most_frequent(frequency, exact))
+            tables.append(Table(bits, exact, measure(kept).true_bits, kept.dequantize()))
 
     sums: dict[tuple[str, int], Sums] = {}
     for number, window in enumerate(windows):
@@ -117,24 +125,34 @@ def main() -> None:
             own = hidden(model, window)[0, :-1]
             sums.setdefault(("embedding", index), Sums()).add(own @ original.T, base, target)
             sums.setdefault(("both", index), Sums()).add(own @ table.weight.T, base, target)
-        kl = ", ".join(f"{key[0]} {tables[key[1]].bits:g} {one.result()['kl']:.4f}" for key, one in sums.items())
+        kl = ", ".join(
+            f"{what} {tables[i].bits:g} ({tables[i].exact:.1%} exact) {one.result()['kl']:.4f}"
+            for (what, i), one in sums.items()
+        )
         print(f"window {number + 1} of {len(windows)}: KL {kl}", flush=True)
 
     rows = [
-        {"what": what, "how": tables[i].how, "bits": tables[i].bits, "true_bits": tables[i].true_bits, **one.result()}
+        {
+            "what": what,
+            "bits": tables[i].bits,
+            "exact": tables[i].exact,
+            "true_bits": tables[i].true_bits,
+            **one.result(),
+        }
         for (what, i), one in sums.items()
     ]
     name = arguments.name or Path(arguments.model).name
     lines = [
         f"{name}: vocabulary of {original.shape[0]} x {original.shape[1]}, everything else in float32. "
         f"{len(windows)} windows of {arguments.length} tokens of {Path(arguments.text).name}, perplexity of the original "
-        f"{rows[0]['reference_perplexity']:.3f}; calibration: {len(calibration)} windows of {Path(arguments.calibration).name}.",
+        f"{rows[0]['reference_perplexity']:.3f}; calibration: {len(calibration)} windows of {Path(arguments.calibration).name}, "
+        "token frequencies from all of it.",
         "",
-        "| quantized | by | code width | true bits | perplexity | KL (nats) | top-1 |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| quantized | code width | exact rows | true bits | perplexity | KL (nats) | top-1 |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {row['what']} | {row['how']} | {row['bits']:g} | {row['true_bits']:.3f} | {row['perplexity']:.3f} | "
+        f"| {row['what']} | {row['bits']:g} | {row['exact']:.1%} | {row['true_bits']:.3f} | {row['perplexity']:.3f} | "
         f"{row['kl']:.4f} | {row['top1']:.1%} |"
         for row in rows
     ]
