@@ -64,14 +64,14 @@ class Decoder:
         return seconds
 
 
-def load(folder: str) -> Any:
+def load(folder: str, layers: int | None) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    cut = {} if layers is None else {"num_hidden_layers": layers}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **cut).eval()
 
 
-def quantized_eagerly(folder: str, config: Config, tokenizer: Any) -> Any:
-    model = load(folder)
+def quantized_eagerly(model: Any, config: Config, tokenizer: Any) -> Any:
     wrapped = TaskModel(model, "text-generation")
     example = tuple(wrapped.example_inputs().values())
     claq_export.quantize(wrapped, example, config, tokenizer=tokenizer)
@@ -83,10 +83,10 @@ def compare_tokens(
 ) -> str:
     """How many greedy tokens of the backend agree with those of the model quantized in place."""
     torch._dynamo.reset()
-    model = load(arguments.model)
+    model = load(arguments.model, arguments.layers)
     chosen = {**settings, **own, "fallback": "eager", "progress": False}
     compiled = torch.compile(model.forward, backend=claq, options=chosen)
-    expected = quantized_eagerly(arguments.model, Config(**settings), tokenizer)
+    expected = quantized_eagerly(load(arguments.model, arguments.layers), Config(**settings), tokenizer)
     runs = [Decoder(one, one, prompt) for one in (compiled, expected)]
     for _ in range(arguments.check_tokens - 1):
         for run in runs:
@@ -100,6 +100,7 @@ def compare_tokens(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a causal language model")
+    parser.add_argument("--layers", type=int, help="only the model's first layers: compiling all takes minutes")
     parser.add_argument("--bits", type=float, default=4)
     parser.add_argument("--calibration", default="none", help="text file, 'default' or 'none'")
     parser.add_argument("--accuracy", nargs="+", default=["fp32", "int8"], choices=["fp32", "int8"])
@@ -128,7 +129,7 @@ def main() -> None:
 
     decoders: dict[str, Decoder] = {}
     for name, accuracy in [("Inductor, float32", None), *((f"claq, {name}", name) for name in arguments.accuracy)]:
-        model = load(arguments.model)
+        model = load(arguments.model, arguments.layers)
         if accuracy is None:
             decode = torch.compile(model.forward, dynamic=True)
         else:
@@ -159,6 +160,7 @@ def main() -> None:
     ]
     about = {
         "model": Path(arguments.model).name,
+        "layers": arguments.layers,
         "bits": arguments.bits,
         "calibration": Path(arguments.calibration).name,
         "threads": arguments.threads,

@@ -42,7 +42,11 @@ def trace_to_aten(gm: fx.GraphModule) -> fx.GraphModule:
 def _like(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+    new = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+    if getattr(value, "item_memo", None) is not None:
+        # Dynamo passes a Python float of varying value as a tensor; this is the symbol it stands for.
+        new.item_memo = value.item_memo  # type: ignore[attr-defined]
+    return new
 
 
 @dataclass(frozen=True)

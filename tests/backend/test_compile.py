@@ -200,6 +200,21 @@ def store_of_after(run: Any, model: nn.Module) -> WeightStore:
     return store_of(model)
 
 
+def test_floats_that_dynamo_takes_for_inputs() -> None:
+    class Scaled(Net):
+        scale = 0.5
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.scale
+
+    model, x = Scaled(), data(1)[0]
+    run = compiled(model, calibration="none", dynamic=True)
+    first = run(x)
+    model.scale = 0.25
+    torch.testing.assert_close(run(x), first / 2)
+    assert not torch.equal(first, model(x) * 2)
+
+
 def test_a_graph_that_cannot_be_traced_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_gm: Any) -> Any:
         raise NotImplementedError("no such operator")

@@ -47,11 +47,11 @@ def data(batches: int = 3, rows: int = 40, seed: int = 1) -> list[torch.Tensor]:
     return [torch.randn(rows, FEATURES, generator=generator) @ mixing / 7 for _ in range(batches)]
 
 
-def compiled(model: Any, fullgraph: bool = True, **options: Any) -> Any:
+def compiled(model: Any, fullgraph: bool = True, dynamic: bool | None = None, **options: Any) -> Any:
     """The model through the backend, run operator by operator unless told otherwise."""
     torch._dynamo.reset()
     options = {"fallback": "eager", "progress": False, **options}
-    return torch.compile(model, backend=claq, fullgraph=fullgraph, options=options)
+    return torch.compile(model, backend=claq, fullgraph=fullgraph, dynamic=dynamic, options=options)
 
 
 def store_of(model: nn.Module) -> WeightStore:
