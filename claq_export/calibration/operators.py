@@ -37,12 +37,13 @@ def attention(
     if (
         attn_mask is not None
         and query.device.type == "cpu"
-        and args in ((), (0.0,))
+        and args in ((), (0.0,), (0.0, False))
+        and not kwargs.get("dropout_p")
         and not kwargs.get("is_causal")
         and is_causal(attn_mask, query.shape[-2], key.shape[-2])
     ):
-        kwargs["is_causal"] = True
-        attn_mask = None
+        args, attn_mask = (0.0, True), None
+        kwargs = {name: given for name, given in kwargs.items() if name not in ("dropout_p", "is_causal")}
     result: torch.Tensor = _aten.scaled_dot_product_attention.default(query, key, value, attn_mask, *args, **kwargs)
     return result
 
