@@ -87,7 +87,7 @@ _COMPANIONS = (
 _TEXTS_A_SAMPLE = 100
 """Texts of a Python iterable that are read for each calibration sample at most; short ones are joined for decoders."""
 
-_NOT_IN_FINGERPRINT = ("accuracy", "calibration", "device", "tune")
+_NOT_IN_FINGERPRINT = ("accuracy", "calibration", "device", "tune", "opset")
 """Settings that finished layers do not depend on; calibration data counts by its content, not its file's name."""
 
 _NODE_BYTES = 450
