@@ -87,7 +87,7 @@ def test_operators_without_gradient_are_reported() -> None:
             self.first, self.second = nn.Linear(48, 48), nn.Linear(48, 48)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.second((self.first(x) > 0).to(x.dtype)).detach()
+            return (self.second(torch.relu(self.first(x))) > 0).to(x.dtype)
 
     captured = capture_module(Rounding().eval(), (torch.randn(2, 48),))
     with pytest.raises(CalibrationError, match="gradient"):
@@ -99,6 +99,25 @@ def test_operators_without_gradient_are_reported() -> None:
             seed=0,
             reporter=ProgressReporter(quiet=True),
         )
+
+
+def test_a_layer_that_no_sample_uses_counts_like_the_others() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(48, 48), nn.Linear(48, 48)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x) + (self.unused(2 * x) > 0).to(x.dtype)
+
+    captured = capture_module(Branch().eval(), (torch.randn(2, 48),))
+    sites = planned(captured)
+    samples = [{"x": torch.randn(2, 48)}]
+    found = output_importance(
+        captured.graph_module, sites, samples, task=None, seed=0, reporter=ProgressReporter(quiet=True)
+    )
+    torch.testing.assert_close(found["used"], torch.ones(48, dtype=torch.float64))
+    torch.testing.assert_close(found["unused"], found["used"])
 
 
 def test_values_of_mixed_dtype_fall_back_to_float32() -> None:
@@ -115,7 +134,7 @@ def test_values_of_mixed_dtype_fall_back_to_float32() -> None:
     x = torch.randn(8, 8)
     (found,) = DifferentiableGraph(captured.graph_module, {}, torch.bfloat16)({"x": x})
     torch.testing.assert_close(found, model(x))
-    with pytest.raises(CalibrationError, match="2 inputs"):
+    with pytest.raises(CalibrationError, match="batch has 2"):
         DifferentiableGraph(captured.graph_module, {}, torch.float32)({"x": x, "y": x})
 
 

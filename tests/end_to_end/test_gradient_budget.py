@@ -1,0 +1,93 @@
+"""Bit budgets weighed by gradients, from captured models to plans; budgets above the widest code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import sentences
+from torch import nn
+
+from claq_export.api import capture
+from claq_export.calibration.progress import ProgressReporter
+from claq_export.compiler import Compilation
+from claq_export.config import Config
+from claq_export.errors import ConfigError
+
+
+class Reporter(ProgressReporter):
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+class Net(nn.Module):
+    """The second branch hardly matters to the output; a comparison at the end has no gradient."""
+
+    def __init__(self, differentiable: bool = True, features: int = 96) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.loud, self.quiet = nn.Linear(features, features), nn.Linear(features, features)
+        self.differentiable = differentiable
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.loud(x) + 1e-3 * self.quiet(torch.relu(x))
+        return y if self.differentiable else (y > 0).to(x.dtype)
+
+
+def compilation(model: Net, **settings: Any) -> tuple[Compilation, Reporter]:
+    features = model.loud.in_features
+    batches = [torch.randn(8, features, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    captured, _ = capture(model.eval(), (batches[0],))
+    reporter = Reporter()
+    return Compilation(captured, Config(calibration=batches, **settings), reporter), reporter
+
+
+def bits_of(done: Compilation) -> dict[str, float]:
+    return {name: site.bits.true_bits for name, site in done.sites.items()}
+
+
+def test_layers_that_matter_get_the_bits() -> None:
+    weighed, reporter = compilation(Net(), bits=3.5)
+    weighed.quantize()
+    bits = bits_of(weighed)
+    assert bits["loud"] > bits["quiet"] + 1
+    assert weighed.true_bits == pytest.approx(3.5, rel=0.01)
+    assert not reporter.warnings
+    alike, _ = compilation(Net(), bits=3.5, importance=False)
+    alike.quantize()
+    assert abs(bits_of(alike)["loud"] - bits_of(alike)["quiet"]) < 0.5
+
+
+def test_a_graph_without_gradient_falls_back_and_says_so() -> None:
+    done, reporter = compilation(Net(differentiable=False), bits=3.5)
+    done.quantize()
+    assert done.true_bits == pytest.approx(3.5, rel=0.01)
+    assert any("gradient" in warning for warning in reporter.warnings)
+
+
+def test_a_budget_above_four_bits_buys_outliers() -> None:
+    done, _ = compilation(Net(features=320), bits=4.9)
+    planned = done.predicted_layers()
+    weights = sum(layer.in_features * layer.out_features for layer in planned)
+    assert 8 * sum(layer.nbytes for layer in planned) / weights == pytest.approx(4.9, rel=0.02)
+    done.quantize()
+    assert done.true_bits == pytest.approx(4.9, rel=0.01)
+    assert any(site.layer.outliers for site in done.sites.values())
+
+
+def test_tuning_as_a_setting(tiny_bert: Path) -> None:
+    captured, _ = capture(tiny_bert, task="feature-extraction")
+    config = Config(bits=2, calibration=sentences(60), samples=16, tune=1e-6)
+    done = Compilation(captured, config, ProgressReporter(quiet=True))
+    done.quantize()
+    assert done.tuning is not None
+    assert done.tuning.steps == 1
+    assert done.seconds["tuning"] > 0
+    with pytest.raises(ConfigError, match="tune"):
+        Config(tune=-1)
