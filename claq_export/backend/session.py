@@ -71,7 +71,7 @@ class CompiledGraph:
     def _served(self, args: Sequence[Any]) -> bool:
         if not self._known:
             return False
-        tensors = self._pick(args) if self._pick is not None else (args[self._watched[0]],)
+        tensors: Sequence[Any] = self._pick(args) if self._pick is not None else (args[self._watched[0]],)
         for (ref, version), tensor in zip(self._known, tensors, strict=True):
             if ref() is not tensor or version != version_of(tensor):
                 return False
