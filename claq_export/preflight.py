@@ -20,7 +20,7 @@ from .deferred import logical_bytes
 from .errors import ConfigError, OutputError
 from .passes import LinearSite
 
-LAYER_BYTES_PER_WEIGHT = 26.0
+LAYER_BYTES_PER_WEIGHT = 24.0
 """Working memory of a layer's quantization, a weight, seen at 4 bits (float32 copies, codes, packing)."""
 
 HESSIAN_BYTES_PER_ENTRY = 44.0

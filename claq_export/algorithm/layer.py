@@ -23,6 +23,8 @@ from .precision import assign_widths, column_scores, group_counts
 from .scales import row_scales
 from .settings import LayerSettings
 
+_ROWS_AT_ONCE = 256
+
 
 @dataclass(frozen=True)
 class ColumnPlan:
@@ -135,15 +137,18 @@ def quantize_layer(
     if row_frequency is not None and settings.exact_rows:
         layer = keep_rows(layer, original, most_frequent(row_frequency, settings.exact_rows))
     bits = measure(layer)
-    difference = layer.dequantize() - original
     seconds = {
         "cholesky": cholesky,
         "kmeans": state.kmeans_seconds,
         "feedback": state.feedback_seconds,
         "descent": descent_seconds,
-        "total": perf_counter() - began,
     }
-    mse = float(difference.square().mean(dtype=torch.float64))
+    # Several times the weight in float32, which the comparison below would hold on top of its own copies.
+    del state, wanted
+    difference = layer.dequantize()
+    difference -= original
+    seconds["total"] = perf_counter() - began
+    mse = float(_squared_sum(difference)) / max(1, difference.numel())
     return LayerResult(
         layer, _relative_error(difference, original, hessian), mse, bits.true_bits, bits.nominal_bits, seconds
     )
@@ -243,9 +248,15 @@ def _check_finite(weight: torch.Tensor) -> None:
         )
 
 
+def _squared_sum(matrix: torch.Tensor) -> torch.Tensor:
+    """Sum of squares, float64, some rows at a time: PyTorch would widen the whole matrix first."""
+    parts = [part.square().sum(dtype=torch.float64) for part in matrix.split(_ROWS_AT_ONCE)]
+    return torch.stack(parts).sum()
+
+
 def _relative_error(difference: torch.Tensor, weight: torch.Tensor, hessian: Hessian | None) -> float:
     if hessian is None:
-        lost, whole = difference.square().sum(dtype=torch.float64), weight.square().sum(dtype=torch.float64)
+        lost, whole = _squared_sum(difference), _squared_sum(weight)
     else:
         lost, whole = hessian.energy(difference).sum(), hessian.energy(weight).sum()
     return float(lost / whole) if float(whole) > 0 else 0.0

@@ -28,7 +28,7 @@ import torch
 
 import claq_export
 
-from ..errors import FormatError
+from ..errors import FormatError, OutputError
 from ..inputs import SafetensorsFile, parse_json_object
 from .files import StagedFiles
 from .layer import TENSOR_NAMES, QuantizedLinear
@@ -138,7 +138,10 @@ def save_checkpoint(
         raise FormatError(f"config cannot be written as JSON: {error}") from error
     with StagedFiles(folder) as files:
         tensors_path = files.stage(TENSORS_FILE)
-        write_safetensors(tensors_path, stored, {"format": "pt", "claq": header_text(description)})
+        try:
+            write_safetensors(tensors_path, stored, {"format": "pt", "claq": header_text(description)})
+        except OSError as error:
+            raise OutputError(f"cannot write {folder / TENSORS_FILE}: {error.strerror or error}") from error
         files.stage(CONFIG_FILE).write_text(content, encoding="utf-8")
     return [folder / TENSORS_FILE, folder / CONFIG_FILE]
 

@@ -22,6 +22,7 @@ TENSOR_NAMES = (
 )
 """Tensors of a layer in operator-input order, without the bias (which is not part of the weight)."""
 
+_COLUMNS_AT_ONCE = 16 * BLOCK
 _FLOAT16_MAX = 65504.0
 
 
@@ -211,23 +212,34 @@ class QuantizedLinear:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The dense weight ``W[N, K]`` this layer stands for, computed in float32 and rounded to ``dtype``."""
-        N, P = self.out_features, self.stored_columns
-        codes, parts, column, entry = self.codes_by_column().to(torch.int64), [], 0, 0
-        for width, count in zip(WIDTHS, self.columns, strict=True):
-            table = self.codebook[entry : entry + (count << width)].reshape(count, 1 << width).to(torch.float32)
-            parts.append(torch.gather(table, 1, codes[column : column + count]))
-            column, entry = column + count, entry + (count << width)
-        stored = torch.cat(parts)
+        N = self.out_features
+        device = self.codes.device
+        scale, row_scale = self.scale.to(torch.float32)[:, None], self.row_scale.to(torch.float32)
+        feature = self.feature_of_column()
         if self.outliers:
             per_row = self.outlier_ptr.to(torch.int64).diff()
-            row = torch.repeat_interleave(torch.arange(N, device=per_row.device), per_row)
-            stored[self.outlier_index.to(torch.int64), row] += self.outlier_value.to(torch.float32)
-        stored *= self.scale.to(torch.float32)[:, None]
-        stored *= self.row_scale.to(torch.float32)
-        feature = self.feature_of_column()
-        real = feature < self.in_features
-        weight = torch.empty(N, self.in_features, dtype=torch.float32, device=stored.device)
-        weight[:, feature[real]] = stored[real].T if P else stored.T
+            outlier_row = torch.repeat_interleave(torch.arange(N, device=device), per_row)
+            outlier_column = self.outlier_index.to(torch.int64)
+        weight = torch.empty(N, self.in_features, dtype=torch.float32, device=device)
+        column = row = entry = 0
+        for width, count in zip(WIDTHS, self.columns, strict=True):
+            # Some columns at a time: all of them as int64 indices would take twice the layer in float32.
+            for start in range(column, column + count, _COLUMNS_AT_ONCE):
+                end = min(column + count, start + _COLUMNS_AT_ONCE)
+                rows, entries = (end - start) * width // 32, (end - start) << width
+                codes = unpack_group(self.codes[row : row + rows], width).to(torch.int64)
+                table = self.codebook[entry : entry + entries].reshape(end - start, 1 << width).to(torch.float32)
+                stored = torch.gather(table, 1, codes)
+                if self.outliers:
+                    here = (outlier_column >= start) & (outlier_column < end)
+                    place = (outlier_column[here] - start, outlier_row[here])
+                    stored[place] += self.outlier_value[here].to(torch.float32)
+                stored *= scale[start:end]
+                stored *= row_scale
+                real = feature[start:end] < self.in_features
+                weight[:, feature[start:end][real]] = stored[real].T
+                row, entry = row + rows, entry + entries
+            column += count
         return weight.to(dtype)
 
     def to(self, device: torch.device | str) -> QuantizedLinear:

@@ -11,6 +11,9 @@ import torch
 BLOCK = 32
 """Stored columns a block; every width group is a multiple of it."""
 
+_COLUMNS_AT_ONCE = 16 * BLOCK
+"""Columns whose codes are widened to int64 together: eight bytes a weight would be more than the layer in float32."""
+
 WIDTHS = (4, 3, 2)
 """Supported code widths in bits, in the order in which their groups are stored."""
 
@@ -50,23 +53,38 @@ def pack_group(codes: torch.Tensor, bits: int) -> torch.Tensor:
         raise ValueError(f"bits must be one of {WIDTHS}, got {bits}")
     if columns % BLOCK:
         raise ValueError(f"a group holds a multiple of {BLOCK} columns, got {columns}")
-    values = codes.to(torch.int64)
-    if values.numel() and (int(values.min()) < 0 or int(values.max()) >= 1 << bits):
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
         raise ValueError(f"codes must be in 0..{(1 << bits) - 1} for {bits} bits")
+    words = torch.empty(columns * bits // 32, out_features, dtype=torch.int32, device=codes.device)
+    for start in range(0, columns, _COLUMNS_AT_ONCE):
+        part = codes[start : start + _COLUMNS_AT_ONCE].to(torch.int64)
+        # Into int32 by wrap-around: torch converts int64 to uint32 on some devices only.
+        words[start * bits // 32 : (start + len(part)) * bits // 32] = _pack_columns(part, bits).to(torch.int32)
+    return words.view(torch.uint32)
+
+
+def _pack_columns(values: torch.Tensor, bits: int) -> torch.Tensor:
+    out_features = values.shape[1]
     if bits == 3:
         low = _pack_plane(values & 3, 2).reshape(-1, 2, out_features)
         third = _pack_plane(values >> 2, 1).reshape(-1, 1, out_features)
-        words = torch.cat([low, third], dim=1).reshape(-1, out_features)
-    else:
-        words = _pack_plane(values, bits)
-    # Through int32 by wrap-around: torch converts int64 to uint32 on some devices only.
-    return words.to(torch.int32).view(torch.uint32)
+        return torch.cat([low, third], dim=1).reshape(-1, out_features)
+    return _pack_plane(values, bits)
 
 
 def unpack_group(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Inverse of :func:`pack_group`: uint32 words ``[R, out_features]`` to uint8 codes ``[R * 32 / bits,
     out_features]``."""
-    wide = words.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    columns = words.shape[0] * 32 // bits
+    codes = torch.empty(columns, words.shape[1], dtype=torch.uint8, device=words.device)
+    for start in range(0, columns, _COLUMNS_AT_ONCE):
+        end = min(columns, start + _COLUMNS_AT_ONCE)
+        part = words[start * bits // 32 : end * bits // 32]
+        codes[start:end] = _unpack_columns(part.view(torch.int32).to(torch.int64) & 0xFFFFFFFF, bits)
+    return codes
+
+
+def _unpack_columns(wide: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 3:
         rows = wide.reshape(-1, 3, wide.shape[1])
         low = _unpack_plane(rows[:, :2].reshape(-1, wide.shape[1]), 2)

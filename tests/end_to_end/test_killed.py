@@ -13,7 +13,8 @@ import torch
 import claq_export
 from claq_export.algorithm import ColumnPlan
 from claq_export.calibration.store import LayerStore
-from claq_export.errors import OutputError
+from claq_export.errors import FormatError, OutputError
+from claq_export.format.checkpoint import load_checkpoint, save_checkpoint
 
 PROGRAM = Path(__file__).with_name("kill_export.py")
 
@@ -74,6 +75,18 @@ def test_one_process_at_a_time(tmp_path):
         LayerStore(tmp_path, {"model": "a"})
     store.close()
     LayerStore(tmp_path, {"model": "a"}).close()
+
+
+def test_a_pair_of_two_exports_is_refused(tmp_path):
+    from quantized_layers import random_layer
+
+    for folder, size in (("a", 24), ("b", 40)):
+        (tmp_path / folder).mkdir()
+        save_checkpoint(tmp_path / folder, {"fc": random_layer(32, 16)}, {"other": torch.zeros(size)}, {})
+    save_checkpoint(tmp_path / "b", {"fc": random_layer(32, 16)}, {"other": torch.zeros(4)}, {}, accuracy_level=4)
+    (tmp_path / "a" / "claq.json").write_bytes((tmp_path / "b" / "claq.json").read_bytes())
+    with pytest.raises(FormatError, match="from two exports"):
+        load_checkpoint(tmp_path / "a")
 
 
 _KILLED_BETWEEN_RENAMES = """
