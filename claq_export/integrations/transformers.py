@@ -265,13 +265,15 @@ def _quantized(model: nn.Module) -> Iterator[tuple[str, ClaqLinear | ClaqEmbeddi
 
 
 def _tied(model: nn.Module) -> dict[str, list[str]]:
-    """First module of each shared weight -> the other ones."""
-    first: dict[int, str] = {}
-    found: dict[str, list[str]] = {}
+    """First module of each shared weight, a linear if there is one as in exports -> the other ones."""
+    groups: dict[int, list[tuple[str, ClaqLinear | ClaqEmbedding]]] = {}
     for name, module in _quantized(model):
-        owner = first.setdefault(module.codes.data_ptr(), name)
-        if owner != name:
-            found.setdefault(owner, []).append(name)
+        groups.setdefault(module.codes.data_ptr(), []).append((name, module))
+    found = {}
+    for members in groups.values():
+        names = [name for name, module in sorted(members, key=lambda member: isinstance(member[1], ClaqEmbedding))]
+        if len(names) > 1:
+            found[names[0]] = names[1:]
     return found
 
 
