@@ -101,7 +101,7 @@ def export(model: Path, out: Path, memory: str, options: list[str], address_spac
     _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - start
     events = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    predicted = next((event for event in events if "artifact" in event), {})
+    predicted = next((event["predicted"] for event in events if "predicted" in event), {})
     return {
         "status": os.waitstatus_to_exitcode(status),
         "seconds": round(seconds, 1),

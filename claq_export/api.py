@@ -213,7 +213,7 @@ def export(
     compilation.batches()
     if memory is not None:
         preflight = compilation.preflight()
-        reporter.stage(str(preflight), **preflight.to_json())
+        reporter.stage(str(preflight), predicted=preflight.to_json())
         check_preflight(preflight, memory, out)
     with tempfile.TemporaryDirectory(prefix="claq-") as scratch:
         emitted = compilation.emitted
@@ -302,10 +302,10 @@ def quantize(
         transposed=compilation.transposed,
         tied=compilation.tied,
     )
+    return model
 
 
 def verification_inputs(captured: CapturedModel) -> list[dict[str, torch.Tensor]]:
-    return model
     """Inputs to compare runs with: the example, and for text models a padded batch of other sizes."""
     if captured.task == CACHED_TASK:
         return decoding_inputs(captured)
