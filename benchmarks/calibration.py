@@ -1,6 +1,6 @@
 """Times the quantization of a causal language model, calibration included, and measures its peak memory.
 
-    python benchmarks/calibration.py MODEL [--text FILE] [--samples 128] [--length 1024] [--bits 3] [--threads 2] [--write]
+    python benchmarks/calibration.py MODEL [--text FILE] [--samples 128] [--length 1024] [--bits 3] [--threads 2]
 
 MODEL is a Hugging Face folder; the calibration text is the one that comes with claq, which holds 41 windows of 1024
 tokens of SmolLM2, or FILE. Capture, calibration data and
@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-RESULT = Path(__file__).parent / "results" / "calibration.md"
+RESULTS = Path(__file__).parent / "results"
 DEFAULT_TEXT = "default"
 LIMIT_SECONDS, LIMIT_BYTES = 600, 4 * 2**30
 
@@ -96,11 +96,13 @@ def table(args: argparse.Namespace, found: dict[str, object]) -> str:
     seconds, cpu = float(str(found["seconds"])), float(str(found["cpu_seconds"]))
     peak = int(str(found.get("time_v_bytes", found["peak_bytes"])))
     steps = dict(found["steps"])  # type: ignore[call-overload]
+    patterns = "".join(f" --include '{pattern}'" for pattern in args.include)
     lines = [
         "# Calibration and quantization of a language model",
         "",
         f"`python benchmarks/calibration.py MODEL --samples {args.samples} --length {args.length} --bits {args.bits:g} "
-        f"--threads {args.threads}`: {Path(args.model).resolve().name}, {found['layers']} layers (stacks counted once), "
+        f"--threads {args.threads}{patterns}`: "
+        f"{Path(args.model).resolve().name}, {found['layers']} layers (stacks counted once), "
         f"{int(str(found['weights'])) / 1e6:.1f} M weights, {found['tokens']} calibration tokens, "
         f"{float(str(found['true_bits'])):.3f} true bits a weight; {args.threads} threads on "
         f"{os.cpu_count()} {platform.machine()} processors, load average {float(str(found['load_before'])):.1f} before and "
@@ -132,7 +134,9 @@ def main() -> None:
     parser.add_argument("--include", action="append", default=[], metavar="PATTERN", help="only layers that match")
     parser.add_argument("--note", default="", help="said about the run in the table, for example: busy machine")
     parser.add_argument("--log", help="JSON line for every layer")
-    parser.add_argument("--write", action="store_true", help=f"write benchmarks/results/{RESULT.name} and its JSON")
+    parser.add_argument(
+        "--write", nargs="?", const="calibration", metavar="NAME", help="write benchmarks/results/NAME.md and NAME.json"
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -142,8 +146,8 @@ def main() -> None:
     text = table(args, found)
     print(text)
     if args.write:
-        RESULT.write_text(text)
-        RESULT.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+        (RESULTS / f"{args.write}.md").write_text(text)
+        (RESULTS / f"{args.write}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
