@@ -16,6 +16,7 @@ import torch
 
 from claq_export.errors import FormatError
 from claq_export.format.layer import TENSOR_NAMES
+from claq_export.libclaq import load_libclaq
 
 LAYER_TENSORS = (*TENSOR_NAMES, "bias")
 
@@ -64,14 +65,9 @@ class _LayerDesc(ctypes.Structure):
 @cache
 def _load() -> tuple[Any, str]:
     """The library and an empty string, or None and the reason why there is none."""
-    try:
-        import claq_runtime
-    except ImportError:
-        return None, "the distribution claq-runtime is not installed (pip install ./runtime)"
-    try:
-        library = ctypes.CDLL(claq_runtime.library_path())
-    except OSError as error:  # FileNotFoundError, or what the dynamic loader says
-        return None, f"libclaq cannot be loaded: {error}"
+    library, reason = load_libclaq()
+    if library is None:
+        return None, reason
     library.claq_create.restype = ctypes.c_int
     library.claq_create.argtypes = [
         ctypes.POINTER(_LayerDesc),
