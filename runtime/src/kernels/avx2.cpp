@@ -10,7 +10,7 @@ bool supported() {
 
 }  // namespace
 
-const Family kAvx2 = {"avx2",     supported,  prepare_row, nullptr,       nullptr,          sums_int8, sums_float,
+const Family kAvx2 = {"avx2",     supported,  prepare_row,       nullptr,          sums_int8, sums_float,
                        add_outliers, finish_row, half_row_to_float, float_row_to_half};
 
 }  // namespace claq

@@ -72,7 +72,9 @@ inline int32_t sum_of_lanes(__m256i values) {
 
 inline bool prepare_row(const LayerView& layer, const float* x, Activations& activations, int64_t row, bool quantize) {
   float* scaled = activations.scaled ? activations.scaled + row * activations.stride : nullptr;
-  const PackedPlace place = packed_place(layer, activations, row);
+  int8_t* quantized = quantize ? activations.quantized + row * activations.stride : nullptr;
+  float* block_scale = activations.block_scale + row * activations.block_stride;
+  int32_t* correction = activations.block_correction + row * activations.block_stride;
   const __m256i magnitude_bits = _mm256_set1_epi32(0x7fffffff);
   bool exact = false;
   for (int s = 0; s < layer.segment_count; ++s) {
@@ -92,24 +94,18 @@ inline bool prepare_row(const LayerView& layer, const float* x, Activations& act
       // As integers, magnitudes compare as their floats do, and infinities and NaNs are above all finite ones.
       const uint32_t top = largest_lane(bits);
       const float largest = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int32_t>(top))));
-      const bool special = top >= 0x7f800000u || (top != 0 && largest < kSmallestMagnitude);
-      exact |= special;
+      exact |= top >= 0x7f800000u || (top != 0 && largest < kSmallestMagnitude);
       if (!quantize) continue;
-      const bool zero = special || top == 0;
-      const __m256 inverse = _mm256_set1_ps(127.0f / largest);
-      const __m256i kept = _mm256_set1_epi32(zero ? 0 : -1);
+      const __m256 inverse = _mm256_set1_ps(top == 0 ? 0.0f : 127.0f / largest);
       __m256i rounded[4];
-      for (int i = 0; i < 4; ++i) rounded[i] = _mm256_and_si256(kept, _mm256_cvtps_epi32(_mm256_mul_ps(values[i], inverse)));
+      for (int i = 0; i < 4; ++i) rounded[i] = _mm256_cvtps_epi32(_mm256_mul_ps(values[i], inverse));
       // Packing works within 128-bit halves; the permutation puts the fours back in order.
       const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(rounded[0], rounded[1]), _mm256_packs_epi32(rounded[2], rounded[3]));
       const __m256i bytes = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-      alignas(32) int32_t groups[kGroupsPerBlock];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(groups), _mm256_shuffle_epi8(bytes, shuffle));
-      int8_t* quantized = place.quantized + b * kBlock * place.rows;
-      for (int g = 0; g < kGroupsPerBlock; ++g) *reinterpret_cast<int32_t*>(quantized + 4 * g * place.rows) = groups[g];
-      place.scale[b * place.rows] = zero ? 0.0f : largest / 127.0f;
-      place.correction[b * place.rows] = -128 * sum_of_lanes(_mm256_add_epi32(_mm256_add_epi32(rounded[0], rounded[1]),
-                                                                              _mm256_add_epi32(rounded[2], rounded[3])));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(quantized + b * kBlock), _mm256_shuffle_epi8(bytes, shuffle));
+      block_scale[b] = largest / 127.0f;
+      correction[b] = -128 * sum_of_lanes(_mm256_add_epi32(_mm256_add_epi32(rounded[0], rounded[1]),
+                                                           _mm256_add_epi32(rounded[2], rounded[3])));
     }
   }
   return !exact;
@@ -269,19 +265,20 @@ inline void decode_tile(const LayerView& layer, const uint32_t* codes, const uin
 }
 
 template <int kRows>
-inline void multiply_tile(const PackedPlace& packed, const PanelPlace& place, const uint8_t* panel, float* sums, int64_t stride) {
+inline void multiply_tile(const Activations& activations, int64_t m, const PanelPlace& place, const uint8_t* panel, float* sums,
+                          int64_t stride) {
   for (int64_t b = 0; b < place.blocks; ++b) {
-    const int64_t first = (place.first_block + b) * packed.rows;
     __m256i acc[kRows][kVectors];
     for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < kVectors; ++v) acc[i][v] = begin(packed.correction[first + i]);
+      const __m256i first = begin(activations.block_correction[(m + i) * activations.block_stride + place.first_block + b]);
+      for (int v = 0; v < kVectors; ++v) acc[i][v] = first;
     }
-    const int8_t* x = packed.quantized + first * kBlock;
+    const int8_t* x = activations.quantized + m * activations.stride + (place.first_block + b) * kBlock;
 #pragma GCC unroll 8
     for (int g = 0; g < kGroupsPerBlock; ++g) {
 #pragma GCC unroll 2
       for (int i = 0; i < kRows; ++i) {
-        const __m256i four = _mm256_set1_epi32(*reinterpret_cast<const int32_t*>(x + 4 * (g * packed.rows + i)));
+        const __m256i four = _mm256_set1_epi32(*reinterpret_cast<const int32_t*>(x + i * activations.stride + 4 * g));
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
           const __m256i w =
@@ -291,7 +288,7 @@ inline void multiply_tile(const PackedPlace& packed, const PanelPlace& place, co
       }
     }
     for (int i = 0; i < kRows; ++i) {
-      const __m256 factor = _mm256_set1_ps(packed.scale[first + i]);
+      const __m256 factor = _mm256_set1_ps(activations.block_scale[(m + i) * activations.block_stride + place.first_block + b]);
       for (int v = 0; v < kVectors; ++v) {
         float* sum = sums + i * stride + 8 * v;
         _mm256_storeu_ps(sum, _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[i][v]), factor, _mm256_loadu_ps(sum)));
@@ -321,10 +318,8 @@ inline void sums_int8(const LayerView& layer, const Activations& activations, in
     for (int64_t n = place.n0; n < place.n1; n += kTile) {
       const uint8_t* part = panel + (n - place.n0) / kTile * place.blocks * kPartBytes;
       int64_t m = m0;
-      for (; m + 2 <= m1; m += 2) {
-        multiply_tile<2>(packed_place(layer, activations, m), place, part, sums + (m - m0) * stride + n - n0, stride);
-      }
-      if (m < m1) multiply_tile<1>(packed_place(layer, activations, m), place, part, sums + (m - m0) * stride + n - n0, stride);
+      for (; m + 2 <= m1; m += 2) multiply_tile<2>(activations, m, place, part, sums + (m - m0) * stride + n - n0, stride);
+      if (m < m1) multiply_tile<1>(activations, m, place, part, sums + (m - m0) * stride + n - n0, stride);
     }
   });
 }

@@ -10,7 +10,7 @@ bool supported() {
 
 }  // namespace
 
-const Family kAvxVnni = {"avxvnni",     supported,  prepare_row, nullptr,       nullptr,          sums_int8, sums_float,
+const Family kAvxVnni = {"avxvnni",     supported,  prepare_row,       nullptr,          sums_int8, sums_float,
                        add_outliers, finish_row, half_row_to_float, float_row_to_half};
 
 }  // namespace claq
