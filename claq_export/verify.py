@@ -7,9 +7,11 @@ computes (it fails otherwise), how far is that from the unquantized model, and h
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,11 @@ Model = Callable[..., Any]
 TOLERANCES = {np.dtype(np.float32): 1e-4, np.dtype(np.float16): 5e-3, np.dtype(np.float64): 1e-4}
 """Largest deviation, relative to the output's largest magnitude, that rounding explains, by dtype of the output."""
 
-INT8_TOLERANCE = 0.05
-"""The same for a library that rounds activations to int8 (``accuracy_level`` 4)."""
+INT8_TOLERANCE = 0.2
+"""The same for a library that rounds activations to int8 (``accuracy_level`` 4).
+
+A layer's error is under a percent, and what a deep model makes of it differs; that graph and kernels are right is checked
+with float32 arithmetic, in a session of its own, to :data:`TOLERANCES`."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,8 @@ def verify_artifact(
             there is one; True = the installed one, which must be there.
         tolerance: largest allowed :attr:`Deviation.maximum`; by default :data:`TOLERANCES` by the output's dtype.
         library_tolerance: the same for the run with the library; by default ``tolerance``, but :data:`INT8_TOLERANCE`
-            where the file asks for int8 activations.
+            where the file asks for int8 activations. There the library also runs with float32 arithmetic
+            (``CLAQ_ACCURACY=fp32``), to ``tolerance``.
         file_names: inputs' names in the file where they are not those of ``sample_inputs``.
         rounds: timed runs of each session, interleaved; 0 = none (latencies are NaN).
 
@@ -141,7 +147,8 @@ def verify_artifact(
     if len(names) != len(expected[0]):
         raise VerificationError(f"{path} has {len(names)} outputs, the PyTorch model returns {len(expected[0])}")
 
-    if library_tolerance is None and tolerance is None and _uses_int8(path):
+    int8 = register is not None and _uses_int8(path)
+    if library_tolerance is None and tolerance is None and int8:
         library_tolerance = INT8_TOLERANCE
     limits = {"stock": tolerance, "runtime": tolerance if library_tolerance is None else library_tolerance}
     feeds = [{(file_names or {}).get(name, name): tensor for name, tensor in inputs.items()} for inputs in samples]
@@ -149,6 +156,11 @@ def verify_artifact(
         run: _compare(path, run, session, names, feeds, expected, limits[run])
         for run, (session, _) in sessions.items()
     }
+    if int8:
+        with _float32_arithmetic():
+            exact, _ = _session(path, "runtime, float32", register)
+        _compare(path, "runtime, float32", exact, names, feeds, expected, tolerance)
+        del exact
     if original_path is not None:
         sessions["original"] = _session(Path(original_path), "original", None)
     latencies = _latencies({run: session for run, (session, _) in sessions.items()}, feeds[0], rounds)
@@ -230,6 +242,20 @@ def _session(
         # ONNX Runtime's exceptions share no base class but Exception.
         raise VerificationError(f"{run}: ONNX Runtime {onnxruntime.__version__} refuses {path}: {error}") from error
     return session, time.perf_counter() - start
+
+
+@contextmanager
+def _float32_arithmetic() -> Iterator[None]:
+    """Sessions made inside run the library's operators in float32, whatever their ``accuracy_level``."""
+    before = os.environ.get("CLAQ_ACCURACY")
+    os.environ["CLAQ_ACCURACY"] = "fp32"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CLAQ_ACCURACY"]
+        else:
+            os.environ["CLAQ_ACCURACY"] = before
 
 
 def _uses_int8(path: Path) -> bool:

@@ -55,6 +55,20 @@ def test_accuracy_level_4_is_close():
     assert 1e-5 < relative_error(run(layer, x, accuracy_level=4), layer.reference(x)) < 1e-2
 
 
+def test_environment_forces_the_arithmetic(monkeypatch):
+    layer = make_layer(64, 256, {4: 128, 2: 128}, outliers=0.01)
+    x = np.random.default_rng(1).normal(size=(1, 5, 256)).astype(np.float32)
+    exact, rounded = run(layer, x), run(layer, x, accuracy_level=4)
+    assert not np.array_equal(exact, rounded)
+    monkeypatch.setenv("CLAQ_ACCURACY", "fp32")
+    np.testing.assert_array_equal(run(layer, x, accuracy_level=4), exact)
+    monkeypatch.setenv("CLAQ_ACCURACY", "int8")
+    np.testing.assert_array_equal(run(layer, x), rounded)
+    monkeypatch.setenv("CLAQ_ACCURACY", "int4")
+    with pytest.raises(Exception, match="CLAQ_ACCURACY: is 'int4', expected fp32 or int8"):
+        run(layer, x)
+
+
 def test_float16():
     layer = make_layer(64, 256, ordered=True, bias=True, bias_dtype=np.float16)
     x = np.random.default_rng(1).normal(size=(1, 5, 256)).astype(np.float16)
