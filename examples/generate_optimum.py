@@ -32,7 +32,10 @@ def main() -> None:
         sys.exit(__doc__)
     folder, text, count = sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) == 4 else 32
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokens = open_model(folder).generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=count, do_sample=False)
+    inputs = tokenizer(text, return_tensors="pt")
+    tokens = open_model(folder).generate(
+        inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=count, do_sample=False
+    )
     print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
