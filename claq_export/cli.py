@@ -37,8 +37,6 @@ other commands:
       exits with 8 when the artifact is worse than allowed, and names the worst layers: claq-export verify --help
   claq-export generate ./smol --prompt "Once upon a time"
       streams text from an exported language model: claq-export generate --help
-  claq-export generate ./smol --prompt "Once upon a time"
-      streams text from an exported language model: claq-export generate --help
 
 the result is a folder that ONNX Runtime loads as it is:
   onnxruntime.InferenceSession("minilm/model.onnx")              runs everywhere, on standard operators
@@ -394,14 +392,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         from .evaluation.command import add_eval_command
         from .evaluation.guard_command import add_verify_command
         from .generate_command import add_generate_command
-        from .generate_command import add_generate_command
 
         parser = argparse.ArgumentParser(prog="claq-export")
         parser.set_defaults(verbose=False)
         subparsers = parser.add_subparsers()
         add_eval_command(subparsers)
         add_verify_command(subparsers)
-        add_generate_command(subparsers)
         add_generate_command(subparsers)
         return parser.parse_args(argv)
     parser = build_parser()
