@@ -1,8 +1,9 @@
 """Measures a sentence encoder (all-MiniLM-L6-v2) at 4, 3 and 2 bits, beside GPTQ on the same calibration text.
 
-All encoder linears are quantized, in the rows called "whole" the word embeddings too. Reported: true bits, file size, mean cosine of the mean-pooled, normalised embeddings
-to those of the float32 model on the STS sentences (never used for calibration), and Spearman's rank correlation with
-the human scores. claq's rows run the exported ONNX file in ONNX Runtime, with the runtime library where there is one.
+All encoder linears are quantized, in the rows called "whole" the word embeddings too. Reported: true bits, file size,
+mean cosine of the mean-pooled, normalised embeddings to those of the float32 model on the STS sentences (never used for
+calibration), and Spearman's rank correlation with the human scores. claq's rows run the exported ONNX file in ONNX
+Runtime, with the runtime library where there is one.
 
     python benchmarks/minilm.py --model FOLDER --sts sts-test.csv [--only 'claq*'] [--write]
 """
@@ -250,7 +251,8 @@ def main() -> None:
     title = (
         f"{arguments.name}, float32 baseline: STS-B Spearman {rows[0]['reference_spearman']:.2f}{original}. "
         f"Cosine over {rows[0]['sentences']} sentences of {Path(arguments.sts).name}; calibration: "
-        f"{arguments.samples} samples ({tokens} tokens) of {calibration_name}. Files hold float32 embeddings but where the whole model is quantized."
+        f"{arguments.samples} samples ({tokens} tokens) of {calibration_name}. "
+        "Files hold float32 embeddings but where the whole model is quantized."
     )
     table = markdown(rows, title)
     print(table)

@@ -352,7 +352,7 @@ class Compilation:
                 device=self.config.device,
                 reporter=self.reporter,
                 store=self.store,
-                walk=self.walk if spill is None else partial(self.walk, spill=spill),
+                walk=self.walk if spill is None else partial(NodeWalk, spill=spill),
                 release=self.memory is not None,
                 peers=self.peers,
             )

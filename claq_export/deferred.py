@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -99,8 +101,8 @@ def logical_bytes(tensor: torch.Tensor) -> int:
 
 def defer_layer(layer: QuantizedLinear, read: Callable[[str], torch.Tensor]) -> QuantizedLinear:
     """A layer whose large tensors are stand-ins; ``read`` gives each by its name."""
-    deferred: Mapping[str, torch.Tensor] = {
-        name: stand_in(tensor.shape, tensor.dtype, lambda name=name: read(name))
+    deferred: dict[str, Any] = {
+        name: stand_in(tensor.shape, tensor.dtype, partial(read, name))
         for name, tensor in layer.tensors().items()
         if logical_bytes(tensor) >= DEFER_FROM
     }
@@ -109,4 +111,5 @@ def defer_layer(layer: QuantizedLinear, read: Callable[[str], torch.Tensor]) -> 
 
 def materialize_layer(layer: QuantizedLinear) -> QuantizedLinear:
     """The layer with all its values."""
-    return replace(layer, **{name: materialize(tensor) for name, tensor in layer.tensors().items()})
+    tensors: dict[str, Any] = {name: materialize(tensor) for name, tensor in layer.tensors().items()}
+    return replace(layer, **tensors)

@@ -153,8 +153,7 @@ def verify_artifact(
     limits = {"stock": tolerance, "runtime": tolerance if library_tolerance is None else library_tolerance}
     feeds = [{(file_names or {}).get(name, name): tensor for name, tensor in inputs.items()} for inputs in samples]
     deviations = {
-        run: _compare(path, run, session, names, feeds, expected, limits[run])
-        for run, (session, _) in sessions.items()
+        run: _compare(path, run, session, names, feeds, expected, limits[run]) for run, (session, _) in sessions.items()
     }
     if int8:
         with _float32_arithmetic():

@@ -82,7 +82,7 @@ def _casts_to_itself(cast: fx.Node, tensor: torch.Tensor) -> bool:
 
 def memory_of(tensor: torch.Tensor) -> tuple[int, int]:
     """Which storage a tensor lies in and where; tells tensors without data apart too (``meta`` device, freed memory)."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _unexpanded(source: Constant, value: fx.Node) -> Constant | None:

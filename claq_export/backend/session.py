@@ -73,7 +73,8 @@ class CompiledGraph:
             return False
         tensors: Sequence[Any] = self._pick(args) if self._pick is not None else (args[self._watched[0]],)
         for (ref, version), tensor in zip(self._known, tensors, strict=True):
-            if ref() is not tensor or version != version_of(tensor):
+            known = ref()
+            if known is None or known is not tensor or version != version_of(known):
                 return False
         return True
 

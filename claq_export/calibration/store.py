@@ -149,7 +149,7 @@ class LayerStore:
         Raises:
             OutputError: it cannot be written.
         """
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for i, plan in enumerate(plans.values()):
             tensors |= {f"{i}.bits": plan.bits.cpu().contiguous(), f"{i}.reserve": plan.reserve.cpu().contiguous()}
         self._write(

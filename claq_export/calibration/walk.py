@@ -233,7 +233,7 @@ class NodeWalk:
         """The unquantized weight of a linear where it has to be read first; None where the graph holds it."""
         weight = linear.args[1]
         stored = self._stored(weight) if isinstance(weight, fx.Node) else None
-        return materialize(stored) if is_deferred(stored) else None
+        return materialize(stored) if stored is not None and is_deferred(stored) else None
 
     def _callable(self, node: fx.Node) -> Callable[..., Any]:
         if node.op == "call_function" and callable(node.target):

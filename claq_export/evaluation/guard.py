@@ -141,7 +141,9 @@ def guard(
         raise ConfigError(f"unknown limit {unknown[0]!r}; known: {', '.join(LIMITS)}")
     content = read_text(text)
     model, tokenizer, task = load_pretrained(
-        original, task or (_recorded_task(path) or "").removesuffix("-with-past") or None, trust_remote_code=trust_remote_code
+        original,
+        task or (_recorded_task(path) or "").removesuffix("-with-past") or None,
+        trust_remote_code=trust_remote_code,
     )
     if tokenizer is None:
         raise ConfigError(f"{original} has no tokenizer, so a text cannot be measured")

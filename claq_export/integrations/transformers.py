@@ -259,9 +259,7 @@ def _untie_quantized_heads(model: Any) -> None:
 
 
 def _quantized(model: nn.Module) -> Iterator[tuple[str, ClaqLinear | ClaqEmbedding]]:
-    return (
-        (name, module) for name, module in model.named_modules() if isinstance(module, (ClaqLinear, ClaqEmbedding))
-    )
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, (ClaqLinear, ClaqEmbedding)))
 
 
 def _tied(model: nn.Module) -> dict[str, list[str]]:

@@ -26,9 +26,7 @@ def test_the_most_frequent_rows_are_chosen() -> None:
     outliers=st.sampled_from([0.0, 0.05]),
     seed=st.integers(0, 1 << 16),
 )
-def test_kept_rows_come_back_and_others_stay(
-    shape: tuple[int, int], bits: float, outliers: float, seed: int
-) -> None:
+def test_kept_rows_come_back_and_others_stay(shape: tuple[int, int], bits: float, outliers: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(*shape, generator=generator) * torch.rand(shape[1], generator=generator).exp()
     weight[0] = 0  # a row without scale
