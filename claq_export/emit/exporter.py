@@ -17,6 +17,7 @@ import onnx_ir.passes.common as common_passes
 import onnxscript.optimizer
 import onnxscript.rewriter
 import torch
+from torch import fx
 
 import claq_export
 from claq_export.deferred import is_deferred
@@ -36,6 +37,10 @@ DECODER_IR_VERSION = 11
 
 FOLD_LIMIT = 1024
 """Constants with more elements are left to the runtime to fold: a folded copy of a tied weight is stored twice."""
+
+_aten = torch.ops.aten
+_VIEWS = {_aten.view.default, _aten.reshape.default}
+_TRANSPOSITIONS = {_aten.transpose.int, _aten.permute.default, _aten.t.default}
 
 
 @dataclass(frozen=True)
@@ -158,9 +163,26 @@ def _exported_program(
     shapes = {name: dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in example_inputs}
     try:
         with torch.no_grad():
-            return torch.export.export(model, (), kwargs=dict(example_inputs), dynamic_shapes=shapes)
+            program = torch.export.export(model, (), kwargs=dict(example_inputs), dynamic_shapes=shapes)
     except Exception as error:
         raise CaptureError(f"the quantized graph cannot be exported: {_reason(error)}") from error
+    _settle_strides(program.graph)
+    return program
+
+
+def _settle_strides(graph: fx.Graph) -> None:
+    """Copy what a transposition gives before it is viewed in another shape.
+
+    Whether that view is possible depends on strides, and those of an operator's kernel (of attention, for instance) are not
+    those of its decomposition, with which the translation goes on. In ONNX the copy is an Identity, which ONNX Runtime drops.
+    """
+    for node in list(graph.nodes):
+        source = node.args[0] if node.target in _VIEWS else None
+        if isinstance(source, fx.Node) and source.target in _TRANSPOSITIONS:
+            with graph.inserting_before(node):
+                copy = graph.call_function(_aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
+            copy.meta = dict(source.meta)
+            node.replace_input_with(source, copy)
 
 
 def _translate(program: torch.export.ExportedProgram) -> ir.Model:

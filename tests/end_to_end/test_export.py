@@ -247,7 +247,7 @@ def test_real_minilm_stays_close(minilm: Path, tmp_path: Path) -> None:
     config = claq_export.Config(bits=4, samples=32)
     result = claq_export.export(minilm, out=tmp_path / "model.onnx", config=config)
     assert len(result.layers) == 25
-    assert result.true_bits < 4.3
+    assert result.true_bits < 4.4  # 1 % of the vocabulary is exact
     assert result.verification is not None
     for name, run in result.verification.runs.items():
         assert name == "original" or run.deviations["last_hidden_state"].maximum < 1e-4
