@@ -2,7 +2,7 @@
 output comes closer to the unquantized model's. Codes stay, and with them the size.
 
 The whole model is distilled at once, end to end (the last step of AQLM, arXiv 2401.06118, and PV-tuning, arXiv
-2405.14852; measured against block-wise tuning in docs/algorithm.md): the loss is the KL divergence of the logits, or the
+2405.14852): the loss is the KL divergence of the logits, or the
 error of the output for models that return vectors. A share of the calibration samples is held out; what is kept is the
 best state on those, rounded to what the format stores, and never one that is worse than the start.
 """

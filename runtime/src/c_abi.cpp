@@ -1,39 +1,13 @@
-// The C interface: turns exceptions into status codes and messages.
-#include <cstdio>
-#include <exception>
-
+// The C interface of layers on the CPU and of quantization.
 #include "claq.h"
 #include "family.h"
 #include "gather.h"
+#include "guarded.h"
 #include "layer.h"
 #include "quantize/quantize.h"
 #include "run.h"
 
-namespace {
-
-template <class Body>
-claq_status guarded(char* error, size_t error_size, Body body) noexcept {
-  const auto report = [&](const char* message) {
-    if (error && error_size) std::snprintf(error, error_size, "%s", message);
-  };
-  try {
-    body();
-    return CLAQ_OK;
-  } catch (const claq::InvalidLayer& failure) {
-    report(failure.what());
-    return CLAQ_INVALID_LAYER;
-  } catch (const claq::InvalidArgument& failure) {
-    report(failure.what());
-    return CLAQ_INVALID_ARGUMENT;
-  } catch (const std::exception& failure) {
-    report(failure.what());
-  } catch (...) {
-    report("unknown failure");
-  }
-  return CLAQ_INTERNAL_ERROR;
-}
-
-}  // namespace
+using claq::guarded;
 
 claq_status claq_create(const claq_layer_desc* desc, claq_layer** layer, char* error, size_t error_size) {
   return guarded(error, error_size, [&] {
