@@ -20,8 +20,7 @@ from claq_export.libclaq import load_libclaq
 
 LAYER_TENSORS = (*TENSOR_NAMES, "bias")
 
-# The numbers of claq_dtype in claq.h, which are ONNX's.
-_DTYPES = {
+DTYPES = {
     torch.float32: 1,
     torch.int8: 3,
     torch.uint16: 4,
@@ -31,7 +30,9 @@ _DTYPES = {
     torch.uint32: 12,
     torch.bfloat16: 16,
 }
-_ACTIVATION_DTYPES = {dtype: _DTYPES[dtype] for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+"""The numbers of ``claq_dtype`` in claq.h, which are ONNX's."""
+
+_ACTIVATION_DTYPES = {dtype: DTYPES[dtype] for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 _ERROR_SIZE = 512
 _thread = threading.local()
 
@@ -47,7 +48,7 @@ class _Tensor(ctypes.Structure):
     )
 
 
-class _LayerDesc(ctypes.Structure):
+class LayerDesc(ctypes.Structure):
     """``claq_layer_desc`` of claq.h."""
 
     _fields_ = (
@@ -62,6 +63,36 @@ class _LayerDesc(ctypes.Structure):
     )
 
 
+def describe_layer(
+    tensors: Sequence[torch.Tensor],
+    columns: Sequence[int],
+    in_features: int,
+    out_features: int,
+    kernel: str | None = None,
+) -> LayerDesc:
+    """A layer as libclaq's C interface takes it.
+
+    Args:
+        tensors: contiguous, in the order of :data:`LAYER_TENSORS`, on the CPU or a GPU; the descriptor points into them.
+        columns: stored columns of 4, 3 and 2 bits.
+        in_features, out_features: K and N.
+        kernel: name of a CPU kernel family, or None for the best one.
+    """
+    desc = LayerDesc(
+        struct_size=ctypes.sizeof(LayerDesc),
+        in_features=in_features,
+        out_features=out_features,
+        columns_4=columns[0],
+        columns_3=columns[1],
+        columns_2=columns[2],
+        kernel=kernel.encode() if kernel else None,
+    )
+    for name, tensor in zip(LAYER_TENSORS, tensors, strict=True):
+        shape = (ctypes.c_int64 * tensor.dim())(*tensor.shape)
+        setattr(desc, name, _Tensor(tensor.data_ptr(), shape, tensor.dim(), DTYPES.get(tensor.dtype, 0)))
+    return desc
+
+
 @cache
 def _load() -> tuple[Any, str]:
     """The library and an empty string, or None and the reason why there is none."""
@@ -70,7 +101,7 @@ def _load() -> tuple[Any, str]:
         return None, reason
     library.claq_create.restype = ctypes.c_int
     library.claq_create.argtypes = [
-        ctypes.POINTER(_LayerDesc),
+        ctypes.POINTER(LayerDesc),
         ctypes.POINTER(ctypes.c_void_p),
         ctypes.c_char_p,
         ctypes.c_size_t,
@@ -167,20 +198,10 @@ class NativeLinear:
         self.out_features = out_features
         given = (codes, codebook, scale, row_scale, order, outlier_ptr, outlier_index, outlier_value, bias)
         self._tensors = tuple(tensor.detach().contiguous() for tensor in given)
-        desc = _LayerDesc(
-            struct_size=ctypes.sizeof(_LayerDesc),
-            in_features=in_features,
-            out_features=out_features,
-            columns_4=columns[0],
-            columns_3=columns[1],
-            columns_2=columns[2],
-            kernel=kernel.encode() if kernel else None,
-        )
         for name, tensor in zip(LAYER_TENSORS, self._tensors, strict=True):
             if tensor.device.type != "cpu":
                 raise FormatError(f"{name}: is on {tensor.device}, expected a CPU tensor")
-            shape = (ctypes.c_int64 * tensor.dim())(*tensor.shape)
-            setattr(desc, name, _Tensor(tensor.data_ptr(), shape, tensor.dim(), _DTYPES.get(tensor.dtype, 0)))
+        desc = describe_layer(self._tensors, columns, in_features, out_features, kernel)
         error = ctypes.create_string_buffer(_ERROR_SIZE)
         status = self._library.claq_create(ctypes.byref(desc), ctypes.byref(self._handle), error, _ERROR_SIZE)
         if status == 1:
@@ -255,10 +276,10 @@ class NativeLinear:
         error = ctypes.create_string_buffer(_ERROR_SIZE)
         status = self._library.claq_gather(
             self._handle,
-            _DTYPES[indices.dtype],
+            DTYPES[indices.dtype],
             indices.data_ptr(),
             indices.numel(),
-            _DTYPES[dtype],
+            DTYPES[dtype],
             y.data_ptr(),
             pool,
             threads,

@@ -33,37 +33,10 @@ import torch  # noqa: E402
 from run_all import BOUNDS, MAIN, arguments, layer_of  # noqa: E402
 
 from claq_export.format.layer import QuantizedLinear  # noqa: E402
+from claq_export.kernels.native import DTYPES, describe_layer  # noqa: E402
 
-DTYPES = {
-    torch.float32: 1,
-    torch.int8: 3,
-    torch.uint16: 4,
-    torch.int32: 6,
-    torch.float16: 10,
-    torch.uint32: 12,
-    torch.bfloat16: 16,
-}
 ROTATED = 8
 REPEATS = 30
-
-
-class _Tensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("rank", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-    )
-
-
-class _Description(ctypes.Structure):
-    _fields_ = (
-        ("struct_size", ctypes.c_size_t),
-        *((name, ctypes.c_int64) for name in ("in_features", "out_features", "columns_4", "columns_3", "columns_2")),
-        *((name, _Tensor) for name in ("codes", "codebook", "scale", "row_scale", "order")),
-        *((name, _Tensor) for name in ("outlier_ptr", "outlier_index", "outlier_value", "bias")),
-        ("kernel", ctypes.c_char_p),
-    )
 
 
 class Runtime:
@@ -90,11 +63,7 @@ class Layer:
     def __init__(self, runtime: Runtime, layer: QuantizedLinear, bias: torch.Tensor) -> None:
         self.runtime, self.layer, self.dtype = runtime, layer, bias.dtype
         self.tensors = [*layer.tensors().values(), bias]
-        description = _Description(ctypes.sizeof(_Description), layer.in_features, layer.out_features, *layer.columns)
-        kept = []
-        for (name, _), tensor in zip(_Description._fields_[6:15], self.tensors, strict=True):
-            kept.append((ctypes.c_int64 * tensor.dim())(*tensor.shape))
-            setattr(description, name, _Tensor(tensor.data_ptr(), kept[-1], tensor.dim(), DTYPES[tensor.dtype]))
+        description = describe_layer(self.tensors, layer.columns, layer.in_features, layer.out_features)
         self.handle = ctypes.c_void_p()
         torch.cuda.synchronize()
         status = runtime.library.claq_cuda_create(

@@ -19,16 +19,8 @@ from quantized_layers import dense_weight, random_layer
 from claq_export.kernels.aot.compile import CompiledKernel
 from claq_export.kernels.aot.package import write_package
 from claq_export.kernels.aot.variants import Variant, variants
+from claq_export.kernels.native import DTYPES, describe_layer
 
-DTYPES = {
-    torch.float32: 1,
-    torch.int8: 3,
-    torch.uint16: 4,
-    torch.int32: 6,
-    torch.float16: 10,
-    torch.uint32: 12,
-    torch.bfloat16: 16,
-}
 POINTERS = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -56,27 +48,6 @@ CASES: list[tuple[Any, ...]] = [
     ("dense-mixed", 130, 44, (2, 3, 4), 131, torch.bfloat16, 0.02, True, False, True, "finish dequantize outliers"),
     ("dense-float32", 70, 64, (4, 2), 9, torch.float32, 0.03, True, True, True, "finish dequantize outliers"),
 ]
-
-
-class Tensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("rank", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-    )
-
-
-PARTS = ("codes", "codebook", "scale", "row_scale", "order", "outlier_ptr", "outlier_index", "outlier_value", "bias")
-
-
-class Description(ctypes.Structure):
-    _fields_ = (
-        ("struct_size", ctypes.c_size_t),
-        *((name, ctypes.c_int64) for name in ("in_features", "out_features", "columns_4", "columns_3", "columns_2")),
-        *((name, Tensor) for name in PARTS),
-        ("kernel", ctypes.c_char_p),
-    )
 
 
 def at_address(address: int, kind: str) -> torch.Tensor:
@@ -137,20 +108,6 @@ class Interpreter:
             self.failure = self.failure or failure
 
 
-def describe(tensors: dict[str, torch.Tensor], layer: Any) -> tuple[Description, list[Any]]:
-    """The C description of a layer, and what must be kept alive with it."""
-    description = Description(
-        struct_size=ctypes.sizeof(Description), in_features=layer.in_features, out_features=layer.out_features
-    )
-    description.columns_4, description.columns_3, description.columns_2 = layer.columns
-    kept: list[Any] = [tensors]
-    for name, tensor in tensors.items():
-        shape = (ctypes.c_int64 * tensor.dim())(*tensor.shape)
-        kept.append(shape)
-        setattr(description, name, Tensor(tensor.data_ptr(), shape, tensor.dim(), DTYPES[tensor.dtype]))
-    return description, kept
-
-
 def run(library: ctypes.CDLL, gpu: Interpreter, case: tuple[Any, ...], blas: Any) -> dict[str, Any]:
     _, K, N, widths, rows, dtype, outliers, ordered, with_bias, with_blas, _ = case
     layer = random_layer(K, N, widths, outliers=outliers, seed=K + N + rows)
@@ -158,7 +115,7 @@ def run(library: ctypes.CDLL, gpu: Interpreter, case: tuple[Any, ...], blas: Any
     bias = torch.randn(N, generator=generator).to(dtype) if with_bias else torch.empty(0, dtype=dtype)
     tensors = {name: tensor.contiguous() for name, tensor in layer.tensors().items()} | {"bias": bias}
     assert (layer.order.numel() > 0) == ordered
-    description, kept = describe(tensors, layer)
+    description = describe_layer(list(tensors.values()), layer.columns, K, N)
     error = ctypes.create_string_buffer(512)
     handle = ctypes.c_void_p()
     gpu.launched, gpu.failure = [], None
@@ -178,7 +135,6 @@ def run(library: ctypes.CDLL, gpu: Interpreter, case: tuple[Any, ...], blas: Any
     library.claq_cuda_destroy(handle)
     if gpu.failure:
         raise gpu.failure
-    del kept
     expected = x.double() @ dense_weight(layer).T + (bias.double() if with_bias else 0)
     return {
         "error": ((y[:rows].double() - expected).abs().max() / expected.abs().max()).item(),
@@ -195,10 +151,10 @@ def refusals(library: ctypes.CDLL, driver: ctypes.CDLL, package: Path) -> dict[s
     tensors["bias"] = torch.zeros(32, dtype=torch.float16)
 
     def create(changed: dict[str, torch.Tensor] | None = None) -> list[Any]:
-        description, kept = describe({**tensors, **(changed or {})}, random_layer(64, 32, (4, 2), outliers=0.05))
+        parts = {**tensors, **(changed or {})}
+        description = describe_layer(list(parts.values()), random_layer(64, 32, (4, 2), outliers=0.05).columns, 64, 32)
         error, handle = ctypes.create_string_buffer(512), ctypes.c_void_p()
         status = library.claq_cuda_create(ctypes.byref(description), 10, ctypes.byref(handle), error, len(error))
-        del kept
         return [status, error.value.decode(), bool(handle)]
 
     def usable() -> list[Any]:
