@@ -31,7 +31,7 @@ from benchmarks.peers.common import Group, Inputs, Quantized
 from benchmarks.peers.uniform import gptq, round_to_nearest
 from claq_export.algorithm.presets import PAPER_TOKEN_CLIP, preset_settings
 from claq_export.api import capture
-from claq_export.compiler import load_calibration
+from claq_export.calibration.loading import load_calibration
 from claq_export.evaluation import (
     EncoderModel,
     OnnxModel,

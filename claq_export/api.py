@@ -18,10 +18,12 @@ from .cached import check_cache, decoding_inputs
 from .calibration.peers import Peers
 from .calibration.progress import ProgressReporter
 from .capture import CACHED_TASK, CapturedModel, TaskModel, capture_decoder, capture_module, load_pretrained
-from .compiler import Compilation, check_writable, emit_captured, used_state, weight_bytes
+from .compiler import Compilation, emit_captured, used_state
 from .config import Config
+from .deferred import weight_bytes
 from .emit.exporter import Artifact
 from .errors import ConfigError
+from .format.files import check_writable
 from .modules import replace_linears
 from .passes import Skipped
 from .preflight import check as check_preflight
@@ -42,7 +44,7 @@ _VERIFY_TEXTS = (
 @dataclass(frozen=True)
 class LayerSummary:
     """One quantized layer: its name, shape ``[out_features, in_features]``, bits, bytes and relative error; an embedding's
-    vocabulary is its out_features. ``role`` and ``tied`` as in :class:`claq_export.compiler.PlannedLayer`."""
+    vocabulary is its out_features. ``role`` and ``tied`` as in :class:`claq_export.sizing.PlannedLayer`."""
 
     name: str
     out_features: int

@@ -365,7 +365,7 @@ def run_export(options: argparse.Namespace) -> None:
         if options.dry_run:
             captured, _ = capture(options.model, task=options.task, trust_remote_code=options.trust_remote_code)
             compilation = Compilation(captured, config, reporter)
-            print_plan(console, compilation.predicted_layers(), compilation.plan.skipped)
+            print_plan(console, compilation.sizing.predicted_layers(), compilation.plan.skipped)
             return
         result = export(
             options.model,

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from .format.layer import QuantizedLinear
 
@@ -97,6 +98,15 @@ def concatenate(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 def logical_bytes(tensor: torch.Tensor) -> int:
     """Bytes of a tensor's elements, in memory or not."""
     return math.prod(tensor.shape) * tensor.element_size()
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers, tied ones once."""
+    seen: dict[int, int] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = logical_bytes(tensor) if is_deferred(tensor) else storage.nbytes()
+    return sum(seen.values())
 
 
 def defer_layer(layer: QuantizedLinear, read: Callable[[str], torch.Tensor]) -> QuantizedLinear:

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .api import ExportResult
-from .compiler import PlannedLayer
 from .passes import Skipped
 from .passes.plan import site_kind
+from .sizing import PlannedLayer
 from .verify import VerificationReport
 
 _WORST_SHOWN = 5

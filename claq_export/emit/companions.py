@@ -1,17 +1,52 @@
-"""The Hugging Face configuration beside an artifact, so that transformers loads the folder as a quantized model."""
+"""What lies beside an artifact: tokenizer and configuration of its model, which tells transformers that it is quantized."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import OutputError
+from ..errors import ModelError, OutputError
 from ..format.checkpoint import TENSORS_FILE, VERSION
+from ..inputs import contained
 
 CONFIG = "config.json"
+
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+"""Small files of a Hugging Face folder that those who load the ONNX file look for beside it."""
+
+
+def copy_companions(source: Path, folder: Path) -> list[Path]:
+    """Copy configuration and tokenizer files from a Hugging Face folder; none if the source is not a folder."""
+    copied = []
+    if source.is_dir() and source.resolve() != folder.resolve():
+        for name in _COMPANIONS:
+            if (source / name).is_file():
+                # A link would copy a file of this machine into what is going to be published.
+                origin = contained(source, name, ModelError)
+                try:
+                    copied.append(Path(shutil.copyfile(origin, folder / name)))
+                except OSError as error:
+                    raise OutputError(
+                        f"{name} cannot be copied to {str(folder)!r}: {error.strerror or error}"
+                    ) from error
+    return copied
 
 
 def declare_quantized(folder: Path, true_bits: float, dtype: torch.dtype) -> Path | None:

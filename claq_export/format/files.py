@@ -31,6 +31,25 @@ def _flush(path: Path, flags: int = 0) -> None:
         os.close(descriptor)
 
 
+def check_writable(out: Path) -> None:
+    """Make the folder of ``out`` and see that a file can be made in it.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    if out.is_dir():
+        raise OutputError(
+            f"{str(out)!r} is a folder; --out names the file to write, for example {str(out / 'model.onnx')!r}"
+        )
+    probe = out.parent / f".{out.name}.probe"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"output folder {str(out.parent)!r} is not writable: {error.strerror or error}") from error
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a small file whole or not at all.
 

@@ -124,6 +124,9 @@ def assert_nothing_left(out: Path) -> None:
         (["--include", "nothing.like.this"], 2, "nothing.like.this"),
         (["--sequence-length", "4096"], 5, "4096"),
         (["--device", "warp"], 2, "warp"),
+        (["--bits", "2.01"], 2, "2.01 true bits a weight cannot be met"),
+        (["--size", "2kB"], 2, "2,000 bytes cannot be met"),
+        (["--size", "2kB", "--dry-run"], 2, "2,000 bytes cannot be met"),
     ],
 )
 def test_wrong_settings(

@@ -73,7 +73,7 @@ def test_a_graph_without_gradient_falls_back_and_says_so() -> None:
 
 def test_a_budget_above_four_bits_buys_outliers() -> None:
     done, _ = compilation(Net(features=320), bits=4.9)
-    planned = done.predicted_layers()
+    planned = done.sizing.predicted_layers()
     weights = sum(layer.in_features * layer.out_features for layer in planned)
     assert 8 * sum(layer.nbytes for layer in planned) / weights == pytest.approx(4.9, rel=0.02)
     done.quantize()

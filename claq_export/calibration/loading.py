@@ -1,0 +1,62 @@
+"""The calibration batches that a configuration asks for: from text, files, or what Python hands over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain, islice
+from pathlib import Path
+
+from ..capture import CapturedModel
+from ..config import DEFAULT_CALIBRATION, Config
+from ..errors import CalibrationError
+from .data import Batch, batches_from_iterable, group_equal_shapes, iterate_texts, read_texts, tokenize_texts
+
+DEFAULT_TEXT = Path(__file__).parent / "texts" / "state_of_the_union.txt"
+
+_TEXTS_A_SAMPLE = 100
+"""Texts of a Python iterable that are read for each calibration sample at most; short ones are joined for decoders."""
+
+
+def load_calibration(captured: CapturedModel, config: Config) -> list[Batch]:
+    """The calibration batches ``config`` asks for.
+
+    Raises:
+        CalibrationError: the data cannot be read, is not enough, or does not fit the model.
+    """
+    source = config.calibration
+    if not isinstance(source, (str, Path)):
+        # A stream may never end: no more is taken than the samples can be drawn from.
+        items = iter(source)
+        first = list(islice(items, 1))
+        if first and isinstance(first[0], str):
+            texts = iterate_texts(chain(first, islice(items, _TEXTS_A_SAMPLE * config.samples)))
+            return _batches_of_texts(texts, captured, config)
+        return batches_from_iterable(chain(first, items), captured.input_names, captured.example_inputs, config.samples)
+    return _batches_of_texts(read_texts(DEFAULT_TEXT if source == DEFAULT_CALIBRATION else source), captured, config)
+
+
+def default_sequence_length(captured: CapturedModel) -> int:
+    """Tokens a calibration sample: 1024 for decoders, 128 for the rest, if the model takes as many."""
+    wanted = 1024 if captured.task == "text-generation" else 128
+    return min(wanted, captured.max_sequence or wanted)
+
+
+def _batches_of_texts(texts: Iterable[str], captured: CapturedModel, config: Config) -> list[Batch]:
+    if captured.tokenizer is None:
+        raise CalibrationError(
+            "the model has no tokenizer, so text cannot calibrate it; pass calibration batches from Python, or "
+            "--calibration none"
+        )
+    length = config.sequence_length or default_sequence_length(captured)
+    if captured.max_sequence is not None and length > captured.max_sequence:
+        raise CalibrationError(f"sequence length {length} is more than the model takes, {captured.max_sequence}")
+    samples = tokenize_texts(
+        texts,
+        captured.tokenizer,
+        input_names=captured.input_names,
+        samples=config.samples,
+        sequence_length=length,
+        seed=config.seed,
+        whole_documents=captured.task != "text-generation",
+    )
+    return group_equal_shapes(samples, config.batch_size)
