@@ -11,15 +11,26 @@ struct Family {
   const char* name;
   bool (*supported)();
 
+  int64_t tile_rows;         // rows of x that prepare_tile and transpose take at a time
+  int64_t activation_bytes;  // of `activations.quantized` for each row and stored column
+
   // Fills row `row` of `activations.scaled` (if not null) from x, and if `quantize` is set that of the int8 parts. Returns
-  // false if the row needs float32 arithmetic: a value is not finite, or a block too small for a normal scale.
+  // false if the row needs float32 arithmetic: a value is not finite, or a block too small for a normal scale; such blocks
+  // are quantized to zeros.
   bool (*prepare_row)(const LayerView& layer, const float* x, Activations& activations, int64_t row, bool quantize);
+
+  // The same for rows [first, first + tile_rows) of int8 arithmetic, or to the last row if that is nearer: fills the int8 parts
+  // and `transposed` (if not null). `first` is a multiple of tile_rows, `x` points to each row, `features` is room for
+  // [in_features][tile_rows], and `exact[i]` is set to 1 for a row that needs float32 arithmetic, else to 0. Null: the family does without.
+  void (*prepare_tile)(const LayerView& layer, const float* const* x, Activations& activations, int64_t first, float* features,
+                       uint8_t* exact);
 
   // Fills tile `tile` of `activations.transposed` from `scaled`; null: the family does without.
   void (*transpose)(const LayerView& layer, Activations& activations, int64_t tile);
 
   // sums[m - m0][n - n0] = sum over stored columns of activation * centroid, for output rows [n0, n1), rows [m0, m1).
-  // `stride` is that of `sums`, at least n1 - n0 rounded up to kNarrowestTile; `scratch` holds scratch_bytes(...) bytes, aligned to 64.
+  // `stride` is that of `sums`, at least n1 - n0 rounded up to kNarrowestTile; `scratch` holds kScratchBytes, aligned to 64.
+  // For int8, m0 and m1 are multiples of kPackedRows, or m1 is the number of rows.
   void (*sums_int8)(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                     float* sums, int64_t stride, void* scratch);
   void (*sums_float)(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1,

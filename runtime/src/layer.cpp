@@ -1,5 +1,7 @@
 #include "layer.h"
 
+#include <algorithm>
+
 #include "family.h"
 #include "half.h"
 #include "validate.h"
@@ -71,6 +73,7 @@ std::unique_ptr<claq_layer> make_layer(const claq_layer_desc& desc) {
 
   layer->table = build_table(view, static_cast<const int8_t*>(desc.codebook.data), desc.codebook.shape[0]);
   view.table = layer->table.data();
+  view.lowest_centroid = std::find(layer->table.begin(), layer->table.end(), 0) != layer->table.end();
   layer->scale = to_float(desc.scale);
   view.scale = layer->scale.data();
   layer->row_scale = to_float(desc.row_scale);

@@ -1,6 +1,7 @@
 // The checked layer that kernels read: pointers into the caller's tensors and the small tables derived from them.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -36,6 +37,8 @@ struct claq_layer {
   std::vector<float> row_scale;
   std::vector<int32_t> gather;
   std::vector<float> bias;
+  // Count of code bytes read by all layers when this one was last run (run.cpp).
+  mutable std::atomic<uint64_t> read_at{0};
 };
 
 namespace claq {

@@ -19,7 +19,7 @@ constexpr int kOutlierLanes = 8;
 // Tasks get whole multiples of the first (a multiple of every vector length times a register tile), and a family is asked
 // for at most the second number of output rows at a time.
 constexpr int64_t kNarrowestTile = 96;
-constexpr int64_t kLongestTile = 96 * 40;
+constexpr int64_t kLongestTile = 96 * 120;
 
 // A code word holds interleaved columns: shifting it right by `width` times the group's number and masking leaves, in its
 // four bytes, the codes of four columns that are not neighbours. Tables and activations are therefore kept in that order,
@@ -58,21 +58,43 @@ struct LayerView {
   bool wide_outlier_index;  // int32, else uint16
   const uint16_t* outlier_value;
   const float* bias;  // null: none
+  bool lowest_centroid;  // some centroid is -128, which has no negative in a byte
+  bool fetch_ahead;      // the codes are not in a cache; see run.cpp
 };
 
 // A chunk of rows of x, gathered into stored order and scaled, and for int8 arithmetic quantized a block at a time.
 // Parts that a run does not need are null.
+//
+// What int8 arithmetic reads is packed as PackedPlace says unless the family has an order of its own (avx2_common.h): rows are
+// taken eight at a time (the last tile has the rest), and where a kernel needs the same group or block of the rows of a tile,
+// they are neighbours.
 struct Activations {
   int64_t rows;
-  int64_t stride;             // elements between rows of `scaled` and bytes between rows of `quantized`
-  int64_t block_stride;       // elements between rows of `block_scale` and `block_correction`
+  bool alone;                 // the run has one row
+  int64_t stride;             // elements between rows of `scaled`
   float* scaled;              // scale[p] * x[order[p]]
-  float* transposed;          // `scaled` as [rows / 16][columns][16], rows past the last are 0; for outliers
-  int8_t* quantized;          // positions within a block as column_of_position says
-  float* block_scale;         // maximum magnitude of the block / 127
-  int32_t* block_correction;  // -128 * sum of the block's quantized values: undoes the table's offset
+  float* transposed;          // `scaled` as [rows / line_rows][columns][line_rows], rows past the last are 0; for outliers
+  int64_t line_rows;          // the family's tile_rows; if all rows of a run fit into 8 or 4 and prepare_tile makes them, that
+  int8_t* quantized;          // [tile][block][group][row of the tile][4], positions within a block as column_of_position says
+  float* block_scale;         // [tile][block][row of the tile], maximum magnitude of the block / 127
+  int32_t* block_correction;  // the same, -128 * sum of the block's quantized values: undoes the table's offset
 };
 
-constexpr int64_t kTransposedRows = 16;
+constexpr int64_t kPackedRows = 8;
+constexpr int64_t kMostTileRows = 16;  // of Family::tile_rows
+
+// Where the int8 parts of a row or tile begin; `rows` is the number of rows of its tile.
+struct PackedPlace {
+  int64_t rows;
+  int8_t* quantized;    // group g of block b: + (b * kGroupsPerBlock + g) * 4 * rows
+  float* scale;         // block b: + b * rows
+  int32_t* correction;  // likewise
+};
+
+static inline PackedPlace packed_place(const LayerView& layer, const Activations& activations, int64_t row) {
+  const int64_t first = row / kPackedRows * kPackedRows, lane = row - first, left = activations.rows - first;
+  return {left < kPackedRows ? left : kPackedRows, activations.quantized + first * layer.columns + 4 * lane,
+          activations.block_scale + first * layer.blocks + lane, activations.block_correction + first * layer.blocks + lane};
+}
 
 }  // namespace claq

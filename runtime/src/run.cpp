@@ -1,6 +1,7 @@
 #include "run.h"
 
 #include <algorithm>
+#include <atomic>
 #include <string>
 
 #include "family.h"
@@ -9,11 +10,16 @@
 #include "parallel.h"
 #include "workspace.h"
 
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
 namespace claq {
 namespace {
 
 constexpr int64_t kMostChunkRows = 256;
 constexpr int64_t kCachedSums = 6 * 1024;  // a task's tile of results, where there is a choice
+constexpr int64_t kRowSums = 12 * 1024;    // the same for one row of x: a long run of code words is worth more
 // With outliers and many rows: the more outputs, the more often a tile of transposed activations is used once it is cached.
 constexpr int64_t kOutlierSums = 64 * 1024;
 constexpr int64_t kChunkElements = 1024 * 1024;  // rows of x are taken in chunks of at most this many activations
@@ -23,6 +29,33 @@ constexpr double kActivationsPerSecond = 1e9;
 constexpr double kWeightsPerSecond = 60e9;
 constexpr double kInt8ProductsPerSecond = 250e9;
 constexpr double kFloatProductsPerSecond = 60e9;
+
+// How many bytes of codes may be read before a layer's own are no longer in a cache: half of the last level, where it is known.
+uint64_t cached_code_bytes() {
+  static const uint64_t bytes = [] {
+    uint64_t size = uint64_t{16} << 20;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    const long known = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (known > 0) size = static_cast<uint64_t>(known);
+#endif
+    return size / 2;
+  }();
+  return bytes;
+}
+
+// Fetching code words ahead costs a quarter of the speed if they are in a cache, and gains a third if they are not. They are
+// there if few other bytes of codes were read in this process since this layer's were.
+bool reads_from_memory(const claq_layer& handle) {
+  static std::atomic<uint64_t> total{0};
+  const LayerView& layer = handle.view;
+  uint64_t bytes = 0;
+  for (int s = 0; s < layer.segment_count; ++s) {
+    bytes += static_cast<uint64_t>(layer.segments[s].blocks * layer.segments[s].width * layer.out_features) * sizeof(uint32_t);
+  }
+  const uint64_t now = total.fetch_add(bytes, std::memory_order_relaxed) + bytes;
+  const uint64_t last = handle.read_at.exchange(now, std::memory_order_relaxed);
+  return now - last > cached_code_bytes();
+}
 
 const float* load_row(const Family& family, claq_dtype dtype, const void* x, int64_t row, int64_t length, float* buffer) {
   if (dtype == CLAQ_FLOAT32) return static_cast<const float*>(x) + row * length;
@@ -46,7 +79,7 @@ void store_row(const Family& family, claq_dtype dtype, float* values, int64_t co
 
 // Rows of x that are taken together: the weights are decoded once for each chunk, and its activations stay in the cache.
 int64_t chunk_rows(const LayerView& layer) {
-  return std::clamp(kChunkElements / layer.columns / kTransposedRows * kTransposedRows, kTransposedRows, kMostChunkRows);
+  return std::clamp(kChunkElements / layer.columns / kMostTileRows * kMostTileRows, kMostTileRows, kMostChunkRows);
 }
 
 struct Call {
@@ -73,37 +106,82 @@ void for_each_row(const Call& call, const Host& host, int64_t rows, Body body) {
   });
 }
 
+// Rows from which on int8 activations are made by tiles of rows.
+constexpr int64_t kFewestTiledRows = 4;
+
+// The same for int8 by tiles of rows, and `transposed` if it is not null.
+void prepare_tiles(const Call& call, const Host& host, Activations& activations, uint8_t* exact) {
+  const int64_t length = call.layer.in_features, rows = activations.rows, tile_rows = call.family.tile_rows;
+  const int64_t tiles = (rows + tile_rows - 1) / tile_rows;
+  const int64_t tasks = task_count(host, static_cast<double>(rows * call.layer.columns) / kActivationsPerSecond, tiles);
+  for_each(host, tasks, [&](int64_t task) {
+    const size_t tile_bytes = Workspace::bytes_for<float>(tile_rows * length);
+    Workspace workspace(tile_bytes + (call.dtype == CLAQ_FLOAT32 ? 0 : tile_bytes));
+    float* features = workspace.take<float>(tile_rows * length);
+    float* buffer = call.dtype == CLAQ_FLOAT32 ? nullptr : workspace.take<float>(tile_rows * length);
+    for (int64_t tile = tiles * task / tasks; tile < tiles * (task + 1) / tasks; ++tile) {
+      const float* x[kMostTileRows];
+      const int64_t first = tile * tile_rows, count = std::min(tile_rows, rows - first);
+      for (int64_t i = 0; i < count; ++i) {
+        x[i] = load_row(call.family, call.dtype, call.x, call.first_row + first + i, length, buffer ? buffer + i * length : nullptr);
+      }
+      call.family.prepare_tile(call.layer, x, activations, first, features, exact + first);
+    }
+  });
+}
+
 void transpose(const Call& call, const Host& host, Activations& activations) {
-  const int64_t tiles = (activations.rows + kTransposedRows - 1) / kTransposedRows;
+  const int64_t tiles = (activations.rows + call.family.tile_rows - 1) / call.family.tile_rows;
   for_each(host, tiles, [&](int64_t tile) { call.family.transpose(call.layer, activations, tile); });
 }
 
-// Results of output rows [n0, n1) for all rows of the chunk.
-void compute(const Call& call, const Activations& activations, const uint8_t* exact, int64_t n0, int64_t n1) {
+// Outputs that are computed together, for `rows` rows of x: their sums stay in a cache, and the tiles are of one length.
+int64_t tile_length(const LayerView& layer, int64_t rows, int64_t outputs) {
+  const int64_t wanted = rows == 1 ? kRowSums : layer.outlier_ptr && rows > kMostTileRows ? kOutlierSums : kCachedSums;
+  const int64_t most = std::clamp(wanted / rows / kNarrowestTile * kNarrowestTile, kNarrowestTile, kLongestTile);
+  const int64_t tiles = (outputs + most - 1) / most;
+  return ((outputs + tiles - 1) / tiles + kNarrowestTile - 1) / kNarrowestTile * kNarrowestTile;
+}
+
+struct Scratch {
+  void* kernel;
+  float* sums;
+  float* finished;
+};
+
+// Results of output rows [n0, n1) for rows [m0, m1) of the chunk.
+void compute_rows(const Call& call, const Activations& activations, bool int8, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+                  const Scratch& scratch) {
   const LayerView& layer = call.layer;
+  const int64_t tile = tile_length(layer, m1 - m0, n1 - n0);
+  const auto kernel = int8 ? call.family.sums_int8 : call.family.sums_float;
+  for (int64_t t0 = n0; t0 < n1; t0 += tile) {
+    const int64_t t1 = std::min(n1, t0 + tile);
+    kernel(layer, activations, m0, m1, t0, t1, scratch.sums, tile, scratch.kernel);
+    if (layer.outlier_ptr) call.family.add_outliers(layer, activations, m0, m1, t0, t1, scratch.sums, tile);
+    for (int64_t m = m0; m < m1; ++m) {
+      const int64_t offset = (call.first_row + m) * layer.out_features + t0;
+      float* row = call.dtype == CLAQ_FLOAT32 ? static_cast<float*>(call.y) + offset : scratch.finished;
+      call.family.finish_row(layer, t0, t1, scratch.sums + (m - m0) * tile, row);
+      if (call.dtype != CLAQ_FLOAT32) store_row(call.family, call.dtype, row, t1 - t0, call.y, offset);
+    }
+  }
+}
+
+// Results of output rows [n0, n1) for all rows of the chunk. Rows that need float32 arithmetic go through int8 too, which
+// leaves the tiles of packed rows whole, and are then computed again.
+void compute(const Call& call, const Activations& activations, const uint8_t* exact, int64_t n0, int64_t n1) {
   Workspace workspace(static_cast<size_t>(kScratchBytes) + Workspace::bytes_for<float>(kOutlierSums) +
                       Workspace::bytes_for<float>(kLongestTile));
-  void* scratch = workspace.take<char>(kScratchBytes);
-  float* sums = workspace.take<float>(kOutlierSums);
-  float* finished = workspace.take<float>(kLongestTile);
+  Scratch scratch;
+  scratch.kernel = workspace.take<char>(kScratchBytes);
+  scratch.sums = workspace.take<float>(kOutlierSums);
+  scratch.finished = workspace.take<float>(kLongestTile);
+  if (call.int8) compute_rows(call, activations, true, 0, activations.rows, n0, n1, scratch);
   for (int64_t m0 = 0; m0 < activations.rows;) {
     int64_t m1 = m0 + 1;
     while (m1 < activations.rows && exact[m1] == exact[m0]) ++m1;
-    const int64_t wanted = layer.outlier_ptr && m1 - m0 > kTransposedRows ? kOutlierSums : kCachedSums;
-    const int64_t tile =
-        std::clamp(wanted / (m1 - m0) / kNarrowestTile * kNarrowestTile, kNarrowestTile, kLongestTile);
-    for (int64_t t0 = n0; t0 < n1; t0 += tile) {
-      const int64_t t1 = std::min(n1, t0 + tile);
-      const auto kernel = exact[m0] ? call.family.sums_float : call.family.sums_int8;
-      kernel(layer, activations, m0, m1, t0, t1, sums, tile, scratch);
-      if (layer.outlier_ptr) call.family.add_outliers(layer, activations, m0, m1, t0, t1, sums, tile);
-      for (int64_t m = m0; m < m1; ++m) {
-        const int64_t offset = (call.first_row + m) * layer.out_features + t0;
-        float* row = call.dtype == CLAQ_FLOAT32 ? static_cast<float*>(call.y) + offset : finished;
-        call.family.finish_row(layer, t0, t1, sums + (m - m0) * tile, row);
-        if (call.dtype != CLAQ_FLOAT32) store_row(call.family, call.dtype, row, t1 - t0, call.y, offset);
-      }
-    }
+    if (exact[m0]) compute_rows(call, activations, false, m0, m1, n0, n1, scratch);
     m0 = m1;
   }
 }
@@ -122,20 +200,25 @@ void run(const claq_layer& handle, claq_dtype dtype, int32_t accuracy_level, con
   if (rows == 0) return;
   if (!x || !y) throw InvalidArgument("x and y: expected data");
 
-  const LayerView& layer = handle.view;
+  LayerView layer = handle.view;
+  layer.fetch_ahead = reads_from_memory(handle);
   const Host host{parallel_for, context};
   Call call{layer, *handle.family, dtype, accuracy_level == 4, x, y, 0};
   const int64_t chunk = std::min(rows, chunk_rows(layer));
   Activations activations{};
   // Rows a power of two apart would compete for the same cache sets.
   activations.stride = layer.columns + 64;
-  activations.block_stride = layer.blocks + 16;
+  activations.alone = rows == 1;
   const int64_t elements = chunk * activations.stride;
-  const int64_t block_elements = call.int8 ? chunk * activations.block_stride : 0;
-  const int64_t quantized_elements = call.int8 ? elements : 0;
-  const int64_t scaled_elements = !call.int8 || layer.outlier_ptr ? elements : 0;
-  const int64_t transposed_rows = (chunk + kTransposedRows - 1) / kTransposedRows * kTransposedRows;
-  const int64_t transposed_elements = layer.outlier_ptr && chunk > 1 && call.family.transpose ? transposed_rows * layer.columns : 0;
+  const int64_t packed_rows = chunk == 1 ? 1 : (chunk + kPackedRows - 1) / kPackedRows * kPackedRows;
+  const int64_t block_elements = call.int8 ? packed_rows * layer.blocks : 0;
+  const int64_t quantized_elements = call.int8 ? packed_rows * layer.columns * call.family.activation_bytes : 0;
+  const bool tiled = call.int8 && call.family.prepare_tile && chunk >= kFewestTiledRows;
+  const int64_t scaled_elements = !call.int8 || (layer.outlier_ptr && !tiled) ? elements : 0;
+  activations.line_rows = !tiled || chunk > 8 ? call.family.tile_rows : chunk > 4 ? 8 : 4;
+  const int64_t transposed_rows = (chunk + activations.line_rows - 1) / activations.line_rows * activations.line_rows;
+  const bool transposes = layer.outlier_ptr && chunk >= kFewestTiledRows && call.family.transpose;
+  const int64_t transposed_elements = transposes ? transposed_rows * layer.columns : 0;
   Workspace workspace(Workspace::bytes_for<float>(scaled_elements) + Workspace::bytes_for<float>(transposed_elements) +
                       Workspace::bytes_for<int8_t>(quantized_elements) + Workspace::bytes_for<float>(block_elements) +
                       Workspace::bytes_for<int32_t>(block_elements) + Workspace::bytes_for<uint8_t>(chunk));
@@ -153,9 +236,13 @@ void run(const claq_layer& handle, claq_dtype dtype, int32_t accuracy_level, con
     activations.rows = std::min(chunk, rows - first);
     activations.scaled = scaled_elements ? scaled : nullptr;
     activations.transposed = transposed_elements ? transposed : nullptr;
-    for_each_row(call, host, activations.rows, [&](int64_t m, const float* row) {
-      exact[m] = !call.family.prepare_row(layer, row, activations, m, call.int8) || !call.int8;
-    });
+    if (tiled) {
+      prepare_tiles(call, host, activations, exact);
+    } else {
+      for_each_row(call, host, activations.rows, [&](int64_t m, const float* row) {
+        exact[m] = !call.family.prepare_row(layer, row, activations, m, call.int8) || !call.int8;
+      });
+    }
     const bool any_exact = std::find(exact, exact + activations.rows, 1) != exact + activations.rows;
     const bool late_scaled = any_exact && !activations.scaled;
     const Workspace late(late_scaled ? Workspace::bytes_for<float>(elements) : 0);
@@ -165,7 +252,7 @@ void run(const claq_layer& handle, claq_dtype dtype, int32_t accuracy_level, con
         if (exact[m]) call.family.prepare_row(layer, row, activations, m, false);
       });
     }
-    if (activations.transposed) transpose(call, host, activations);
+    if (activations.transposed && !tiled) transpose(call, host, activations);
 
     const double seconds = weights / kWeightsPerSecond + weights * static_cast<double>(activations.rows) / rate;
     const int64_t tiles = (layer.out_features + kNarrowestTile - 1) / kNarrowestTile;

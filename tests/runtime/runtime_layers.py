@@ -81,9 +81,13 @@ def make_layer(
     full_row: bool = False,
     bias: bool = False,
     bias_dtype: type = np.float32,
+    lowest: int = -127,
     seed: int = 0,
 ) -> Layer:
-    """A random layer; `widths` gives the stored columns of each bit-width (default: just enough of 4 bits)."""
+    """A random layer; `widths` gives the stored columns of each bit-width (default: just enough of 4 bits).
+
+    `lowest` is the least centroid: -127 is the compiler's, -128 what the format allows.
+    """
     rng = np.random.default_rng(seed)
     if widths is None:
         widths = {4: -(-in_features // 32) * 32}
@@ -92,7 +96,7 @@ def make_layer(
     for width in (4, 3, 2):
         count = widths.get(width, 0)
         codes = rng.integers(0, 2**width, (count, out_features))
-        book = rng.integers(-128, 128, (count, 2**width)).astype(np.int8)
+        book = rng.integers(lowest, 128, (count, 2**width)).astype(np.int8)
         words.append(pack(codes, width))
         books.append(book.ravel())
         decoded.append(np.take_along_axis(book.astype(np.float64), codes, 1))

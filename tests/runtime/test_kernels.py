@@ -27,6 +27,7 @@ def layers(draw, largest: int = 600):
         outliers=draw(st.sampled_from([0.0, 0.0, 0.003, 0.02, 0.3])),
         full_row=draw(st.booleans()),
         bias=draw(st.booleans()),
+        lowest=draw(st.sampled_from([-127, -128])),
         seed=draw(st.integers(0, 2**31)),
     )
 
@@ -126,6 +127,16 @@ def test_many_rows_cross_chunk_borders():
     x[300, 3] = np.nan
     expected = NativeLayer(layer, "portable").run(x, accuracy_level=4)
     np.testing.assert_allclose(NativeLayer(layer).run(x, accuracy_level=4, threads=2), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAST)
+@pytest.mark.parametrize("rows", [33, 257])
+def test_one_row_left_over_by_tiles_and_by_chunks(family, rows):
+    """The last row has a tile, or a chunk, to itself, and its activations exist in transposed form only."""
+    layer = make_layer(70, 64, {4: 64}, ordered=True, outliers=0.05)
+    x = activations(rows, layer, 1)
+    expected = NativeLayer(layer, "portable").run(x, accuracy_level=4)
+    np.testing.assert_array_equal(NativeLayer(layer, family).run(x, accuracy_level=4), expected)
 
 
 def test_environment_chooses_the_family(monkeypatch):

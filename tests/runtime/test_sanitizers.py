@@ -1,6 +1,7 @@
 """libclaq and a C++ test program, compiled with sanitizers and run; also cross-compiled for AArch64 where that works here."""
 
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -46,18 +47,27 @@ needs_cmake = pytest.mark.skipif(
 )
 
 
-def check_with(sanitizers: str, build: Path) -> None:
+def check_with(sanitizers: str, build: Path, *options: str) -> str:
     flags = f"-fsanitize={sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer"
     program = configure_and_build(
-        build, f"-DCMAKE_CXX_FLAGS={flags}", "-DCMAKE_BUILD_TYPE=Debug", "-DCLAQ_OPTIMIZATION=-O0"
+        build, f"-DCMAKE_CXX_FLAGS={flags}", "-DCMAKE_BUILD_TYPE=Debug", "-DCLAQ_OPTIMIZATION=-O0", *options
     )
-    run(program, ASAN_OPTIONS="detect_leaks=1", TSAN_OPTIONS="halt_on_error=1")
+    return run(program, ASAN_OPTIONS="detect_leaks=1", TSAN_OPTIONS="halt_on_error=1")
 
 
 @needs_cmake
 @pytest.mark.slow
 def test_address_and_undefined_behaviour(tmp_path):
     check_with("address,undefined", tmp_path)
+
+
+@needs_cmake
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX-512 is of x86-64")
+def test_avx512_kernels_without_avx512(tmp_path):
+    """The kernels' intrinsics as plain C++, every access to memory under AddressSanitizer."""
+    emulated = f"-DCLAQ_EMULATED_AVX512={ROOT / 'tests/runtime/emulated_avx512'}"
+    assert "avx512vnni avx512bw" in check_with("address,undefined", tmp_path, emulated)
 
 
 @needs_cmake

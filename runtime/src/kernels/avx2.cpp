@@ -1,5 +1,5 @@
 // AVX2, without a dot-product instruction.
-#include "avx2_kernels.h"
+#include "avx2_sums.h"
 
 namespace claq {
 namespace {
@@ -10,7 +10,7 @@ bool supported() {
 
 }  // namespace
 
-const Family kAvx2 = {"avx2",     supported,  prepare_row,       nullptr,          sums_int8, sums_float,
-                       add_outliers, finish_row, half_row_to_float, float_row_to_half};
+const Family kAvx2 = {"avx2",   supported,  kRowsAtOnce,  kActivationBytes, prepare_row,       prepare_tile, transpose,
+                      sums_int8, sums_float, add_outliers, finish_row,       half_row_to_float, float_row_to_half};
 
 }  // namespace claq

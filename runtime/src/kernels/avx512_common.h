@@ -11,8 +11,13 @@
 #include "family.h"
 #include "layout.h"
 
+// For steps of inner loops: a call would pass vectors through memory.
+#define CLAQ_INLINE inline __attribute__((always_inline))
+
 namespace claq {
 namespace {
+
+constexpr int64_t kRowsAtOnce = 16;  // of x, that are made and transposed together
 
 inline __mmask16 first_lanes(int64_t count) {
   return count >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>((1u << count) - 1u);
@@ -69,10 +74,10 @@ inline __m512 load_scaled(const LayerView& layer, const float* x, int64_t p) {
 
 inline bool prepare_row(const LayerView& layer, const float* x, Activations& activations, int64_t row, bool quantize) {
   float* scaled = activations.scaled ? activations.scaled + row * activations.stride : nullptr;
-  int8_t* quantized = quantize ? activations.quantized + row * activations.stride : nullptr;
-  float* block_scale = activations.block_scale + row * activations.block_stride;
-  int32_t* correction = activations.block_correction + row * activations.block_stride;
+  const PackedPlace place = packed_place(layer, activations, row);
   const __m512i magnitude_bits = _mm512_set1_epi32(0x7fffffff);
+  const __m256i group_offsets = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
+                                                   _mm256_set1_epi32(static_cast<int>(place.rows)));
   const uint32_t infinity = 0x7f800000u;
   bool exact = false;
   for (int s = 0; s < layer.segment_count; ++s) {
@@ -90,15 +95,24 @@ inline bool prepare_row(const LayerView& layer, const float* x, Activations& act
           _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(low), magnitude_bits),
                            _mm512_and_si512(_mm512_castps_si512(high), magnitude_bits)));
       const float largest = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int32_t>(bits))));
-      exact |= bits >= infinity || (bits != 0 && largest < kSmallestMagnitude);
+      const bool special = bits >= infinity || (bits != 0 && largest < kSmallestMagnitude);
+      exact |= special;
       if (!quantize) continue;
-      const __m512 inverse = _mm512_set1_ps(bits == 0 ? 0.0f : 127.0f / largest);
-      const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
-      const __m512i second = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
-      const __m256i bytes = _mm256_set_m128i(_mm512_cvtsepi32_epi8(second), _mm512_cvtsepi32_epi8(first));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(quantized + b * kBlock), _mm256_shuffle_epi8(bytes, shuffle));
-      block_scale[b] = largest / 127.0f;
-      correction[b] = -128 * _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
+      const bool zero = special || bits == 0;
+      const __mmask16 kept = zero ? 0 : 0xffff;
+      const __m512 inverse = _mm512_set1_ps(127.0f / largest);
+      const __m512i first = _mm512_maskz_cvtps_epi32(kept, _mm512_mul_ps(low, inverse));
+      const __m512i second = _mm512_maskz_cvtps_epi32(kept, _mm512_mul_ps(high, inverse));
+      const __m256i bytes = _mm256_shuffle_epi8(
+          _mm256_set_m128i(_mm512_cvtsepi32_epi8(second), _mm512_cvtsepi32_epi8(first)), shuffle);
+      int8_t* quantized = place.quantized + b * kBlock * place.rows;
+      if (place.rows == 1) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(quantized), bytes);
+      } else {
+        _mm256_i32scatter_epi32(quantized, group_offsets, bytes, 4);
+      }
+      place.scale[b * place.rows] = zero ? 0.0f : largest / 127.0f;
+      place.correction[b * place.rows] = -128 * _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
     }
   }
   return !exact;
@@ -130,17 +144,94 @@ inline void transpose_16x16(__m512 (&r)[16]) {
 }
 
 inline void transpose(const LayerView& layer, Activations& activations, int64_t tile) {
-  float* to = activations.transposed + tile * kTransposedRows * layer.columns;
+  float* to = activations.transposed + tile * kRowsAtOnce * layer.columns;
   for (int64_t p = 0; p < layer.columns; p += 16) {
     __m512 rows[16];
     for (int i = 0; i < 16; ++i) {
-      const int64_t row = tile * kTransposedRows + i;
+      const int64_t row = tile * kRowsAtOnce + i;
       rows[i] = row < activations.rows ? _mm512_loadu_ps(activations.scaled + row * activations.stride + p)
                                        : _mm512_setzero_ps();
     }
     transpose_16x16(rows);
-    for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + (p + i) * kTransposedRows, rows[i]);
+    for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + (p + i) * kRowsAtOnce, rows[i]);
   }
+}
+
+// Selects bits of `a` where the mask has ones, else of `b`.
+inline __m512i select_bits(int32_t mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi32(_mm512_set1_epi32(mask), a, b, 0xca); }
+
+// Lanes are rows of x here: gathering is loading lines of the transposed rows, and nothing is summed across lanes.
+inline void prepare_tile(const LayerView& layer, const float* const* x, Activations& activations, int64_t first, float* features,
+                         uint8_t* exact) {
+  const int64_t left = activations.rows - first;
+  const int count = left < kRowsAtOnce ? static_cast<int>(left) : static_cast<int>(kRowsAtOnce);
+  for (int64_t k = 0; k < layer.in_features; k += 16) {
+    const __mmask16 present = first_lanes(layer.in_features - k);
+    __m512 lines[16];
+    for (int i = 0; i < 16; ++i) lines[i] = i < count ? _mm512_maskz_loadu_ps(present, x[i] + k) : _mm512_setzero_ps();
+    transpose_16x16(lines);
+    for (int i = 0; i < 16 && k + i < layer.in_features; ++i) _mm512_store_ps(features + (k + i) * kRowsAtOnce, lines[i]);
+  }
+  // Two packed tiles; without rows for a second one nothing is stored there, and it must only not be a null pointer.
+  const PackedPlace place = packed_place(layer, activations, first);
+  const PackedPlace next = count > kPackedRows ? packed_place(layer, activations, first + kPackedRows) : place;
+  const auto mask = static_cast<__mmask8>((1u << place.rows) - 1u);
+  const auto next_mask = static_cast<__mmask8>(count > kPackedRows ? (1u << next.rows) - 1u : 0u);
+  const __m512i magnitude_bits = _mm512_set1_epi32(0x7fffffff);
+  float* transposed = activations.transposed ? activations.transposed + first * layer.columns : nullptr;
+  __mmask16 all_special = 0;
+  alignas(64) float block[kBlock][kRowsAtOnce];
+  for (int s = 0; s < layer.segment_count; ++s) {
+    const Segment& segment = layer.segments[s];
+    for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+      __m512i bits = _mm512_setzero_si512();
+      for (int i = 0; i < kBlock; ++i) {
+        const int64_t p = b * kBlock + i;
+        const int32_t feature = layer.gather[p];
+        const __m512 line = feature < 0 ? _mm512_setzero_ps() : _mm512_load_ps(features + feature * kRowsAtOnce);
+        const __m512 value = _mm512_mul_ps(_mm512_set1_ps(layer.scale[p]), line);
+        _mm512_store_ps(block[i], value);
+        if (transposed) {
+          switch (activations.line_rows) {
+            case 4: _mm_store_ps(transposed + p * 4, _mm512_castps512_ps128(value)); break;
+            case 8: _mm256_store_ps(transposed + p * 8, _mm512_castps512_ps256(value)); break;
+            default: _mm512_store_ps(transposed + p * kRowsAtOnce, value);
+          }
+        }
+        bits = _mm512_max_epu32(bits, _mm512_and_si512(_mm512_castps_si512(value), magnitude_bits));
+      }
+      const __m512 largest = _mm512_castsi512_ps(bits);
+      const __mmask16 nonzero = _mm512_test_epi32_mask(bits, bits);
+      const __mmask16 special =
+          _mm512_cmpge_epu32_mask(bits, _mm512_set1_epi32(0x7f800000)) |
+          _mm512_mask_cmp_ps_mask(nonzero, largest, _mm512_set1_ps(kSmallestMagnitude), _CMP_LT_OQ);
+      const __mmask16 kept = static_cast<__mmask16>(nonzero & ~special);
+      all_special |= special;
+      const __m512 inverse = _mm512_maskz_div_ps(kept, _mm512_set1_ps(127.0f), largest);
+      const __m512 scale = _mm512_maskz_div_ps(kept, largest, _mm512_set1_ps(127.0f));
+      __m512i sum = _mm512_setzero_si512();
+      for (int g = 0; g < kGroupsPerBlock; ++g) {
+        __m512i rounded[4];
+        for (int j = 0; j < 4; ++j) {
+          const __m512 value = _mm512_load_ps(block[column_of_position(segment.width, 4 * g + j)]);
+          rounded[j] = _mm512_maskz_cvtps_epi32(kept, _mm512_mul_ps(value, inverse));
+          sum = _mm512_add_epi32(sum, rounded[j]);
+        }
+        const __m512i low = select_bits(0xff, rounded[0], _mm512_slli_epi32(rounded[1], 8));
+        const __m512i high = select_bits(0xff, rounded[2], _mm512_slli_epi32(rounded[3], 8));
+        const __m512i four = select_bits(0xffff, low, _mm512_slli_epi32(high, 16));
+        const int64_t group = b * kGroupsPerBlock + g;
+        _mm256_mask_storeu_epi32(place.quantized + group * 4 * place.rows, mask, _mm512_castsi512_si256(four));
+        _mm256_mask_storeu_epi32(next.quantized + group * 4 * next.rows, next_mask, _mm512_extracti64x4_epi64(four, 1));
+      }
+      const __m512i correction = _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), sum), 7);
+      _mm256_mask_storeu_ps(place.scale + b * place.rows, mask, _mm512_castps512_ps256(scale));
+      _mm256_mask_storeu_ps(next.scale + b * next.rows, next_mask, _mm512_extractf32x8_ps(scale, 1));
+      _mm256_mask_storeu_epi32(place.correction + b * place.rows, mask, _mm512_castsi512_si256(correction));
+      _mm256_mask_storeu_epi32(next.correction + b * next.rows, next_mask, _mm512_extracti64x4_epi64(correction, 1));
+    }
+  }
+  for (int i = 0; i < count; ++i) exact[i] = (all_special >> i) & 1;
 }
 
 // ---- outliers
@@ -162,17 +253,78 @@ inline float add_by_halves(__m256 lanes) {
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
+// Eight loads and insertions take half the time of a gather instruction here.
+template <class Index>
+CLAQ_INLINE __m256 load_eight(const float* from, const Index* at) {
+  __m128 low = _mm_load_ss(from + at[0]), high = _mm_load_ss(from + at[4]);
+  low = _mm_insert_ps(low, _mm_load_ss(from + at[1]), 0x10);
+  high = _mm_insert_ps(high, _mm_load_ss(from + at[5]), 0x10);
+  low = _mm_insert_ps(low, _mm_load_ss(from + at[2]), 0x20);
+  high = _mm_insert_ps(high, _mm_load_ss(from + at[6]), 0x20);
+  low = _mm_insert_ps(low, _mm_load_ss(from + at[3]), 0x30);
+  high = _mm_insert_ps(high, _mm_load_ss(from + at[7]), 0x30);
+  return _mm256_set_m128(high, low);
+}
+
 template <class Index>
 inline void add_outliers_of_row(const LayerView& layer, const Index* columns, const float* scaled, int64_t n0, int64_t n1, float* sums) {
   for (int64_t n = n0; n < n1; ++n) {
-    const int32_t begin = layer.outlier_ptr[n], end = layer.outlier_ptr[n + 1];
-    if (begin == end) continue;
-    float lanes[kOutlierLanes] = {};
+    int32_t i = layer.outlier_ptr[n];
+    const int32_t end = layer.outlier_ptr[n + 1];
+    if (i == end) continue;
+    __m256 lanes = _mm256_setzero_ps();
+    for (; i + kOutlierLanes <= end; i += kOutlierLanes) {
+      lanes = _mm256_fmadd_ps(outlier_values(layer, i, 0xff), load_eight(scaled, columns + i), lanes);
+    }
+    if (i < end) {
+      // Lanes without an entry add 0 * 0. No jump depends on how many there are: it would be mispredicted in every row.
+      const auto mask = static_cast<__mmask8>((1u << (end - i)) - 1u);
+      const __m256 x = _mm256_mmask_i32gather_ps(_mm256_setzero_ps(), mask, outlier_columns(layer, i, mask), scaled, 4);
+      lanes = _mm256_fmadd_ps(outlier_values(layer, i, mask), x, lanes);
+    }
+    sums[n - n0] += add_by_halves(lanes);
+  }
+}
+
+// Lines of `transposed` for a few rows of x.
+template <int kRows>
+struct Line;
+template <>
+struct Line<4> {
+  using Type = __m128;
+  static CLAQ_INLINE Type load(const float* from) { return _mm_load_ps(from); }
+  static CLAQ_INLINE Type same(float value) { return _mm_set1_ps(value); }
+  static CLAQ_INLINE Type add(Type a, Type b) { return _mm_add_ps(a, b); }
+  static CLAQ_INLINE Type multiply_add(Type a, Type b, Type c) { return _mm_fmadd_ps(a, b, c); }
+  static CLAQ_INLINE void store(float* to, Type value) { _mm_store_ps(to, value); }
+};
+template <>
+struct Line<8> {
+  using Type = __m256;
+  static CLAQ_INLINE Type load(const float* from) { return _mm256_load_ps(from); }
+  static CLAQ_INLINE Type same(float value) { return _mm256_set1_ps(value); }
+  static CLAQ_INLINE Type add(Type a, Type b) { return _mm256_add_ps(a, b); }
+  static CLAQ_INLINE Type multiply_add(Type a, Type b, Type c) { return _mm256_fmadd_ps(a, b, c); }
+  static CLAQ_INLINE void store(float* to, Type value) { _mm256_store_ps(to, value); }
+};
+
+// All rows of x are in one narrow line of each column.
+template <int kRows, class Index>
+inline void add_outliers_of_lines(const LayerView& layer, const Index* columns, const Activations& activations, int64_t m0, int64_t m1,
+                                  int64_t n0, int64_t n1, float* sums, int64_t stride) {
+  using L = Line<kRows>;
+  for (int64_t n = n0; n < n1; ++n) {
+    int32_t i = layer.outlier_ptr[n];
+    const int32_t end = layer.outlier_ptr[n + 1];
+    if (i == end) continue;
+    typename L::Type lanes[kOutlierLanes];
+#pragma GCC unroll 8
+    for (int j = 0; j < kOutlierLanes; ++j) lanes[j] = L::same(0.0f);
     alignas(32) float values[kOutlierLanes];
-    const auto add = [&](int32_t i, int j) {
-      lanes[j] = __builtin_fmaf(values[j], scaled[columns[i + j]], lanes[j]);
+    const auto add = [&](int32_t at, int j) {
+      const float* line = activations.transposed + static_cast<int64_t>(columns[at + j]) * kRows;
+      lanes[j] = L::multiply_add(L::same(values[j]), L::load(line), lanes[j]);
     };
-    int32_t i = begin;
     for (; i + kOutlierLanes <= end; i += kOutlierLanes) {
       _mm256_store_ps(values, outlier_values(layer, i, 0xff));
 #pragma GCC unroll 8
@@ -180,17 +332,18 @@ inline void add_outliers_of_row(const LayerView& layer, const Index* columns, co
     }
     const int left = end - i;
     _mm256_store_ps(values, outlier_values(layer, i, static_cast<__mmask8>((1u << left) - 1u)));
-    switch (left) {
-      case 7: add(i, 6); [[fallthrough]];
-      case 6: add(i, 5); [[fallthrough]];
-      case 5: add(i, 4); [[fallthrough]];
-      case 4: add(i, 3); [[fallthrough]];
-      case 3: add(i, 2); [[fallthrough]];
-      case 2: add(i, 1); [[fallthrough]];
-      case 1: add(i, 0); [[fallthrough]];
-      default: break;
+#pragma GCC unroll 8
+    for (int j = 0; j < kOutlierLanes - 1; ++j) {
+      if (j < left) add(i, j);
     }
-    sums[n - n0] += ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+#pragma GCC unroll 3
+    for (int width = kOutlierLanes / 2; width > 0; width /= 2) {
+#pragma GCC unroll 4
+      for (int j = 0; j < width; ++j) lanes[j] = L::add(lanes[j], lanes[j + width]);
+    }
+    alignas(32) float result[kRows];
+    L::store(result, lanes[0]);
+    for (int64_t m = m0; m < m1; ++m) sums[(m - m0) * stride + n - n0] += result[m];
   }
 }
 
@@ -207,11 +360,11 @@ inline void outliers_of_output(const LayerView& layer, const Index* columns, con
   }
   alignas(32) float values[kOutlierLanes];
   const auto add = [&](int32_t i, int j) {
-    const float* line = transposed + static_cast<int64_t>(columns[i + j]) * kTransposedRows;
+    const float* line = transposed + static_cast<int64_t>(columns[i + j]) * kRowsAtOnce;
     const __m512 value = _mm512_set1_ps(values[j]);
 #pragma GCC unroll 2
     for (int t = 0; t < kTiles; ++t) {
-      lanes[t][j] = _mm512_fmadd_ps(value, _mm512_loadu_ps(line + t * kTransposedRows * layer.columns), lanes[t][j]);
+      lanes[t][j] = _mm512_fmadd_ps(value, _mm512_loadu_ps(line + t * kRowsAtOnce * layer.columns), lanes[t][j]);
     }
   };
   int32_t i = begin;
@@ -247,8 +400,8 @@ inline void outliers_of_output(const LayerView& layer, const Index* columns, con
 template <int kTiles, class Index>
 inline void add_outliers_of_tiles(const LayerView& layer, const Index* columns, const Activations& activations, int64_t m,
                                   int64_t last, int64_t n0, int64_t n1, float* sums, int64_t stride) {
-  const int64_t tile = m / kTransposedRows;
-  const float* transposed = activations.transposed + tile * kTransposedRows * layer.columns;
+  const int64_t tile = m / kRowsAtOnce;
+  const float* transposed = activations.transposed + tile * kRowsAtOnce * layer.columns;
   for (int64_t n = n0; n < n1; n += 16) {
     const int count = n1 - n < 16 ? static_cast<int>(n1 - n) : 16;
     __m512 results[kTiles][16];
@@ -261,7 +414,7 @@ inline void add_outliers_of_tiles(const LayerView& layer, const Index* columns, 
     for (int t = 0; t < kTiles; ++t) {
       transpose_16x16(results[t]);
       for (int i = 0; i < 16; ++i) {
-        const int64_t row = (tile + t) * kTransposedRows + i;
+        const int64_t row = (tile + t) * kRowsAtOnce + i;
         if (row < m || row >= last) continue;
         float* sum = sums + (row - m) * stride + n - n0;
         _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), results[t][i]));
@@ -273,17 +426,23 @@ inline void add_outliers_of_tiles(const LayerView& layer, const Index* columns, 
 template <class Index>
 inline void add_outliers_with(const LayerView& layer, const Index* columns, const Activations& activations, int64_t m0, int64_t m1,
                               int64_t n0, int64_t n1, float* sums, int64_t stride) {
+  if (activations.transposed && activations.line_rows == 4) {
+    return add_outliers_of_lines<4>(layer, columns, activations, m0, m1, n0, n1, sums, stride);
+  }
+  if (activations.transposed && activations.line_rows == 8) {
+    return add_outliers_of_lines<8>(layer, columns, activations, m0, m1, n0, n1, sums, stride);
+  }
   for (int64_t m = m0; m < m1;) {
     float* to = sums + (m - m0) * stride;
-    const int64_t next = (m / kTransposedRows + 1) * kTransposedRows;
-    if (!activations.transposed || m1 - m == 1) {
+    const int64_t next = (m / kRowsAtOnce + 1) * kRowsAtOnce;
+    if (!activations.transposed) {
       add_outliers_of_row(layer, columns, activations.scaled + m * activations.stride, n0, n1, to);
       ++m;
     } else if (next >= m1) {
       add_outliers_of_tiles<1>(layer, columns, activations, m, m1, n0, n1, to, stride);
       m = m1;
     } else {
-      const int64_t last = next + kTransposedRows < m1 ? next + kTransposedRows : m1;
+      const int64_t last = next + kRowsAtOnce < m1 ? next + kRowsAtOnce : m1;
       add_outliers_of_tiles<2>(layer, columns, activations, m, last, n0, n1, to, stride);
       m = last;
     }

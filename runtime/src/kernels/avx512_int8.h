@@ -12,9 +12,7 @@ namespace {
 
 inline __m512i broadcast_four(const int8_t* values) { return _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(values)); }
 
-// ---- up to eight rows of x: codes are read once, in order, and never leave the registers
-
-// How many blocks ahead code words are fetched: the rows of a tile are too short for the hardware to run far enough ahead.
+// How many blocks ahead code words are fetched.
 constexpr int kBlocksAhead = 2;
 
 // The groups that come out of `words` at step i of 0..3.
@@ -23,19 +21,71 @@ constexpr int group_of(int i, int second) {
   return kWidth == 4 ? 2 * i + second : i + 4 * second;
 }
 
+// sums[16 * v] += dot * factor for a tile's rows.
+template <int kRows, int kVectors>
+CLAQ_INLINE void add_block(const __m512i (&dot)[kRows][kVectors], const float* scale, float* sums, int64_t stride) {
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) {
+    const __m512 factor = _mm512_set1_ps(scale[m]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      float* sum = sums + m * stride + 16 * v;
+      _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m][v]), factor, _mm512_loadu_ps(sum)));
+    }
+  }
+}
+
+// ---- a few rows of x: codes are read once, in order, and never leave the registers
+
+// What a block's steps share. With one row of x all of it fits into the registers.
+template <class Isa, int kWidth, int kRows>
+struct BlockOperands {
+  static constexpr bool kHeld = kRows == 1;
+  const uint8_t* table;
+  const int8_t* x;
+  typename Isa::Table tables[kHeld ? kGroupsPerBlock : 1];
+  typename Isa::Activation activations[kHeld ? kGroupsPerBlock : 1];
+
+  CLAQ_INLINE BlockOperands(const uint8_t* block_table, const int8_t* block_x) : table(block_table), x(block_x) {
+    if constexpr (kHeld) {
+#pragma GCC unroll 8
+      for (int g = 0; g < kGroupsPerBlock; ++g) {
+        tables[g] = Isa::template load_table<kWidth>(table, g);
+        activations[g] = Isa::activation(x + 4 * g);
+      }
+    }
+  }
+  CLAQ_INLINE typename Isa::Table entries(int group) const {
+    if constexpr (kHeld) return tables[group];
+    else return Isa::template load_table<kWidth>(table, group);
+  }
+  CLAQ_INLINE typename Isa::Activation activation(int group, int m) const {
+    if constexpr (kHeld) return activations[group];
+    else return Isa::activation(x + 4 * (kRows * group + m));
+  }
+};
+
+// The code words of a block for sixteen outputs, loaded where they are used: registers are for sums.
+template <bool kTail>
+struct WordsInMemory {
+  const uint32_t* codes;
+  int64_t row_stride;
+  __mmask16 mask;
+  CLAQ_INLINE __m512i operator[](int i) const { return load_words<kTail>(codes + i * row_stride, mask); }
+};
+
 // One block, 16 * kVectors outputs.
 template <class Isa, int kWidth, int kRows, int kVectors, bool kTail>
-inline void stream_step(const uint32_t* codes, int64_t row_stride, __mmask16 mask, const uint8_t* table,
-                        const int8_t* const (&x)[kRows], const float (&scale)[kRows], const int32_t (&correction)[kRows],
-                        float* sums, int64_t stride) {
-  __m512i words[kVectors][kWidth];
+CLAQ_INLINE void stream_step(const uint32_t* codes, int64_t row_stride, __mmask16 mask, const uint32_t* later,
+                             const BlockOperands<Isa, kWidth, kRows>& operands, const float* scale, const int32_t* correction,
+                             float* sums, int64_t stride) {
+  WordsInMemory<kTail> words[kVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
+    words[v] = {codes + 16 * v, row_stride, mask};
 #pragma GCC unroll 4
     for (int i = 0; i < kWidth; ++i) {
-      words[v][i] = load_words<kTail>(codes + i * row_stride + 16 * v, mask);
-      const uint32_t* later = codes + (i + kBlocksAhead * kWidth) * row_stride + 16 * v;
-      _mm_prefetch(reinterpret_cast<const char*>(later), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(later + i * row_stride + 16 * v), _MM_HINT_T0);
     }
   }
   __m512i dot[kRows][kVectors];
@@ -52,7 +102,7 @@ inline void stream_step(const uint32_t* codes, int64_t row_stride, __mmask16 mas
 #pragma GCC unroll 2
     for (int second = 0; second < 2; ++second) {
       const int group = group_of<kWidth>(i, second);
-      const auto entries = Isa::template load_table<kWidth>(table, group);
+      const auto entries = operands.entries(group);
       typename Isa::Weights w[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
@@ -61,60 +111,51 @@ inline void stream_step(const uint32_t* codes, int64_t row_stride, __mmask16 mas
       }
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
-        const auto four = Isa::activation(x[m] + 4 * group);
+        const auto four = operands.activation(group, m);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) dot[m][v] = Isa::dot(dot[m][v], w[v], four);
       }
     }
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) {
-    const __m512 factor = _mm512_set1_ps(scale[m]);
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      float* sum = sums + m * stride + 16 * v;
-      _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m][v]), factor, _mm512_loadu_ps(sum)));
-    }
-  }
+  add_block<kRows, kVectors>(dot, scale, sums, stride);
 }
 
+template <int kRows>
+constexpr int kStreamVectors = kRows == 1 ? 1 : kRows <= 4 ? 4 : 2;
+
 template <class Isa, int kWidth, int kRows>
-inline void stream_segment(const LayerView& layer, const Segment& segment, const Activations& activations, int64_t m0, int64_t n0,
-                           int64_t n1, float* sums, int64_t stride) {
-  constexpr int kVectors = kRows <= 4 ? 4 : 2;
+void stream_segment(const LayerView& layer, const Segment& segment, const PackedPlace& place, int64_t n0, int64_t n1, float* sums,
+                    int64_t stride) {
+  constexpr int kVectors = kStreamVectors<kRows>;
+  const int64_t row_stride = layer.out_features;
   for (int64_t b = 0; b < segment.blocks; ++b) {
     const int64_t block = segment.first_block + b;
-    const uint8_t* table = layer.table + segment.table_offset + ((b * kBlock) << kWidth);
-    const int8_t* x[kRows];
-    float scale[kRows];
-    int32_t correction[kRows];
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      x[m] = activations.quantized + (m0 + m) * activations.stride + block * kBlock;
-      scale[m] = activations.block_scale[(m0 + m) * activations.block_stride + block];
-      correction[m] = activations.block_correction[(m0 + m) * activations.block_stride + block];
-    }
-    const uint32_t* codes = layer.codes + (segment.first_row + b * kWidth) * layer.out_features;
+    const BlockOperands<Isa, kWidth, kRows> operands(layer.table + segment.table_offset + ((b * kBlock) << kWidth),
+                                                     place.quantized + block * kBlock * kRows);
+    const float* scale = place.scale + block * kRows;
+    const int32_t* correction = place.correction + block * kRows;
+    const uint32_t* codes = layer.codes + (segment.first_row + b * kWidth) * row_stride;
+    const uint32_t* later = layer.fetch_ahead ? codes + kBlocksAhead * kWidth * row_stride : codes;
     int64_t n = n0;
     for (; n + 16 * kVectors <= n1; n += 16 * kVectors) {
-      stream_step<Isa, kWidth, kRows, kVectors, false>(codes + n, layer.out_features, 0xffff, table, x, scale, correction,
+      stream_step<Isa, kWidth, kRows, kVectors, false>(codes + n, row_stride, 0xffff, later + n, operands, scale, correction,
                                                        sums + n - n0, stride);
     }
     for (; n < n1; n += 16) {
-      stream_step<Isa, kWidth, kRows, 1, true>(codes + n, layer.out_features, first_lanes(n1 - n), table, x, scale, correction,
+      stream_step<Isa, kWidth, kRows, 1, true>(codes + n, row_stride, first_lanes(n1 - n), later + n, operands, scale, correction,
                                                sums + n - n0, stride);
     }
   }
 }
 
 template <class Isa, int kRows>
-void stream(const LayerView& layer, const Activations& activations, int64_t m0, int64_t n0, int64_t n1, float* sums, int64_t stride) {
+void stream(const LayerView& layer, const PackedPlace& place, int64_t n0, int64_t n1, float* sums, int64_t stride) {
   for (int s = 0; s < layer.segment_count; ++s) {
     const Segment& segment = layer.segments[s];
     switch (segment.width) {
-      case 4: stream_segment<Isa, 4, kRows>(layer, segment, activations, m0, n0, n1, sums, stride); break;
-      case 3: stream_segment<Isa, 3, kRows>(layer, segment, activations, m0, n0, n1, sums, stride); break;
-      default: stream_segment<Isa, 2, kRows>(layer, segment, activations, m0, n0, n1, sums, stride); break;
+      case 4: stream_segment<Isa, 4, kRows>(layer, segment, place, n0, n1, sums, stride); break;
+      case 3: stream_segment<Isa, 3, kRows>(layer, segment, place, n0, n1, sums, stride); break;
+      default: stream_segment<Isa, 2, kRows>(layer, segment, place, n0, n1, sums, stride); break;
     }
   }
 }
@@ -122,19 +163,18 @@ void stream(const LayerView& layer, const Activations& activations, int64_t m0, 
 // ---- more rows: a panel of outputs is decoded and multiplied by tiles of rows, 48 outputs at a time
 
 constexpr int kPanelVectors = 3;           // of a tile; its sums are kVectors * kTileRows registers
-constexpr int kPanelParts = 16;            // blocks times tiles of a panel: 24 KiB, for the first-level cache
-constexpr int64_t kPanelSums = 6 * 1024;   // sums that a panel may work on, likewise
+constexpr int kPanelParts = 16;           // blocks times tiles of a panel: 24 KiB, for the first-level cache
+constexpr int64_t kPanelSums = 2 * 1024;  // sums that a panel may work on: it is deep, so that they are seldom loaded and stored
 
 template <class Isa, int kWidth, int kVectors>
-inline void decode_tile(const typename Isa::Table (&entries)[kGroupsPerBlock], const uint32_t* codes, int64_t row_stride,
-                        const uint32_t* later, int64_t count, uint8_t* panel) {
+CLAQ_INLINE void decode_tile(const typename Isa::Table (&entries)[kGroupsPerBlock], const uint32_t* codes, int64_t row_stride,
+                             int64_t count, uint8_t* panel) {
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     __m512i words[kWidth];
 #pragma GCC unroll 4
     for (int i = 0; i < kWidth; ++i) {
       words[i] = load_words<true>(codes + i * row_stride + 16 * v, first_lanes(count - 16 * v));
-      _mm_prefetch(reinterpret_cast<const char*>(later + i * row_stride + 16 * v), _MM_HINT_T1);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -151,6 +191,13 @@ struct PanelPlace {
   int64_t first_block, blocks, n0, n1;
 };
 
+// The row of `codes` at which a block begins; that of the last one's end, too.
+inline int64_t code_row(const LayerView& layer, int64_t block) {
+  int s = 0;
+  while (s + 1 < layer.segment_count && block >= layer.segments[s + 1].first_block) ++s;
+  return layer.segments[s].first_row + (block - layer.segments[s].first_block) * layer.segments[s].width;
+}
+
 template <class Isa, int kWidth>
 void decode_block(const LayerView& layer, const Segment& segment, int64_t block, const PanelPlace& place, uint8_t* panel) {
   const int64_t b = block - segment.first_block;
@@ -160,18 +207,13 @@ void decode_block(const LayerView& layer, const Segment& segment, int64_t block,
   for (int g = 0; g < kGroupsPerBlock; ++g) entries[g] = Isa::template load_table<kWidth>(table, g);
   const int64_t stride = layer.out_features;
   const uint32_t* codes = layer.codes + (segment.first_row + b * kWidth) * stride;
-  // What is decoded a panel later: these outputs further down, or at the bottom the next ones at the top.
-  const int64_t ahead = place.blocks < kBlocksAhead ? kBlocksAhead : place.blocks;
-  const bool below = b + ahead < segment.blocks;
-  const uint32_t* later = below ? codes + ahead * kWidth * stride
-                                : layer.codes + (segment.first_row + b % ahead * kWidth) * stride + (place.n1 - place.n0);
   for (int64_t n = place.n0; n < place.n1; n += 16 * kPanelVectors) {
     const int64_t tile = (n - place.n0) / (16 * kPanelVectors);
     uint8_t* to = panel + tile * place.blocks * kPanelVectors * kGroupsPerBlock * 64;
     const int64_t left = place.n1 - n;
     const auto decode = [&](auto vectors) {
       constexpr int kVectors = decltype(vectors)::kValue;
-      decode_tile<Isa, kWidth, kVectors>(entries, codes + n, stride, later + n, left,
+      decode_tile<Isa, kWidth, kVectors>(entries, codes + n, stride, left,
                                          to + (block - place.first_block) * kGroupsPerBlock * kVectors * 64);
     };
     if (left > 32) decode(Constant<3>{});
@@ -195,56 +237,87 @@ void decode_panel(const LayerView& layer, const PanelPlace& place, uint8_t* pane
   }
 }
 
-template <class Isa, int kRows, int kVectors>
-inline void multiply_tile(const Activations& activations, int64_t m, int64_t first_block, int64_t blocks, const uint8_t* panel,
-                          float* sums, int64_t stride) {
-  const int8_t* x = activations.quantized + m * activations.stride + first_block * kBlock;
-  const float* scale = activations.block_scale + m * activations.block_stride + first_block;
-  const int32_t* correction = activations.block_correction + m * activations.block_stride + first_block;
+// Fetches the code words of one tile of a panel, while another is multiplied: all at once they would keep the decoder waiting.
+inline void fetch_tile(const LayerView& layer, const PanelPlace& place, int64_t n) {
+  const int64_t first = code_row(layer, place.first_block), last = code_row(layer, place.first_block + place.blocks);
+  for (int64_t row = first; row < last; ++row) {
+    const uint32_t* words = layer.codes + row * layer.out_features + n;
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) _mm_prefetch(reinterpret_cast<const char*>(words + 16 * v), _MM_HINT_T0);
+  }
+}
+
+// kRows rows from row `lane` of a tile of kPacked. The sums are kept in registers over all blocks of the panel: beside the
+// dot products a block then costs a conversion and a multiply-add, and no memory traffic.
+template <class Isa, int kPacked, int kRows, int kVectors>
+void multiply_tile(const PackedPlace& place, int lane, int64_t first_block, int64_t blocks, const uint8_t* panel, float* sums,
+                   int64_t stride) {
+  const int8_t* x = place.quantized + first_block * kBlock * kPacked + 4 * lane;
+  const float* scale = place.scale + first_block * kPacked + lane;
+  const int32_t* correction = place.correction + first_block * kPacked + lane;
+  __m512 total[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) total[i][v] = _mm512_loadu_ps(sums + i * stride + 16 * v);
+  }
   for (int64_t b = 0; b < blocks; ++b) {
     __m512i acc[kRows][kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[i][v] = Isa::begin(correction[i * activations.block_stride + b]);
+      for (int v = 0; v < kVectors; ++v) acc[i][v] = Isa::begin(correction[i]);
     }
 #pragma GCC unroll 8
     for (int g = 0; g < kGroupsPerBlock; ++g) {
       typename Isa::Weights w[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        w[v] = Isa::weights(_mm512_load_si512(panel + ((b * kGroupsPerBlock + g) * kVectors + v) * 64));
-      }
+      for (int v = 0; v < kVectors; ++v) w[v] = Isa::weights(_mm512_load_si512(panel + (g * kVectors + v) * 64));
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const auto four = Isa::activation(x + i * activations.stride + b * kBlock + 4 * g);
+        const auto four = Isa::activation(x + 4 * (g * kPacked + i));
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) acc[i][v] = Isa::dot(acc[i][v], w[v], four);
       }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const __m512 factor = _mm512_set1_ps(scale[i * activations.block_stride + b]);
+      const __m512 factor = _mm512_set1_ps(scale[i]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        float* sum = sums + i * stride + 16 * v;
-        _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i][v]), factor, _mm512_loadu_ps(sum)));
-      }
+      for (int v = 0; v < kVectors; ++v) total[i][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i][v]), factor, total[i][v]);
     }
+    x += kBlock * kPacked;
+    scale += kPacked;
+    correction += kPacked;
+    panel += kGroupsPerBlock * kVectors * 64;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(sums + i * stride + 16 * v, total[i][v]);
   }
 }
 
 template <class Isa, int kVectors>
-void multiply_rows(const Activations& activations, int64_t m0, int64_t m1, const PanelPlace& place, const uint8_t* panel, float* sums,
-                   int64_t stride) {
-  int64_t m = m0;
-  const auto tile = [&](auto rows) {
-    constexpr int kRows = decltype(rows)::kValue;
-    multiply_tile<Isa, kRows, kVectors>(activations, m, place.first_block, place.blocks, panel, sums + (m - m0) * stride, stride);
-    m += kRows;
-  };
-  while (m1 - m >= Isa::kTileRows) tile(Constant<Isa::kTileRows>{});
-  for_tail<Isa::kTileRows - 1>(m1 - m, tile);
+void multiply_rows(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, const PanelPlace& panel_place,
+                   const uint8_t* panel, float* sums, int64_t stride) {
+  for (int64_t m = m0; m < m1; m += kPackedRows) {
+    const PackedPlace place = packed_place(layer, activations, m);
+    const auto tile = [&](auto rows) {
+      constexpr int kPacked = decltype(rows)::kValue;
+      constexpr int kRows = kPacked < Isa::kTileRows ? kPacked : Isa::kTileRows;
+      constexpr int kLeft = kPacked % kRows;
+      for (int i = 0; i + kRows <= kPacked; i += kRows) {
+        multiply_tile<Isa, kPacked, kRows, kVectors>(place, i, panel_place.first_block, panel_place.blocks, panel,
+                                                     sums + (m - m0 + i) * stride, stride);
+      }
+      if constexpr (kLeft > 0) {
+        multiply_tile<Isa, kPacked, kLeft, kVectors>(place, kPacked - kLeft, panel_place.first_block, panel_place.blocks, panel,
+                                                     sums + (m - m0 + kPacked - kLeft) * stride, stride);
+      }
+    };
+    for_tail<kPackedRows>(place.rows, tile);
+  }
 }
 
 template <class Isa>
@@ -254,18 +327,24 @@ void panel_sums(const LayerView& layer, const Activations& activations, int64_t 
   // Few rows: wide and shallow, because decoding dominates and wants long rows of codes. Many: narrow and deep.
   int64_t tiles = kPanelSums / (m1 - m0) / kTile;
   tiles = tiles < 1 ? 1 : tiles > kPanelParts ? kPanelParts : tiles;
+  const int64_t depth = kPanelParts / tiles;
   for (int64_t n = n0; n < n1; n += tiles * kTile) {
     PanelPlace place{0, 0, n, n1 - n < tiles * kTile ? n1 : n + tiles * kTile};
     for (; place.first_block < layer.blocks; place.first_block += place.blocks) {
       const int64_t left = layer.blocks - place.first_block;
-      place.blocks = left < kPanelParts / tiles ? left : kPanelParts / tiles;
+      place.blocks = left < depth ? left : depth;
       decode_panel<Isa>(layer, place, panel);
+      // The next panel is below this one, or the top of the next stripe.
+      const int64_t below = left - place.blocks;
+      const PanelPlace next = below > 0 ? PanelPlace{place.first_block + place.blocks, below < depth ? below : depth, n, place.n1}
+                                        : PanelPlace{0, layer.blocks < depth ? layer.blocks : depth, n + tiles * kTile, n1};
       for (int64_t t = n; t < place.n1; t += kTile) {
+        if (next.n0 + t - n < next.n1) fetch_tile(layer, next, next.n0 + t - n);
         const uint8_t* part = panel + (t - n) / kTile * place.blocks * kPanelVectors * kGroupsPerBlock * 64;
         float* to = sums + t - n0;
-        if (place.n1 - t > 32) multiply_rows<Isa, 3>(activations, m0, m1, place, part, to, stride);
-        else if (place.n1 - t > 16) multiply_rows<Isa, 2>(activations, m0, m1, place, part, to, stride);
-        else multiply_rows<Isa, 1>(activations, m0, m1, place, part, to, stride);
+        if (place.n1 - t > 32) multiply_rows<Isa, 3>(layer, activations, m0, m1, place, part, to, stride);
+        else if (place.n1 - t > 16) multiply_rows<Isa, 2>(layer, activations, m0, m1, place, part, to, stride);
+        else multiply_rows<Isa, 1>(layer, activations, m0, m1, place, part, to, stride);
       }
     }
   }
@@ -275,17 +354,11 @@ template <class Isa>
 void sums_int8(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums,
                int64_t stride, void* scratch) {
   clear_sums(m1 - m0, n1 - n0, sums, stride);
-  switch (m1 - m0) {
-    case 1: return stream<Isa, 1>(layer, activations, m0, n0, n1, sums, stride);
-    case 2: return stream<Isa, 2>(layer, activations, m0, n0, n1, sums, stride);
-    case 3: return stream<Isa, 3>(layer, activations, m0, n0, n1, sums, stride);
-    case 4: return stream<Isa, 4>(layer, activations, m0, n0, n1, sums, stride);
-    case 5: return stream<Isa, 5>(layer, activations, m0, n0, n1, sums, stride);
-    case 6: return stream<Isa, 6>(layer, activations, m0, n0, n1, sums, stride);
-    case 7: return stream<Isa, 7>(layer, activations, m0, n0, n1, sums, stride);
-    case 8: return stream<Isa, 8>(layer, activations, m0, n0, n1, sums, stride);
-    default: return panel_sums<Isa>(layer, activations, m0, m1, n0, n1, sums, stride, static_cast<uint8_t*>(scratch));
+  if (m1 - m0 > kPackedRows) {
+    return panel_sums<Isa>(layer, activations, m0, m1, n0, n1, sums, stride, static_cast<uint8_t*>(scratch));
   }
+  const PackedPlace place = packed_place(layer, activations, m0);
+  for_tail<kPackedRows>(place.rows, [&](auto rows) { stream<Isa, decltype(rows)::kValue>(layer, place, n0, n1, sums, stride); });
 }
 
 }  // namespace

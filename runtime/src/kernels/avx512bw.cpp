@@ -45,8 +45,8 @@ struct Bw {
   };
 
   // At 3 bits: the third bits of the columns of groups i and i + 4, each at bit 2 of its column's byte.
-  template <int kWidth>
-  static Step<kWidth> step(const __m512i (&words)[kWidth], int i) {
+  template <int kWidth, class Words>
+  static Step<kWidth> step(const Words& words, int i) {
     if constexpr (kWidth == 3) {
       const __m512i spread[2] = {
           _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13)),
@@ -63,8 +63,8 @@ struct Bw {
     return {};
   }
 
-  template <int kWidth, int kSecond>
-  static __m512i decode(const __m512i (&words)[kWidth], const Step<kWidth>& step, int i, const uint8_t* table) {
+  template <int kWidth, int kSecond, class Words>
+  static __m512i decode(const Words& words, const Step<kWidth>& step, int i, const uint8_t* table) {
     if constexpr (kWidth == 4) {
       const __m512i codes = kSecond ? _mm512_srli_epi32(words[i], 4) : words[i];
       const __m512i index = _mm512_and_si512(codes, _mm512_set1_epi8(15));
@@ -90,7 +90,7 @@ struct Bw {
 
 }  // namespace
 
-const Family kAvx512Bw = {"avx512bw",   supported,  prepare_row,       transpose,        sums_int8<Bw>, sums_float,
-                          add_outliers, finish_row, half_row_to_float, float_row_to_half};
+const Family kAvx512Bw = {"avx512bw", supported,       kRowsAtOnce,  1,            prepare_row, prepare_tile,      transpose,
+                            sums_int8<Bw>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half};
 
 }  // namespace claq

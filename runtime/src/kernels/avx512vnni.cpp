@@ -16,7 +16,7 @@ struct Vnni {
   using Table = __m512i;
   using Weights = __m512i;  // centroids + 128, hence the correction that a sum begins with
   using Activation = __m512i;
-  static constexpr int kTileRows = 8;
+  static constexpr int kTileRows = 4;
 
   static __m512i begin(int32_t correction) { return _mm512_set1_epi32(correction); }
   static Weights weights(__m512i decoded) { return decoded; }
@@ -36,8 +36,8 @@ struct Vnni {
 
   // At 3 bits: the third bit of columns i, 4 + i, ... , 28 + i in bit 0 of each nibble, and above it the two bits of the
   // column's place among four.
-  template <int kWidth>
-  static __m512i step(const __m512i (&words)[kWidth], int i) {
+  template <int kWidth, class Words>
+  static __m512i step(const Words& words, int i) {
     if constexpr (kWidth == 3) {
       return _mm512_ternarylogic_epi32(_mm512_srli_epi32(words[2], i), _mm512_set1_epi32(0x11111111),
                                        _mm512_set1_epi32(0x64206420), 0xea);
@@ -45,8 +45,8 @@ struct Vnni {
     return __m512i{};
   }
 
-  template <int kWidth, int kSecond>
-  static __m512i decode(const __m512i (&words)[kWidth], const __m512i& step, int i, __m512i entries) {
+  template <int kWidth, int kSecond, class Words>
+  static __m512i decode(const Words& words, const __m512i& step, int i, __m512i entries) {
     if constexpr (kWidth == 4) {
       const __m512i codes = kSecond ? _mm512_srli_epi32(words[i], 4) : words[i];
       const __m512i index = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi8(15), _mm512_set1_epi32(0x30201000), 0xea);
@@ -68,7 +68,7 @@ struct Vnni {
 
 }  // namespace
 
-const Family kAvx512Vnni = {"avx512vnni", supported,  prepare_row,       transpose,        sums_int8<Vnni>, sums_float,
-                            add_outliers, finish_row, half_row_to_float, float_row_to_half};
+const Family kAvx512Vnni = {"avx512vnni", supported,       kRowsAtOnce,  1,            prepare_row, prepare_tile,      transpose,
+                            sums_int8<Vnni>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half};
 
 }  // namespace claq

@@ -1,5 +1,5 @@
 // AVX2 with the VNNI dot product on 256-bit registers.
-#include "avx2_kernels.h"
+#include "avx2_sums.h"
 
 namespace claq {
 namespace {
@@ -10,7 +10,7 @@ bool supported() {
 
 }  // namespace
 
-const Family kAvxVnni = {"avxvnni",     supported,  prepare_row,       nullptr,          sums_int8, sums_float,
-                       add_outliers, finish_row, half_row_to_float, float_row_to_half};
+const Family kAvxVnni = {"avxvnni",   supported,  kRowsAtOnce,  kActivationBytes, prepare_row,       prepare_tile, transpose,
+                      sums_int8, sums_float, add_outliers, finish_row,       half_row_to_float, float_row_to_half};
 
 }  // namespace claq

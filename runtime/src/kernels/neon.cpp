@@ -2,7 +2,7 @@
 #include <arm_neon.h>
 #include <sys/auxv.h>
 
-#include <type_traits>
+#include <cstring>
 
 #include "family.h"
 
@@ -90,34 +90,41 @@ void clear_sums(int64_t rows, int64_t count, float* sums, int64_t stride) {
   }
 }
 
+// The group's four activations of kRows rows that are neighbours in their tile; with one row in every lane.
 template <int kRows>
-void multiply_tile(const Activations& activations, int64_t m, int64_t first_block, int64_t blocks, const int8_t* panel,
-                   float* sums, int64_t stride) {
+int8x16_t load_group(const int8_t* packed) {
+  if constexpr (kRows == 1) {
+    int32_t four;
+    std::memcpy(&four, packed, sizeof four);
+    return vreinterpretq_s8_s32(vdupq_n_s32(four));
+  } else {
+    return vld1q_s8(packed);
+  }
+}
+
+template <int kRows>
+void multiply_tile(const PackedPlace& place, int64_t first_block, int64_t blocks, const int8_t* panel, float* sums, int64_t stride) {
+  static_assert(kRows == 1 || kRows == 4);
   for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t first = (first_block + b) * place.rows;
     int32x4_t acc[kRows][kVectors];
     for (auto& row : acc) {
       for (auto& sum : row) sum = vdupq_n_s32(0);
     }
-    for (int half = 0; half < 2; ++half) {
-      int8x16_t x[kRows];
-      for (int i = 0; i < kRows; ++i) {
-        x[i] = vld1q_s8(activations.quantized + (m + i) * activations.stride + (first_block + b) * kBlock + 16 * half);
-      }
-      const int8_t* part = panel + (b * kGroupsPerBlock + 4 * half) * kVectors * 16;
-      const auto group = [&](auto lane) {
-        constexpr int kLane = decltype(lane)::value;
-        for (int v = 0; v < kVectors; ++v) {
-          const int8x16_t w = vld1q_s8(part + (kLane * kVectors + v) * 16);
-          for (int i = 0; i < kRows; ++i) acc[i][v] = vdotq_laneq_s32(acc[i][v], w, x[i], kLane);
+    for (int g = 0; g < kGroupsPerBlock; ++g) {
+      const int8x16_t x = load_group<kRows>(place.quantized + first * kBlock + 4 * g * place.rows);
+      for (int v = 0; v < kVectors; ++v) {
+        const int8x16_t w = vld1q_s8(panel + ((b * kGroupsPerBlock + g) * kVectors + v) * 16);
+        acc[0][v] = vdotq_laneq_s32(acc[0][v], w, x, 0);
+        if constexpr (kRows == 4) {
+          acc[1][v] = vdotq_laneq_s32(acc[1][v], w, x, 1);
+          acc[2][v] = vdotq_laneq_s32(acc[2][v], w, x, 2);
+          acc[3][v] = vdotq_laneq_s32(acc[3][v], w, x, 3);
         }
-      };
-      group(std::integral_constant<int, 0>{});
-      group(std::integral_constant<int, 1>{});
-      group(std::integral_constant<int, 2>{});
-      group(std::integral_constant<int, 3>{});
+      }
     }
     for (int i = 0; i < kRows; ++i) {
-      const float32x4_t factor = vdupq_n_f32(activations.block_scale[(m + i) * activations.block_stride + first_block + b]);
+      const float32x4_t factor = vdupq_n_f32(place.scale[first + i]);
       for (int v = 0; v < kVectors; ++v) {
         float* sum = sums + i * stride + 4 * v;
         vst1q_f32(sum, vfmaq_f32(vld1q_f32(sum), vcvtq_f32_s32(acc[i][v]), factor));
@@ -143,8 +150,12 @@ void sums_int8(const LayerView& layer, const Activations& activations, int64_t m
         }
       });
       int64_t m = m0;
-      for (; m + 4 <= m1; m += 4) multiply_tile<4>(activations, m, first, blocks, panel, sums + (m - m0) * stride + n - n0, stride);
-      for (; m < m1; ++m) multiply_tile<1>(activations, m, first, blocks, panel, sums + (m - m0) * stride + n - n0, stride);
+      for (; m + 4 <= m1; m += 4) {
+        multiply_tile<4>(packed_place(layer, activations, m), first, blocks, panel, sums + (m - m0) * stride + n - n0, stride);
+      }
+      for (; m < m1; ++m) {
+        multiply_tile<1>(packed_place(layer, activations, m), first, blocks, panel, sums + (m - m0) * stride + n - n0, stride);
+      }
     }
   }
 }
@@ -209,7 +220,7 @@ void float_row_to_half(const float* from, uint16_t* to, int64_t count) { kPortab
 
 }  // namespace
 
-const Family kNeon = {"neon",       supported,  prepare_row,       nullptr,          sums_int8, sums_float,
-                      add_outliers, finish_row, half_row_to_float, float_row_to_half};
+const Family kNeon = {"neon", supported, 1, 1, prepare_row, nullptr, nullptr, sums_int8, sums_float,
+                         add_outliers, finish_row, half_row_to_float, float_row_to_half};
 
 }  // namespace claq

@@ -13,30 +13,35 @@ bool always() { return true; }
 
 bool prepare_row(const LayerView& layer, const float* x, Activations& activations, int64_t row, bool quantize) {
   float* scaled = activations.scaled ? activations.scaled + row * activations.stride : nullptr;
+  const PackedPlace place = packed_place(layer, activations, row);
   bool exact = false;
   for (int s = 0; s < layer.segment_count; ++s) {
     const Segment& segment = layer.segments[s];
     for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
       float values[kBlock];
       float largest = 0;
+      bool special = false;
       for (int i = 0; i < kBlock; ++i) {
         const int64_t p = b * kBlock + i;
         values[i] = layer.gather[p] < 0 ? 0.0f : layer.scale[p] * x[layer.gather[p]];
-        exact |= !std::isfinite(values[i]);
+        special |= !std::isfinite(values[i]);
         largest = std::max(largest, std::fabs(values[i]));
       }
       if (scaled) std::memcpy(scaled + b * kBlock, values, sizeof values);
-      exact |= largest != 0 && largest < kSmallestMagnitude;
-      if (!quantize || exact) continue;
-      const float inverse = largest == 0 ? 0.0f : 127.0f / largest;
-      int8_t* quantized = activations.quantized + row * activations.stride + b * kBlock;
+      special |= largest != 0 && largest < kSmallestMagnitude;
+      exact |= special;
+      if (!quantize) continue;
+      const bool zero = special || largest == 0;
+      const float inverse = 127.0f / largest;
       int32_t sum = 0;
       for (int position = 0; position < kBlock; ++position) {
-        quantized[position] = static_cast<int8_t>(std::lrint(values[column_of_position(segment.width, position)] * inverse));
-        sum += quantized[position];
+        const float value = values[column_of_position(segment.width, position)];
+        const auto rounded = static_cast<int8_t>(zero ? 0 : std::lrint(value * inverse));
+        place.quantized[(b * kGroupsPerBlock + position / 4) * 4 * place.rows + position % 4] = rounded;
+        sum += rounded;
       }
-      activations.block_scale[row * activations.block_stride + b] = largest / 127.0f;
-      activations.block_correction[row * activations.block_stride + b] = -128 * sum;
+      place.scale[b * place.rows] = zero ? 0.0f : largest / 127.0f;
+      place.correction[b * place.rows] = -128 * sum;
     }
   }
   return !exact;
@@ -74,11 +79,12 @@ void sums_int8(const LayerView& layer, const Activations& activations, int64_t m
     for (int64_t m = m0; m < m1; ++m) sums[(m - m0) * stride + n - n0] = 0;
     for_each_block(layer, n, [&](int64_t block, int, const uint8_t* decoded) {
       for (int64_t m = m0; m < m1; ++m) {
-        const int8_t* quantized = activations.quantized + m * activations.stride + block * kBlock;
-        int32_t dot = activations.block_correction[m * activations.block_stride + block];
-        for (int i = 0; i < kBlock; ++i) dot += decoded[i] * quantized[i];
+        const PackedPlace place = packed_place(layer, activations, m);
+        const int8_t* quantized = place.quantized + block * kBlock * place.rows;
+        int32_t dot = place.correction[block * place.rows];
+        for (int i = 0; i < kBlock; ++i) dot += decoded[i] * quantized[i / 4 * 4 * place.rows + i % 4];
         float& sum = sums[(m - m0) * stride + n - n0];
-        sum = std::fma(static_cast<float>(dot), activations.block_scale[m * activations.block_stride + block], sum);
+        sum = std::fma(static_cast<float>(dot), place.scale[block * place.rows], sum);
       }
     });
   }
@@ -140,7 +146,7 @@ void float_row_to_half(const float* from, uint16_t* to, int64_t count) {
 
 }  // namespace
 
-const Family kPortable = {"portable",   always,     prepare_row,       nullptr,          sums_int8, sums_float,
-                          add_outliers, finish_row, half_row_to_float, float_row_to_half};
+const Family kPortable = {"portable", always, 1, 1, prepare_row, nullptr, nullptr, sums_int8, sums_float,
+                         add_outliers, finish_row, half_row_to_float, float_row_to_half};
 
 }  // namespace claq
