@@ -185,7 +185,7 @@ def main() -> None:
         default="default",
         help="calibration text, or scored pairs (.csv) other than --sts whose sentences are used; default: claq's own text",
     )
-    parser.add_argument("--samples", type=int, default=128, help="calibration samples")
+    parser.add_argument("--samples", type=int, help="calibration samples (default: claq's own)")
     parser.add_argument("--only", nargs="*", default=["*"], help="glob patterns over row names")
     parser.add_argument(
         "--write",
@@ -251,7 +251,7 @@ def main() -> None:
     title = (
         f"{arguments.name}, float32 baseline: STS-B Spearman {rows[0]['reference_spearman']:.2f}{original}. "
         f"Cosine over {rows[0]['sentences']} sentences of {Path(arguments.sts).name}; calibration: "
-        f"{arguments.samples} samples ({tokens} tokens) of {calibration_name}. "
+        f"{sum(len(batch['input_ids']) for batch in batches)} samples ({tokens} tokens) of {calibration_name}. "
         "Files hold float32 embeddings but where the whole model is quantized."
     )
     table = markdown(rows, title)

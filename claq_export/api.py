@@ -28,7 +28,7 @@ from .modules import replace_linears
 from .passes import Skipped
 from .preflight import check as check_preflight
 from .preflight import peak_resident_bytes
-from .report import QualityRow, ReportData, write_report
+from .report import BudgetRecord, QualityRow, ReportData, write_report
 from .verify import VerificationReport, check_stored, verify_artifact
 
 _ORIGINAL_LIMIT = 2 << 30
@@ -366,6 +366,9 @@ def _report_data(compilation: Compilation, result: ExportResult) -> ReportData:
             if name in result.verification.runs and "original" in result.verification.runs:
                 original, run = (result.verification.runs[key].latency_ms for key in ("original", name))
                 quality.append(QualityRow(f"latency, {label}", f"{original:.1f} ms", f"{run:.1f} ms"))
+    if (tuning := compilation.tuning) is not None:
+        remark = f"before and after {tuning.steps} updates"
+        quality.append(QualityRow("loss of tuning, held out", f"{tuning.before:.4g}", f"{tuning.after:.4g}", remark))
     return ReportData(
         model=Path(compilation.captured.source.path).name,
         layers=compilation.records,
@@ -376,7 +379,19 @@ def _report_data(compilation: Compilation, result: ExportResult) -> ReportData:
         seconds=sum(result.seconds.values()),
         versions={"claq": claq_export.__version__, "torch": torch.__version__},
         skipped={entry.name: entry.reason for entry in result.skipped},
+        budget=_budget_record(compilation, result),
     )
+
+
+def _budget_record(compilation: Compilation, result: ExportResult) -> BudgetRecord | None:
+    config = compilation.config
+    if not config.budgeted:
+        return None
+    if config.size is not None:
+        return BudgetRecord(config.size, result.artifact_bytes, floors=config.floors)
+    weights = sum(layer.in_features * layer.out_features for layer in result.layers)
+    found = sum(layer.nbytes for layer in result.layers)
+    return BudgetRecord(round(config.bits * weights / 8), found, weights, config.floors)
 
 
 def _summary(compilation: Compilation) -> list[LayerSummary]:

@@ -21,6 +21,12 @@ DEFAULT_CALIBRATION = "default"
 NO_CALIBRATION = "none"
 """Stands for no calibration: plain column k-means, without error feedback."""
 
+DEFAULT_SAMPLES = 128
+"""Calibration samples where no number is given."""
+
+DEFAULT_SENTENCES = 512
+"""The same for encoders on the packaged text, where a sample is one sentence; see ``docs/algorithm.md``."""
+
 DECODER_OPSET = 23
 """ONNX operator set in which attention to a cache is one operator."""
 
@@ -54,7 +60,8 @@ class Config:
             ``outliers``, ``reservation`` and ``token_clip``, and leaves out all that goes beyond the paper.
         calibration: a text, JSONL or Parquet file; an iterable of texts or of model inputs; ``"default"`` for the
             text that the package carries; ``"none"`` for no calibration.
-        samples: calibration samples at most.
+        samples: calibration samples at most. None: 128, but 512 for an encoder on the packaged text, which it is given sentence
+            by sentence.
         sequence_length: tokens a sample; by default what the model takes, at most 128 for encoders and 1024 for
             decoders.
         batch_size: calibration samples that run through an operator at once.
@@ -90,7 +97,7 @@ class Config:
     importance: bool = True
     preset: str | None = None
     calibration: str | Path | Iterable[Any] = DEFAULT_CALIBRATION
-    samples: int = 128
+    samples: int | None = None
     sequence_length: int | None = None
     batch_size: int = 8
     seed: int = 0
@@ -124,9 +131,10 @@ class Config:
             raise ConfigError(f"exact_tokens must be a share of tokens from 0 to 0.1, got {self.exact_tokens!r}")
         if not 0 <= self.outliers <= 0.1:
             raise ConfigError(f"outliers must be a share of weights from 0 to 0.1, got {self.outliers!r}")
-        for name in ("samples", "batch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        for name, optional in (("samples", True), ("batch_size", False)):
+            value = getattr(self, name)
+            if not (value is None and optional) and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
         if self.sequence_length is not None and self.sequence_length < 2:
             raise ConfigError(f"sequence_length must be at least 2, got {self.sequence_length!r}")
         if self.tune is not None and not self.tune >= 0:

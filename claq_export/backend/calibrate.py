@@ -26,7 +26,7 @@ from ..calibration.walk import JointWalk, NodeWalk, RowLookup
 from ..capture import CapturedModel, TaskModel
 from ..capture.tasks import infer_task
 from ..compiler import Compilation
-from ..config import Config
+from ..config import DEFAULT_SAMPLES, Config
 from ..errors import CalibrationError, ModelError
 from ..passes import LinearSite
 from .graph import DynamoGraph
@@ -200,7 +200,7 @@ def _capture(root: nn.Module, options: CompileOptions) -> tuple[CapturedModel, C
         raise CalibrationError(
             f"calibration on text needs a transformers model; give batches of inputs for {type(root).__name__}"
         )
-    items = list(islice(config.calibration, config.samples))
+    items = list(islice(config.calibration, config.samples or DEFAULT_SAMPLES))
     if not items:
         raise CalibrationError("the calibration iterable is empty")
     first = items[0]

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ TEXT_LIMIT = 2 << 30
 _DOCUMENT_LIMIT = 20_000
 # English text has about four characters a token; six make sure that a passage fills its window.
 _CHARACTERS_PER_TOKEN = 6
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"\u201c(]?[A-Z])")
 
 Batch = dict[str, torch.Tensor]
 
@@ -59,6 +62,12 @@ def read_texts(path: str | Path) -> list[str]:
     if not texts:
         raise CalibrationError(f"calibration file {str(path)!r} holds no text")
     return texts
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of running English text: cut after ``.``, ``!`` or ``?`` before a capital. Abbreviations cut too early,
+    which calibration does not mind."""
+    return [sentence for sentence in _SENTENCE_END.split(text.strip()) if sentence]
 
 
 def _read_limited(path: Path) -> bytes:

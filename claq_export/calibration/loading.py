@@ -7,9 +7,17 @@ from itertools import chain, islice
 from pathlib import Path
 
 from ..capture import CapturedModel
-from ..config import DEFAULT_CALIBRATION, Config
+from ..config import DEFAULT_CALIBRATION, DEFAULT_SAMPLES, DEFAULT_SENTENCES, Config
 from ..errors import CalibrationError
-from .data import Batch, batches_from_iterable, group_equal_shapes, iterate_texts, read_texts, tokenize_texts
+from .data import (
+    Batch,
+    batches_from_iterable,
+    group_equal_shapes,
+    iterate_texts,
+    read_texts,
+    split_sentences,
+    tokenize_texts,
+)
 
 DEFAULT_TEXT = Path(__file__).parent / "texts" / "state_of_the_union.txt"
 
@@ -23,16 +31,23 @@ def load_calibration(captured: CapturedModel, config: Config) -> list[Batch]:
     Raises:
         CalibrationError: the data cannot be read, is not enough, or does not fit the model.
     """
-    source = config.calibration
+    source, samples = config.calibration, config.samples or DEFAULT_SAMPLES
     if not isinstance(source, (str, Path)):
         # A stream may never end: no more is taken than the samples can be drawn from.
         items = iter(source)
         first = list(islice(items, 1))
         if first and isinstance(first[0], str):
-            texts = iterate_texts(chain(first, islice(items, _TEXTS_A_SAMPLE * config.samples)))
-            return _batches_of_texts(texts, captured, config)
-        return batches_from_iterable(chain(first, items), captured.input_names, captured.example_inputs, config.samples)
-    return _batches_of_texts(read_texts(DEFAULT_TEXT if source == DEFAULT_CALIBRATION else source), captured, config)
+            texts = iterate_texts(chain(first, islice(items, _TEXTS_A_SAMPLE * samples)))
+            return _batches_of_texts(texts, captured, config, samples)
+        return batches_from_iterable(chain(first, items), captured.input_names, captured.example_inputs, samples)
+    if source != DEFAULT_CALIBRATION:
+        return _batches_of_texts(read_texts(source), captured, config, samples)
+    texts = read_texts(DEFAULT_TEXT)
+    if captured.task != "text-generation":
+        # What encoders are given at inference is mostly short; see docs/algorithm.md for what that brings.
+        texts = [sentence for text in texts for sentence in split_sentences(text)]
+        samples = config.samples or DEFAULT_SENTENCES
+    return _batches_of_texts(texts, captured, config, samples)
 
 
 def default_sequence_length(captured: CapturedModel) -> int:
@@ -41,7 +56,7 @@ def default_sequence_length(captured: CapturedModel) -> int:
     return min(wanted, captured.max_sequence or wanted)
 
 
-def _batches_of_texts(texts: Iterable[str], captured: CapturedModel, config: Config) -> list[Batch]:
+def _batches_of_texts(texts: Iterable[str], captured: CapturedModel, config: Config, count: int) -> list[Batch]:
     if captured.tokenizer is None:
         raise CalibrationError(
             "the model has no tokenizer, so text cannot calibrate it; pass calibration batches from Python, or "
@@ -54,7 +69,7 @@ def _batches_of_texts(texts: Iterable[str], captured: CapturedModel, config: Con
         texts,
         captured.tokenizer,
         input_names=captured.input_names,
-        samples=config.samples,
+        samples=count,
         sequence_length=length,
         seed=config.seed,
         whole_documents=captured.task != "text-generation",

@@ -85,6 +85,23 @@ class QualityRow:
 
 
 @dataclass(frozen=True)
+class BudgetRecord:
+    """What a bit budget asked for, and where the plan of all columns landed.
+
+    Attributes:
+        asked, found: bytes.
+        weights: to count ``asked`` and ``found`` in true bits a weight; None where the budget was the size of the whole
+            artifact.
+        floors: least width in bits by pattern, as the user set them.
+    """
+
+    asked: int
+    found: int
+    weights: int | None = None
+    floors: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything on the page.
 
@@ -97,6 +114,7 @@ class ReportData:
         seconds: time of the whole run; None leaves it out.
         versions: of claq and what it ran with.
         skipped: linears left alone, with the reason.
+        budget: None where every layer was planned for itself.
     """
 
     model: str
@@ -108,6 +126,7 @@ class ReportData:
     seconds: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    budget: BudgetRecord | None = None
 
     @property
     def weights(self) -> int:

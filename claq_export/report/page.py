@@ -51,6 +51,7 @@ def render_report(data: ReportData) -> str:
         _header(data),
         _tiles(data),
         _quality(data),
+        _budget(data),
         _accounting(data),
         _layers(data),
         _widths(data),
@@ -139,6 +140,24 @@ def _quality(data: ReportData) -> str:
         (escape(r.measure), escape(r.original), f"<b>{escape(r.quantized)}</b>", escape(r.remark)) for r in data.quality
     ]
     return f"<section><h2>Quality</h2>{_table(('measure', 'original', 'quantized', ''), rows, 'quality')}</section>"
+
+
+def _budget(data: ReportData) -> str:
+    budget = data.budget
+    if budget is None:
+        return ""
+    difference = f"{budget.found / budget.asked - 1:+.2%}"
+    what = "whole artifact" if budget.weights is None else "quantized layers"
+    rows = [(what, human_size(budget.asked), human_size(budget.found), difference)]
+    if budget.weights is not None:
+        asked, found = (f"{8 * size / budget.weights:.4f}" for size in (budget.asked, budget.found))
+        rows.append(("true bits a weight", asked, found, difference))
+    floors = ", ".join(f"{pattern}: {width} bits" for pattern, width in budget.floors.items())
+    return (
+        "<section><h2>Bit budget</h2><p class='dim'>Columns of all layers and reserved weights competed for these bits; "
+        f"least widths set: {escape(floors) if floors else 'none'}.</p>"
+        f"{_table(('', 'asked', 'found', 'difference'), rows, 'budget')}</section>"
+    )
 
 
 def _accounting(data: ReportData) -> str:

@@ -10,13 +10,17 @@ import torch
 from tiny_models import sentences
 from transformers import AutoTokenizer
 
+from claq_export.api import capture
 from claq_export.calibration.data import (
     batches_from_iterable,
     fingerprint,
     group_equal_shapes,
     read_texts,
+    split_sentences,
     tokenize_texts,
 )
+from claq_export.calibration.loading import load_calibration
+from claq_export.config import Config
 from claq_export.errors import CalibrationError
 
 
@@ -137,3 +141,27 @@ def test_python_batches_are_checked() -> None:
             batches_from_iterable([wrong], ("x", "y"), example, 10)
     with pytest.raises(CalibrationError, match="empty"):
         batches_from_iterable([], ("x", "y"), example, 10)
+
+
+def test_sentences_are_cut_where_a_capital_follows() -> None:
+    text = ' It paid 3.5 percent. "So be it," he said! Was it enough? (Nobody knew.) The U.S. economy grew. '
+    assert split_sentences(text) == [
+        "It paid 3.5 percent.",
+        '"So be it," he said!',
+        "Was it enough?",
+        "(Nobody knew.) The U.S. economy grew.",
+    ]
+    assert split_sentences("  ") == []
+
+
+def test_packaged_text_is_given_to_encoders_by_sentences_and_to_decoders_in_windows(
+    tiny_bert: Path, tiny_llama: Path
+) -> None:
+    def samples(model: Path, **settings: int) -> list[torch.Tensor]:
+        captured, _ = capture(model)
+        batches = load_calibration(captured, Config(sequence_length=32, **settings))
+        return [row for batch in batches for row in batch["input_ids"]]
+
+    assert len(samples(tiny_bert)) == 512
+    assert len(samples(tiny_bert, samples=7)) == 7
+    assert [len(row) for row in samples(tiny_llama)] == [32] * 128

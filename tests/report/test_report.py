@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from claq_export.errors import OutputError
 from claq_export.format.layer import assemble
-from claq_export.report import QualityRow, ReportData, layer_record, render_report, write_report
+from claq_export.report import BudgetRecord, QualityRow, ReportData, layer_record, render_report, write_report
 from claq_export.report.charts import bin_means
 from claq_export.report.data import PARTS, bytes_by_part
 
@@ -116,6 +117,19 @@ def test_numbers_are_on_the_page(data):
         "tied to the embedding",
         "</script><b>text",
     ):
+        assert expected in text
+
+
+def test_budget_is_shown_beside_what_was_asked_for(data):
+    def shown(budget):
+        return " ".join(Page(render_report(replace(data, budget=budget))).text)
+
+    assert "Bit budget" not in shown(None)
+    text = shown(BudgetRecord(1_000_000, 996_000, weights=3_200_000, floors={"*.down_<proj>": 3}))
+    for expected in ("1.00 MB", "996.0 kB", "2.5000", "2.4900", "-0.40%", "*.down_<proj>: 3 bits"):
+        assert expected in text
+    text = shown(BudgetRecord(60_000_000, 60_060_000))
+    for expected in ("whole artifact", "60.00 MB", "60.06 MB", "+0.10%", "least widths set: none"):
         assert expected in text
 
 
