@@ -42,12 +42,12 @@ def load_calibration(captured: CapturedModel, config: Config) -> list[Batch]:
         return batches_from_iterable(chain(first, items), captured.input_names, captured.example_inputs, samples)
     if source != DEFAULT_CALIBRATION:
         return _batches_of_texts(read_texts(source), captured, config, samples)
-    texts = read_texts(DEFAULT_TEXT)
+    documents = read_texts(DEFAULT_TEXT)
     if captured.task != "text-generation":
         # What encoders are given at inference is mostly short; see docs/algorithm.md for what that brings.
-        texts = [sentence for text in texts for sentence in split_sentences(text)]
+        documents = [sentence for text in documents for sentence in split_sentences(text)]
         samples = config.samples or DEFAULT_SENTENCES
-    return _batches_of_texts(texts, captured, config, samples)
+    return _batches_of_texts(documents, captured, config, samples)
 
 
 def default_sequence_length(captured: CapturedModel) -> int:
