@@ -1,4 +1,4 @@
-"""CUDA kernels of ``claq::linear``: Triton's where they are installed and right, else the reference.
+"""CUDA kernels of ``claq::linear`` and ``claq::embedding``: Triton's where they are installed and right, else the references.
 
 Whether generated code is right on a GPU depends on that GPU, its driver and the version of Triton. The first call of each
 kind (device, dtype, code widths, kernel) is therefore compared with the reference on the caller's own data; a kind that
@@ -14,7 +14,7 @@ from threading import Lock
 import torch
 
 from .cpu import backend
-from .reference import reference_linear
+from .reference import reference_embedding, reference_linear
 from .triton import available
 
 BOUNDS = {torch.float16: 4e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5}
@@ -41,10 +41,7 @@ def cuda_linear(
     def reference() -> torch.Tensor:
         return reference_linear(x, tensors, in_features, out_features, columns)
 
-    chosen = backend()
-    if chosen == "native" and not available():
-        raise RuntimeError("claq::linear cannot use its CUDA kernels: Triton is not installed")
-    if chosen == "reference" or not available():
+    if not _use_kernels("claq::linear"):
         return reference()
     from .triton.launch import kernel_for, linear
 
@@ -52,13 +49,64 @@ def cuda_linear(
         with torch.cuda.device(x.device):
             return linear(x, *tensors, in_features, out_features, columns, accuracy_level)
 
-    if chosen == "native":
-        return kernel()
     widths = tuple(width for width, count in zip((4, 3, 2), columns, strict=True) if count)
     outliers = tensors[6].numel() > 0
-    kind = (x.device, x.dtype, widths, out_features % 4 == 0, outliers, kernel_for(x, in_features))
-    capturing = torch.cuda.is_current_stream_capturing()
-    return checked(kind, kernel, reference, BOUNDS[x.dtype], may_wait=not capturing)
+    kind = ("claq::linear", x.device, x.dtype, widths, out_features % 4 == 0, outliers, kernel_for(x, in_features))
+    return _run(kind, kernel, reference, BOUNDS[x.dtype])
+
+
+def cuda_embedding(
+    indices: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    in_features: int,
+    out_features: int,
+    columns: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``claq::embedding`` on CUDA tensors; ``tensors`` are codes to outlier_value in the operator's order.
+
+    An index out of range gives a row of NaN: an error would have to wait for the GPU.
+
+    Raises:
+        RuntimeError: as :func:`cuda_linear`.
+    """
+
+    def reference() -> torch.Tensor:
+        return reference_embedding(indices, tensors, in_features, out_features, columns, dtype)
+
+    if not _use_kernels("claq::embedding"):
+        return reference()
+    from .triton.launch import embedding
+
+    def kernel() -> torch.Tensor:
+        with torch.cuda.device(indices.device):
+            return embedding(indices, *tensors, in_features, out_features, columns, dtype)
+
+    types = (indices.dtype, tensors[4].dtype, tensors[6].dtype, dtype)
+    kind = ("claq::embedding", indices.device, types, tensors[4].numel() > 0, tensors[6].numel() > 0)
+    # The same operations in the same order as the reference's: not one bit may differ.
+    return _run(kind, kernel, reference, 0.0)
+
+
+def _use_kernels(operator: str) -> bool:
+    """Whether Triton's kernels are wanted and there.
+
+    Raises:
+        RuntimeError: they were asked for and Triton is not installed.
+    """
+    chosen = backend()
+    if chosen == "native" and not available():
+        raise RuntimeError(f"{operator} cannot use its CUDA kernels: Triton is not installed")
+    return chosen != "reference" and available()
+
+
+def _run(
+    kind: Hashable, kernel: Callable[[], torch.Tensor], reference: Callable[[], torch.Tensor], bound: float
+) -> torch.Tensor:
+    """The kernel's result, checked at the first call of its kind unless ``CLAQ_BACKEND=native`` takes it unchecked."""
+    if backend() == "native":
+        return kernel()
+    return checked(kind, kernel, reference, bound, may_wait=not torch.cuda.is_current_stream_capturing())
 
 
 def checked(
@@ -97,6 +145,6 @@ def checked(
         _verdicts[kind] = not reason
         if reason:
             warnings.warn(
-                f"the CUDA kernel of claq::linear is not used for {kind}: {reason}", RuntimeWarning, stacklevel=2
+                f"a CUDA kernel of claq is not used for {kind}: {reason}", RuntimeWarning, stacklevel=2
             )
         return expected if reason else result

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .cpu import cpu_embedding, cpu_linear
-from .cuda import cuda_linear
+from .cuda import cuda_embedding, cuda_linear
 from .reference import reference_embedding, reference_linear
 
 OPERATOR = "claq::linear"
@@ -122,6 +122,12 @@ def _cpu_embedding(indices: torch.Tensor, *rest: Any) -> torch.Tensor:
     return cpu_embedding(indices, tensors, in_features, out_features, columns, like)
 
 
+def _cuda_embedding(indices: torch.Tensor, *rest: Any) -> torch.Tensor:
+    *tensors, like, in_features, out_features, columns = rest
+    _check_lookup(indices, like, columns)
+    return cuda_embedding(indices, tensors, in_features, out_features, columns, like.dtype)
+
+
 def _fake_embedding(indices: torch.Tensor, *rest: Any) -> torch.Tensor:
     *_tensors, like, in_features, _out_features, columns = rest
     _check_lookup(indices, like, columns)
@@ -142,6 +148,7 @@ torch.library.register_fake(OPERATOR, _fake, lib=_library)
 torch.library.register_autograd(OPERATOR, _backward, lib=_library)
 _library.impl("embedding", _reference_embedding, "CompositeExplicitAutograd")
 _library.impl("embedding", _cpu_embedding, "CPU")
+_library.impl("embedding", _cuda_embedding, "CUDA")
 torch.library.register_fake(EMBEDDING_OPERATOR, _fake_embedding, lib=_library)
 torch.library.register_autograd(EMBEDDING_OPERATOR, _backward, lib=_library)
 
@@ -157,6 +164,6 @@ embedding = torch.ops.claq.embedding.default
 """Rows of a layer's weight ``W[out_features, in_features]``, the vocabulary being its output features.
 
 ``indices`` is int32 or int64 of any shape, below zero counts from the end, and an index out of range is an
-``IndexError``; the result ``[*indices.shape, in_features]`` has the dtype of ``like``, a tensor of length zero. Tensors as
-in ``docs/format.md``. There is no gradient.
+``IndexError`` (on CUDA, where to look would mean to wait, its row is NaN); the result ``[*indices.shape, in_features]``
+has the dtype of ``like``, a tensor of length zero. Tensors as in ``docs/format.md``. There is no gradient.
 """

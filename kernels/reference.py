@@ -54,7 +54,7 @@ def reference_embedding(
         ``[*indices.shape, in_features]``.
 
     Raises:
-        IndexError: an index is out of range (on the CPU; a GPU reports it in its own time, as for any indexing).
+        IndexError: an index is out of range, on the CPU. To look would mean to wait for a GPU: there the row is NaN.
     """
     rows = indices.reshape(-1).to(torch.int64)
     if not rows.is_cuda:
@@ -63,7 +63,10 @@ def reference_embedding(
     shape = (*indices.shape, in_features)
     if not rows.numel():
         return torch.empty(shape, dtype=dtype, device=indices.device)
-    return take_rows(layer, rows.remainder(out_features)).dequantize(dtype).reshape(shape)
+    y = take_rows(layer, rows.remainder(out_features)).dequantize(dtype)
+    if rows.is_cuda:
+        y = y.masked_fill(((rows < -out_features) | (rows >= out_features))[:, None], torch.nan)
+    return y.reshape(shape)
 
 
 def check_indices(rows: torch.Tensor, out_features: int) -> None:

@@ -69,7 +69,7 @@ def compile_variant(variant: Variant, target: int) -> CompiledKernel:
     attributes = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in variant.signature.items()
-        if kind.startswith("*") or name in variant.multiples
+        if (kind.startswith("*") and name not in variant.unaligned) or name in variant.multiples
     }
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
     options = {"num_warps": variant.num_warps, "num_stages": 1}

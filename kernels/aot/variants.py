@@ -14,6 +14,7 @@ from ..triton.activations import claq_quantize_activations, claq_scale_activatio
 from ..triton.dequantize import claq_add_outliers, claq_dequantize
 from ..triton.dispatch import Dispatch, GemmConfig, dispatch_for
 from ..triton.epilogue import claq_finish
+from ..triton.gather import claq_gather
 from ..triton.gemm import claq_gemm
 from ..triton.gemv import claq_gemv
 
@@ -40,6 +41,7 @@ class Variant:
         tile: output features, vectors and blocks of 32 columns a program takes (0: the grid does not depend on it).
         weights: weights a thread decodes in one turn of the main loop; 0 for kernels without codes.
         multiples: integer parameters that are multiples of 16 in every launch.
+        unaligned: pointers that may be anywhere; all others are aligned to 16 bytes.
         most_vectors: for up to how many rows of x the loader takes this kernel (matrix kernels only; a float32 row of
             ``claq_gemv`` counts as two).
         programs: programs a multiprocessor that splitting the columns aims at (matrix kernels only).
@@ -53,6 +55,7 @@ class Variant:
     tile: tuple[int, int, int]
     weights: float = 0.0
     multiples: tuple[str, ...] = field(default=("P",))
+    unaligned: tuple[str, ...] = ()
     most_vectors: int = 0
     programs: int = 0
 
@@ -243,9 +246,37 @@ def _dense(dispatch: Dispatch) -> Iterator[Variant]:
             )
 
 
+def _gather(dispatch: Dispatch) -> Iterator[Variant]:
+    config = dispatch.gather
+    for dtype in DTYPES:
+        for index in INDICES:
+            for ids in ("i32", "i64"):
+                yield Variant(
+                    name=f"gather_{dtype}_{index}_{ids}",
+                    kernel=claq_gather,
+                    signature={
+                        "ids_ptr": f"*{ids}",
+                        "codes_ptr": "*i32",
+                        "codebook_ptr": "*i8",
+                        "scale_ptr": "*fp16",
+                        "row_scale_ptr": "*fp16",
+                        "order_ptr": f"*{index}",
+                        "outlier_ptr_ptr": "*i32",
+                        "outlier_index_ptr": f"*{index}",
+                        "outlier_value_ptr": "*fp16",
+                        "y_ptr": f"*{dtype}",
+                        **_integers("N", "K", "P", "blocks4", "blocks3", "outliers"),
+                    },
+                    constants={"HAS_ORDER": 1, "COLUMNS": config.columns},
+                    num_warps=config.warps,
+                    tile=(1, 0, config.columns // 32),
+                    unaligned=("ids_ptr", "y_ptr"),
+                )
+
+
 def variants(target: int) -> list[Variant]:
     """All kernels for a compute capability (80, 90, ...), with the tile sizes of ``kernels/triton/dispatch.json``."""
     dispatch = dispatch_for(target // 10, target % 10)
     tiles = {config.vectors: config for config in dispatch.gemm}
     found = [*_gemv(dispatch), *(v for config in tiles.values() for v in _gemm(config))]
-    return [*found, *_activations(), *_finish(), *_dense(dispatch)]
+    return [*found, *_activations(), *_finish(), *_dense(dispatch), *_gather(dispatch)]

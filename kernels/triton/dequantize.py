@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .language import column_of_slot, load_and_decode_octet, load_tables
+from .language import centroid_at, column_of_slot, load_and_decode_octet, load_tables
 
 
 @triton.jit
@@ -113,25 +113,12 @@ def claq_add_outliers(
     low = tl.load(outlier_ptr_ptr + n, mask=local_n < features, other=0)
     high = tl.load(outlier_ptr_ptr + n + 1, mask=local_n < features, other=0)
     row_scale = tl.load(row_scale_ptr + n, mask=local_n < features, other=0.0).to(tl.float32)[:, None]
-    columns4 = blocks4 * 32
-    columns3 = blocks3 * 32
     for start in range(0, tl.max(high - low, 0), ENTRIES):
         entry = low[:, None] + start + tl.arange(0, ENTRIES)[None, :]
         mine = entry < high[:, None]
         p = tl.load(outlier_index_ptr + entry, mask=mine, other=0).to(tl.int32)
         value = tl.load(outlier_value_ptr + entry, mask=mine, other=0.0).to(tl.float32)
-        is4 = p < columns4
-        is3 = (p >= columns4) & (p < columns4 + columns3)
-        local = tl.where(is4, p, tl.where(is3, p - columns4, p - columns4 - columns3))
-        i = local % 32
-        width = tl.where(is4, 4, tl.where(is3, 3, 2))
-        group_row = tl.where(is4, 0, tl.where(is3, blocks4 * 4, blocks4 * 4 + blocks3 * 3))
-        group_entry = tl.where(is4, 0, tl.where(is3, columns4 * 16, columns4 * 16 + columns3 * 8))
-        row = group_row + local // 32 * width
-        word = tl.load(codes_ptr + (row + tl.where(is4, i // 8, i // 16)) * N + n[:, None], mask=mine, other=0)
-        third = tl.load(codes_ptr + (row + 2) * N + n[:, None], mask=mine & is3, other=0)
-        code = tl.where(is4, (word >> (i % 8 * 4)) & 15, ((word >> (i % 16 * 2)) & 3) + ((third >> i) & 1) * 4)
-        centroid = tl.load(codebook_ptr + group_entry + (local << width) + code, mask=mine, other=0).to(tl.float32)
+        centroid = centroid_at(codes_ptr, codebook_ptr, p, n[:, None], mine, N, blocks4, blocks3)
         feature = tl.load(order_ptr + p, mask=mine, other=0).to(tl.int32) if HAS_ORDER else p
         scale = tl.load(scale_ptr + p, mask=mine, other=0.0).to(tl.float32)
         weight = ((centroid + value) * scale * row_scale).to(weight_ptr.dtype.element_ty)

@@ -49,12 +49,21 @@ class DenseConfig:
 
 
 @dataclass(frozen=True)
+class GatherConfig:
+    """Tile of :func:`.gather.claq_gather`: stored columns of one row, a power of two."""
+
+    columns: int
+    warps: int
+
+
+@dataclass(frozen=True)
 class Dispatch:
-    """The kernels of a GPU generation: few vectors, some tens (by ascending ``max_vectors``), more."""
+    """The kernels of a GPU generation: few vectors, some tens (by ascending ``max_vectors``), more; rows by number."""
 
     gemv: GemvConfig
     gemm: tuple[GemmConfig, ...]
     dense: DenseConfig
+    gather: GatherConfig
 
     def gemm_for(self, vectors: int) -> GemmConfig | None:
         """The tensor-core tile for that many vectors; None: decode to a dense weight."""
@@ -71,4 +80,5 @@ def dispatch_for(major: int, minor: int) -> Dispatch:
         gemv=GemvConfig(**entry["gemv"]),
         gemm=tuple(GemmConfig(**config) for config in entry["gemm"]),
         dense=DenseConfig(**entry["dense"]),
+        gather=GatherConfig(**entry["gather"]),
     )

@@ -334,6 +334,33 @@ def load_and_decode_octet(
 
 
 @triton.jit
+def centroid_at(codes_ptr, codebook_ptr, p, n, mask, N, blocks4, blocks3):
+    """Centroids of stored columns ``p`` for output features ``n``, one code at a time; fp32.
+
+    For single weights anywhere in a layer. The matrix kernels decode whole blocks instead.
+
+    Args:
+        codes_ptr: int32 ``[R, N]``.
+        codebook_ptr: int8.
+        p, n, mask: int32, int32 and bool, of shapes that broadcast to that of ``p``.
+    """
+    columns4 = blocks4 * 32
+    columns3 = blocks3 * 32
+    is4 = p < columns4
+    is3 = (p >= columns4) & (p < columns4 + columns3)
+    local = tl.where(is4, p, tl.where(is3, p - columns4, p - columns4 - columns3))
+    i = local % 32
+    width = tl.where(is4, 4, tl.where(is3, 3, 2))
+    group_row = tl.where(is4, 0, tl.where(is3, blocks4 * 4, blocks4 * 4 + blocks3 * 3))
+    group_entry = tl.where(is4, 0, tl.where(is3, columns4 * 16, columns4 * 16 + columns3 * 8))
+    row = group_row + local // 32 * width
+    word = tl.load(codes_ptr + (row + tl.where(is4, i // 8, i // 16)) * N + n, mask=mask, other=0)
+    third = tl.load(codes_ptr + (row + 2) * N + n, mask=mask & is3, other=0)
+    code = tl.where(is4, (word >> (i % 8 * 4)) & 15, ((word >> (i % 16 * 2)) & 3) + ((third >> i) & 1) * 4)
+    return tl.load(codebook_ptr + group_entry + (local << width) + code, mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
 def halves_of_quad(quad):
     """A quad's four int8 centroids as float16 tensors (a.p, a.q, b.p, b.q)."""
     if _ASM:

@@ -1,4 +1,4 @@
-"""Run a quantized layer with the Triton kernels: choose the kernel, allocate workspace, launch.
+"""Run a quantized layer or table with the Triton kernels: choose the kernel, allocate workspace, launch.
 
 Every launch goes to the current stream, nothing waits for the GPU and all memory comes from PyTorch's allocator, so
 that calls can be captured in a CUDA graph.
@@ -17,6 +17,7 @@ from .activations import claq_quantize_activations, claq_scale_activations
 from .dequantize import claq_add_outliers, claq_dequantize
 from .dispatch import DenseConfig, Dispatch, GemmConfig, GemvConfig, dispatch_for
 from .epilogue import claq_finish
+from .gather import claq_gather
 from .gemm import claq_gemm
 from .gemv import claq_gemv
 
@@ -366,3 +367,60 @@ def linear(
     else:
         _many(layer, rows, y, dispatch.dense)
     return y.reshape(*x.shape[:-1], out_features)
+
+
+def embedding(
+    indices: torch.Tensor,
+    codes: torch.Tensor,
+    codebook: torch.Tensor,
+    scale: torch.Tensor,
+    row_scale: torch.Tensor,
+    order: torch.Tensor,
+    outlier_ptr: torch.Tensor,
+    outlier_index: torch.Tensor,
+    outlier_value: torch.Tensor,
+    in_features: int,
+    out_features: int,
+    columns: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    dispatch: Dispatch | None = None,
+) -> torch.Tensor:
+    """Rows of a layer's weight; arguments as :func:`..reference.reference_embedding`.
+
+    Args:
+        dispatch: tile sizes; those of the device when absent.
+
+    Returns:
+        ``[*indices.shape, in_features]`` of ``dtype``, contiguous; NaN where an index is out of range.
+    """
+    ids = indices.reshape(-1).contiguous()
+    y = torch.empty(ids.numel(), in_features, dtype=dtype, device=ids.device)
+    table = _device(ids.device.index)[0] if ids.is_cuda else None
+    dispatch = dispatch or table
+    if dispatch is None:
+        raise ValueError("a dispatch table is needed for tensors that are not on a GPU")
+    stored = sum(columns)
+    if ids.numel():
+        claq_gather[(ids.numel(), triton.cdiv(stored, dispatch.gather.columns))](
+            ids,
+            codes.contiguous().view(torch.int32),
+            codebook.contiguous(),
+            scale.contiguous(),
+            row_scale.contiguous(),
+            order.contiguous(),
+            outlier_ptr.contiguous(),
+            outlier_index.contiguous(),
+            outlier_value.contiguous(),
+            y,
+            out_features,
+            in_features,
+            stored,
+            columns[0] // 32,
+            columns[1] // 32,
+            outlier_index.numel(),
+            HAS_ORDER=order.numel() > 0,
+            COLUMNS=dispatch.gather.columns,
+            num_warps=dispatch.gather.warps,
+        )
+    return y.reshape(*indices.shape, in_features)

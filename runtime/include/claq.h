@@ -181,6 +181,12 @@ CLAQ_API size_t claq_cuda_workspace(const claq_cuda_layer* layer, int64_t rows, 
 CLAQ_API claq_status claq_cuda_run(const claq_cuda_layer* layer, const void* x, int64_t rows, void* y, void* workspace, void* stream,
                                    void* cublas, char* error, size_t error_size);
 
+/* Queues y[count, in_features] = the rows of the layer's weight that `indices` (int32 or int64, on the device) names on a
+ * stream and returns; may be captured in a CUDA graph. y has the layer's type. An index below 0 counts from the end; one out
+ * of range gives a row of NaN, as an error would have to wait for the GPU. */
+CLAQ_API claq_status claq_cuda_gather(const claq_cuda_layer* layer, claq_dtype index_dtype, const void* indices, int64_t count,
+                                      void* y, void* stream, char* error, size_t error_size);
+
 CLAQ_API void claq_cuda_destroy(claq_cuda_layer* layer);
 
 #ifdef __cplusplus

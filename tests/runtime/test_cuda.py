@@ -24,6 +24,11 @@ ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent / "cuda"
 BOUNDS = {"float32": 3e-7, "bfloat16": 8e-3}  # the interpreter truncates to bfloat16
 FLOAT16_BOUND = 6e-4
+BUILT = {
+    "fake_driver.cpp": "libcuda.so.1",
+    "fake_cublas.cpp": "libcublas.so.12",
+    "count_reads.cpp": "count_reads.so",
+}
 
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed (pip install claq-export[gpu])", allow_module_level=True)
@@ -31,39 +36,40 @@ if shutil.which("g++") is None:
     pytest.skip("no g++ to build the fake driver", allow_module_level=True)
 
 
-def _cases() -> list[tuple[str, str, str]]:
-    """Name, dtype and expected kernels of each case, read from the program's table."""
+def _rows(table: str) -> list[str]:
+    """Lines of one of the program's tables."""
     source = (FOLDER / "emulated.py").read_text()
-    rows = source[source.index("CASES:") : source.index("\n]\n")].splitlines()[1:]
-    return [(row.split('"')[1], row.split("torch.")[1].split(",")[0], row.split('"')[3]) for row in rows]
+    start = source.index(f"{table}: ")
+    return [line for line in source[start : source.index("\n]\n", start)].splitlines()[1:] if '"' in line]
+
+
+def _cases() -> list[tuple[str, str, str]]:
+    """Name, dtype and expected kernels of each product."""
+    return [(row.split('"')[1], row.split("torch.")[1].split(",")[0], row.split('"')[3]) for row in _rows("CASES")]
+
+
+def _names(table: str) -> list[str]:
+    return [row.split('"')[1] for row in _rows(table)]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("cuda")
-    for source, name in (("fake_driver.cpp", "libcuda.so.1"), ("fake_cublas.cpp", "libcublas.so.12")):
-        build = [
-            "g++",
-            "-shared",
-            "-fPIC",
-            "-O1",
-            f"-Wl,-soname,{name}",
-            str(FOLDER / source),
-            "-o",
-            str(folder / name),
-        ]
+    for source, name in BUILT.items():
+        build = ["g++", "-shared", "-fPIC", "-O1", f"-Wl,-soname,{name}", str(FOLDER / source), "-o", str(folder / name)]
         subprocess.run(build, check=True)
     packages = folder / "kernels"
     packages.mkdir()
     program = [sys.executable, str(FOLDER / "emulated.py"), claq_runtime.library_path()]
     done = subprocess.run(
-        [*program, str(folder / "libcuda.so.1"), str(folder / "libcublas.so.12"), str(packages)],
+        [*program, *(str(folder / name) for name in BUILT.values()), str(packages)],
         capture_output=True,
         text=True,
         env={
             **os.environ,
             "TRITON_INTERPRET": "1",
             "OMP_NUM_THREADS": "1",
+            "LD_PRELOAD": str(folder / "count_reads.so"),
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")]),
         },
         check=False,
@@ -77,6 +83,16 @@ def test_a_layer_is_computed(results: dict[str, Any], name: str, dtype: str, ker
     assert results[name]["kernels"] == kernels
     assert results[name]["error"] <= BOUNDS.get(dtype, FLOAT16_BOUND)
     assert results[name]["inside"]
+
+
+@pytest.mark.parametrize("name", _names("LOOKUPS"))
+def test_rows_are_looked_up(results: dict[str, Any], name: str) -> None:
+    assert results[name] == {"equal": True, "unknown_are_nan": True, "kernels": "gather", "inside": True}
+
+
+@pytest.mark.parametrize("case", ["many sessions", "many threads"])
+def test_a_package_is_read_once(results: dict[str, Any], case: str) -> None:
+    assert results["reads"][case] == 1
 
 
 @pytest.mark.parametrize(

@@ -70,12 +70,87 @@ CASES = [
 ]
 
 
+@dataclass(frozen=True)
+class Lookup:
+    """A table and how its rows are asked for; ``wrong``: some of the indices are out of range."""
+
+    name: str
+    in_features: int
+    out_features: int
+    widths: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    index: str = "int64"
+    outliers: float = 0.0
+    full_row: bool = False
+    wrong: bool = False
+    columns: int = 64
+
+
+LOOKUPS = [
+    Lookup("gather-2", 200, 104, (2,), (9,), "float16"),
+    Lookup("gather-3", 200, 104, (3,), (3, 4), "float32", index="int32", outliers=0.02),
+    Lookup("gather-4", 96, 31, (4,), (), "bfloat16", outliers=0.1),
+    Lookup("gather-432", 333, 136, (2, 3, 4), (17,), "float16", outliers=0.05, full_row=True, columns=512),
+    Lookup("gather-432-float32", 65, 7, (2, 3, 4), (40,), "float32", outliers=0.5, full_row=True, columns=32),
+    Lookup("gather-exact-row", 70, 37, (4,), (37,), "float16", full_row=True, index="int32"),
+    Lookup("gather-one-column", 1, 5, (2,), (6,), "bfloat16"),
+    Lookup("gather-one-row", 45, 1, (3, 4), (2, 1, 3), "float32", outliers=0.3),
+    Lookup("gather-out-of-range", 70, 37, (2, 4), (12,), "float16", outliers=0.1, wrong=True),
+    Lookup("gather-out-of-range-32", 70, 37, (3,), (12,), "float32", index="int32", wrong=True),
+    Lookup("gather-nothing", 40, 8, (2,), (0, 3), "float16"),
+]
+
+
+def _look_up(case: Lookup) -> dict[str, object]:
+    import torch
+    from quantized_layers import dense_weight, random_layer
+
+    from claq_export.kernels.triton import launch
+    from claq_export.kernels.triton.dispatch import GatherConfig, dispatch_for
+
+    layer = random_layer(
+        case.in_features,
+        case.out_features,
+        case.widths,
+        outliers=case.outliers,
+        full_row=case.full_row,
+        seed=len(case.name),
+    )
+    N, dtype = case.out_features, getattr(torch, case.dtype)
+    ids = torch.randint(-N, N, case.shape, generator=torch.Generator().manual_seed(2)).to(getattr(torch, case.index))
+    known = torch.ones(ids.shape, dtype=torch.bool)
+    if case.wrong:
+        largest = torch.iinfo(ids.dtype).max
+        ids[2:6] = torch.tensor([N, -N - 1, largest, -largest])
+        known[2:6] = False
+    # A slice: nothing promises that indices begin at a multiple of 16 bytes.
+    padded = torch.cat([ids.new_zeros(1), ids.reshape(-1)])[1:].reshape(ids.shape)
+    dispatch = dataclasses.replace(dispatch_for(8, 0), gather=GatherConfig(case.columns, 4))
+    rows = launch.embedding(
+        padded, *layer.tensors().values(), layer.in_features, N, layer.columns, dtype, dispatch=dispatch
+    )
+    dense = layer.dequantize()
+    single = dense[torch.where(known, ids, 0).long()]
+    # The interpreter truncates to bfloat16 where a GPU rounds.
+    rounded = (single.view(torch.int32) >> 16 << 16).view(torch.float32) if case.dtype == "bfloat16" else single
+    expected = rounded.to(dtype)
+    exact = dense_weight(layer)
+    return {
+        "shape": list(rows.shape) == [*case.shape, case.in_features],
+        "dtype": rows.dtype == dtype,
+        "equal": torch.equal(rows[known], expected[known]),
+        "unknown_are_nan": bool(rows[~known].isnan().all()),
+        "reference_error": float((dense.double() - exact).abs().max() / exact.abs().max()),
+    }
+
+
 def _run(case: Case) -> dict[str, object]:
     import torch
     from quantized_layers import arguments, dense_weight, random_layer
 
     from claq_export.kernels.triton import launch
-    from claq_export.kernels.triton.dispatch import DenseConfig, Dispatch, GemmConfig, GemvConfig
+    from claq_export.kernels.triton.dispatch import DenseConfig, Dispatch, GatherConfig, GemmConfig, GemvConfig
 
     layer = random_layer(
         case.in_features,
@@ -101,6 +176,7 @@ def _run(case: Case) -> dict[str, object]:
         gemv=GemvConfig(4 if case.kernel == "gemv" else 0, case.lanes, case.warps, case.unroll, case.programs),
         gemm=(GemmConfig(1000, 16, case.lanes, 4, 4, 1, case.programs),) if case.kernel == "gemm" else (),
         dense=DenseConfig(case.lanes, case.warps, 100_000),
+        gather=GatherConfig(64, 4),
     )
     launch.MOST_COLUMNS_AT_ONCE = case.columns
     taken, originals = [], {}
@@ -137,7 +213,9 @@ def main() -> None:
     """Run the cases named on the command line, or all."""
     sys.path[:0] = [str(TESTS.parent), str(TESTS / "support")]
     wanted = sys.argv[1:]
-    print(json.dumps({case.name: _run(case) for case in CASES if not wanted or case.name in wanted}))
+    results = {case.name: _run(case) for case in CASES if not wanted or case.name in wanted}
+    results |= {case.name: _look_up(case) for case in LOOKUPS if not wanted or case.name in wanted}
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ def test_kernels_compile_when_every_integer_is_one() -> None:
         "finish_bf16_i32_m16",
         "dequantize_w3_fp16_u16",
         "outliers_fp16_u16",
+        "gather_bf16_u16_i64",
     ]
     done = _run("-c", ONES, *names)
     assert done.returncode == 0, done.stderr[-4000:]

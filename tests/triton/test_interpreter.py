@@ -18,14 +18,18 @@ if find_spec("triton") is None:
     pytest.skip("Triton is not installed (pip install claq-export[gpu])", allow_module_level=True)
 
 
-def _cases() -> list[Any]:
+def _program() -> Any:
     spec = spec_from_file_location("interpreted", PROGRAM)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
     sys.modules["interpreted"] = module
     spec.loader.exec_module(module)
-    return list(module.CASES)
+    return module
+
+
+PROGRAM_MODULE = _program()
+CASES, LOOKUPS = PROGRAM_MODULE.CASES, PROGRAM_MODULE.LOOKUPS
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def results() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", _cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_kernel_computes_the_layer(results: dict[str, dict[str, Any]], case: Any) -> None:
     found = results[case.name]
     assert found["kernels"] == ([case.kernel] if case.vectors else [])
@@ -54,3 +58,14 @@ def test_kernel_computes_the_layer(results: dict[str, dict[str, Any]], case: Any
         # The interpreter truncates to bfloat16 instead of rounding.
         bound = 8e-3
     assert found["error"] <= bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LOOKUPS, ids=lambda case: case.name)
+def test_rows_are_bit_for_bit_the_reference(results: dict[str, dict[str, Any]], case: Any) -> None:
+    found = results[case.name]
+    assert found["shape"]
+    assert found["dtype"]
+    assert found["equal"]
+    assert found["unknown_are_nan"]
+    assert found["reference_error"] <= 1e-6

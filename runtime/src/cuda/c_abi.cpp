@@ -1,4 +1,4 @@
-// The C interface of the GPU layers: what ort_cuda_op.cpp does inside ONNX Runtime, for any other host.
+// The C interface of the GPU layers: what ort/cuda_ops.cpp does inside ONNX Runtime, for any other host.
 #include <cstdio>
 #include <memory>
 #include <string>
@@ -7,10 +7,12 @@
 #include "../guarded.h"
 #include "layer.h"
 #include "status.h"
+#include "table.h"
 
 struct claq_cuda_layer {
   std::vector<void*> owned;
   std::unique_ptr<claq::cuda::Layer> layer;
+  std::unique_ptr<claq::cuda::Table> table;
 
   ~claq_cuda_layer() {
     for (void* memory : owned) claq::cuda::Driver::get().release(memory);
@@ -33,10 +35,13 @@ claq_status claq_cuda_create(const claq_layer_desc* desc, claq_dtype dtype, claq
       throw claq::InvalidArgument("desc: struct_size is not that of this version of libclaq");
     }
     auto made = std::make_unique<claq_cuda_layer>();
-    made->layer = std::make_unique<claq::cuda::Layer>(*desc, dtype, [&](size_t bytes) {
+    const claq::cuda::Allocate allocate = [&](size_t bytes) {
       made->owned.push_back(claq::cuda::Driver::get().allocate(bytes));
       return made->owned.back();
-    });
+    };
+    const claq::cuda::Tensors tensors(*desc, dtype, allocate);
+    made->layer = std::make_unique<claq::cuda::Layer>(tensors, allocate);
+    made->table = std::make_unique<claq::cuda::Table>(tensors);
     *layer = made.release();
   });
 }
@@ -50,6 +55,14 @@ claq_status claq_cuda_run(const claq_cuda_layer* layer, const void* x, int64_t r
   return claq::guarded(error, error_size, [&] {
     if (!layer) throw claq::InvalidArgument("layer: is null");
     layer->layer->run(x, rows, y, workspace, stream, cublas);
+  });
+}
+
+claq_status claq_cuda_gather(const claq_cuda_layer* layer, claq_dtype index_dtype, const void* indices, int64_t count, void* y,
+                             void* stream, char* error, size_t error_size) {
+  return claq::guarded(error, error_size, [&] {
+    if (!layer) throw claq::InvalidArgument("layer: is null");
+    layer->table->run(index_dtype, indices, count, y, stream);
   });
 }
 

@@ -1,108 +1,18 @@
 #include "layer.h"
 
 #include <algorithm>
-#include <cstring>
 #include <string>
 
 #include "../layer.h"
 #include "../layout.h"
-#include "../validate.h"
+#include "launch.h"
 
 namespace claq::cuda {
 namespace {
 
 constexpr size_t kAlignment = 256;         // of parts of the workspace
-constexpr uintptr_t kPointerAlignment = 16;  // what the kernels are compiled for
 constexpr int64_t kDenseBytes = int64_t{64} << 20;  // of decoded weight at a time
 constexpr int64_t kColumnsInRegisters = 16384;
-constexpr int kWidths[3] = {4, 3, 2};
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPointerAlignment == 0; }
-
-size_t size_of(int32_t dtype) {
-  switch (dtype) {
-    case CLAQ_INT8: return 1;
-    case CLAQ_UINT16:
-    case CLAQ_FLOAT16:
-    case CLAQ_BFLOAT16: return 2;
-    default: return 4;
-  }
-}
-
-size_t bytes_of(const claq_tensor& tensor) {
-  size_t count = size_of(tensor.dtype);
-  for (int32_t i = 0; i < tensor.rank; ++i) count *= static_cast<size_t>(std::max<int64_t>(0, tensor.shape[i]));
-  return count;
-}
-
-const char* name_of(claq_dtype dtype) {
-  switch (dtype) {
-    case CLAQ_FLOAT32: return "fp32";
-    case CLAQ_FLOAT16: return "fp16";
-    case CLAQ_BFLOAT16: return "bf16";
-    default: throw InvalidArgument("x: expected float32, float16 or bfloat16");
-  }
-}
-
-const char* name_of_index(int32_t dtype) { return dtype == CLAQ_UINT16 ? "u16" : "i32"; }
-
-// Checks a layer whose tensors are on a device: validation reads copies of all but the codes, any of which is valid.
-void validate_on_host(claq_layer_desc desc) {
-  const Driver& driver = Driver::get();
-  std::vector<std::vector<unsigned char>> copies;
-  for (claq_tensor* tensor : {&desc.codebook, &desc.scale, &desc.row_scale, &desc.order, &desc.outlier_ptr, &desc.outlier_index,
-                              &desc.outlier_value, &desc.bias}) {
-    if (tensor->rank != 1 || !tensor->shape || !tensor->data) continue;  // validate says what is wrong with it
-    auto& copy = copies.emplace_back(std::max<size_t>(1, bytes_of(*tensor)));
-    driver.to_host(copy.data(), tensor->data, bytes_of(*tensor));
-    tensor->data = copy.data();
-  }
-  validate(desc);
-}
-
-// A launch: the kernel's parameters in order, checked against the letters of its record.
-class Launch {
- public:
-  Launch(const Kernel& kernel, Stream stream) : kernel_(kernel), stream_(stream) {}
-
-  Launch& pointer(const void* value) {
-    values_[count_++].pointer = value;
-    letters_ += 'p';
-    return *this;
-  }
-  Launch& integer(int64_t value) {
-    if (value < INT32_MIN || value > INT32_MAX) throw InvalidArgument("x: too large for the GPU kernels' 32-bit indices");
-    values_[count_++].integer = static_cast<int32_t>(value);
-    letters_ += 'i';
-    return *this;
-  }
-  void over(int64_t x, int64_t y = 1, int64_t z = 1) {
-    if (letters_ != kernel_.record->parameters) {
-      throw Error(kernel_.record->name + " takes " + kernel_.record->parameters + ", this library passes " + letters_);
-    }
-    if (x > INT32_MAX || y > 65535 || z > 65535) throw InvalidArgument("x: has too many rows for one launch on the GPU");
-    values_[count_++].pointer = nullptr;  // Triton's two scratch pointers
-    values_[count_++].pointer = nullptr;
-    void* parameters[kMost];
-    for (size_t i = 0; i < count_; ++i) parameters[i] = &values_[i];
-    const unsigned grid[3] = {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)};
-    Driver::get().launch(kernel_.function, grid, kernel_.record->threads, kernel_.record->shared, stream_, parameters);
-  }
-
- private:
-  static constexpr size_t kMost = 34;  // a record has room for 31 letters
-  union Value {
-    const void* pointer;
-    int32_t integer;
-  };
-  const Kernel& kernel_;
-  Stream stream_;
-  Value values_[kMost];
-  size_t count_ = 0;
-  std::string letters_;
-};
 
 }  // namespace
 
@@ -123,78 +33,40 @@ struct Layer::Plan {
   }
 };
 
-Layer::Layer(const claq_layer_desc& desc, claq_dtype dtype, const Allocate& allocate) : dtype_(dtype) {
-  validate_on_host(desc);
-  in_features_ = desc.in_features;
-  out_features_ = desc.out_features;
-  columns_ = desc.columns_4 + desc.columns_3 + desc.columns_2;
-  const int64_t columns[3] = {desc.columns_4, desc.columns_3, desc.columns_2};
-  for (int i = 0; i < 3; ++i) blocks_[i] = columns[i] / kBlock;
-  codes_ = desc.codes.data;
-  codebook_ = desc.codebook.data;
-  scale_ = desc.scale.data;
-  row_scale_ = desc.row_scale.data;
-  order_ = desc.order.data;
-  outlier_ptr_ = desc.outlier_ptr.data;
-  outlier_index_ = desc.outlier_index.data;
-  outlier_value_ = desc.outlier_value.data;
-  bias_ = desc.bias.data;
-  outliers_ = desc.outlier_ptr.shape[0] != 0;
-
-  const Driver& driver = Driver::get();
-  // The kernels always read an order and a bias.
-  int32_t order_dtype = desc.order.dtype;
-  if (desc.order.shape[0] == 0) {
-    order_dtype = in_features_ <= 65535 ? CLAQ_UINT16 : CLAQ_INT32;
-    std::vector<unsigned char> identity(static_cast<size_t>(columns_) * size_of(order_dtype));
-    for (int64_t p = 0; p < columns_; ++p) {
-      const auto feature = static_cast<int32_t>(std::min(p, in_features_));
-      std::memcpy(&identity[static_cast<size_t>(p) * size_of(order_dtype)], &feature, size_of(order_dtype));
-    }
-    void* memory = allocate(identity.size());
-    driver.to_device(memory, identity.data(), identity.size());
-    order_ = memory;
-  }
-  if (desc.bias.shape[0] == 0) {
-    const std::vector<unsigned char> zeros(static_cast<size_t>(out_features_) * size_of(dtype));
+Layer::Layer(const Tensors& tensors, const Allocate& allocate) : tensors_(tensors) {
+  if (!tensors_.bias) {
+    // The kernels always read one.
+    const std::vector<unsigned char> zeros(static_cast<size_t>(tensors.out_features) * size_of(tensors.dtype));
     void* memory = allocate(zeros.size());
-    driver.to_device(memory, zeros.data(), zeros.size());
-    bias_ = memory;
-  } else if (desc.bias.dtype != dtype) {
-    throw InvalidLayer("bias: on a GPU its type must be that of x");
+    Driver::get().to_device(memory, zeros.data(), zeros.size());
+    if (!is_aligned(memory)) throw Error("the GPU's allocator gave memory that is not aligned to 16 bytes");
+    tensors_.bias = memory;
   }
-  for (const auto& [name, pointer] : {std::pair{"codes", codes_}, {"codebook", codebook_}, {"scale", scale_}, {"row_scale", row_scale_},
-                                      {"order", order_}, {"bias", bias_}, {"outlier_ptr", outlier_ptr_},
-                                      {"outlier_index", outlier_index_}, {"outlier_value", outlier_value_}}) {
-    if (!is_aligned(pointer)) throw InvalidLayer(std::string(name) + ": its memory is not aligned to 16 bytes");
-  }
-
   Kernels& kernels = Kernels::current();
   multiprocessors_ = kernels.multiprocessors();
-  const std::string type = name_of(dtype), o = outliers_ ? "1" : "0", order = name_of_index(order_dtype);
-  const std::string index = name_of_index(desc.outlier_index.dtype);
-  const bool vector = out_features_ % 4 == 0;
+  const std::string type = tensors.type, index = tensors.index, o = tensors.outliers ? "1" : "0";
+  const bool vector = tensors.out_features % 4 == 0;
   int widths = 0, present = 0;
   for (int i = 0; i < 3; ++i) {
-    if (blocks_[i]) widths = kWidths[i], ++present;
+    if (tensors.blocks[i]) widths = kWidths[i], ++present;
   }
   if (present > 1 || !vector) widths = 432;
   const std::string decoder = "w" + std::to_string(widths) + "_v" + (vector ? "1" : "0");
 
-  quantize_ = &kernels.get("quantize_" + type + "_" + order + "_o" + o);
+  quantize_ = &kernels.get("quantize_" + type + "_" + index + "_o" + o);
   for (int rows = 1;; ++rows) {
     const std::string name = "gemv_" + decoder + "_r" + std::to_string(rows);
     if (!kernels.package().find(name)) break;
     gemv_.push_back(&kernels.get(name));
   }
   if (gemv_.size() < 2) throw Error("the package of kernels has no gemv_" + decoder + "_r2");
-  const std::string finish = "finish_" + type + "_" + (outliers_ ? index : "none");
+  const std::string finish = "finish_" + type + "_" + (tensors.outliers ? index : "none");
   finish_one_ = &kernels.get(finish + "_m1");
   finish_four_ = &kernels.get(finish + "_m4");
   scale_activations_ = finish_scaled_ = nullptr;
-  if (dtype != CLAQ_FLOAT32) {
-    const int64_t room = columns_ <= 4096 ? 4096 : columns_ <= kColumnsInRegisters ? kColumnsInRegisters : 0;
-    scale_activations_ = &kernels.get("scale_" + type + "_" + order + "_o" + o + "_c" + std::to_string(room));
+  if (tensors.dtype != CLAQ_FLOAT32) {
+    const int64_t room = tensors.columns <= 4096 ? 4096 : tensors.columns <= kColumnsInRegisters ? kColumnsInRegisters : 0;
+    scale_activations_ = &kernels.get("scale_" + type + "_" + index + "_o" + o + "_c" + std::to_string(room));
     finish_scaled_ = &kernels.get(finish + "_m16");
     const std::string prefix = "gemm_" + decoder + "_m";
     for (const Record& record : kernels.package().records()) {
@@ -206,12 +78,9 @@ Layer::Layer(const claq_layer_desc& desc, claq_dtype dtype, const Allocate& allo
   std::fill(std::begin(dequantize_), std::end(dequantize_), nullptr);
   if (vector) {
     for (int i = 0; i < 3; ++i) {
-      if (blocks_[i]) dequantize_[i] = &kernels.get("dequantize_w" + std::to_string(kWidths[i]) + "_" + type + "_" + order);
+      if (tensors.blocks[i]) dequantize_[i] = &kernels.get("dequantize_w" + std::to_string(kWidths[i]) + "_" + type + "_" + index);
     }
-    if (outliers_) {
-      // The kernel is compiled for one type of both indices; the two differ only above 65535 columns.
-      add_outliers_ = order == index ? &kernels.get("outliers_" + type + "_" + order) : nullptr;
-    }
+    if (tensors.outliers) add_outliers_ = &kernels.get("outliers_" + type + "_" + index);
     set_bias_ = &kernels.get("finish_" + type + "_none_m4");
   }
 }
@@ -227,17 +96,17 @@ const Kernel* Layer::tensor_core_kernel(int64_t rows) const {
 int64_t Layer::splits(const Kernel& kernel, int64_t tiles) const {
   const int64_t step = std::max<int64_t>(1, kernel.record->tile[2]);
   int64_t steps = 0;
-  for (const int64_t blocks : blocks_) steps += divide_up(blocks, step);
+  for (const int64_t blocks : tensors_.blocks) steps += divide_up(blocks, step);
   const int64_t programs = int64_t{kernel.record->programs} * multiprocessors_;
   const int64_t wanted = std::max<int64_t>(1, std::min(steps, programs / tiles));
   return divide_up(steps, divide_up(steps, wanted));
 }
 
 Layer::Plan Layer::plan(int64_t rows, bool has_blas) const {
-  const int64_t K = in_features_, N = out_features_, P = columns_;
-  const auto item = static_cast<int64_t>(size_of(dtype_));
-  const int64_t parts = dtype_ == CLAQ_FLOAT32 ? 2 : 1;  // a float32 row and its rounding error
-  const bool can_decode = has_blas && set_bias_ && (!outliers_ || add_outliers_);
+  const int64_t K = tensors_.in_features, N = tensors_.out_features, P = tensors_.columns;
+  const auto item = static_cast<int64_t>(size_of(tensors_.dtype));
+  const int64_t parts = tensors_.dtype == CLAQ_FLOAT32 ? 2 : 1;  // a float32 row and its rounding error
+  const bool can_decode = has_blas && set_bias_;
   const int64_t most = std::min<int64_t>(static_cast<int64_t>(gemv_.size()), gemv_[0]->record->most_vectors) / parts;
   Plan plan{};
   plan.rows = rows;
@@ -251,7 +120,7 @@ Layer::Plan Layer::plan(int64_t rows, bool has_blas) const {
     plan.splits = splits(*plan.matrix, divide_up(N, plan.matrix->record->tile[0]));
     plan.activations = plan.take(plan.at_a_time * parts * P * 2);
     plan.scales = plan.take(plan.at_a_time * parts * (P / kBlock) * 4);
-    plan.gathered = plan.take(outliers_ ? P * plan.at_a_time * 4 : 0);
+    plan.gathered = plan.take(tensors_.outliers ? P * plan.at_a_time * 4 : 0);
     plan.part = plan.take(plan.splits * plan.at_a_time * parts * N * 4);
     plan.aligned_y = plan.take(rows > most ? plan.at_a_time * N * item : 0);
   } else if (gemm) {
@@ -261,7 +130,7 @@ Layer::Plan Layer::plan(int64_t rows, bool has_blas) const {
     plan.splits = splits(*gemm, divide_up(N, gemm->record->tile[0]) * divide_up(rows, gemm->record->tile[1]));
     plan.activations = plan.take(rows * P * 2);
     plan.scales = plan.take(rows * 4);
-    plan.gathered = plan.take(outliers_ ? P * rows * 4 : 0);
+    plan.gathered = plan.take(tensors_.outliers ? P * rows * 4 : 0);
     plan.part = plan.take(plan.splits * rows * N * 4);
   } else {
     plan.path = Path::kDense;
@@ -281,9 +150,9 @@ void Layer::run(const void* x, int64_t rows, void* y, void* workspace, Stream st
   if (!Blas::get()) blas = nullptr;
   const Plan plan = this->plan(rows, blas != nullptr);
   auto* memory = static_cast<char*>(workspace);
-  const size_t item = size_of(dtype_);
+  const size_t item = size_of(tensors_.dtype);
   if (!is_aligned(x)) {
-    Driver::get().copy(memory + plan.aligned_x, x, static_cast<size_t>(rows * in_features_) * item, stream);
+    Driver::get().copy(memory + plan.aligned_x, x, static_cast<size_t>(rows * tensors_.in_features) * item, stream);
     x = memory + plan.aligned_x;
   }
   switch (plan.path) {
@@ -299,21 +168,22 @@ void Layer::finish(const Kernel& kernel, const void* part, const void* scales, c
       .pointer(part)
       .pointer(scales)
       .pointer(gathered)
-      .pointer(row_scale_)
-      .pointer(outlier_ptr_)
-      .pointer(outlier_index_)
-      .pointer(outlier_value_)
-      .pointer(bias_)
+      .pointer(tensors_.row_scale)
+      .pointer(tensors_.outlier_ptr)
+      .pointer(tensors_.outlier_index)
+      .pointer(tensors_.outlier_value)
+      .pointer(tensors_.bias)
       .pointer(y)
       .integer(rows)
-      .integer(out_features_)
+      .integer(tensors_.out_features)
       .integer(splits)
-      .over(divide_up(out_features_, kernel.record->tile[0]), divide_up(rows, kernel.record->tile[1]));
+      .over(divide_up(tensors_.out_features, kernel.record->tile[0]), divide_up(rows, kernel.record->tile[1]));
 }
 
 void Layer::few(const Plan& plan, const void* x, void* y, char* memory, Stream stream) const {
-  const int64_t parts = dtype_ == CLAQ_FLOAT32 ? 2 : 1, K = in_features_, N = out_features_, P = columns_;
-  const auto item = static_cast<int64_t>(size_of(dtype_));
+  const int64_t K = tensors_.in_features, N = tensors_.out_features, P = tensors_.columns;
+  const int64_t parts = tensors_.dtype == CLAQ_FLOAT32 ? 2 : 1;
+  const auto item = static_cast<int64_t>(size_of(tensors_.dtype));
   for (int64_t first = 0; first < plan.rows; first += plan.at_a_time) {
     const int64_t rows = std::min(plan.at_a_time, plan.rows - first);
     const Kernel& gemv = *gemv_[static_cast<size_t>(rows * parts - 1)];
@@ -327,28 +197,28 @@ void Layer::few(const Plan& plan, const void* x, void* y, char* memory, Stream s
     }
     Launch(*quantize_, stream)
         .pointer(xs)
-        .pointer(order_)
-        .pointer(scale_)
+        .pointer(tensors_.order)
+        .pointer(tensors_.scale)
         .pointer(memory + plan.activations)
         .pointer(memory + plan.scales)
         .pointer(memory + plan.gathered)
         .integer(rows)
         .integer(K)
         .integer(P)
-        .integer(blocks_[0])
-        .integer(blocks_[1])
+        .integer(tensors_.blocks[0])
+        .integer(tensors_.blocks[1])
         .over(divide_up(P, kBlock * int64_t{quantize_->record->tile[2]}), rows);
     Launch(gemv, stream)
-        .pointer(codes_)
-        .pointer(codebook_)
+        .pointer(tensors_.codes)
+        .pointer(tensors_.codebook)
         .pointer(memory + plan.activations)
         .pointer(memory + plan.scales)
         .pointer(memory + plan.part)
         .integer(N)
         .integer(P)
-        .integer(blocks_[0])
-        .integer(blocks_[1])
-        .integer(blocks_[2])
+        .integer(tensors_.blocks[0])
+        .integer(tensors_.blocks[1])
+        .integer(tensors_.blocks[2])
         .integer(plan.splits)
         .over(divide_up(N, gemv.record->tile[0]), plan.splits);
     finish(rows == 1 ? *finish_one_ : *finish_four_, memory + plan.part, memory + plan.part, memory + plan.gathered,
@@ -358,86 +228,88 @@ void Layer::few(const Plan& plan, const void* x, void* y, char* memory, Stream s
 }
 
 void Layer::tens(const Plan& plan, const void* x, void* y, char* memory, Stream stream) const {
-  const int64_t rows = plan.rows, K = in_features_, N = out_features_, P = columns_;
+  const int64_t rows = plan.rows, K = tensors_.in_features, N = tensors_.out_features, P = tensors_.columns;
   Launch(*scale_activations_, stream)
       .pointer(x)
-      .pointer(order_)
-      .pointer(scale_)
+      .pointer(tensors_.order)
+      .pointer(tensors_.scale)
       .pointer(memory + plan.activations)
       .pointer(memory + plan.scales)
       .pointer(memory + plan.gathered)
       .integer(rows)
       .integer(K)
       .integer(P)
-      .integer(blocks_[0])
-      .integer(blocks_[1])
+      .integer(tensors_.blocks[0])
+      .integer(tensors_.blocks[1])
       .over(rows);
   Launch(*plan.matrix, stream)
-      .pointer(codes_)
-      .pointer(codebook_)
+      .pointer(tensors_.codes)
+      .pointer(tensors_.codebook)
       .pointer(memory + plan.activations)
       .pointer(memory + plan.part)
       .integer(rows)
       .integer(N)
       .integer(P)
-      .integer(blocks_[0])
-      .integer(blocks_[1])
-      .integer(blocks_[2])
+      .integer(tensors_.blocks[0])
+      .integer(tensors_.blocks[1])
+      .integer(tensors_.blocks[2])
       .integer(plan.splits)
       .over(divide_up(N, plan.matrix->record->tile[0]), divide_up(rows, plan.matrix->record->tile[1]), plan.splits);
   finish(*finish_scaled_, memory + plan.part, memory + plan.scales, memory + plan.gathered, y, rows, plan.splits, stream);
 }
 
 void Layer::dense(const Plan& plan, const void* x, void* y, char* memory, Stream stream, void* blas) const {
-  const int64_t rows = plan.rows, K = in_features_, N = out_features_;
-  const auto item = static_cast<int64_t>(size_of(dtype_));
+  const int64_t rows = plan.rows, K = tensors_.in_features, N = tensors_.out_features;
+  const auto item = static_cast<int64_t>(size_of(tensors_.dtype));
   void* weight = memory + plan.weight;
   finish(*set_bias_, weight, weight, weight, y, rows, 0, stream);  // no splits: y = bias
   for (int64_t first = 0; first < N; first += plan.at_a_time) {
     const int64_t features = std::min(plan.at_a_time, N - first);
-    const auto* codebook = static_cast<const char*>(codebook_);
+    const auto* codebook = static_cast<const char*>(tensors_.codebook);
     int64_t row = 0, block = 0;
     for (int i = 0; i < 3; ++i) {
-      if (!blocks_[i]) continue;
+      if (!tensors_.blocks[i]) continue;
       const Kernel& kernel = *dequantize_[i];
       Launch(kernel, stream)
-          .pointer(codes_)
+          .pointer(tensors_.codes)
           .pointer(codebook)
-          .pointer(scale_)
-          .pointer(row_scale_)
-          .pointer(order_)
+          .pointer(tensors_.scale)
+          .pointer(tensors_.row_scale)
+          .pointer(tensors_.order)
           .pointer(weight)
           .integer(N)
           .integer(K)
           .integer(first)
           .integer(features)
-          .integer(blocks_[i])
+          .integer(tensors_.blocks[i])
           .integer(row)
           .integer(block)
-          .over(divide_up(features, kernel.record->tile[0]), divide_up(blocks_[i], kernel.record->tile[2]));
-      codebook += (int64_t{kBlock} << kWidths[i]) * blocks_[i];
-      row += kWidths[i] * blocks_[i];
-      block += blocks_[i];
+          .over(divide_up(features, kernel.record->tile[0]), divide_up(tensors_.blocks[i], kernel.record->tile[2]));
+      codebook += (int64_t{kBlock} << kWidths[i]) * tensors_.blocks[i];
+      row += kWidths[i] * tensors_.blocks[i];
+      block += tensors_.blocks[i];
     }
-    if (outliers_) {
+    if (tensors_.outliers) {
       Launch(*add_outliers_, stream)
-          .pointer(codes_)
-          .pointer(codebook_)
-          .pointer(scale_)
-          .pointer(row_scale_)
-          .pointer(order_)
-          .pointer(outlier_ptr_)
-          .pointer(outlier_index_)
-          .pointer(outlier_value_)
+          .pointer(tensors_.codes)
+          .pointer(tensors_.codebook)
+          .pointer(tensors_.scale)
+          .pointer(tensors_.row_scale)
+          .pointer(tensors_.order)
+          .pointer(tensors_.outlier_ptr)
+          .pointer(tensors_.outlier_index)
+          .pointer(tensors_.outlier_value)
           .pointer(weight)
           .integer(N)
           .integer(first)
           .integer(features)
-          .integer(blocks_[0])
-          .integer(blocks_[1])
+          .integer(tensors_.blocks[0])
+          .integer(tensors_.blocks[1])
           .over(divide_up(features, add_outliers_->record->tile[0]));
     }
-    const Number number = dtype_ == CLAQ_FLOAT32 ? Number::kFloat32 : dtype_ == CLAQ_FLOAT16 ? Number::kFloat16 : Number::kBfloat16;
+    const Number number = tensors_.dtype == CLAQ_FLOAT32   ? Number::kFloat32
+                          : tensors_.dtype == CLAQ_FLOAT16 ? Number::kFloat16
+                                                           : Number::kBfloat16;
     Blas::get()->multiply_add(blas, number, x, weight, static_cast<char*>(y) + first * item, static_cast<int>(rows),
                               static_cast<int>(features), static_cast<int>(K), static_cast<int>(N));
   }

@@ -3,24 +3,18 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <vector>
 
-#include "claq.h"
 #include "driver.h"
 #include "package.h"
+#include "tensors.h"
 
 namespace claq::cuda {
 
-// Takes memory of the device for as long as the layer lives.
-using Allocate = std::function<void*(size_t bytes)>;
-
 class Layer {
  public:
-  // `desc` describes the layer as for claq_create, but its data pointers are device memory, aligned to 16 bytes; the
-  // memory is read in place. All parts but the codes are copied to the host once, to be checked, on the calling
-  // thread's context. `dtype` is that of x and y. Throws InvalidLayer, or Error if this device cannot run it.
-  Layer(const claq_layer_desc& desc, claq_dtype dtype, const Allocate& allocate);
+  // Throws Error if this device cannot run it.
+  Layer(const Tensors& tensors, const Allocate& allocate);
 
   // Bytes of device memory that `run` needs for that many rows of x, aligned to 256 bytes.
   size_t workspace(int64_t rows, bool has_blas) const;
@@ -28,8 +22,8 @@ class Layer {
   // Queues y[rows, N] = x[rows, K] W^T + b on the stream and returns. `blas` is a cublasHandle_t on that stream, or null.
   void run(const void* x, int64_t rows, void* y, void* workspace, Stream stream, void* blas) const;
 
-  int64_t in_features() const { return in_features_; }
-  int64_t out_features() const { return out_features_; }
+  int64_t in_features() const { return tensors_.in_features; }
+  int64_t out_features() const { return tensors_.out_features; }
 
  private:
   enum class Path { kFew, kTens, kDense };
@@ -44,11 +38,7 @@ class Layer {
   void finish(const Kernel& kernel, const void* part, const void* scales, const void* gathered, void* y, int64_t rows, int64_t splits,
               Stream stream) const;
 
-  claq_dtype dtype_;
-  int64_t in_features_, out_features_, columns_;
-  int64_t blocks_[3];  // of 32 columns, by width 4, 3, 2
-  bool outliers_;
-  const void *codes_, *codebook_, *scale_, *row_scale_, *order_, *outlier_ptr_, *outlier_index_, *outlier_value_, *bias_;
+  Tensors tensors_;
   int multiprocessors_;
 
   // Loaded when the layer is made, so that a run takes no lock and can be captured in a CUDA graph.

@@ -99,6 +99,17 @@ Package::Package(const std::string& path) : data_(read_file(path)) {
   std::sort(records_.begin(), records_.end(), [](const Record& a, const Record& b) { return a.name < b.name; });
 }
 
+std::shared_ptr<const Package> Package::at(const std::string& path) {
+  static std::mutex mutex;
+  static auto* packages = new std::map<std::string, std::shared_ptr<const Package>>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = packages->find(path);
+  if (found != packages->end()) return found->second;
+  auto package = std::make_shared<const Package>(path);  // what cannot be read is tried again at the next call
+  packages->emplace(path, package);
+  return package;
+}
+
 const Record* Package::find(const std::string& name) const {
   const auto found = std::lower_bound(records_.begin(), records_.end(), name,
                                       [](const Record& record, const std::string& wanted) { return record.name < wanted; });
@@ -128,7 +139,6 @@ std::string package_for(int capability) {
 Kernels& Kernels::current() {
   static std::mutex mutex;
   static auto* contexts = new std::map<Context, std::unique_ptr<Kernels>>;
-  static auto* packages = new std::map<std::string, std::shared_ptr<const Package>>;
 
   const Driver& driver = Driver::get();
   const Context context = driver.current();
@@ -142,10 +152,8 @@ Kernels& Kernels::current() {
     throw Error("no kernels for this GPU (compute capability " + std::to_string(capability / 10) + "." + std::to_string(capability % 10) +
                 ") in " + kernel_folder());
   }
-  auto& package = (*packages)[path];
-  if (!package) package = std::make_shared<const Package>(path);
   auto made = std::make_unique<Kernels>();
-  made->package_ = package;
+  made->package_ = Package::at(path);
   made->multiprocessors_ = driver.multiprocessors(device);
   kernels = std::move(made);
   return *kernels;

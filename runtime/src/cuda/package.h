@@ -30,6 +30,8 @@ struct Record {
 class Package {
  public:
   explicit Package(const std::string& path);
+  // The package of that path, read at the first call that finds it and kept for the process: sessions come and go.
+  static std::shared_ptr<const Package> at(const std::string& path);
   const Record* find(const std::string& name) const;  // null if it has none of that name
   const std::vector<Record>& records() const { return records_; }
   const void* image(const Record& record) const { return data_.data() + record.offset; }

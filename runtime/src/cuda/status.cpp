@@ -17,8 +17,8 @@ bool usable(std::string& text) {
                                std::to_string(capability % 10) + ")";
       const std::string path = package_for(capability);
       if (path.empty()) throw Error("no kernels for " + name + " in " + kernel_folder());
-      const Package package(path);
-      text += (text.empty() ? "" : "; ") + name + ": " + std::to_string(package.records().size()) + " kernels of " +
+      const auto package = Package::at(path);
+      text += (text.empty() ? "" : "; ") + name + ": " + std::to_string(package->records().size()) + " kernels of " +
               path.substr(path.rfind('/') + 1);
     }
     return true;

@@ -71,22 +71,13 @@ void multiply(const Kernel& kernel, OrtKernelContext* context) {
 
 void gather_rows(const Kernel& kernel, OrtKernelContext* context) {
   const Api& api = kernel.api;
-  const OrtValue *indices = nullptr, *like = nullptr;
-  check(api.input(context, 0, &indices));
+  const OrtValue* like = nullptr;
   check(api.input(context, kLike, &like));
-  TensorInfo info = describe(api, indices);
-  int64_t count = 1;
-  for (const int64_t size : info.shape) count *= size;
-  info.shape.push_back(kernel.layer->view.in_features);
-  OrtValue* y = nullptr;
-  check(api.output(context, 0, info.shape.data(), info.shape.size(), &y));
-  void *index_data = nullptr, *y_data = nullptr;
-  check(api.tensor_data(indices, &index_data));
-  check(api.tensor_data(y, &y_data));
+  const GatherTensors tensors = gather_tensors(api, context, kernel.layer->view.in_features);
   SessionThreads threads{&api, context, nullptr};
   try {
-    gather(*kernel.layer, static_cast<claq_dtype>(info.type), index_data, count, static_cast<claq_dtype>(describe(api, like).type),
-           y_data, SessionThreads::parallel_for, &threads);
+    gather(*kernel.layer, static_cast<claq_dtype>(tensors.index_type), tensors.indices, tensors.count,
+           static_cast<claq_dtype>(describe(api, like).type), tensors.y, SessionThreads::parallel_for, &threads);
   } catch (const InvalidArgument& error) {
     throw InvalidArgument(std::string("ClaqGather: ") + error.what());
   }

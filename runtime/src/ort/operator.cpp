@@ -110,6 +110,21 @@ MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, int64_t 
   return {info.type, rows, x_data, y_data};
 }
 
+GatherTensors gather_tensors(const Api& api, OrtKernelContext* context, int64_t in_features) {
+  const OrtValue* indices = nullptr;
+  check(api.input(context, 0, &indices));
+  TensorInfo info = describe(api, indices);
+  int64_t count = 1;
+  for (const int64_t size : info.shape) count *= size;
+  info.shape.push_back(in_features);
+  OrtValue* y = nullptr;
+  check(api.output(context, 0, info.shape.data(), info.shape.size(), &y));
+  void *index_data = nullptr, *y_data = nullptr;
+  check(api.tensor_data(indices, &index_data));
+  check(api.tensor_data(y, &y_data));
+  return {info.type, count, index_data, y_data};
+}
+
 const char* operator_name(const CustomOp* op) { return typed(op).gathers ? "ClaqGather" : "ClaqMatMul"; }
 
 TypedOp describe_op(const char* (*provider)(const CustomOp*), bool gathers, int first, int activation, int order, int outlier_index) {

@@ -72,6 +72,16 @@ struct MatMulTensors {
 
 MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, int64_t in_features, int64_t out_features);
 
+// Input `indices` of a ClaqGather node at run time, and its output, which is made here.
+struct GatherTensors {
+  int index_type;  // claq_dtype
+  int64_t count;
+  const void* indices;
+  void* y;
+};
+
+GatherTensors gather_tensors(const Api& api, OrtKernelContext* context, int64_t in_features);
+
 // ONNX Runtime matches an operator by its input types, so there is one registration for each combination.
 struct TypedOp : CustomOp {
   bool gathers;    // ClaqGather, else ClaqMatMul

@@ -1,7 +1,7 @@
 """Runs libclaq's GPU layers on a fake driver whose launches go to Triton's interpreter; prints each case's error as JSON.
 
 A program of its own: the interpreter and the fake driver are for a whole process. Arguments: the built libclaq, the
-fake libcuda.so.1, the fake cuBLAS, and a folder for the packages of kernels.
+fake libcuda.so.1, the fake cuBLAS, what counts reads (preloaded), and a folder for the packages of kernels.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,17 @@ CASES: list[tuple[Any, ...]] = [
     ("dense", 96, 72, (3,), 130, torch.float16, 0.0, False, True, True, "finish dequantize"),
     ("dense-mixed", 130, 44, (2, 3, 4), 131, torch.bfloat16, 0.02, True, False, True, "finish dequantize outliers"),
     ("dense-float32", 70, 64, (4, 2), 9, torch.float32, 0.03, True, True, True, "finish dequantize outliers"),
+]
+
+
+# name, K, N, widths, ids, dtype, type of the ids, outliers, a full row of them
+LOOKUPS: list[tuple[Any, ...]] = [
+    ("gather", 200, 104, (2,), 9, torch.float16, torch.int64, 0.0, False),
+    ("gather-outliers", 65, 37, (3,), 5, torch.float32, torch.int32, 0.1, False),
+    ("gather-mixed", 333, 136, (2, 3, 4), 6, torch.bfloat16, torch.int64, 0.03, True),
+    ("gather-many-columns", 1100, 9, (4, 2), 3, torch.float16, torch.int32, 0.02, True),
+    # More than 65536 stored columns and fewer features: `order` has 16 bits, `outlier_index` 32.
+    ("gather-two-index-types", 65535, 5, (4, 2), 3, torch.float16, torch.int32, 0.0003, False),
 ]
 
 
@@ -95,7 +107,7 @@ class Interpreter:
                     continue
                 if kind.startswith("*"):
                     address = ctypes.cast(parameters[place], ctypes.POINTER(ctypes.c_uint64))[0]
-                    assert address % 16 == 0, f"{variant.name}: {argument} is not aligned"
+                    assert address % 16 == 0 or argument in variant.unaligned, f"{variant.name}: {argument} is not aligned"
                     arguments[argument] = at_address(address, kind)
                 else:
                     arguments[argument] = ctypes.cast(parameters[place], ctypes.POINTER(ctypes.c_int32))[0]
@@ -141,6 +153,68 @@ def run(library: ctypes.CDLL, gpu: Interpreter, case: tuple[Any, ...], blas: Any
         "kernels": " ".join(dict.fromkeys(gpu.launched)),
         "inside": bool((y[rows] == 7).all()) and bool((workspace[start + size :] == 0).all()),
     }
+
+
+def look_up(library: ctypes.CDLL, gpu: Interpreter, case: tuple[Any, ...]) -> dict[str, Any]:
+    _, K, N, widths, count, dtype, index, outliers, full_row = case
+    layer = random_layer(K, N, widths, outliers=outliers, full_row=full_row, seed=K + N)
+    tensors = {**layer.tensors(), "bias": torch.empty(0, dtype=dtype)}
+    description = describe_layer([t.contiguous() for t in tensors.values()], layer.columns, K, N)
+    error, handle = ctypes.create_string_buffer(512), ctypes.c_void_p()
+    if library.claq_cuda_create(ctypes.byref(description), DTYPES[dtype], ctypes.byref(handle), error, len(error)):
+        raise RuntimeError(error.value.decode())
+    gpu.launched, gpu.failure = [], None
+    # Neither array begins at a multiple of 16 bytes.
+    ids = torch.randint(-N, N, (count + 1,), generator=torch.Generator().manual_seed(K)).to(index)
+    ids[1], ids[2] = N, -N - 1
+    y = torch.full((count * K + 2,), 7.0, dtype=dtype)
+    if library.claq_cuda_gather(
+        handle, DTYPES[index], ctypes.c_void_p(ids[1:].data_ptr()), ctypes.c_int64(count),
+        ctypes.c_void_p(y[1:].data_ptr()), ctypes.c_void_p(77), error, len(error),
+    ):  # fmt: skip
+        raise RuntimeError(error.value.decode())
+    library.claq_cuda_destroy(handle)
+    if gpu.failure:
+        raise gpu.failure
+    rows = y[1:-1].reshape(count, K)
+    dense = layer.dequantize()
+    if dtype == torch.bfloat16:  # the interpreter truncates
+        dense = (dense.view(torch.int32) >> 16 << 16).view(torch.float32)
+    return {
+        "equal": torch.equal(rows[2:], dense.to(dtype)[ids[3:].long()]),
+        "unknown_are_nan": bool(rows[:2].isnan().all()),
+        "kernels": " ".join(dict.fromkeys(gpu.launched)),
+        "inside": bool((y[[0, -1]] == 7).all()),
+    }
+
+
+def reads_of_packages(library: ctypes.CDLL, reads: ctypes.CDLL, package: Path) -> dict[str, int]:
+    """How often the package is read from disk, by what happens; every folder is a package of its own."""
+    import onnxruntime
+
+    def in_folder(name: str) -> None:
+        folder = package.parent / name
+        folder.mkdir()
+        (folder / package.name).write_bytes(package.read_bytes())
+        os.environ["CLAQ_CUDA_KERNELS"] = str(folder)
+        reads.counted_reads()
+
+    def usable(_: int) -> int:
+        text = ctypes.create_string_buffer(512)
+        return library.claq_cuda_usable(text, len(text))
+
+    found = {}
+    in_folder("many sessions")
+    for _ in range(4):
+        options = onnxruntime.SessionOptions()
+        options.register_custom_ops_library(library._name)
+        usable(0)
+    found["many sessions"] = reads.counted_reads()
+    in_folder("many threads")
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(usable, range(64))) == [0] * 64
+    found["many threads"] = reads.counted_reads()
+    return found
 
 
 def refusals(library: ctypes.CDLL, driver: ctypes.CDLL, package: Path) -> dict[str, list[Any]]:
@@ -228,7 +302,7 @@ def registered(path: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    path, driver_path, blas_path, folder = sys.argv[1:]
+    path, driver_path, blas_path, reads_path, folder = sys.argv[1:]
     driver = ctypes.CDLL(driver_path)  # its soname is libcuda.so.1, which libclaq then finds loaded
     blas = ctypes.CDLL(blas_path)
     gpu = Interpreter()
@@ -245,7 +319,9 @@ def main() -> None:
     library.claq_cuda_workspace.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     library.claq_cuda_destroy.argtypes = [ctypes.c_void_p]
     results: dict[str, Any] = {case[0]: run(library, gpu, case, blas) for case in CASES}
+    results |= {case[0]: look_up(library, gpu, case) for case in LOOKUPS}
     results["registered"] = registered(path)
+    results["reads"] = reads_of_packages(library, ctypes.CDLL(reads_path), Path(folder) / f"claq_sm{TARGET}.kernels")
     results["refusals"] = refusals(library, driver, Path(folder) / f"claq_sm{TARGET}.kernels")
     print(json.dumps(results))
 
