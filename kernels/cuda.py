@@ -144,7 +144,5 @@ def checked(
             result, reason = expected, f"{type(failure).__name__}: {failure}"
         _verdicts[kind] = not reason
         if reason:
-            warnings.warn(
-                f"a CUDA kernel of claq is not used for {kind}: {reason}", RuntimeWarning, stacklevel=2
-            )
+            warnings.warn(f"a CUDA kernel of claq is not used for {kind}: {reason}", RuntimeWarning, stacklevel=2)
         return expected if reason else result

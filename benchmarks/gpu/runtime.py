@@ -3,9 +3,10 @@
     make kernels                                     # on any machine: cubins and PTX into runtime/kernels
     python benchmarks/gpu/runtime.py [--kernels runtime/kernels] [--library libclaq.so]
 
-Every width and dtype with few and many rows, with and without cuBLAS, against the dense weight in float64; the cubins of
-this GPU and the PTX that any later one would take; a call captured in a CUDA graph; times beside the just-in-time path and
-cuBLAS; and, where onnxruntime has its CUDA provider, a model of two layers on CUDA and on the CPU. Writes
+Every width and dtype with few and many rows, with and without cuBLAS, against the dense weight in float64, and looked-up
+rows bit for bit; the cubins of this GPU and the PTX that any later one would take; a call captured in a CUDA graph; times
+beside the just-in-time path and cuBLAS; and, where onnxruntime has its CUDA provider, the logits of a small language model
+on CUDA beside PyTorch's (benchmarks/gpu/logits.py). Writes
 benchmarks/results/gpu_runtime_<device>.json and .md. Needs torch with CUDA; no Triton but for one column of times.
 """
 
@@ -30,11 +31,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from run_all import BOUNDS, MAIN, arguments, layer_of  # noqa: E402
+from layers import BOUNDS, arguments, layer_of  # noqa: E402
+from machine import REAL  # noqa: E402
 
 from claq_export.format.layer import QuantizedLinear  # noqa: E402
 from claq_export.kernels.native import DTYPES, describe_layer  # noqa: E402
 
+MAIN = REAL.main
 ROTATED = 8
 REPEATS = 30
 
@@ -89,6 +92,21 @@ class Layer:
         self.runtime.check(status)
         return y
 
+    def gather(self, ids: torch.Tensor) -> torch.Tensor:
+        y = torch.empty(ids.numel(), self.layer.in_features, dtype=self.dtype, device=ids.device)
+        status = self.runtime.library.claq_cuda_gather(
+            self.handle,
+            DTYPES[ids.dtype],
+            ctypes.c_void_p(ids.data_ptr()),
+            ctypes.c_int64(ids.numel()),
+            ctypes.c_void_p(y.data_ptr()),
+            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+            self.runtime.error,
+            512,
+        )
+        self.runtime.check(status)
+        return y
+
     def __del__(self) -> None:
         if self.handle:
             self.runtime.library.claq_cuda_destroy(self.handle)
@@ -106,6 +124,8 @@ def check_all(runtime: Runtime, source: str) -> list[dict[str, Any]]:
                 for with_bias in (True, False):
                     bias = torch.randn(out_features if with_bias else 0, dtype=dtype)
                     native = Layer(runtime, layer.to("cuda"), bias.cuda())
+                    if not with_bias:
+                        found.append(_check_lookup(native, source))
                     for rows in (1, 2, 3, 4, 7, 16, 20, 130, 600):
                         x = torch.randn(rows, in_features, dtype=dtype)
                         expected = x.double() @ weight.T + (bias.double() if with_bias else 0)
@@ -127,6 +147,23 @@ def check_all(runtime: Runtime, source: str) -> list[dict[str, Any]]:
                                 }
                             )
     return found
+
+
+def _check_lookup(native: Layer, source: str) -> dict[str, Any]:
+    """Rows looked up, which must be those of the dense weight bit for bit."""
+    layer = native.layer
+    index = torch.int32 if layer.out_features % 2 else torch.int64
+    ids = torch.randint(-layer.out_features, layer.out_features, (50,), device="cuda").to(index)
+    expected = layer.dequantize().to(native.dtype)[ids.long()]
+    right = torch.equal(native.gather(ids), expected)
+    return {
+        "package": source,
+        "dtype": str(native.dtype).removeprefix("torch."),
+        "shape": [layer.out_features, layer.in_features],
+        "lookup": str(index).removeprefix("torch."),
+        "error": 0.0 if right else float("inf"),
+        "right": right,
+    }
 
 
 def graph_agrees(runtime: Runtime) -> bool:
@@ -187,41 +224,16 @@ def time_all(runtime: Runtime) -> list[dict[str, Any]]:
     return found
 
 
-ONNX_CHECK = """
-import json, sys
-import numpy as np, onnxruntime as ort, torch
-sys.path[:0] = sys.argv[1:3]
-import claq_export
-folder = sys.argv[3]
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(512, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 256)).eval()
-claq_export.export(model, (torch.randn(2, 512),), folder + "/model.onnx",
-                   claq_export.Config(bits=4, calibration="none"), verify=False)
-options = ort.SessionOptions()
-options.register_custom_ops_library(sys.argv[4])
-feeds = lambda s, n: {s.get_inputs()[0].name: np.random.default_rng(n).standard_normal((n, 512)).astype(np.float32)}
-cuda = ort.InferenceSession(folder + "/model.onnx", options, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
-cpu = ort.InferenceSession(folder + "/model.onnx", options, providers=["CPUExecutionProvider"])
-errors = {}
-for n in (1, 2, 7, 130):
-    a, b = cuda.run(None, feeds(cuda, n))[0], cpu.run(None, feeds(cpu, n))[0]
-    errors[n] = float(np.abs(a - b).max() / np.abs(b).max())
-print(json.dumps({"version": ort.__version__, "providers": cuda.get_providers(), "errors": errors}))
-"""
-
-
 def onnxruntime_agrees(library: str) -> dict[str, Any]:
-    """A model of two layers in ONNX Runtime on CUDA and on the CPU; or why that was not tried."""
+    """Logits of a small language model in ONNX Runtime on CUDA beside PyTorch's; or why that was not tried."""
     if importlib.util.find_spec("onnxruntime") is None:
         return {"not tried": "onnxruntime is not installed"}
-    import onnxruntime
-
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        return {"not tried": f"onnxruntime {onnxruntime.__version__} here has no CUDA provider"}
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", ONNX_CHECK, str(ROOT), str(Path(__file__).parent), folder, library]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr[-2000:]}
+    command = [sys.executable, str(Path(__file__).parent / "logits.py"), "--library", library]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return {"failed": done.stderr[-2000:]}
 
 
 def summary_of_checks(runtime: Runtime, source: str) -> dict[str, Any]:

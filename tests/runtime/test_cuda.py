@@ -56,7 +56,16 @@ def _names(table: str) -> list[str]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("cuda")
     for source, name in BUILT.items():
-        build = ["g++", "-shared", "-fPIC", "-O1", f"-Wl,-soname,{name}", str(FOLDER / source), "-o", str(folder / name)]
+        build = [
+            "g++",
+            "-shared",
+            "-fPIC",
+            "-O1",
+            f"-Wl,-soname,{name}",
+            str(FOLDER / source),
+            "-o",
+            str(folder / name),
+        ]
         subprocess.run(build, check=True)
     packages = folder / "kernels"
     packages.mkdir()

@@ -107,7 +107,9 @@ class Interpreter:
                     continue
                 if kind.startswith("*"):
                     address = ctypes.cast(parameters[place], ctypes.POINTER(ctypes.c_uint64))[0]
-                    assert address % 16 == 0 or argument in variant.unaligned, f"{variant.name}: {argument} is not aligned"
+                    assert address % 16 == 0 or argument in variant.unaligned, (
+                        f"{variant.name}: {argument} is not aligned"
+                    )
                     arguments[argument] = at_address(address, kind)
                 else:
                     arguments[argument] = ctypes.cast(parameters[place], ctypes.POINTER(ctypes.c_int32))[0]

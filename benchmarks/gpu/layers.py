@@ -1,0 +1,70 @@
+"""Random layers and tables in the format of docs/format.md, for the GPU benchmarks."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from claq_export.format.layer import QuantizedLinear, index_dtype, storage_order
+
+BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-6}
+"""Largest error of a product, as a share of the largest output, by dtype."""
+
+
+def layer_of(
+    in_features: int, out_features: int, widths: tuple[int, ...], outliers: float = 0.0, full_row: bool = False
+) -> QuantizedLinear:
+    """A random layer on the CPU; ``outliers`` is their share, ``full_row`` reserves every weight of the last output."""
+    bits = torch.tensor(widths)[torch.randint(len(widths), (in_features,))]
+    order, columns = storage_order(bits)
+    real = order < in_features
+    rows = sum(width * count for width, count in zip((4, 3, 2), columns, strict=True)) // 32
+    entries = sum(count << width for width, count in zip((4, 3, 2), columns, strict=True))
+    reserved = torch.rand(out_features, order.numel()) < outliers
+    if full_row:
+        reserved[-1] = True
+    reserved &= real
+    per_row, index = reserved.sum(1), reserved.nonzero()[:, 1]
+    ptr = torch.cat([torch.zeros(1, dtype=torch.int64), per_row.cumsum(0)]).to(torch.int32)
+    layer = QuantizedLinear(
+        in_features=in_features,
+        out_features=out_features,
+        columns=columns,
+        codes=torch.randint(-(1 << 31), 1 << 31, (rows, out_features)).to(torch.int32).view(torch.uint32),
+        codebook=torch.randint(-128, 128, (entries,), dtype=torch.int8),
+        scale=(torch.rand(order.numel()) * 0.002 + 1e-4).to(torch.float16) * real,
+        row_scale=(torch.rand(out_features) + 0.5).to(torch.float16),
+        order=order.to(torch.int32).to(index_dtype(in_features)),
+        outlier_ptr=ptr if index.numel() else ptr[:0],
+        outlier_index=index.to(torch.int32).to(index_dtype(order.numel() - 1)),
+        outlier_value=(torch.randn(index.numel()) * 100).to(torch.float16),
+    )
+    layer.validate()
+    return layer
+
+
+def arguments(layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[Any, ...]:
+    """Arguments of claq::linear."""
+    empty = x.new_zeros(0) if bias is None else bias
+    return (x, *layer.tensors().values(), empty, layer.in_features, layer.out_features, list(layer.columns))
+
+
+def weight_bytes(layer: QuantizedLinear) -> int:
+    """Bytes of the packed weight with all its tables."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in layer.tensors().values())
+
+
+def copies_of(layer: QuantizedLinear, rotation: int, most: int = 64) -> list[QuantizedLinear]:
+    """The layer and clones of it, as many as fill ``rotation`` bytes."""
+    count = min(most, max(2, -(-rotation // weight_bytes(layer))))
+    clones = [
+        dataclasses.replace(layer, **{name: tensor.clone() for name, tensor in layer.tensors().items()})
+        for _ in range(count - 1)
+    ]
+    return [layer, *clones]

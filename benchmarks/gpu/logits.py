@@ -1,0 +1,102 @@
+"""Logits of one small language model from PyTorch and from ONNX Runtime, on the GPU or the CPU; prints JSON.
+
+    python benchmarks/gpu/logits.py --library libclaq.so [--provider CPUExecutionProvider]
+
+The model (embedding, causal attention, a tied output head) is quantized and exported here; nothing is downloaded. Every
+claq node must have run on the provider asked for, which ONNX Runtime's profile tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import nn
+from torch.nn import functional
+
+import claq_export
+
+VOCABULARY, WIDTH = 1000, 128
+
+
+class Small(nn.Module):
+    """One block of a decoder; the head is the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head.weight = self.embedding.weight
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.up = nn.Linear(WIDTH, 4 * WIDTH)
+        self.down = nn.Linear(4 * WIDTH, WIDTH)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(3))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits ``[batch, tokens, vocabulary]``."""
+        x = self.embedding(ids)
+        q, k, v = self.qkv(self.norms[0](x)).unsqueeze(1).chunk(3, -1)
+        x = x + functional.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1)
+        x = x + self.down(functional.gelu(self.up(self.norms[1](x))))
+        return self.head(self.norms[2](x))
+
+
+def claq_nodes(profile: str) -> dict[str, list[str]]:
+    """Providers that ran each claq operator."""
+    events = json.loads(Path(profile).read_text())
+    found: dict[str, set[str]] = {}
+    for event in events:
+        name = event.get("args", {}).get("op_name", "")
+        if name.startswith("Claq"):
+            found.setdefault(name, set()).add(event["args"]["provider"])
+    return {name: sorted(providers) for name, providers in sorted(found.items())}
+
+
+def main() -> int:
+    """The exit status is 1 where the logits differ or a node ran elsewhere."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", required=True)
+    parser.add_argument("--provider", default="CUDAExecutionProvider")
+    options = parser.parse_args()
+    available = onnxruntime.get_available_providers()
+    if options.provider not in available:
+        print(json.dumps({"not tried": f"onnxruntime {onnxruntime.__version__} here has no {options.provider}"}))
+        return 0
+    torch.manual_seed(0)
+    model = Small().eval().requires_grad_(False)
+    batches = [torch.randint(0, VOCABULARY, (2, 24)) for _ in range(4)]
+    errors = {}
+    with tempfile.TemporaryDirectory() as folder:
+        config = claq_export.Config(bits=4, calibration=batches, exact_tokens=0.01)
+        path = Path(folder) / "model.onnx"
+        axes = ({0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("tokens", max=512)},)
+        claq_export.export(model, (batches[0],), path, config, dynamic_shapes=axes, verify=False)
+        quantized = claq_export.load(folder, Small().eval().requires_grad_(False))
+        settings = onnxruntime.SessionOptions()
+        settings.register_custom_ops_library(options.library)
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(Path(folder) / "profile")
+        providers = [options.provider, *(p for p in ("CPUExecutionProvider",) if p != options.provider)]
+        session = onnxruntime.InferenceSession(str(path), settings, providers=providers)
+        for batch, tokens in ((1, 1), (1, 7), (2, 24), (3, 60)):
+            ids = torch.randint(0, VOCABULARY, (batch, tokens))
+            got = session.run(None, {session.get_inputs()[0].name: ids.numpy()})[0]
+            expected = quantized(ids).numpy()
+            errors[f"{batch} x {tokens}"] = float(np.abs(got - expected).max() / np.abs(expected).max())
+        nodes = claq_nodes(session.end_profiling())
+    right = max(errors.values()) <= 1e-4 and set(nodes) == {"ClaqGather", "ClaqMatMul"}
+    right = right and all(ran == [options.provider] for ran in nodes.values())
+    print(json.dumps({"version": onnxruntime.__version__, "errors": errors, "nodes": nodes, "right": right}))
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""What of benchmarks/gpu can be tried without a GPU: goals, tiles, pieces of wheels, and the way through all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from claq_export.kernels.triton.dispatch import dispatch_for
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks" / "gpu"
+
+
+def load(name: str) -> Any:
+    """A module of the benchmarks that imports none of its neighbours."""
+    spec = spec_from_file_location(f"gpu_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(bits: str, vectors: int, us: float, cublas: float, shape: tuple[int, int] = (4096, 11008)) -> dict[str, Any]:
+    """A measured row; the copy bandwidth is such that 10 us are 60 percent of it."""
+    return {
+        "shape": shape,
+        "mix": bits,
+        "outliers": 0.0,
+        "vectors": vectors,
+        "graph_us": us,
+        "cublas_bf16_us": cublas,
+        "copy_bandwidth_percent": 600 / us,
+    }
+
+
+def test_goals_are_decided_by_the_worst_shape() -> None:
+    module = load("goals")
+    rows = [
+        row("4", 1, 10.0, 30.0),
+        row("4", 1, 12.0, 40.0, (8192, 28672)),
+        row("4", 1, 500.0, 1.0, (64, 64)),  # smaller than the goals are meant for
+        row("4", 16, 14.0, 30.0),
+        row("4", 512, 110.0, 100.0),
+        {"shape": (4096, 11008), "mix": "3", "outliers": 0.0, "skipped": "out of time"},
+    ]
+    found = {goal["goal"]: goal for goal in module.goals(rows, 4096 * 11008)}
+    share = found["4 bits, M = 1: percent of copy bandwidth"]
+    assert (share["value"], share["met"]) == (50.0, False)
+    assert found["4 bits, M = 1: times as fast as cuBLAS bf16"]["met"]
+    assert found["4 bits: M = 16 as a multiple of M = 1"]["met"]
+    assert found["4 bits: M >= 512 as a multiple of cuBLAS bf16"]["met"]
+    assert found["3 bits, M = 1: percent of copy bandwidth"]["met"] is None
+    assert len(found) == 11
+
+
+def test_fastest_tiles_go_into_the_table_of_their_generation(tmp_path: Path) -> None:
+    module = load("tiles")
+    base = dispatch_for(9, 0)
+    path = tmp_path / "dispatch.json"
+    path.write_text(module.DISPATCH.read_text())
+
+    def timed(vectors: int, times: dict[int, list[float | str]], make: Any) -> list[dict[str, Any]]:
+        return [
+            {"mix": str(mix), "vectors": vectors, "tile": make(programs), "us": us}
+            for programs, all_times in times.items()
+            for mix, us in enumerate(all_times)
+        ]
+
+    gemv = lambda programs: {"max_vectors": 9, "lanes": 32, "warps": 8, "unroll": 2, "programs": programs}  # noqa: E731
+    gemm = lambda programs: {  # noqa: E731
+        "max_vectors": 1 << 30, "vectors": 32, "lanes": 64, "blocks": 4, "warps": 4, "stages": 2, "programs": programs,
+    }  # fmt: skip
+    tuning = timed(1, {4: [9.0, 9.0], 8: [8.0, 9.0], 16: [1.0, "too many registers"]}, gemv)
+    module.write_dispatch(tuning, (9, 0), "measured there", path)
+    entry = json.loads(path.read_text())["generations"]["9.0"]
+    assert entry["gemv"] == {**gemv(8), "max_vectors": base.gemv.max_vectors}
+    assert len(entry["gemm"]) == len(base.gemm)  # nothing was timed for those
+    assert entry["source"] == "measured there"
+    tuning += timed(16, {1: [5.0], 2: [4.0]}, gemm) + timed(128, {1: [5.0], 2: [6.0]}, gemm)
+    module.write_dispatch(tuning, (9, 0), "again", path)
+    entry = json.loads(path.read_text())["generations"]["9.0"]
+    assert [(tile["max_vectors"], tile["programs"]) for tile in entry["gemm"]] == [(16, 2), (128, 1)]
+    assert (
+        json.loads(path.read_text())["generations"]["9"] == json.loads(module.DISPATCH.read_text())["generations"]["9"]
+    )
+
+
+def test_a_wheel_travels_in_pieces(tmp_path: Path) -> None:
+    module = load("wheel_pieces")
+    wheel = tmp_path / "some-1.0-py3-none-any.whl"
+    data = bytes(range(256)) * 1000
+    wheel.write_bytes(data)
+    pieces = module.split(wheel, tmp_path / "pieces", megabytes=0.1)
+    assert [path.name[-5:] for path in pieces] == ["hl.00", "hl.01", "hl.02", ".json"]
+    assert max(path.stat().st_size for path in pieces) <= 100_000
+    assert [path.read_bytes() for path in module.join(tmp_path / "pieces", tmp_path / "out")] == [data]
+    pieces[1].write_bytes(data[:100_000])
+    with pytest.raises(module.PiecesError, match="are damaged"):
+        module.join(tmp_path / "pieces", tmp_path / "again")
+    pieces[1].unlink()
+    with pytest.raises(module.PiecesError, match=r"whl.01 is missing; some-1.0-py3-none-any.whl has 3 pieces"):
+        module.join(tmp_path / "pieces", tmp_path / "again")
+    assert not list((tmp_path / "again").glob("*.whl"))
+    with pytest.raises(module.PiecesError, match="holds no pieces"):
+        module.join(tmp_path / "out", tmp_path / "again")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_everything_is_gone_through_in_a_dry_run(tmp_path: Path) -> None:
+    done = run(str(FOLDER / "run_all.py"), "--dry-run", "--tune", "--minutes", "60", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads((tmp_path / "gpu_dry_run.json").read_text())
+    assert len(result["checks"]) == 5
+    assert all(check["passed"] for check in result["checks"])
+    assert {row["vectors"] for row in result["timings"] if "vectors" in row} == {1, 16}
+    skipped = {row["mix"]: row["skipped"] for row in result["timings"] if "skipped" in row}
+    assert skipped["gemlite"] == "a dry run has no GPU"
+    assert "int4pack" in skipped
+    assert {row["mix"] for row in result["lookups"]} == {"2", "4"}
+    assert {row["vectors"] for row in result["tuning"]} == {1, 16, 128}
+    assert result["goals"] == []
+    page = (tmp_path / "gpu_dry_run.md").read_text()
+    assert "5 of 5 comparisons with the dense weight passed, 0 failed, 0 were not reached" in page
+    assert "Fastest tiles for mix 3, M = 128" in page
+
+
+def test_without_a_gpu_the_reason_is_given() -> None:
+    done = run(str(FOLDER / "run_all.py"))
+    assert done.returncode == 2
+    assert done.stderr.strip() == "no GPU: torch.cuda.is_available() is false (--dry-run needs none)"
+
+
+@pytest.mark.slow
+def test_logits_of_onnx_runtime_are_those_of_pytorch() -> None:
+    claq_runtime = pytest.importorskip("claq_runtime")
+    program = str(FOLDER / "logits.py")
+    done = run(program, "--library", claq_runtime.library_path(), "--provider", "CPUExecutionProvider")
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["right"]
+    assert found["nodes"] == {"ClaqGather": ["CPUExecutionProvider"], "ClaqMatMul": ["CPUExecutionProvider"]}
+    none = run(program, "--library", claq_runtime.library_path(), "--provider", "NoSuchProvider")
+    assert "here has no NoSuchProvider" in json.loads(none.stdout)["not tried"]
