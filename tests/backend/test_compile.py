@@ -70,6 +70,18 @@ def test_observe_then_swap_gives_the_layers_of_quantize(settings: dict[str, Any]
     torch.testing.assert_close(run(x), expected(x), rtol=1e-5, atol=1e-5)
 
 
+def test_progress_lines_tell_of_observation_and_swap(capsys: pytest.CaptureFixture[str]) -> None:
+    run = compiled(Net(), observe=2, progress=True)
+    told = []
+    for x in data(3):
+        run(x)
+        told.append(" ".join(capsys.readouterr().err.split()))
+    assert "the first 2 calls run in full precision and are observed; then the weights are quantized" in told[0]
+    assert "2 calls observed, quantizing the weights" in told[1]
+    assert "quantized weights are in use from the next call on" in told[1]
+    assert told[2] == ""
+
+
 def test_observed_graphs_of_several_shapes_are_walked_together() -> None:
     model, batches = Net(), [*data(2, 40), data(1, 1, seed=3)[0], data(1, 7, seed=4)[0]]
     expected = quantized(model, Config(calibration=batches))
