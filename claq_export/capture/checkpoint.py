@@ -36,16 +36,16 @@ def weight_files(folder: Path) -> list[Path]:
             raise ModelError(f"{folder / _INDEX} has no weight_map")
         index = str(folder / _INDEX)
         # One place of a name that is no string or leads elsewhere is enough to refuse all of it.
-        places = {contained(folder, name, ModelError, index): name for name in _distinct(mapping.values(), index)}
-        names = sorted(places.values())
-        missing = [name for name in names if not (folder / name).is_file()]
+        places = {name: contained(folder, name, ModelError, index) for name in _distinct(mapping.values(), index)}
+        # A file may go by several names there ("a.safetensors", "./a.safetensors").
+        files = sorted(set(places.values()))
+        missing = [path.name for path in files if not path.is_file()]
         if missing:
             raise ModelError(
-                f"{len(missing)} of {len(names)} weight files are missing from {folder}: {', '.join(missing[:4])}"
+                f"{len(missing)} of {len(files)} weight files are missing from {folder}: {', '.join(missing[:4])}"
             )
-        files = [folder / name for name in names]
     elif (folder / _WEIGHTS).is_file():
-        mapping, files = None, [contained(folder, _WEIGHTS, ModelError)]
+        mapping, places, files = {}, {}, [contained(folder, _WEIGHTS, ModelError)]
     else:
         pickles = sorted(
             path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(f"pytorch_model{pattern[1:]}")
@@ -54,9 +54,9 @@ def weight_files(folder: Path) -> list[Path]:
             f"; {pickles[0]} is a pickle, which claq does not read: save the model with safetensors" if pickles else ""
         )
         raise ModelError(f"{folder} has no weights: expected {_WEIGHTS} or {_INDEX}{hint}")
-    held = {str(path.relative_to(folder)): safetensors_names(path) for path in files}
-    for tensor, name in (mapping or {}).items():
-        if tensor not in held[name]:
+    held = {path: safetensors_names(path) for path in files}
+    for tensor, name in mapping.items():
+        if tensor not in held[places[name]]:
             raise ModelError(f"{folder / name} lacks tensor {tensor!r}, which {_INDEX} places there")
     return files
 

@@ -80,14 +80,21 @@ def _onnx_layers(path: Path) -> Iterator[ArtifactLayer]:
     seen: set[str] = set()
     for node in file.model.graph.node:
         inputs = OPERATORS.get(node.op_type) if node.domain == DOMAIN else None
-        if inputs is None or node.input[inputs.start] in seen:
+        if inputs is None:
             continue
-        seen.add(node.input[inputs.start])
+        given = node.input[inputs]
+        if len(given) != len(TENSOR_NAMES):
+            raise FormatError(
+                f"{path}: layer {node.name!r}: the {node.op_type} node has {len(node.input)} inputs, too few for a layer"
+            )
+        if given[0] in seen:
+            continue
+        seen.add(given[0])
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
         try:
             tensors = {
                 name: torch.from_numpy(file.read(value).copy())
-                for name, value in zip(TENSOR_NAMES, node.input[inputs], strict=True)
+                for name, value in zip(TENSOR_NAMES, given, strict=True)
             }
             layer = QuantizedLinear.from_parts(attributes, tensors)
         except (FormatError, ValueError, TypeError) as error:

@@ -24,8 +24,8 @@ def contained(folder: Path, name: object, error: type[ClaqError], named_by: str 
         named_by: the file that says so, for the message.
 
     Raises:
-        error: ``name`` is not a string, empty, absolute, has ``..`` or a control character, or is a link out of the
-            folder. A file that does not exist is no error here.
+        error: ``name`` is not a string, empty, absolute, has ``..`` or a control character, ends with a separator, or
+            is a link out of the folder. A file that does not exist is no error here.
     """
     where = f"{named_by} names" if named_by else f"in {folder}:"
     if not isinstance(name, str) or not name or len(name) > NAME_LIMIT:
@@ -33,6 +33,8 @@ def contained(folder: Path, name: object, error: type[ClaqError], named_by: str 
     if not name.isprintable():
         raise error(f"{where} {name!r}, a file name with a control character")
     parts = name.replace("\\", "/").split("/")
+    if not parts[-1]:
+        raise error(f"{where} {name!r}, the name of a folder; a file is expected")
     if ".." in parts or name.startswith(("/", "\\")) or (len(name) > 1 and name[1] == ":") or Path(name).is_absolute():
         raise error(f"{where} {name!r}, which is outside {folder}; a file beside it is expected")
     path = folder / name
