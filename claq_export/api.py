@@ -201,6 +201,8 @@ def export(
             raise ConfigError("several processes keep their finished layers in memory; leave --memory out")
         verify = verify and peers.rank == 0
     if memory is not None:
+        if len(config.devices) > 1:
+            raise ConfigError("--memory is kept for one layer at a time; give one device")
         if report is not None or config.tune:
             raise ConfigError("a report and tuning need the unquantized weights in memory; leave them or --memory out")
         verify, work = False, work or f"{out}.work"

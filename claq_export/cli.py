@@ -237,7 +237,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="resident memory the run may take, for example 4GB: weights are read while calibration passes them, "
         "activations past it go to disk; what is needed is predicted first, and refused if it cannot fit",
     )
-    run.add_argument("--device", default="cpu", help="where layers are quantized, for example cuda (default: cpu)")
+    run.add_argument(
+        "--devices",
+        default="cpu",
+        metavar="NAMES",
+        help="where calibration runs and layers are quantized, for example cuda or cuda:0,cuda:1: layers that do not depend "
+        "on one another and sums over calibration tokens are spread over them (default: cpu)",
+    )
     run.add_argument(
         "--report", metavar="FILE", help="write an HTML page about the run: bits, errors, column widths, codebooks"
     )
@@ -357,7 +363,7 @@ def run_export(options: argparse.Namespace) -> None:
         fuse_siblings=options.fuse_siblings,
         accuracy=options.accuracy,
         opset=options.opset,
-        device=options.device,
+        devices=tuple(name.strip() for name in options.devices.split(",")),
         algorithm=parse_overrides(options.set),
     )
     # Piped output has no width of its own; names of layers should not be broken at 80 columns then.

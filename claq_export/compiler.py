@@ -50,7 +50,7 @@ from .sizing import Sizing
 
 _log = logging.getLogger(__name__)
 
-_NOT_IN_FINGERPRINT = ("accuracy", "calibration", "device", "tune", "opset")
+_NOT_IN_FINGERPRINT = ("accuracy", "calibration", "tune", "opset")
 """Settings that finished layers do not depend on; calibration data counts by its content, not its file's name."""
 
 
@@ -66,7 +66,7 @@ class Compilation:
         peers: the processes that share calibration and quantization.
         memory: bytes of resident memory the run may take; None = as much as it likes.
         state: every tensor of the original model by its ``state_dict()`` name, for the PyTorch checkpoint.
-        walk: makes the calibration's walk over the graph.
+        walk: makes the calibration's walk over the graph; None: one over this graph alone, on the first device.
     """
 
     captured: CapturedModel
@@ -83,7 +83,7 @@ class Compilation:
     memory: int | None = None
     peers: Peers = field(default_factory=Peers)
     records: list[LayerRecord] = field(default_factory=list)
-    walk: WalkMaker = NodeWalk
+    walk: WalkMaker | None = None
     _context: PassContext | None = None
     _plan_with_cache: Plan | None = None
     _preflight: Preflight | None = None
@@ -193,16 +193,20 @@ class Compilation:
                 assert work is not None
                 spill = stack.enter_context(ActivationSpill(self.preflight().activations, work))
             stack.enter_context(self.timed("quantization"))
+            devices = self.peers.devices(self.config.devices)
+            # Within a limit on memory the model runs where activations can go to disk from.
+            on_cpu = spill is not None or torch.device(devices[0]).type == "cpu"
+            walk = self.walk or partial(NodeWalk, spill=spill, device=None if on_cpu else torch.device(devices[0]))
             stage = CalibrationStage(
                 self.captured.graph_module,
                 plan.sites,
                 settings=self.config.layer_settings(),
                 table_settings=self.sizing.table_settings(),
                 token_clip=self.config.hessian_clip,
-                device=self.config.device,
+                devices=devices,
                 reporter=self.reporter,
                 store=self.store,
-                walk=self.walk if spill is None else partial(NodeWalk, spill=spill),
+                walk=walk,
                 release=self.memory is not None,
                 peers=self.peers,
             )
@@ -312,6 +316,7 @@ class Compilation:
         settings = {key: value for key, value in self.config.to_json().items() if key not in _NOT_IN_FINGERPRINT}
         return {
             **{f"setting {name}": json.dumps(value, sort_keys=True) for name, value in settings.items()},
+            "device": torch.device(self.config.devices[0]).type,
             "claq version": claq_export.__version__,
             "torch version": torch.__version__,
             "model": self.captured.source.sha256,

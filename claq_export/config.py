@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,9 @@ class Config:
             (activations rounded to int8 with a scale a block of columns).
         opset: ONNX operator set of a causal language model with cache: 23 has attention, rotary positions and RMS
             normalization as one operator each (ONNX Runtime 1.23 and later), 18 spells them out (slower).
-        device: where layers are quantized, for example ``"cpu"`` or ``"cuda"``.
+        devices: where the model runs for calibration (the first) and layers are quantized (all of them), for example
+            ``("cuda:0", "cuda:1")``: layers that do not depend on one another and the Hessians' sums are spread over them.
+            All of one type. The result does not depend on how many there are.
         algorithm: overrides for single fields of :class:`claq_export.algorithm.settings.LayerSettings`.
 
     Raises:
@@ -110,7 +112,7 @@ class Config:
     fuse_siblings: bool = True
     accuracy: str = "fp32"
     opset: int = DECODER_OPSET
-    device: str = "cpu"
+    devices: tuple[str, ...] = ("cpu",)
     algorithm: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -143,7 +145,7 @@ class Config:
             raise ConfigError(f"accuracy must be one of {', '.join(ACCURACY_LEVELS)}, got {self.accuracy!r}")
         if self.opset not in (18, DECODER_OPSET):
             raise ConfigError(f"opset must be 18 or {DECODER_OPSET}, got {self.opset!r}")
-        _check_device(self.device)
+        _check_devices(self.devices)
         known = {field.name for field in dataclasses.fields(LayerSettings)}
         unknown = sorted(set(self.algorithm) - known)
         if unknown:
@@ -193,20 +195,39 @@ class Config:
         return LayerSettings(**{**chosen, **self.algorithm})
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as JSON values, for the artifact's metadata; calibration data is named, not stored."""
+        """The settings as JSON values, for the artifact's metadata; calibration data is named, not stored, and where it
+        ran is left out."""
         values = dataclasses.asdict(dataclasses.replace(self, calibration=NO_CALIBRATION))
         if isinstance(self.calibration, (str, Path)):
             values["calibration"] = Path(self.calibration).name
         else:
             values["calibration"] = "python iterable"
         values["include"], values["exclude"] = list(self.include), list(self.exclude)
+        del values["devices"]
         return values
 
 
-def _check_device(name: str) -> None:
+def _check_devices(names: Sequence[str]) -> None:
+    if isinstance(names, str) or not names:
+        raise ConfigError(f"devices must be a sequence of at least one name (cpu, cuda, cuda:1, ...), got {names!r}")
+    kinds = {_checked_device(name).type for name in names}
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"devices must be of one type, got {', '.join(names)}: a layer would depend on which of them took it"
+        )
+
+
+def _checked_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device {name!r} is not one that PyTorch knows (cpu, cuda, cuda:1, ...)") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            build = "no GPU is visible" if torch.version.cuda else "this PyTorch is built without it"
+            raise ConfigError(f"device {name!r} is not there: CUDA is not available ({build})")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"device {name!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    elif device.type != "cpu":
+        raise ConfigError(f"device {name!r}: claq quantizes on cpu and cuda devices")
+    return device

@@ -6,6 +6,7 @@ claq.md, 1.2). All layers that read the same input share one :class:`Hessian` an
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,7 @@ class Hessian:
         self.tokens = 0
         self._cross: torch.Tensor | None = None
         self._factors: dict[tuple[float, bool], Factor] = {}
+        self._factoring = threading.Lock()
 
     def add(
         self, inputs: torch.Tensor, weights: torch.Tensor | None = None, *, reference: torch.Tensor | None = None
@@ -96,6 +98,24 @@ class Hessian:
         self.tokens += int(counted.sum())
         self._factors.clear()
 
+    def merge(self, other: Hessian) -> None:
+        """Add what another one accumulated, on whatever device; adding a call's tokens or a Hessian of this call gives
+        the same bits.
+
+        Raises:
+            CalibrationError: another width.
+            NotImplementedError: it has reference inputs.
+        """
+        if other.in_features != self.in_features:
+            raise CalibrationError(
+                f"a Hessian of {other.in_features} inputs cannot be added to one of {self.in_features}"
+            )
+        if other._cross is not None or self._cross is not None:
+            raise NotImplementedError("Hessians with reference inputs are not merged")
+        self.matrix.add_(other.matrix.to(self.matrix.device))
+        self.tokens += other.tokens
+        self._factors.clear()
+
     def _rows(self, inputs: torch.Tensor) -> torch.Tensor:
         if inputs.shape[-1] != self.in_features:
             raise CalibrationError(
@@ -125,7 +145,8 @@ class Hessian:
         return matrix + torch.diag(added)
 
     def factor(self, damping: float = 0.01, act_order: bool = True) -> Factor:
-        """The factor for error feedback; computed once for each pair of arguments and kept.
+        """The factor for error feedback; computed once for each pair of arguments and kept, whatever the number of threads
+        that ask for it.
 
         Args:
             damping: share of the mean diagonal that is added to the diagonal.
@@ -134,27 +155,30 @@ class Hessian:
         Raises:
             CalibrationError: the matrix is not positive definite even so.
         """
-        key = (damping, act_order)
-        if key not in self._factors:
-            matrix = self.damped(damping)
-            count = self.in_features
-            order = torch.arange(count, device=matrix.device)
-            if act_order:
-                order = torch.argsort(self.diagonal, descending=True, stable=True)
-            # H = R R^T with R upper comes from the Cholesky factor of H with both axes reversed; then H^-1 = R^-T
-            # R^-1, so U = R^-1: one factorization and one triangular inverse instead of two factorizations and a
-            # full inverse.
-            flipped = order.flip(0)
-            lower, info = torch.linalg.cholesky_ex(matrix[flipped[:, None], flipped])
-            if int(info) != 0:
-                raise CalibrationError(
-                    "the Hessian is not positive definite; raise the damping or use more calibration text"
-                )
-            upper = lower.flip(0, 1)
-            eye = torch.eye(count, dtype=torch.float64, device=matrix.device)
-            inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
-            self._factors[key] = Factor(order, inverse.to(torch.float32))
-        return self._factors[key]
+        with self._factoring:
+            key = (damping, act_order)
+            if key not in self._factors:
+                self._factors[key] = self._factor(damping, act_order)
+            return self._factors[key]
+
+    def _factor(self, damping: float, act_order: bool) -> Factor:
+        matrix = self.damped(damping)
+        count = self.in_features
+        order = torch.arange(count, device=matrix.device)
+        if act_order:
+            order = torch.argsort(self.diagonal, descending=True, stable=True)
+        # H = R R^T with R upper comes from the Cholesky factor of H with both axes reversed; then H^-1 = R^-T R^-1, so
+        # U = R^-1: one factorization and one triangular inverse instead of two factorizations and a full inverse.
+        flipped = order.flip(0)
+        lower, info = torch.linalg.cholesky_ex(matrix[flipped[:, None], flipped])
+        if int(info) != 0:
+            raise CalibrationError(
+                "the Hessian is not positive definite; raise the damping or use more calibration text"
+            )
+        upper = lower.flip(0, 1)
+        eye = torch.eye(count, dtype=torch.float64, device=matrix.device)
+        inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
+        return Factor(order, inverse.to(torch.float32))
 
     def target(self, weight: torch.Tensor, damping: float) -> torch.Tensor:
         """The weight that best reproduces the unquantized output from quantized inputs; ``weight`` itself without

@@ -1,6 +1,7 @@
 """Several processes that calibrate one model together: batches split, Hessians summed, layers shared out.
 
-Started by ``torchrun --nproc-per-node N -m claq_export ...`` (``torch.distributed``, gloo). Every process walks the whole
+Started by ``torchrun --nproc-per-node N -m claq_export ...``. They talk through ``torch.distributed``'s gloo, in a group of
+their own where the caller's group has another backend, such as nccl. Every process walks the whole
 graph with its share of the batches. At a layer the Hessians are added up, so that each process has that of all batches;
 layers that do not depend on one another are quantized by different processes and handed round. All then go on with the
 same quantized weights. Process 0 alone keeps finished layers and writes the artifact.
@@ -30,10 +31,12 @@ class Peers:
 
     Args:
         rank, size: this process and how many there are.
+        group: what they talk through; None = the default group.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None) -> None:
         self.rank, self.size = rank, size
+        self._group = group
 
     @classmethod
     def from_environment(cls) -> Peers:
@@ -44,7 +47,16 @@ class Peers:
             if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_ADDR" not in os.environ:
                 return cls()
             dist.init_process_group("gloo")
-        return cls(dist.get_rank(), dist.get_world_size())
+        # What is handed round lies in the host's memory, which nccl does not reach.
+        group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), group)
+
+    def devices(self, names: Sequence[str]) -> Sequence[str]:
+        """This process's part of a machine's devices: those of a single process, or each a share where ``torchrun`` started
+        several on the machine; a device serves several processes if there are fewer devices."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
+        place = int(os.environ.get("LOCAL_RANK", "0")) if here > 1 else 0
+        return names[place::here] or (names[place % len(names)],)
 
     def share(self, batches: Sequence[Batch], tokens_at_once: int) -> list[Batch]:
         """This process's batches: whole groups of ``tokens_at_once`` tokens, in turns.
@@ -78,8 +90,10 @@ class Peers:
         """Replace a Hessian over this process's batches by that over all."""
         if self.size > 1:
             tokens = torch.tensor([hessian.tokens])
-            dist.all_reduce(hessian.matrix)
-            dist.all_reduce(tokens)
+            matrix = hessian.matrix.cpu()
+            dist.all_reduce(matrix, group=self._group)
+            hessian.matrix.copy_(matrix)
+            dist.all_reduce(tokens, group=self._group)
             hessian.tokens = int(tokens)
 
     def hand_round(
@@ -108,10 +122,10 @@ class Peers:
 
     def _bytes(self, content: bytes, owner: int) -> bytes:
         size = torch.tensor([len(content)])
-        dist.broadcast(size, owner)
+        dist.broadcast(size, owner, group=self._group)
         buffer = torch.zeros(int(size), dtype=torch.uint8)
         if self.rank == owner and content:
             buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         if int(size):
-            dist.broadcast(buffer, owner)
+            dist.broadcast(buffer, owner, group=self._group)
         return buffer.numpy().tobytes()

@@ -27,6 +27,7 @@ from ..format.layer import QuantizedLinear
 from ..kernels import ops
 from ..passes import LinearSite
 from .data import Batch
+from .devices import Devices
 from .peers import Peers
 from .progress import ProgressReporter
 from .store import LayerStore
@@ -68,7 +69,7 @@ class CalibrationStage:
         settings: the algorithm's switches.
         table_settings: those of single sites (tables and heads), by name, in the place of ``settings``.
         token_clip: see :class:`~claq_export.algorithm.hessian.Hessian`.
-        device: where layers are quantized.
+        devices: where layers are quantized; Hessians are summed up on the first.
         reporter: told of every layer.
         store: finished layers of an interrupted run; None = start afresh and keep nothing.
         walk: makes the walk over the graph, which may take others along.
@@ -84,7 +85,7 @@ class CalibrationStage:
         settings: LayerSettings,
         table_settings: Mapping[str, LayerSettings] | None = None,
         token_clip: float | None,
-        device: str,
+        devices: Sequence[str],
         reporter: ProgressReporter,
         store: LayerStore | None = None,
         walk: WalkMaker = NodeWalk,
@@ -99,7 +100,7 @@ class CalibrationStage:
         ordinary = [site for site in self._sites if site.name not in self._table_settings]
         self._counts = dict(zip((site.name for site in ordinary), column_counts(ordinary, settings), strict=True))
         self._token_clip = token_clip
-        self._device = torch.device(device)
+        self._devices = Devices(devices)
         self._reporter = reporter
         self._store = store
         self._release = release
@@ -129,7 +130,7 @@ class CalibrationStage:
         linears = [site for site in self._sites if site.nodes]
 
         def measure_site(site: LinearSite, hessian: Hessian | None) -> None:
-            weight = self._weight(site)
+            weight = self._weight(site, self._devices.first)
             rows = None if importance is None else importance[site.name]
             with self._timed("bit budget"):
                 profiles[site.name] = _naming(
@@ -197,10 +198,11 @@ class CalibrationStage:
                     if source not in hessians:
                         hessians[source] = self._hessian(site.in_features)
                         with self._timed("Hessian"):
-                            _accumulate(hessians[source], inputs)
+                            self._accumulate(hessians[source], inputs)
                             self._peers.add_up(hessians[source])
                     hessian = hessians[source]
-                together = [site] if site.name in pooled or self._peers.size == 1 else self._siblings(site, source)
+                shared_out = self._peers.size > 1 or len(self._devices.all) > 1
+                together = self._siblings(site, source) if shared_out and not _is_pooled(site) else [site]
                 self._quantize_together([(member, hessian) for member in together], start)
             readers[source] -= 1
             if not readers[source]:
@@ -216,7 +218,7 @@ class CalibrationStage:
         return self._peers.share(batches, _TOKENS_AT_ONCE)
 
     def _siblings(self, site: LinearSite, source: fx.Node) -> list[LinearSite]:
-        """Sites that read the same value and wait to be quantized: different processes can take them."""
+        """Sites that read the same value and wait to be quantized: different processes and devices can take them."""
         return [site] + [
             other
             for other in self._sites
@@ -231,7 +233,8 @@ class CalibrationStage:
         layer = materialize_layer(self._finished[site.name].layer)
         like = torch.zeros(0, dtype=site.dtype)
         arguments = (*layer.tensors().values(), like, layer.in_features, layer.out_features, list(layer.columns))
-        return lambda indices: ops.embedding(indices, *arguments)
+        # The tensors stay in the host's memory, wherever the walk is.
+        return lambda indices: ops.embedding(indices.cpu(), *arguments).to(indices.device)
 
     def _readers_left(self) -> dict[fx.Node, int]:
         readers: dict[fx.Node, int] = {}
@@ -271,7 +274,7 @@ class CalibrationStage:
             site = site_of[node]
             hessian = hessians.setdefault(site.name, self._hessian(site.in_features))
             with self._timed("Hessian"):
-                _accumulate(hessian, inputs)
+                self._accumulate(hessian, inputs)
             uses[site.name] -= 1
             if not uses[site.name]:
                 self._peers.add_up(hessian)
@@ -295,11 +298,26 @@ class CalibrationStage:
             inside = sum(self._seconds.values()) - before
             self._seconds[step] += time.perf_counter() - start - inside
 
-    def _weight(self, site: LinearSite) -> torch.Tensor:
-        return materialize(site.weight(self._module).detach()).to(device=self._device, dtype=torch.float32)
+    def _weight(self, site: LinearSite, device: torch.device) -> torch.Tensor:
+        return materialize(site.weight(self._module).detach()).to(device=device, dtype=torch.float32)
 
-    def _hessian(self, in_features: int) -> Hessian:
-        return Hessian(in_features, token_clip=self._token_clip, device=self._device)
+    def _hessian(self, in_features: int, device: torch.device | None = None) -> Hessian:
+        return Hessian(in_features, token_clip=self._token_clip, device=device or self._devices.first)
+
+    def _accumulate(self, hessian: Hessian, inputs: Sequence[torch.Tensor]) -> None:
+        """Add all batches; groups of tokens are spread over the devices and their sums added in order."""
+        if len(self._devices.all) == 1:
+            for rows in _groups(inputs):
+                hessian.add(rows)
+            return
+
+        def part(rows: torch.Tensor, device: torch.device) -> Hessian:
+            own = self._hessian(hessian.in_features, device)
+            own.add(rows)
+            return own
+
+        for own in self._devices.map(part, _groups(inputs)):
+            hessian.merge(own)
 
     def _restore(self, site: LinearSite) -> QuantizedSite | None:
         """A layer finished by an earlier run."""
@@ -310,30 +328,45 @@ class CalibrationStage:
         return self._finish(QuantizedSite(site, layer, extra["error"], measure(layer), 0.0), restored=True)
 
     def _quantize_together(self, work: Sequence[tuple[LinearSite, Hessian | None]], start: float | None = None) -> None:
-        """Quantize layers that do not depend on one another; with peers each takes its share and hands it round."""
-        mine: dict[str, tuple[QuantizedLinear, dict[str, Any]]] = {}
+        """Quantize layers that do not depend on one another, on all devices; with peers each takes its share and hands it
+        round."""
         peers = self._peers
-        if peers.size > 1:
-            for site, hessian in work[peers.rank :: peers.size]:
-                mine[site.name] = self._quantize(site, hessian, time.perf_counter() if start is None else start)
-        for number, (site, hessian) in enumerate(work):
-            begin = time.perf_counter() if start is None else start
+
+        def quantize(
+            item: tuple[LinearSite, Hessian | None], device: torch.device
+        ) -> tuple[QuantizedLinear, dict[str, Any]]:
+            return self._quantize(*item, device, time.perf_counter() if start is None else start)
+
+        with self._timed("other"):
+            began = time.perf_counter()
+            steps: list[dict[str, float]] = []
             if peers.size == 1:
-                layer, record = self._quantize(site, hessian, begin)
+                for number, (layer, record) in self._devices.each(quantize, work):
+                    steps.append(record["steps"])
+                    self._keep(work[number][0], layer, record)
             else:
-                handed = peers.hand_round(mine.pop(site.name, None), number % peers.size)
-                assert handed is not None
-                layer, record = handed
-            if self._store is not None:
-                self._store.save(site.name, layer, {"error": record["error"]})
-            done = QuantizedSite(site, layer, record["error"], measure(layer), record["seconds"])
-            self._finish(done, steps=record["steps"])
+                mine = dict(self._devices.each(quantize, work[peers.rank :: peers.size]))
+                steps += [record["steps"] for _, record in mine.values()]
+                for number, (site, _) in enumerate(work):
+                    handed = peers.hand_round(mine.get(number // peers.size), number % peers.size)
+                    assert handed is not None
+                    self._keep(site, *handed)
+            self._count(steps, time.perf_counter() - began)
+
+    def _count(self, steps: Sequence[Mapping[str, float]], elapsed: float) -> None:
+        """Count the steps of layers that took ``elapsed`` seconds together; those done at once share the time by their
+        own lengths."""
+        spent = sum(layer["total"] for layer in steps)
+        share = min(1.0, elapsed / spent) if spent else 0.0
+        for layer in steps:
+            for step, label in _STEPS.items():
+                self._seconds[label] += share * layer[step]
 
     def _quantize(
-        self, site: LinearSite, hessian: Hessian | None, start: float
+        self, site: LinearSite, hessian: Hessian | None, device: torch.device, start: float
     ) -> tuple[QuantizedLinear, dict[str, Any]]:
-        """A finished layer, its error, and the seconds it took by step."""
-        weight = self._weight(site)
+        """A finished layer, its error, and the seconds it took by step; changes nothing, for any thread."""
+        weight = self._weight(site, device)
         settings = self._table_settings.get(site.name, self._settings)
 
         def quantize() -> LayerResult:
@@ -344,13 +377,16 @@ class CalibrationStage:
                 weight, hessian, settings, plan=plan, row_frequency=self._frequency.get(site.out_features)
             )
 
-        with self._timed("other"):
-            result = _naming(site, quantize)
-            for step, label in _STEPS.items():
-                self._seconds[label] += result.seconds[step]
+        result = _naming(site, quantize)
         steps = {key: round(value, 4) for key, value in result.seconds.items()}
         record = {"error": result.error, "seconds": time.perf_counter() - start, "steps": steps}
         return result.layer.to("cpu"), record
+
+    def _keep(self, site: LinearSite, layer: QuantizedLinear, record: Mapping[str, Any]) -> None:
+        if self._store is not None:
+            self._store.save(site.name, layer, {"error": record["error"]})
+        done = QuantizedSite(site, layer, record["error"], measure(layer), record["seconds"])
+        self._finish(done, steps=record["steps"])
 
     def _finish(self, done: QuantizedSite, **fields: Any) -> QuantizedSite:
         if self._release and self._store is not None:
@@ -406,18 +442,19 @@ def column_counts(sites: Sequence[LinearSite], settings: LayerSettings) -> list[
     return spread_counts([site.in_features for site in sites], [site.out_features for site in sites], shares)
 
 
-def _accumulate(hessian: Hessian, inputs: Sequence[torch.Tensor]) -> None:
-    """Add all batches, several at a time: a product of few tokens costs as much as its K x K result, not as its tokens."""
+def _groups(inputs: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The tokens of all batches, ``[T, K]``, several batches at a time: a product of few tokens costs as much as its K x K
+    result, not as its tokens."""
     rows: list[torch.Tensor] = []
     tokens = 0
     for x in inputs:
         rows.append(x.reshape(-1, x.shape[-1]))
         tokens += rows[-1].shape[0]
         if tokens >= _TOKENS_AT_ONCE:
-            hessian.add(torch.cat(rows))
+            yield torch.cat(rows)
             rows, tokens = [], 0
     if rows:
-        hessian.add(torch.cat(rows))
+        yield torch.cat(rows)
 
 
 def _naming(site: LinearSite, work: Callable[[], _Result]) -> _Result:

@@ -67,6 +67,8 @@ class NodeWalk:
         stop_at: linear nodes the visitor is called for; nothing that they do not depend on is computed.
         lookups: embedding nodes -> what gives the rows for their indices, in the place of the table in the graph.
         spill: where activations go past a budget; None = all stay in memory.
+        device: where the operators run; inputs and weights are copied there as they are needed, each weight once. None:
+            wherever the graph's tensors are.
 
     Raises:
         CalibrationError: the batches do not have the graph's inputs, or an operator fails on them.
@@ -79,9 +81,11 @@ class NodeWalk:
         stop_at: Sequence[fx.Node],
         lookups: Mapping[fx.Node, RowLookup] | None = None,
         spill: ActivationSpill | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self._module = graph_module
         self._spill = spill
+        self._device = device
         self._held = [0] * len(batches)
         self._batches = batches
         self._lookups = dict(lookups or {})
@@ -150,7 +154,7 @@ class NodeWalk:
             source = linear.args[0]
             assert isinstance(source, fx.Node)
             weight = yield linear, _Inputs(self._values, source)
-            self._weights[linear] = self._present_weight(linear) if weight is None else weight
+            self._weights[linear] = self._present_weight(linear) if weight is None else self._here(weight)
 
     def _fetch_batch(self, index: int) -> None:
         values = self._values[index]
@@ -184,7 +188,7 @@ class NodeWalk:
                 value = self._shared[node][signature]
             else:
                 value = self._evaluate(node, index)
-                if shareable and (node.op == "call_function" or is_deferred(self._stored(node))):
+                if shareable and (node.op == "call_function" or self._is_copied(node)):
                     self._shared.setdefault(node, {})[signature] = value
             values[node], signatures[node] = value, signature
             for dead in self._last_use.get(node, ()):
@@ -205,18 +209,18 @@ class NodeWalk:
 
     def _evaluate(self, node: fx.Node, index: int) -> Any:
         if node.op == "placeholder":
-            return self._batches[index][self._input_name[node]]
+            return self._here(self._batches[index][self._input_name[node]])
         if node.op == "get_attr":
             # The weights of the linears where the walk stops are read there, once, and not for every batch.
             only_for_stops = all(user in self._linears and user.args[1] is node for user in node.users)
-            return self._stored(node) if only_for_stops else materialize(self._stored(node))
+            return self._stored(node) if only_for_stops else self._here(materialize(self._stored(node)))
         args, kwargs = self._arguments(node, index)
         if node in self._lookups:
-            return self._lookups[node](args[1])
+            return self._here(self._lookups[node](args[1]))
         if node in self._linears:
             weight = self._weights[node]
             if weight is not None:
-                args = (args[0], weight.to(args[0].dtype), *args[2:])
+                args = (args[0], weight.to(args[0]), *args[2:])
         if _is_mutable(node.target):
             # An in-place operator must not write into a value that another batch or node shares.
             args, kwargs = fx.node.map_aggregate((args, kwargs), _clone)
@@ -229,11 +233,22 @@ class NodeWalk:
         """What a ``get_attr`` node fetches, a stand-in as it is; None for other nodes."""
         return get_attribute(self._module, str(node.target)) if node.op == "get_attr" else None
 
+    def _here(self, value: Any) -> Any:
+        """A tensor on the walk's device; anything else as it is."""
+        return value.to(self._device) if self._device is not None and isinstance(value, torch.Tensor) else value
+
+    def _is_copied(self, node: fx.Node) -> bool:
+        """Whether what a ``get_attr`` node gives is another tensor than the graph's: one that is worth keeping."""
+        stored = self._stored(node)
+        elsewhere = self._device is not None and isinstance(stored, torch.Tensor) and stored.device != self._device
+        return stored is not None and (is_deferred(stored) or elsewhere)
+
     def _present_weight(self, linear: fx.Node) -> torch.Tensor | None:
-        """The unquantized weight of a linear where it has to be read first; None where the graph holds it."""
+        """The unquantized weight of a linear where it has to be read or copied first; None where the graph holds it."""
         weight = linear.args[1]
-        stored = self._stored(weight) if isinstance(weight, fx.Node) else None
-        return materialize(stored) if stored is not None and is_deferred(stored) else None
+        if not isinstance(weight, fx.Node) or not self._is_copied(weight):
+            return None
+        return self._here(materialize(self._stored(weight)))  # type: ignore[no-any-return]
 
     def _callable(self, node: fx.Node) -> Callable[..., Any]:
         if node.op == "call_function" and callable(node.target):
@@ -244,10 +259,14 @@ class NodeWalk:
 
     def _arguments(self, node: fx.Node, index: int) -> tuple[Any, Any]:
         values = self._values[index]
-        return (
-            fx.node.map_arg(node.args, lambda argument: values[argument]),
-            fx.node.map_arg(node.kwargs, lambda argument: values[argument]),
-        )
+
+        def given(argument: Any) -> Any:
+            if isinstance(argument, fx.Node):
+                return values[argument]
+            # A graph that was captured on the CPU makes its constants there.
+            return self._device if self._device is not None and isinstance(argument, torch.device) else argument
+
+        return fx.node.map_aggregate(node.args, given), fx.node.map_aggregate(node.kwargs, given)
 
 
 class JointWalk:

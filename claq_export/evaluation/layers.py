@@ -93,8 +93,7 @@ def _onnx_layers(path: Path) -> Iterator[ArtifactLayer]:
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
         try:
             tensors = {
-                name: torch.from_numpy(file.read(value).copy())
-                for name, value in zip(TENSOR_NAMES, given, strict=True)
+                name: torch.from_numpy(file.read(value).copy()) for name, value in zip(TENSOR_NAMES, given, strict=True)
             }
             layer = QuantizedLinear.from_parts(attributes, tensors)
         except (FormatError, ValueError, TypeError) as error:

@@ -123,10 +123,12 @@ def assert_nothing_left(out: Path) -> None:
         (["--task", "weather"], 3, "weather"),
         (["--include", "nothing.like.this"], 2, "nothing.like.this"),
         (["--sequence-length", "4096"], 5, "4096"),
-        (["--device", "warp"], 2, "warp"),
         (["--bits", "2.01"], 2, "2.01 true bits a weight cannot be met"),
         (["--size", "2kB"], 2, "2,000 bytes cannot be met"),
         (["--size", "2kB", "--dry-run"], 2, "2,000 bytes cannot be met"),
+        (["--devices", "warp"], 2, "warp"),
+        (["--devices", "cpu,meta"], 2, "meta"),
+        (["--devices", "cpu,"], 2, "device ''"),
     ],
 )
 def test_wrong_settings(

@@ -16,7 +16,7 @@ from claq_export.format.checkpoint import load_checkpoint
 
 _PROGRAM = """
 import sys
-sys.path[:0] = sys.argv[2:]
+sys.path[:0] = sys.argv[3:]
 import torch
 import claq_export
 import claq_export.calibration.stage as stage
@@ -29,13 +29,16 @@ class Model(torch.nn.Module):
         self.o = torch.nn.Linear(64, 96)
     def forward(self, x):
         return self.o(torch.tanh(self.q(x)) * self.k(x) + self.v(x))
-config = claq_export.Config(bits=3, calibration=[torch.randn(16, 64) for _ in range(9)], fuse_siblings=False, outliers=0.01)
+batches = [torch.randn(16, 64) for _ in range(9)]
+config = claq_export.Config(
+    bits=3, calibration=batches, fuse_siblings=False, outliers=0.01, devices=tuple(sys.argv[2].split(","))
+)
 result = claq_export.export(Model(), torch.randn(4, 64), out=sys.argv[1], config=config)
 print(len(result.layers), result.artifact_bytes)
 """
 
 
-def run(out: Path, size: int) -> list[str]:
+def run(out: Path, size: int, devices: str = "cpu") -> list[str]:
     """Export in ``size`` processes; what each printed."""
     out.parent.mkdir()
     with socket.socket() as free:
@@ -51,7 +54,7 @@ def run(out: Path, size: int) -> list[str]:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-        command = [sys.executable, "-c", _PROGRAM, str(out), *sys.path]
+        command = [sys.executable, "-c", _PROGRAM, str(out), devices, *sys.path]
         children.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
@@ -75,6 +78,25 @@ def test_two_processes_end_with_what_one_ends_with(tmp_path):
         assert float((expected - got).norm() / expected.norm()) < 1e-2, name
     assert not list(tmp_path.glob("two/.*"))
     assert json.loads((tmp_path / "two" / "claq.json").read_text())["format"] == "claq"
+
+
+def test_processes_with_several_devices_each_end_with_the_same_bytes(tmp_path):
+    for name, devices in (("one", "cpu"), ("several", "cpu,cpu")):
+        run(tmp_path / name / "model.onnx", 2, devices)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "several").iterdir())
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "several" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("place", "processes", "expected"),
+    [(0, 1, ["a", "b", "c"]), (0, 2, ["a", "c"]), (1, 2, ["b"]), (4, 5, ["b"])],
+)
+def test_processes_of_a_machine_share_its_devices(monkeypatch, place, processes, expected):
+    monkeypatch.setenv("LOCAL_RANK", str(place))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert list(Peers(place, max(processes, 2)).devices(("a", "b", "c"))) == expected
 
 
 def test_groups_of_tokens_stay_together():
