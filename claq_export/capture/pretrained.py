@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
+from ..inputs import contained
 from .captured import CapturedModel, Source
 from .checkpoint import digest, read_json, weight_files
 from .lazy import build_lazily
@@ -35,6 +36,7 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
 )
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+_FILES_READ = (*_HUB_FILES, "*.jinja")
 
 
 def load_pretrained(
@@ -61,9 +63,12 @@ def load_pretrained(
             task needs is not in the files or does not fit; a weight is NaN or infinite.
     """
     folder = _folder(path_or_id, trust_remote_code)
+    _refuse_links_out(folder)
     settings = read_json(folder / "config.json")
-    if settings.get("quantization_config"):
-        method = settings["quantization_config"].get("quant_method", "an unknown method")
+    if quantized := settings.get("quantization_config"):
+        method = (
+            quantized.get("quant_method", "an unknown method") if isinstance(quantized, dict) else "an unknown method"
+        )
         raise ModelError(f"{path_or_id} is already quantized ({method}); claq needs the floating-point model")
     files = weight_files(folder)
     config = _config(folder, settings, trust_remote_code)
@@ -240,6 +245,14 @@ def _check_finite(model: torch.nn.Module, path_or_id: str | Path) -> None:
         raise ModelError(f"{path_or_id} has NaN or infinite weights in {', '.join(bad[:4])}{more}")
 
 
+def _refuse_links_out(folder: Path) -> None:
+    """Other libraries read the tokenizer's files, and all of them are copied beside the artifact."""
+    for pattern in _FILES_READ:
+        for path in folder.glob(pattern):
+            if path.is_symlink():
+                contained(folder, path.name, ModelError)
+
+
 def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
@@ -249,7 +262,7 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         with _quiet():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a model without a working tokenizer can still be quantized from token ids
-        _log.warning("the tokenizer in %s cannot be loaded: %s", folder, _first_line(error))
+        _log.error("the tokenizer in %s cannot be loaded: %s", folder, _first_line(error))
         return None
 
 

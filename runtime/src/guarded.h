@@ -7,6 +7,7 @@
 
 #include "claq.h"
 #include "cuda/driver.h"
+#include "exceptions.h"
 #include "layer.h"
 
 namespace claq {
@@ -16,6 +17,7 @@ claq_status guarded(char* error, size_t error_size, Body body) noexcept {
   const auto report = [&](const char* message) {
     if (error && error_size) std::snprintf(error, error_size, "%s", message);
   };
+  ready_to_throw();
   try {
     body();
     return CLAQ_OK;

@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "claq.h"
+#include "exceptions.h"
 
 namespace claq {
 
@@ -33,6 +34,7 @@ void for_each(const Host& host, int64_t total, Body body) {
       host.context,
       [](void* data, size_t index) {
         auto* state = static_cast<Shared*>(data);
+        ready_to_throw();
         try {
           (*state->body)(static_cast<int64_t>(index));
         } catch (...) {

@@ -79,9 +79,68 @@ def unknown_architecture(model: Path) -> str:
     return "bart-simpson"
 
 
+def pickles_only(model: Path) -> str:
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    return "pytorch_model.bin is a pickle"
+
+
+def weights_elsewhere(model: Path) -> str:
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    save_file(tensors, model.parent / "a.safetensors", metadata={"format": "pt"})
+    index = {"weight_map": dict.fromkeys(tensors, "../a.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    return "'../a.safetensors', which is outside"
+
+
+def linked_tokenizer(model: Path) -> str:
+    shutil.move(model / "tokenizer.json", model.parent / "private.json")
+    (model / "tokenizer.json").symlink_to(model.parent / "private.json")
+    return "tokenizer.json is a link out of its folder"
+
+
+def endless_config(model: Path) -> str:
+    with (model / "config.json").open("r+b") as file:
+        file.truncate(300 << 20)  # no disk space is taken
+    return "config.json has more than the 268435456 bytes accepted"
+
+
+def nested_config(model: Path) -> str:
+    (model / "config.json").write_text('{"a":' * 100_000)
+    return "nested too deeply"
+
+
+def two_model_types(model: Path) -> str:
+    (model / "config.json").write_text('{"model_type": "bert", "model_type": "gpt2"}')
+    return "'model_type' occurs twice"
+
+
+def quantized_somehow(model: Path) -> str:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": "yes"}))
+    return "already quantized"
+
+
+def own_code(model: Path) -> str:
+    config = json.loads((model / "config.json").read_text())
+    code = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}}
+    (model / "config.json").write_text(json.dumps({**config, **code}))
+    (model / "own.py").write_text(f"open({str(model / 'was-run')!r}, 'w')")
+    return "--trust-remote-code"
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        pickles_only,
+        weights_elsewhere,
+        linked_tokenizer,
+        endless_config,
+        nested_config,
+        two_model_types,
+        quantized_somehow,
+        own_code,
         missing_weights,
         truncated_weights,
         absurd_header,
@@ -101,6 +160,18 @@ def test_damaged_models(
     message = capsys.readouterr().err
     assert named in message
     assert "Traceback" not in message
+    assert not (model / "was-run").exists()
+    assert_nothing_left(out)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (model / "tokenizer.json").write_text('{"version": "1.0"')
+    out = tmp_path / "out" / "model.onnx"
+    assert main([str(model), "--out", str(out), "--calibration", str(text), "--quiet"]) == 5
+    assert "the model has no tokenizer" in capsys.readouterr().err
+    assert any("cannot be loaded" in entry.message and str(model) in entry.message for entry in caplog.records)
     assert_nothing_left(out)
 
 

@@ -89,6 +89,9 @@ class NativeLayer:
         self._library.claq_run.argtypes = [
             pointer, ctypes.c_int, ctypes.c_int32, pointer, ctypes.c_int64, pointer, pointer, pointer, ctypes.c_char_p, size,
         ]  # fmt: skip
+        self._library.claq_gather.argtypes = [
+            pointer, ctypes.c_int, pointer, ctypes.c_int64, ctypes.c_int, pointer, pointer, pointer, ctypes.c_char_p, size,
+        ]  # fmt: skip
         with np.load(folder / "layer.npz") as stored:
             values = {name: stored[name] for name in stored.files}
         self._arrays = {name: np.ascontiguousarray(values[name]) for name in _TENSORS}
@@ -107,6 +110,12 @@ class NativeLayer:
         error = ctypes.create_string_buffer(512)
         data = (x.ctypes.data, len(x), y.ctypes.data)
         return self._library.claq_run(self._handle, 1, 4, *data, None, None, error, len(error)), error.value.decode()
+
+    def gather_status(self, indices: np.ndarray, y: np.ndarray) -> tuple[int, str]:
+        """Look up int64 ``indices`` as float32 rows; the status and its message."""
+        error = ctypes.create_string_buffer(512)
+        data = (indices.ctypes.data, len(indices), 1, y.ctypes.data)
+        return self._library.claq_gather(self._handle, 7, *data, None, None, error, len(error)), error.value.decode()
 
     def run(self, x: np.ndarray) -> np.ndarray:
         y = np.empty((len(x), self.out_features), np.float32)
@@ -338,18 +347,28 @@ def little_memory(folder: Path, library: str, seconds: float, runs: int) -> dict
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         for i in range(len(model.inputs)):
             model.check(session, i)
-    # The C interface, where the only large allocation is libclaq's own: the status must be its own, too.
+    # The C interface, where the allocation is libclaq's own, in a thread that has run a layer and never thrown.
     layer = NativeLayer(folder, library)
-    wide = np.zeros(((256 << 20) // (4 * layer.in_features), layer.in_features), np.float32)
-    out = np.empty((len(wide), layer.out_features), np.float32)
-    expected = layer.run(wide[:3])
-    resource.setrlimit(resource.RLIMIT_AS, (statm, hard))
-    status, message = layer.status(wide, out)
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    if status not in (0, 3) or (status == 3) != bool(message):
+    indices = np.zeros(1 << 25, np.int64)
+    rows = np.zeros((3, layer.in_features), np.float32)
+    found: list[tuple[int, str]] = []
+
+    def look_up(_: int) -> None:
+        layer.gather_status(indices[:3], rows)
+        expected = rows.tobytes()
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (now, hard))
+        # 256 MB of row numbers cannot be had, so nothing is written past the three rows.
+        found.append(layer.gather_status(indices, rows))
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        layer.gather_status(indices[:3], rows)
+        if rows.tobytes() != expected:
+            raise AssertionError("the layer gives another result after a failed allocation")
+
+    in_threads(1, look_up)
+    status, message = found[0]
+    if status != 3 or message != "not enough memory":
         raise AssertionError(f"the C interface gives status {status} and message {message!r}")
-    if layer.run(wide[:3]).tobytes() != expected.tobytes():
-        raise AssertionError("the layer gives another result after a failed allocation")
     if not failures:
         raise AssertionError("no run failed; the limits were too wide")
     return {"failed_runs": failures, "native_status": status}

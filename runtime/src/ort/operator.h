@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "../exceptions.h"
 #include "../layer.h"
 #include "api.h"
 
@@ -28,6 +29,7 @@ inline void check(OrtStatus* status) {
 // Runs `body` and turns whatever it throws into a status; nothing is thrown across the C interface.
 template <class Body>
 OrtStatus* guarded(const Api& api, Body body) noexcept {
+  ready_to_throw();
   try {
     body();
     return nullptr;
