@@ -37,7 +37,9 @@ def save_compiled(model: nn.Module, folder: Path | str, config: Mapping[str, Any
     """
     original = getattr(model, "_orig_mod", model)
     names = named_parameters(original)
-    stores = [store for store in STORES.values() if _stacks(store, names)]
+    # A store has a second name once a graph was compiled ahead of time.
+    every = {id(store): store for store in STORES.values()}
+    stores = [store for store in every.values() if _stacks(store, names)]
     if not stores:
         raise ModelError(
             "no weight of this model has been quantized by backend='claq' yet: call the compiled model first (with "
@@ -69,7 +71,7 @@ def save_compiled(model: nn.Module, folder: Path | str, config: Mapping[str, Any
             state.pop(name, None)
             if name != names[id(parameter)]:
                 tied.setdefault(entry.stack.name, []).append(name.removesuffix(".weight"))
-    return save_checkpoint(
+    written = save_checkpoint(
         folder,
         layers,
         state,
@@ -79,6 +81,8 @@ def save_compiled(model: nn.Module, folder: Path | str, config: Mapping[str, Any
         transposed={stack.name for stack, _ in stacks if stack.transposed},
         tied=tied,
     )
+    stores[0].saved_in = folder.resolve()
+    return written
 
 
 def _stacks(store: WeightStore, names: Mapping[int, str]) -> list[tuple[Stack, list[tuple[str, int]]]]:

@@ -11,10 +11,12 @@ from torch import fx
 from torch._dynamo.exc import TorchDynamoException
 
 from ..errors import ClaqError, ConfigError
+from .ahead import AheadGraph, compiling_ahead, serializable
 from .dynamo import graph_parameters, trace_to_aten
 from .graph import DynamoGraph
 from .options import CompileOptions, parse_options
-from .session import CompiledGraph, session_for
+from .session import CompiledGraph, Session, session_for
+from .store import STORES
 
 Compiled = Callable[..., Any]
 
@@ -36,8 +38,10 @@ def claq(
 
     Returns:
         what Dynamo calls instead of the graph. It raises :class:`~claq_export.errors.ClaqError` where the options are
-        wrong or gradients are wanted; raised from here, Dynamo would wrap the error in its own.
+        wrong or gradients are wanted; raised from here, Dynamo would wrap the error in its own. Under ``aot_compile``
+        it can be saved (:mod:`.ahead`).
     """
+    ahead = compiling_ahead()
     try:
         parsed = parse_options(options, mode)
         if any(isinstance(p, torch.nn.Parameter) for p in gm.parameters()):
@@ -47,7 +51,7 @@ def claq(
             )
         _refuse_gradients(example_inputs)
     except ClaqError as error:
-        return _raising(error)
+        return _raising(error, ahead)
     session = session_for(parsed)
     try:
         aten = trace_to_aten(gm)
@@ -61,15 +65,27 @@ def claq(
         return _fall_back(gm, example_inputs, parsed)
     graph = DynamoGraph(aten, graph_parameters(gm, example_inputs), example_inputs)
     try:
-        rewritten = graph.rewrite(parsed.config, session.store.key)
+        rewritten = graph.rewrite(parsed.config, _store_key(session, parsed, ahead))
     except ClaqError as error:
-        return _raising(error)
+        return _raising(error, ahead)
     if parsed.config.include and not rewritten.weights:
         warnings.warn(f"backend='claq': no layer of this graph is quantized ({rewritten.notes[0]})", stacklevel=2)
     run = _fall_back(rewritten.module, example_inputs, parsed)
+    if ahead:
+        inner = serializable(rewritten.module, run)
+        compiled = CompiledGraph(graph, rewritten, inner, session)
+        return AheadGraph(compiled, inner, _store_key(session, parsed, ahead)) if rewritten.weights else inner
     if not rewritten.weights:
         return run
     return CompiledGraph(graph, rewritten, run, session).__call__
+
+
+def _store_key(session: Session, options: CompileOptions, ahead: bool) -> str:
+    """What compiled code calls the session's store; a graph that is saved must not share its name in another process."""
+    if not ahead:
+        return session.store.key
+    STORES[f"ahead-{options.key}"] = session.store
+    return f"ahead-{options.key}"
 
 
 def _fall_back(module: fx.GraphModule, example_inputs: Sequence[Any], options: CompileOptions) -> Compiled:
@@ -94,7 +110,10 @@ def _refuse_gradients(inputs: Sequence[Any]) -> None:
         )
 
 
-def _raising(error: ClaqError) -> Compiled:
+def _raising(error: ClaqError, ahead: bool) -> Compiled:
+    if ahead:
+        raise error  # nothing wraps it there
+
     def refuse(*_args: Any) -> Any:
         raise error
 

@@ -42,6 +42,17 @@ class Rewritten:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class SavedGraph:
+    """What a graph that was loaded from disk knows of its parameters; it cannot be planned or walked again.
+
+    Attributes:
+        names: position of an input -> name of the parameter it is.
+    """
+
+    names: dict[int, str]
+
+
 class DynamoGraph:
     """A graph as Dynamo handed it over, traced to ATen.
 

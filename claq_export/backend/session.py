@@ -15,9 +15,10 @@ import torch
 
 from ..calibration.progress import ProgressReporter
 from ..config import NO_CALIBRATION
+from ..errors import ModelError
 from .calibrate import Recording, quantize_on_data, quantize_recordings
 from .checkpoint import load_weights
-from .graph import DynamoGraph, Rewritten
+from .graph import DynamoGraph, Rewritten, SavedGraph
 from .options import CompileOptions
 from .release import check_not_released, release
 from .store import WeightStore, store_for, version_of
@@ -30,17 +31,19 @@ class CompiledGraph:
     """One of Dynamo's graphs, compiled: sees to it that the weights of each call are quantized, and runs it.
 
     Args:
-        graph: as traced.
+        graph: as traced, or what is known of it after loading.
         rewritten: with the operators of this room.
         run: compiled from ``rewritten``.
         session: of the options.
     """
 
-    def __init__(self, graph: DynamoGraph, rewritten: Rewritten, run: Callable[..., Any], session: Session) -> None:
+    def __init__(
+        self, graph: DynamoGraph | SavedGraph, rewritten: Rewritten, run: Callable[..., Any], session: Session
+    ) -> None:
         self.graph = graph
         self.rewritten = rewritten
+        self.session = session
         self._run = run
-        self._session = session
         self._watched = (*rewritten.weights, *rewritten.biases)
         self._pick = operator.itemgetter(*self._watched) if len(self._watched) > 1 else None
         self._known: list[tuple[weakref.ref[torch.Tensor], int]] = []
@@ -53,11 +56,11 @@ class CompiledGraph:
         """
         observed = None
         if not self._served(args):
-            observed = self._session.prepare(self, args)
+            observed = self.session.prepare(self, args)
         with _below_autograd():
             result = self._run(*args)
         if observed is not None:
-            self._session.observed(observed)
+            self.session.observed(observed)
         return result
 
     def weights(self, args: Sequence[Any]) -> list[torch.Tensor]:
@@ -115,6 +118,8 @@ class Session:
         with self._reporter() as reporter:
             if options.weights is not None:
                 load_weights(options.weights, named, self.store)
+            elif isinstance(graph, SavedGraph):
+                raise ModelError("a loaded graph takes its quantized weights from a folder, and was given none")
             elif options.config.calibration == NO_CALIBRATION:
                 quantize_recordings([Recording(graph, tuple(args), None)], options.config, self.store, reporter)
             else:
@@ -132,6 +137,7 @@ class Session:
             release([w for w in candidates if (e := self.store.find(w)) is not None and e.stack is not None])
 
     def _record(self, compiled: CompiledGraph, args: Sequence[Any], missing: Sequence[torch.Tensor]) -> Recording:
+        assert isinstance(compiled.graph, DynamoGraph), "loaded graphs are not observed"
         for recording in self._recordings:
             if recording.graph is compiled.graph and all(
                 recording.args[i] is args[i] for i in compiled.rewritten.weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -88,10 +89,14 @@ class WeightStore:
 
     Args:
         key: name of the store among :data:`STORES`; graphs carry it as a constant.
+
+    Attributes:
+        saved_in: folder that holds all that is in the store, if it was saved and nothing was put in since.
     """
 
     def __init__(self, key: str) -> None:
         self.key = key
+        self.saved_in: Path | None = None
         self._entries: dict[int, Entry] = {}
         self._products: dict[int, _Cached] = {}
         self._rows: dict[int, _Cached] = {}
@@ -133,6 +138,7 @@ class WeightStore:
             if (entry := entries.get(identity)) is not None and entry.ref is ref:
                 del entries[identity]
 
+        self.saved_in = None
         entries[identity] = Entry(weakref.ref(weight, forget), version_of(weight), stack, part)
         self.refresh()
 
