@@ -26,7 +26,8 @@ def layer_of(
     real = order < in_features
     rows = sum(width * count for width, count in zip((4, 3, 2), columns, strict=True)) // 32
     entries = sum(count << width for width, count in zip((4, 3, 2), columns, strict=True))
-    reserved = torch.rand(out_features, order.numel()) < outliers
+    shape = (out_features, order.numel())
+    reserved = torch.rand(shape) < outliers if outliers else torch.zeros(shape, dtype=torch.bool)
     if full_row:
         reserved[-1] = True
     reserved &= real

@@ -1,7 +1,8 @@
 """Which kernel takes how many vectors, and its tile sizes, by GPU generation: the table in ``dispatch.json``.
 
 A generation is looked up by compute capability (``"9.0"``), then by its major number (``"9"``), then ``"default"``.
-``source`` in the file says where the numbers come from.
+``source`` in the file says where the numbers come from; an entry that ``benchmarks/gpu/run_all.py --tune
+--write-dispatch`` has written names its own file of measurements.
 """
 
 from __future__ import annotations

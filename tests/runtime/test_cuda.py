@@ -28,6 +28,7 @@ BUILT = {
     "fake_driver.cpp": "libcuda.so.1",
     "fake_cublas.cpp": "libcublas.so.12",
     "count_reads.cpp": "count_reads.so",
+    "fake_ort.cpp": "fake_ort.so",
 }
 
 if find_spec("triton") is None:
@@ -97,6 +98,19 @@ def test_a_layer_is_computed(results: dict[str, Any], name: str, dtype: str, ker
 @pytest.mark.parametrize("name", _names("LOOKUPS"))
 def test_rows_are_looked_up(results: dict[str, Any], name: str) -> None:
     assert results[name] == {"equal": True, "unknown_are_nan": True, "kernels": "gather", "inside": True}
+
+
+def test_nodes_of_the_cuda_provider_are_made_run_and_destroyed(results: dict[str, Any]) -> None:
+    found = results["nodes"]
+    activations, widths, ids = 3, 2 * 2, 2
+    assert found["operators"] == activations * widths * (1 + ids)
+    assert (found["ClaqMatMul message"], found["ClaqGather message"]) == ("", "")
+    assert found["ClaqMatMul error"] <= BOUNDS["float32"]
+    assert found["ClaqGather equal"]
+    assert found["kernels"] == "quantize gemv finish gather"
+    for operator in ("ClaqMatMul", "ClaqGather"):
+        message = f"{operator} node 'the node': order: element 0 is 99, expected 0 to 70 (the last means padding)"
+        assert found[f"damaged {operator}"] == message
 
 
 @pytest.mark.parametrize("case", ["many sessions", "many threads"])

@@ -1,12 +1,14 @@
 """Runs libclaq's GPU layers on a fake driver whose launches go to Triton's interpreter; prints each case's error as JSON.
 
 A program of its own: the interpreter and the fake driver are for a whole process. Arguments: the built libclaq, the
-fake libcuda.so.1, the fake cuBLAS, what counts reads (preloaded), and a folder for the packages of kernels.
+fake libcuda.so.1, the fake cuBLAS, what counts reads (preloaded), the fake ONNX Runtime, and a folder for the packages of
+kernels.
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import os
 import sys
@@ -190,6 +192,53 @@ def look_up(library: ctypes.CDLL, gpu: Interpreter, case: tuple[Any, ...]) -> di
     }
 
 
+class FakeTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("rank", ctypes.c_int32),
+        ("type", ctypes.c_int32),
+    )
+
+
+def fake_tensor(tensor: torch.Tensor) -> FakeTensor:
+    shape = (ctypes.c_int64 * max(1, tensor.dim()))(*tensor.shape)
+    return FakeTensor(tensor.data_ptr() or None, shape, tensor.dim(), DTYPES[tensor.dtype])
+
+
+def run_node(ort: ctypes.CDLL, operator: str, layer: Any, first: torch.Tensor, last: torch.Tensor, y: torch.Tensor) -> str:
+    """Run a node of the CUDA provider; returns the message of a failure, or nothing."""
+    tensors = [first, *(tensor.contiguous() for tensor in layer.tensors().values()), last]
+    attributes = (ctypes.c_int64 * 5)(layer.in_features, layer.out_features, *layer.columns)
+    error = ctypes.create_string_buffer(512)
+    status = ort.fake_ort_run(
+        operator.encode(), attributes, (FakeTensor * 10)(*map(fake_tensor, tensors)), ctypes.c_void_p(y.data_ptr()),
+        ctypes.c_void_p(77), None, error, ctypes.c_size_t(len(error)),
+    )  # fmt: skip
+    return error.value.decode() if status else ""
+
+
+def nodes(library: ctypes.CDLL, ort: ctypes.CDLL, gpu: Interpreter) -> dict[str, Any]:
+    """The operators of the CUDA provider, made, run and destroyed as ONNX Runtime does it."""
+    found: dict[str, Any] = {"operators": ort.fake_ort_register(library.RegisterCustomOps)}
+    layer = random_layer(70, 40, (4, 2), outliers=0.03, seed=5)
+    gpu.launched, gpu.failure = [], None
+    x, y = torch.randn(2, 3, 70, dtype=torch.float32), torch.zeros(2, 3, 40)
+    found["ClaqMatMul message"] = run_node(ort, "ClaqMatMul", layer, x, torch.zeros(0), y)
+    expected = x.double() @ dense_weight(layer).T
+    found["ClaqMatMul error"] = ((y - expected).abs().max() / expected.abs().max()).item()
+    ids, rows = torch.tensor([[3, -1], [39, 0]], dtype=torch.int32), torch.zeros(2, 2, 70, dtype=torch.float16)
+    found["ClaqGather message"] = run_node(ort, "ClaqGather", layer, ids, torch.zeros(0, dtype=torch.float16), rows)
+    found["ClaqGather equal"] = torch.equal(rows, layer.dequantize(torch.float16)[ids.long()])
+    found["kernels"] = " ".join(dict.fromkeys(gpu.launched))
+    damaged = dataclasses.replace(layer, order=torch.full_like(layer.order.int(), 99).to(layer.order.dtype))
+    for operator, first, last in (("ClaqMatMul", x, torch.zeros(0)), ("ClaqGather", ids, torch.zeros(0))):
+        found[f"damaged {operator}"] = run_node(ort, operator, damaged, first, last, y)
+    if gpu.failure:
+        raise gpu.failure
+    return found
+
+
 def reads_of_packages(library: ctypes.CDLL, reads: ctypes.CDLL, package: Path) -> dict[str, int]:
     """How often the package is read from disk, by what happens; every folder is a package of its own."""
     import onnxruntime
@@ -304,7 +353,7 @@ def registered(path: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    path, driver_path, blas_path, reads_path, folder = sys.argv[1:]
+    path, driver_path, blas_path, reads_path, ort_path, folder = sys.argv[1:]
     driver = ctypes.CDLL(driver_path)  # its soname is libcuda.so.1, which libclaq then finds loaded
     blas = ctypes.CDLL(blas_path)
     gpu = Interpreter()
@@ -322,6 +371,7 @@ def main() -> None:
     library.claq_cuda_destroy.argtypes = [ctypes.c_void_p]
     results: dict[str, Any] = {case[0]: run(library, gpu, case, blas) for case in CASES}
     results |= {case[0]: look_up(library, gpu, case) for case in LOOKUPS}
+    results["nodes"] = nodes(library, ctypes.CDLL(ort_path), gpu)
     results["registered"] = registered(path)
     results["reads"] = reads_of_packages(library, ctypes.CDLL(reads_path), Path(folder) / f"claq_sm{TARGET}.kernels")
     results["refusals"] = refusals(library, driver, Path(folder) / f"claq_sm{TARGET}.kernels")
