@@ -37,7 +37,8 @@ def saved(tmp_path: Path) -> Path:
 
 
 def ahead(model: torch.nn.Module, x: torch.Tensor, **options: object):
-    return compiled(model.forward, dynamic=True, **options).aot_compile(((x,), {}))
+    with torch._dynamo.config.patch(enable_aot_compile=True):  # off by default in torch 2.11
+        return compiled(model.forward, dynamic=True, **options).aot_compile(((x,), {}))
 
 
 _LOAD = """

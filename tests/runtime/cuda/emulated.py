@@ -206,7 +206,9 @@ def fake_tensor(tensor: torch.Tensor) -> FakeTensor:
     return FakeTensor(tensor.data_ptr() or None, shape, tensor.dim(), DTYPES[tensor.dtype])
 
 
-def run_node(ort: ctypes.CDLL, operator: str, layer: Any, first: torch.Tensor, last: torch.Tensor, y: torch.Tensor) -> str:
+def run_node(
+    ort: ctypes.CDLL, operator: str, layer: Any, first: torch.Tensor, last: torch.Tensor, y: torch.Tensor
+) -> str:
     """Run a node of the CUDA provider; returns the message of a failure, or nothing."""
     tensors = [first, *(tensor.contiguous() for tensor in layer.tensors().values()), last]
     attributes = (ctypes.c_int64 * 5)(layer.in_features, layer.out_features, *layer.columns)
