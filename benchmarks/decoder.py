@@ -1,22 +1,25 @@
 """Generation with an exported language model: equal tokens, decode and prefill speed beside MatMulNBits and llama.cpp.
 
-    claq-export SMOLLM2 --out smol/model.onnx
+    claq-export SMOLLM2 --out smol/model.onnx --last-logits
     python benchmarks/decoder.py smol [--threads 2] [--gguf model.Q4_K_M.gguf] [--json results.json]
 
 All runtimes take turns in one process, so that a busy machine slows them alike: compare the ratios. The peer
-``MatMulNBits`` is the same graph with each claq layer replaced by ONNX Runtime's 4-bit operator (blocks of 32,
-accuracy level 4), made from the dequantized weight. llama.cpp runs where llama-cpp-python is installed and a file given.
+``MatMulNBits`` is the same graph with each claq layer replaced by ONNX Runtime's 4-bit operator (blocks of 32, accuracy
+level 4), made from the dequantized weight. llama.cpp runs where llama-cpp-python is installed and a file given. It computes
+the logits of a prompt's last token alone; with ``--last-logits`` the others do so too.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import os
 import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from cpu_matmul import cpu_name
 from onnx import numpy_helper
 
 import claq_export
@@ -120,44 +124,59 @@ def agreement(folder: Path, prompt: list[int], count: int, threads: int) -> dict
         )[0, len(prompt) :].tolist()
         logits = model(ids).logits.numpy()
     found, _ = generator.step(ids.numpy(), 0, generator.empty_cache())
+    logits = logits[:, -found.shape[1] :]
     error = float(np.abs(found - logits).max() / np.abs(logits).max())
     return {"equal_tokens": list(generator.tokens(prompt, count)) == wanted, "tokens": count, "logits_error": error}
 
 
-def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Median of what each run returns (seconds); runs take turns, the first turn warms up."""
+Run = Callable[[], list[float]]
+
+
+def interleaved(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+    """What each run returns (seconds a step), sorted; runs take turns, the first turn warms up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
             seconds = run()
             if turn:
-                times[name].append(seconds)
-    return {name: statistics.median(values) for name, values in times.items()}
+                times[name] += seconds
+    return {name: sorted(values) for name, values in times.items()}
 
 
-def llama_runs(path: str, prompt: list[int], long: list[int], count: int, threads: int) -> tuple[Any, Any]:
-    """Decode and prefill of llama.cpp, in seconds, as functions."""
-    from llama_cpp import Llama
+def fastest_tenth(times: list[float]) -> float:
+    """The slowest of the fastest tenth: what a step takes while nothing else runs, also on a machine with other work."""
+    return times[len(times) // 10]
 
-    model = Llama(path, n_ctx=1024, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False)
 
-    def prefill() -> float:
+def each(values: Iterable[object]) -> list[float]:
+    """Seconds that each value of an iterator took."""
+    times, last = [], time.perf_counter()
+    for _ in values:
+        now = time.perf_counter()
+        times.append(now - last)
+        last = now
+    return times
+
+
+def llama_runs(path: str, prompt: list[int], long: list[int], count: int, threads: int) -> tuple[Run, Run]:
+    """Decode and prefill of llama.cpp, in seconds a step, as functions."""
+    from llama_cpp import Llama, llama_get_logits_ith
+
+    model = Llama(path, n_ctx=1024, n_threads=threads, n_threads_batch=threads, n_batch=len(long), verbose=False)
+
+    def likeliest() -> int:
+        # As the other runtimes are asked for it; llama.cpp's chain of samplers would take longer.
+        return int(np.ctypeslib.as_array(llama_get_logits_ith(model.ctx, -1), (model.n_vocab(),)).argmax())
+
+    def tokens(start: list[int], count: int) -> Iterator[int]:
         model.reset()
-        start = time.perf_counter()
-        model.eval(long)
-        return time.perf_counter() - start
+        new = start
+        for _ in range(count):
+            model.eval(new)
+            new = [likeliest()]
+            yield new[0]
 
-    def decode() -> float:
-        model.reset()
-        model.eval(prompt)
-        token = model.sample(temp=0.0)
-        start = time.perf_counter()
-        for _ in range(count - 1):
-            model.eval([token])
-            token = model.sample(temp=0.0)
-        return time.perf_counter() - start
-
-    return decode, prefill
+    return lambda: each(tokens(prompt, count))[1:], lambda: each(tokens(long, 1))
 
 
 def operator_times(path: Path, prompt: list[int], count: int, threads: int) -> dict[str, float]:
@@ -192,7 +211,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gguf", help="a llama.cpp file of the same model")
     parser.add_argument("--skip-agreement", action="store_true", help="timings only")
-    parser.add_argument("--note", default="", help="written into the results, for example: busy machine")
+    parser.add_argument("--note", default="", help="written into the results")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
@@ -201,6 +220,9 @@ def main() -> None:
     prompt = draw[:16]
     results: dict[str, Any] = {
         "note": options.note,
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu_name(),
+        "load": os.getloadavg()[0],
         "threads": options.threads,
         "onnxruntime": ort.__version__,
         "artifact_bytes": sum(p.stat().st_size for p in options.folder.glob("model.onnx*") if p.is_file()),
@@ -209,40 +231,51 @@ def main() -> None:
         results["agreement"] = agreement(options.folder, prompt, options.new_tokens, options.threads)
         print(json.dumps(results["agreement"]))
     with tempfile.TemporaryDirectory() as scratch:
-        int8 = with_accuracy(options.folder / "model.onnx", options.folder / ".int8.onnx", 4)
+        int8, fp32 = (
+            with_accuracy(options.folder / "model.onnx", options.folder / f".{name}.onnx", level)
+            for name, level in (("int8", 4), ("fp32", 0))
+        )
         try:
             nbits = as_nbits(options.folder, Path(scratch) / "nbits.onnx")
             library = Path(claq_runtime.library_path())
-            paths = {"claq int8": int8, "claq fp32": options.folder / "model.onnx", "MatMulNBits": nbits}
+            paths = {"claq int8": int8, "claq fp32": fp32, "MatMulNBits": nbits}
             generators = {name: Generator(path, library, options.threads) for name, path in paths.items()}
-            decode: dict[str, Callable[[], float]] = {}
-            prefill: dict[str, Callable[[], float]] = {}
+            decode: dict[str, Run] = {}
+            prefill: dict[str, Run] = {}
             for name, generator in generators.items():
 
-                def run_decode(generator: Generator = generator) -> float:
-                    list(generator.tokens(prompt, options.new_tokens))
-                    return generator.timing.decode_seconds
+                def run_decode(generator: Generator = generator) -> list[float]:
+                    return each(generator.tokens(prompt, options.new_tokens))[1:]
 
-                def run_prefill(generator: Generator = generator) -> float:
-                    list(generator.tokens(draw, 1))
-                    return generator.timing.prefill_seconds
+                def run_prefill(generator: Generator = generator) -> list[float]:
+                    return each(generator.tokens(draw, 1))
 
                 decode[name], prefill[name] = run_decode, run_prefill
             if options.gguf:
                 decode["llama.cpp"], prefill["llama.cpp"] = llama_runs(
                     options.gguf, prompt, draw, options.new_tokens, options.threads
                 )
-            seconds = interleaved(decode, options.rounds)
-            results["decode_tokens_per_second"] = {k: (options.new_tokens - 1) / v for k, v in seconds.items()}
-            results["prefill_seconds"] = interleaved(prefill, max(options.rounds // 2, 2))
+            steps, prompts = interleaved(decode, options.rounds), interleaved(prefill, max(options.rounds, 5))
+            results["decode_tokens_per_second"] = {
+                name: {"median": 1 / statistics.median(times), "fastest tenth": 1 / fastest_tenth(times)}
+                for name, times in steps.items()
+            }
+            results["prefill_seconds"] = {
+                name: {"median": statistics.median(times), "fastest": times[0]} for name, times in prompts.items()
+            }
             for name in ("claq int8", "MatMulNBits"):
                 results[f"operators of {name}"] = operator_times(paths[name], prompt, 32, options.threads)
         finally:
             int8.unlink()
-    base = results["decode_tokens_per_second"]["MatMulNBits"]
-    print(f"\n{'decode':14} tokens/s  of MatMulNBits    prefill of {options.prefill}")
-    for name, rate in results["decode_tokens_per_second"].items():
-        print(f"{name:14} {rate:8.1f}  {rate / base:14.2f}    {results['prefill_seconds'][name]:.3f} s")
+            fp32.unlink()
+    rates, seconds = results["decode_tokens_per_second"], results["prefill_seconds"]
+    print(f"\n{'':14} tokens/s: median, of MatMulNBits; fastest tenth, of MatMulNBits    prefill: median, fastest")
+    for name, rate in rates.items():
+        shares = {kind: rate[kind] / rates["MatMulNBits"][kind] for kind in rate}
+        print(
+            f"{name:14} {rate['median']:16.1f} {shares['median']:15.2f} {rate['fastest tenth']:15.1f} "
+            f"{shares['fastest tenth']:15.2f} {seconds[name]['median']:19.3f} s {seconds[name]['fastest']:.3f} s"
+        )
     for name in ("claq int8", "MatMulNBits"):
         shares = ", ".join(f"{op} {share:.1%}" for op, share in results[f"operators of {name}"].items())
         print(f"time of {name} in decoding: {shares}")

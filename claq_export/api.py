@@ -104,7 +104,7 @@ def capture(
     Args:
         model: a module (``example_inputs`` needed), or a Hugging Face folder or hub id.
         example_inputs, dynamic_shapes, input_names, output_names: see
-            :func:`claq_export.capture.capture_module`; ignored for a folder, whose batch and sequence are dynamic.
+            :func:`claq_export.capture.capture_module`; ignored for a folder, whose batch and sequence (of tokens) are dynamic.
         task: of a folder, where it cannot be inferred.
         tokenizer: for text calibration of a module given in Python.
         cache: of a folder with a causal language model, capture the graph with a key/value cache too.
@@ -119,8 +119,7 @@ def capture(
         captured.tokenizer = tokenizer
         return captured, model
     loaded, found_tokenizer, _ = load_pretrained(model, task, trust_remote_code=trust_remote_code, lazy=lazy)
-    axes = {name: {0: "batch", 1: "sequence"} for name in loaded.input_names}
-    captured = capture_module(loaded, dynamic_shapes=axes)
+    captured = capture_module(loaded, dynamic_shapes=loaded.dynamic_axes)
     captured.tokenizer = tokenizer if tokenizer is not None else found_tokenizer
     if cache and captured.task == "text-generation":
         captured.with_cache = capture_decoder(loaded)
@@ -194,6 +193,8 @@ def export(
         lazy=memory is not None,
     )
     compilation = Compilation(captured, config, reporter, used_state(module, captured), keep_records=report is not None)
+    if config.last_logits and captured.with_cache is None:
+        raise ConfigError("last_logits is for language models with a key/value cache; this graph has none")
     compilation.memory = memory
     compilation.peers = peers = Peers.from_environment()
     if peers.size > 1:

@@ -12,6 +12,7 @@ from .format.layer import QuantizedLinear
 from .passes import (
     AdditiveMasks,
     FuseSiblings,
+    LastLogits,
     PassContext,
     Pipeline,
     Plan,
@@ -28,7 +29,9 @@ _DECODE_STEPS = 3
 _AGREEMENT = 1e-3
 
 
-def plan_with_cache(captured: CapturedModel, plan: Plan, planning: Pipeline, fuse: bool) -> Plan:
+def plan_with_cache(
+    captured: CapturedModel, plan: Plan, planning: Pipeline, fuse: bool, last_logits: bool = False
+) -> Plan:
     """Plan the graph with cache as the graph without was planned, sibling linears not stacked yet.
 
     Args:
@@ -36,15 +39,22 @@ def plan_with_cache(captured: CapturedModel, plan: Plan, planning: Pipeline, fus
         plan: of the graph without cache, sibling linears stacked or not.
         planning: the passes that made that plan, but for the stacking.
         fuse: put one operator in the place of many (attention, rotary positions, normalization).
+        last_logits: let it return the logits of the last new token alone.
 
     Raises:
-        CaptureError: the two graphs do not have the same layers.
+        CaptureError: the two graphs do not have the same layers, or what makes the logits cannot be given one token.
     """
     context = PassContext(task="text-generation", aliases=captured.aliases)
     Pipeline([AdditiveMasks()]).run(captured.graph_module, context)
     planning.run(captured.graph_module, context)
     assert context.plan is not None
     _check_same(_parts_of(plan), _parts_of(context.plan))
+    if last_logits:
+        (record,) = Pipeline([LastLogits()]).run(captured.graph_module, context)
+        if not record.modified:
+            raise CaptureError(
+                f"the last token's logits cannot be had alone: {record.notes[0]}; leave --last-logits out"
+            )
     if fuse:
         decoder_pipeline().run(captured.graph_module, context)
     return context.plan
@@ -143,13 +153,15 @@ def check_cache(whole: CapturedModel, cached: CapturedModel, steps: list[dict[st
     tokens = torch.cat([inputs["input_ids"] for inputs in steps], 1)
     mask = steps[-1]["attention_mask"]
     past = {name: value for name, value in steps[0].items() if name.startswith("past_key_values")}
-    parts = []
+    parts, columns, length = [], [], 0
     for inputs in steps:
         logits, *state = cached.run(step_inputs(cached, inputs["input_ids"], inputs["attention_mask"], past))
         past = dict(zip(past, state, strict=True))
         parts.append(logits)
-    expected = whole.run(whole.inputs_from_tokens(tokens, mask))[0]
-    seen = mask.bool()
+        length += inputs["input_ids"].shape[1]
+        columns += range(length - logits.shape[1], length)
+    expected = whole.run(whole.inputs_from_tokens(tokens, mask))[0][:, columns]
+    seen = mask[:, columns].bool()
     want, have = expected[seen], torch.cat(parts, 1)[seen]
     error = float((want - have).abs().max() / want.abs().max().clamp(min=1e-9))
     if not error <= _AGREEMENT:

@@ -84,6 +84,12 @@ def build_parser() -> argparse.ArgumentParser:
         "and later), 18 spells it out, slower (default: 23)",
     )
     output.add_argument(
+        "--last-logits",
+        action="store_true",
+        help="text-generation models with cache return the logits of the last new token alone: a prompt is read faster, "
+        "perplexity cannot be measured on the file (default: of all new tokens)",
+    )
+    output.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -190,7 +196,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--calibration",
         default="default",
         metavar="FILE",
-        help="text (a document a line, or running text), .jsonl or .parquet; 'default' = the English text that comes with claq; "
+        help="text (a document a line, or running text), .jsonl or .parquet; .npz: an array for each of the model's inputs, a "
+        "sample a row (images, as the model's processor prepares them); 'default' = the English text that comes with claq; "
         "'none' = no calibration, much worse",
     )
     data.add_argument(
@@ -210,7 +217,8 @@ def build_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--task",
-        help="feature-extraction, text-classification, fill-mask or text-generation (default: by the architecture)",
+        help="feature-extraction, text-classification, fill-mask, text-generation, image-classification or "
+        "image-feature-extraction (default: by the architecture)",
     )
     model.add_argument(
         "--cache",
@@ -363,6 +371,7 @@ def run_export(options: argparse.Namespace) -> None:
         fuse_siblings=options.fuse_siblings,
         accuracy=options.accuracy,
         opset=options.opset,
+        last_logits=options.last_logits,
         devices=tuple(name.strip() for name in options.devices.split(",")),
         algorithm=parse_overrides(options.set),
     )

@@ -50,7 +50,7 @@ from .sizing import Sizing
 
 _log = logging.getLogger(__name__)
 
-_NOT_IN_FINGERPRINT = ("accuracy", "calibration", "tune", "opset")
+_NOT_IN_FINGERPRINT = ("accuracy", "calibration", "tune", "opset", "last_logits")
 """Settings that finished layers do not depend on; calibration data counts by its content, not its file's name."""
 
 
@@ -110,7 +110,11 @@ class Compilation:
                     assert context.plan is not None
                     planning = self._planning(fuse_siblings=False)
                     self._plan_with_cache = plan_with_cache(
-                        self.captured.with_cache, context.plan, planning, fuse=self.config.opset >= DECODER_OPSET
+                        self.captured.with_cache,
+                        context.plan,
+                        planning,
+                        fuse=self.config.opset >= DECODER_OPSET,
+                        last_logits=self.config.last_logits,
                     )
         assert self._context.plan is not None
         return self._context.plan

@@ -81,6 +81,8 @@ class Config:
             (activations rounded to int8 with a scale a block of columns).
         opset: ONNX operator set of a causal language model with cache: 23 has attention, rotary positions and RMS
             normalization as one operator each (ONNX Runtime 1.23 and later), 18 spells them out (slower).
+        last_logits: a causal language model with cache returns the logits of the last new token alone, all that generation
+            needs: a prompt is read faster. False: of all new tokens, as optimum's graphs do and perplexity needs.
         devices: where the model runs for calibration (the first) and layers are quantized (all of them), for example
             ``("cuda:0", "cuda:1")``: layers that do not depend on one another and the Hessians' sums are spread over them.
             All of one type. The result does not depend on how many there are.
@@ -112,6 +114,7 @@ class Config:
     fuse_siblings: bool = True
     accuracy: str = "fp32"
     opset: int = DECODER_OPSET
+    last_logits: bool = False
     devices: tuple[str, ...] = ("cpu",)
     algorithm: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -12,6 +12,7 @@ from .fuse_attention import FuseAttention
 from .fuse_rms_norm import FuseRmsNorm
 from .fuse_rotary import FuseRotary
 from .fuse_siblings import FuseSiblings
+from .last_logits import LastLogits
 from .pipeline import PassRecord, Pipeline
 from .plan import LinearSite, Plan, PlanRow, Skipped
 from .remove_noops import RemoveNoops
@@ -27,6 +28,7 @@ __all__ = [
     "FuseRmsNorm",
     "FuseRotary",
     "FuseSiblings",
+    "LastLogits",
     "LinearSite",
     "Pass",
     "PassContext",

@@ -94,6 +94,8 @@ class FuseAttention(Pass):
         for stream, cache in zip((keys, values), caches, strict=True):
             cache.meta = dict(stream.joined.meta)
             stream.joined.replace_all_uses_with(cache, delete_user_cb=lambda user: user.op == "output")
+        # It may draw random numbers (dropout), so the elimination of dead code would let it stand.
+        graph.erase_node(node)
 
 
 def _stream(value: fx.Node, heads: int) -> _Stream:

@@ -11,6 +11,7 @@ from torch import fx
 _aten = torch.ops.aten
 _CASTS = {_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten._to_copy.default}
 _COPIES = {_aten.contiguous.default, _aten.clone.default, _aten.alias.default}
+_SPLITS = {_aten.view.default, _aten.reshape.default, _aten.unflatten.int}
 
 
 class Mismatch(Exception):
@@ -102,7 +103,7 @@ def heads_last(graph: fx.Graph, node: fx.Node) -> fx.Node:
     else:
         split = graph.call_function(_aten.transpose.int, (node, 1, 2))
         split.meta["val"] = node.meta["val"].transpose(1, 2)
-    if split.target in (_aten.view.default, _aten.reshape.default) and isinstance(split.args[0], fx.Node):
+    if split.target in _SPLITS and isinstance(split.args[0], fx.Node):
         whole = split.args[0]
         heads, size = shape_of(split)[2:]
         if len(shape_of(whole)) == 3 and shape_of(whole)[-1] == heads * size:

@@ -1,4 +1,4 @@
-"""Calibration data: text files, JSONL, Parquet or Python iterables, turned into batches of model inputs.
+"""Calibration data: text files, JSONL, Parquet, NumPy archives or Python iterables, turned into batches of model inputs.
 
 Batches hold samples of equal length only, so that no padding token ever reaches a Hessian.
 """
@@ -10,10 +10,12 @@ import itertools
 import json
 import random
 import re
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import CalibrationError
@@ -132,6 +134,40 @@ def _read_parquet(path: Path) -> list[str]:
         return [text for text in parquet.read_table(path, columns=[field])[field].to_pylist() if text]
     except ArrowException as error:
         raise CalibrationError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+def read_arrays(path: str | Path, input_names: Sequence[str], samples: int, seed: int = 0) -> list[Batch]:
+    """Samples of a ``.npz`` file, one dictionary a sample (leading dimension 1), drawn at random where there are more.
+
+    Args:
+        path: an archive with one array for each of ``input_names``, equally long; a row is a sample.
+
+    Raises:
+        CalibrationError: the file is missing, damaged, too large, holds objects, or its arrays are not the model's inputs.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CalibrationError(f"calibration file {str(path)!r} does not exist or is not a file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > TEXT_LIMIT:
+            raise CalibrationError(f"calibration file {str(path)!r} unpacks to more than {TEXT_LIMIT >> 20} MiB")
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = [name for name in input_names if name not in arrays]
+            if missing:
+                raise CalibrationError(
+                    f"calibration file {str(path)!r} has no array {missing[0]!r}; it has {', '.join(arrays.files) or 'none'}"
+                )
+            rows = {name: arrays[name] for name in input_names}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise CalibrationError(f"calibration file {str(path)!r} is not a readable .npz archive: {error}") from error
+    lengths = {len(array) if array.ndim else 0 for array in rows.values()}
+    if len(lengths) != 1 or 0 in lengths:
+        raise CalibrationError(f"calibration file {str(path)!r}: its arrays hold {sorted(lengths)} samples")
+    (count,) = lengths
+    chosen = sorted(random.Random(seed).sample(range(count), min(samples, count)))
+    return [{name: torch.from_numpy(array[i : i + 1].copy()) for name, array in rows.items()} for i in chosen]
 
 
 def tokenize_texts(

@@ -14,6 +14,7 @@ from .data import (
     batches_from_iterable,
     group_equal_shapes,
     iterate_texts,
+    read_arrays,
     read_texts,
     split_sentences,
     tokenize_texts,
@@ -40,6 +41,15 @@ def load_calibration(captured: CapturedModel, config: Config) -> list[Batch]:
             texts = iterate_texts(chain(first, islice(items, _TEXTS_A_SAMPLE * samples)))
             return _batches_of_texts(texts, captured, config, samples)
         return batches_from_iterable(chain(first, items), captured.input_names, captured.example_inputs, samples)
+    if Path(source).suffix.lower() == ".npz":
+        rows = read_arrays(source, captured.input_names, samples, config.seed)
+        batches = batches_from_iterable(rows, captured.input_names, captured.example_inputs, samples)
+        return group_equal_shapes(batches, config.batch_size)
+    if "input_ids" not in captured.input_names:
+        raise CalibrationError(
+            f"the model reads {', '.join(captured.input_names)}, which no text can give; calibrate it with a .npz file (an "
+            "array for each input, a sample a row), with batches from Python, or with --calibration none"
+        )
     if source != DEFAULT_CALIBRATION:
         return _batches_of_texts(read_texts(source), captured, config, samples)
     documents = read_texts(DEFAULT_TEXT)

@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 _UNUSED = {
     "feature-extraction": re.compile(r"(^|\.)pooler\."),
     "fill-mask": re.compile(r"(^|\.)pooler\."),
+    "image-feature-extraction": re.compile(r"(^|\.)pooler\."),
 }
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -73,6 +74,8 @@ def load_pretrained(
     files = weight_files(folder)
     config = _config(folder, settings, trust_remote_code)
     chosen = canonical_task(task) if task is not None else _inferred(folder, config)
+    if chosen.name == "image-feature-extraction":
+        config = getattr(config, "vision_config", config)  # of a model of text and images, the half that reads images
     if lazy:
         model = _load_lazily(folder, files, config, chosen, dtype, trust_remote_code)
     else:
@@ -94,8 +97,7 @@ def capture_pretrained(
         CaptureError: the model cannot be turned into a graph.
     """
     model, tokenizer, _ = load_pretrained(path_or_id, task, dtype, trust_remote_code)
-    axes = {name: {0: "batch", 1: "sequence"} for name in model.input_names}
-    captured = capture_module(model, dynamic_shapes=axes)
+    captured = capture_module(model, dynamic_shapes=model.dynamic_axes)
     captured.tokenizer = tokenizer
     return captured
 
@@ -151,7 +153,15 @@ def _version() -> str:
 def _inferred(folder: Path, config: Any) -> Task:
     if (folder / "modules.json").is_file():  # sentence-transformers: pooled hidden states, whatever the checkpoint was
         return canonical_task("feature-extraction")
-    return infer_task(config.architectures)
+    task = infer_task(config.architectures)
+    if task.name == "feature-extraction" and hasattr(config, "vision_config"):
+        raise ModelError(
+            f"{config.architectures[0]} reads text and images; --task image-feature-extraction exports the half that reads "
+            "images"
+        )
+    if task.name == "feature-extraction" and hasattr(config, "image_size") and not hasattr(config, "vocab_size"):
+        return canonical_task("image-feature-extraction")
+    return task
 
 
 def _auto_class(config: Any, task: Task) -> str:

@@ -1,4 +1,4 @@
-"""Tasks of text models: which transformers class serves each, and a module that fixes its inputs and outputs."""
+"""Tasks of text and image models: which transformers class serves each, and a module that fixes inputs and outputs."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ class Task:
         auto_class: the transformers class that loads a model for it.
         output: the field of the model's output that is the result.
         suffixes: endings of architecture names (``config.architectures``) that mean this task.
+        image: the model reads ``pixel_values`` instead of tokens.
     """
 
     name: str
     auto_class: str
     output: str
     suffixes: tuple[str, ...]
+    image: bool = False
 
 
 TASKS = {
@@ -37,6 +39,14 @@ TASKS = {
         Task("text-classification", "AutoModelForSequenceClassification", "logits", ("ForSequenceClassification",)),
         Task("fill-mask", "AutoModelForMaskedLM", "logits", ("ForMaskedLM", "WithLMHeadModel")),
         Task("text-generation", "AutoModelForCausalLM", "logits", ("ForCausalLM", "LMHeadModel")),
+        Task(
+            "image-classification",
+            "AutoModelForImageClassification",
+            "logits",
+            ("ForImageClassification", "ForImageClassificationWithTeacher"),
+            image=True,
+        ),
+        Task("image-feature-extraction", "AutoModel", "last_hidden_state", ("VisionModel",), image=True),
     )
 }
 
@@ -110,12 +120,19 @@ class TaskModel(nn.Module):
         self.eval()
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        """Run the model on int64 ``[batch, sequence]`` tensors in the order of ``input_names``."""
+        """Run the model on tensors in the order of ``input_names``: int64 ``[batch, sequence]``, or float32 images
+        ``[batch, channels, height, width]``."""
         named: dict[str, Any] = dict(zip(self.input_names, tensors, strict=True))
         if self.task == "text-generation":
             named["use_cache"] = False
         result: torch.Tensor = getattr(self.model(**named, return_dict=True), self.output_names[0])
         return result
+
+    @property
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        """Input name -> {axis: name}. The size of an image is fixed: position embeddings depend on it."""
+        axes = {0: "batch"} if TASKS[self.task].image else {0: "batch", 1: "sequence"}
+        return {name: dict(axes) for name in self.input_names}
 
     @property
     def pad_token_id(self) -> int:
@@ -135,8 +152,11 @@ class TaskModel(nn.Module):
         return None
 
     def example_inputs(self, batch: int = 2, sequence: int = 8) -> dict[str, torch.Tensor]:
-        """Inputs to trace with: fixed pseudo-random tokens, the last row padded."""
+        """Inputs to trace with: fixed pseudo-random tokens, the last row padded; or noise of an image's size."""
         generator = torch.Generator().manual_seed(0)
+        if TASKS[self.task].image:
+            pixels = torch.randn(batch, *_image_shape(self.config), generator=generator)
+            return {"pixel_values": pixels.to(next(self.model.parameters()).dtype)}
         tokens = torch.randint(0, int(self.config.vocab_size), (batch, sequence), generator=generator)
         mask = torch.ones(batch, sequence, dtype=torch.int64)
         mask[-1, sequence - sequence // 4 :] = 0
@@ -144,7 +164,25 @@ class TaskModel(nn.Module):
         return text_inputs(self.input_names, tokens, mask, self.pad_token_id)
 
 
+def _image_shape(config: Any) -> tuple[int, int, int]:
+    """Channels, height and width by an image model's configuration.
+
+    Raises:
+        ModelError: the configuration does not give the size.
+    """
+    size = getattr(config, "image_size", None)
+    sides = [size, size] if isinstance(size, int) else size
+    if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise ModelError(
+            f"the configuration of {config.model_type!r} gives no image_size, so its input is unknown; export the module "
+            "from Python with an example"
+        )
+    return (int(getattr(config, "num_channels", 3)), sides[0], sides[1])
+
+
 def _input_names(model: nn.Module, task: str) -> tuple[str, ...]:
+    if TASKS[task].image:
+        return ("pixel_values",)
     accepted = inspect.signature(model.forward).parameters
     config: Any = model.config
     names = ["input_ids", "attention_mask"]

@@ -111,7 +111,10 @@ class OnnxModel:
         self._token_input = "input_ids" if "input_ids" in self.inputs else next(iter(self.inputs))
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self._run(tokens, torch.ones_like(tokens), (LOGITS_OUTPUT,)))
+        found = torch.from_numpy(self._run(tokens, torch.ones_like(tokens), (LOGITS_OUTPUT,)))
+        if found.dim() == 3 and found.shape[1] != tokens.shape[1]:
+            raise ModelError("the ONNX model returns the last token's logits alone; export it without --last-logits")
+        return found
 
     def padded_logits(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Logits for padded tokens ``[B, S]``: ``[B, S, V]`` of a masked language model, ``[B, C]`` of a classifier."""

@@ -79,6 +79,14 @@ def test_folder_is_complete(decoder_artifact: Path) -> None:
     assert operators.count("RotaryEmbedding") == 4
     assert operators.count("RMSNormalization") == 5
     assert not {"Softmax", "ReduceMean", "Neg", "Transpose"} & set(operators)
+    # Rotation and attention take what the linears write: all that is reshaped belongs to the mask.
+    makers = {name: node.op_type for node in model.graph.node for name in node.output}
+    for node in model.graph.node:
+        if node.op_type in ("RotaryEmbedding", "Attention"):
+            assert {makers[name] for name in node.input[: 3 if node.op_type == "Attention" else 1]} <= {
+                "Split",
+                "RotaryEmbedding",
+            }
     assert {entry.key: entry.value for entry in model.metadata_props}["claq.task"] == CACHED_TASK
 
     genai = json.loads((decoder_artifact / "genai_config.json").read_text())
@@ -177,6 +185,23 @@ def test_no_cache_and_other_opset(tiny_llama: Path, decoder_artifact: Path, tmp_
         )
         result = subprocess.run([older, "-c", code], capture_output=True, text=True, check=True)
         assert [int(token) for token in result.stdout.split()] == tokens
+
+
+def test_last_logits_generate_the_same_tokens(tiny_llama: Path, decoder_artifact: Path, tmp_path: Path) -> None:
+    from claq_export.evaluation.models import OnnxModel
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(sentences(64)), encoding="utf-8")
+    common = [str(tiny_llama), "--quiet", "--last-logits", "--calibration", str(text)]
+    target = tmp_path / "last" / "model.onnx"
+    assert main([*common, "--samples", "4", "--sequence-length", "32", "--out", str(target)]) == 0
+    logits = ort.InferenceSession(str(target)).get_outputs()[0]
+    assert logits.shape[:2] == ["batch", 1]
+    tokens = list(Generator(target).tokens(PROMPTS[0], NEW_TOKENS))
+    assert tokens == list(Generator(decoder_artifact).tokens(PROMPTS[0], NEW_TOKENS))
+    with pytest.raises(ModelError, match="without --last-logits"):
+        OnnxModel(target).logits(torch.tensor([PROMPTS[0]]))
+    assert main([*common, "--no-cache", "--out", str(tmp_path / "whole.onnx")]) == ConfigError.exit_code
 
 
 def test_models_without_such_a_cache_are_refused(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from claq_export.capture.tasks import TaskModel
 from claq_export.kernels import decoder_ops
 from claq_export.passes import (
     AdditiveMasks,
+    CanonicalizeLinears,
     FuseRmsNorm,
     FuseRotary,
+    LastLogits,
     PassContext,
     Pipeline,
     RemoveNoops,
@@ -116,6 +118,8 @@ def families() -> list:
 
 @pytest.mark.parametrize(("config", "norms", "rotations", "attentions"), families())
 def test_families(config: object, norms: int, rotations: int, attentions: int) -> None:
+    from transformers import MistralConfig
+
     captured = captured_decoder(config)
     prefill = {
         name: tensor[:, :, :0] if tensor.dim() == 4 else tensor[:, -3:]
@@ -129,6 +133,11 @@ def test_families(config: object, norms: int, rotations: int, attentions: int) -
     targets = [node.target for node in captured.graph_module.graph.nodes]
     found = [targets.count(op) for op in (decoder_ops.rms_norm, decoder_ops.rotary, decoder_ops.cached_attention)]
     assert found == [norms, rotations, attentions]
+    assert torch.ops.aten.scaled_dot_product_attention.default not in targets
+    if isinstance(config, MistralConfig):
+        # Projections write heads last, rotation and attention read them so: nothing is turned or reshaped between them.
+        turned = {torch.ops.aten.unflatten.int, torch.ops.aten.flatten.using_ints, torch.ops.aten.transpose.int}
+        assert not turned.intersection(targets)
     for inputs, expected in zip(samples, before, strict=True):
         for have, want in zip(captured.run(inputs), expected, strict=True):
             torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
@@ -156,3 +165,39 @@ def test_cache_that_others_read_too_is_left_alone() -> None:
     assert "the longer cache is read by" in notes_of(records)
     for have, want in zip(captured.run(captured.example_inputs), before, strict=True):
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+
+
+def last_logits_configs() -> list:
+    from transformers import Gemma2Config, LlamaConfig
+
+    return [
+        pytest.param(LlamaConfig(**GATED, tie_word_embeddings=True), id="tied"),
+        pytest.param(Gemma2Config(**GATED, head_dim=8, final_logit_softcapping=30.0), id="soft cap"),
+    ]
+
+
+@pytest.mark.parametrize("config", last_logits_configs())
+def test_logits_of_the_last_token_alone(config: object) -> None:
+    captured = captured_decoder(config)
+    logits, *cache = captured.run(captured.example_inputs)
+    records = Pipeline([CanonicalizeLinears(), LastLogits()]).run(captured.graph_module, PassContext())
+    assert records[-1].modified
+    found, *same = captured.run(captured.example_inputs)
+    torch.testing.assert_close(found, logits[:, -1:], rtol=1e-5, atol=1e-6)
+    assert all(map(torch.equal, same, cache))
+
+
+def test_logits_that_no_linear_makes_stay_whole() -> None:
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 9)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.head(x)
+            return y * y
+
+    graph = traced(Doubled(), torch.randn(2, 3, 6))
+    (record,) = Pipeline([LastLogits()]).run(graph, PassContext())
+    assert not record.modified
+    assert "more than a function of one value" in record.notes[0]

@@ -1,0 +1,155 @@
+"""Attention to a cache in ONNX Runtime: ``Attention`` of opset 23 and ``GroupQueryAttention``, its cache copied or in place.
+
+    python benchmarks/attention_operators.py [--threads 2] [--out -]
+
+A session of eight layers a variant, heads as in SmolLM2-135M (9 for queries, 3 for keys, of size 64), io binding, runs in
+turns. The figure is the tenth percentile: what a layer takes while nothing else runs, also on a machine with other work.
+``GroupQueryAttention`` shares a buffer of 2,048 tokens between past and present in the last column; then it writes the
+new token only, where the others copy the whole cache at each step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from cpu_matmul import cpu_name
+from onnx import TensorProto, helper
+
+HEADS, KV_HEADS, SIZE, LAYERS, CAPACITY = 9, 3, 64, 8, 2048
+LENGTHS = ((1, 16), (1, 64), (1, 512), (1, 2000), (512, 0))
+"""New tokens and cached tokens."""
+
+
+def model(grouped: bool) -> onnx.ModelProto:
+    """Attentions in a row, each with a cache of its own; keys and values are the same for all."""
+
+    def value(name: str, *shape: str | int, kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    inputs = [
+        value("q", 1, "s", HEADS * SIZE),
+        value("k", 1, "s", KV_HEADS * SIZE),
+        value("v", 1, "s", KV_HEADS * SIZE),
+    ]
+    if grouped:
+        inputs += [value("seqlens", 1, kind=TensorProto.INT32), value("total", kind=TensorProto.INT32)]
+    else:
+        inputs.append(value("mask", 1, 1, "s", "t"))
+    nodes, outputs, query = [], [], "q"
+    for layer in range(LAYERS):
+        past, present = [f"past_k{layer}", f"past_v{layer}"], [f"present_k{layer}", f"present_v{layer}"]
+        inputs += [value(name, 1, KV_HEADS, "p", SIZE) for name in past]
+        outputs += [value(name, 1, KV_HEADS, "t", SIZE) for name in present]
+        result = [f"y{layer}", *present]
+        if grouped:
+            operands = [query, "k", "v", *past, "seqlens", "total"]
+            settings = {"domain": "com.microsoft", "num_heads": HEADS, "kv_num_heads": KV_HEADS}
+            nodes.append(helper.make_node("GroupQueryAttention", operands, result, **settings))
+        else:
+            operands = [query, "k", "v", "mask", *past]
+            nodes.append(helper.make_node("Attention", operands, result, q_num_heads=HEADS, kv_num_heads=KV_HEADS))
+        query = result[0]
+    outputs.append(value(query, 1, "s", HEADS * SIZE))
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    graph = helper.make_graph(nodes, "attention", inputs, outputs)
+    return helper.make_model(graph, opset_imports=opsets, ir_version=11)
+
+
+def tensor(*shape: int) -> ort.OrtValue:
+    return ort.OrtValue.ortvalue_from_numpy(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+
+
+def step(session: ort.InferenceSession, new: int, cached: int, shared: bool) -> Callable[[], np.ndarray]:
+    """A run of the session on bound inputs; returns what the last layer makes."""
+    binding = session.io_binding()
+    for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+        binding.bind_ortvalue_input(name, tensor(1, new, heads * SIZE))
+    names = {value.name for value in session.get_inputs()}
+    if "mask" in names:
+        later = np.arange(cached + new)[None] > np.arange(cached, cached + new)[:, None]
+        binding.bind_cpu_input("mask", np.where(later, np.float32(-1e30), np.float32(0))[None, None])
+    else:
+        binding.bind_cpu_input("seqlens", np.array([cached + new - 1], np.int32))
+        binding.bind_cpu_input("total", np.array(cached + new, np.int32))
+    for name in sorted(name for name in names if name.startswith("past")):
+        content = np.zeros((1, KV_HEADS, CAPACITY if shared else cached, SIZE), np.float32)
+        content[:, :, :cached] = np.random.default_rng(1).standard_normal((1, KV_HEADS, cached, SIZE))
+        buffer = ort.OrtValue.ortvalue_from_numpy(content)
+        binding.bind_ortvalue_input(name, buffer)
+        if shared:
+            binding.bind_ortvalue_output(name.replace("past", "present"), buffer)
+    fresh = [value.name for value in session.get_outputs() if not shared or value.name.startswith("y")]
+
+    def run() -> np.ndarray:
+        for name in fresh:
+            binding.bind_output(name)
+        session.run_with_iobinding(binding)
+        return binding.get_outputs()[len(session.get_outputs()) - 1].numpy()
+
+    return run
+
+
+def measure(threads: int, seconds: float) -> list[str]:
+    """Rows of the table."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    plain, grouped = (ort.InferenceSession(model(kind).SerializeToString(), options) for kind in (False, True))
+    rows = []
+    for new, cached in LENGTHS:
+        runs = {
+            "Attention": step(plain, new, cached, False),
+            "GroupQueryAttention": step(grouped, new, cached, False),
+            "GroupQueryAttention, in place": step(grouped, new, cached, True),
+        }
+        first, *others = [run() for run in runs.values()]
+        for other in others:
+            np.testing.assert_allclose(other, first, rtol=1e-3, atol=1e-4)
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(times["Attention"]) < 20:
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - start)
+        cells = [sorted(values)[len(values) // 10] / LAYERS * 1e6 for values in times.values()]
+        rows.append(f"| {new}, {cached} | " + " | ".join(f"{cell:,.0f} µs" for cell in cells) + " |")
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each row")
+    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "attention_operators.md"), help="or -")
+    options = parser.parse_args()
+    load = os.getloadavg()[0]
+    rows = measure(options.threads, options.seconds)
+    text = "\n".join(
+        [
+            "# Attention operators of ONNX Runtime",
+            "",
+            f"Written by `benchmarks/attention_operators.py` on {datetime.date.today().isoformat()}: {cpu_name()}, ONNX "
+            f"Runtime {ort.__version__}, {options.threads} threads, load average {load:.0f} at the start. Time of a "
+            "layer, tenth percentile.",
+            "",
+            "| new, cached tokens | Attention (opset 23) | GroupQueryAttention | GroupQueryAttention, cache in place |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+    if options.out != "-":
+        Path(options.out).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
