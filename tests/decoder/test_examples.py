@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
 from claq_export.generation import Generator
@@ -30,6 +32,19 @@ def interpreter(module: str, variable: str) -> str:
     if variable in os.environ:
         return os.environ[variable]
     pytest.skip(f"{module} is not installed here; {variable} may name an interpreter that has it")
+
+
+def keep_last_logits(path: Path) -> None:
+    """What ``--last-logits`` does to a graph, without another export: the output head reads the last token alone."""
+    model = onnx.load(str(path), load_external_data=False)
+    position, head = next((i, node) for i, node in enumerate(model.graph.node) if "logits" in node.output)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1]), "last"))
+    model.graph.node.insert(position, onnx.helper.make_node("Gather", [head.input[0], "last"], ["last_state"], axis=1))
+    head.input[0] = "last_state"
+    axis = model.graph.output[0].type.tensor_type.shape.dim[1]
+    axis.Clear()
+    axis.dim_value = 1
+    path.write_bytes(model.SerializeToString())
 
 
 def run(python: str, script: str, *arguments: str) -> str:
@@ -110,10 +125,13 @@ def test_cpp(
     assert [int(token) for token in result.stdout.split()] == tokens
 
 
-@pytest.fixture(scope="module")
-def endless(decoder_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the artifact whose text does not end at the token that the random model likes best."""
+@pytest.fixture(scope="module", params=[False, True], ids=["all logits", "last logits"])
+def endless(request: pytest.FixtureRequest, decoder_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the artifact whose text does not end at the token that the random model likes best; its graph returns all
+    logits or the last ones alone."""
     folder = shutil.copytree(decoder_artifact, tmp_path_factory.mktemp("endless") / "model")
+    if request.param:
+        keep_last_logits(folder / "model.onnx")
     for name in ("config.json", "generation_config.json", "genai_config.json"):
         settings = json.loads((folder / name).read_text())
         (settings["model"] if name == "genai_config.json" else settings)["eos_token_id"] = 1
