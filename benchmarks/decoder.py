@@ -1,7 +1,7 @@
 """Generation with an exported language model: equal tokens, decode and prefill speed beside MatMulNBits and llama.cpp.
 
     claq-export SMOLLM2 --out smol/model.onnx --last-logits
-    python benchmarks/decoder.py smol [--threads 2] [--gguf model.Q4_K_M.gguf] [--json results.json]
+    python benchmarks/decoder.py smol [--threads 2] [--gguf Q4_K_M.gguf Q4_0.gguf] [--json results.json]
 
 All runtimes take turns in one process, so that a busy machine slows them alike: compare the ratios. The peer
 ``MatMulNBits`` is the same graph with each claq layer replaced by ONNX Runtime's 4-bit operator (blocks of 32, accuracy
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the long prompt")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--gguf", help="a llama.cpp file of the same model")
+    parser.add_argument("--gguf", nargs="*", default=[], help="llama.cpp files of the same model")
     parser.add_argument("--skip-agreement", action="store_true", help="timings only")
     parser.add_argument("--note", default="", help="written into the results")
     parser.add_argument("--json", type=Path)
@@ -251,10 +251,10 @@ def main() -> None:
                     return each(generator.tokens(draw, 1))
 
                 decode[name], prefill[name] = run_decode, run_prefill
-            if options.gguf:
-                decode["llama.cpp"], prefill["llama.cpp"] = llama_runs(
-                    options.gguf, prompt, draw, options.new_tokens, options.threads
-                )
+            for path in options.gguf:
+                name = f"llama.cpp {Path(path).stem}"
+                results[f"bytes of {name}"] = Path(path).stat().st_size
+                decode[name], prefill[name] = llama_runs(path, prompt, draw, options.new_tokens, options.threads)
             steps, prompts = interleaved(decode, options.rounds), interleaved(prefill, max(options.rounds, 5))
             results["decode_tokens_per_second"] = {
                 name: {"median": 1 / statistics.median(times), "fastest tenth": 1 / fastest_tenth(times)}
@@ -269,11 +269,11 @@ def main() -> None:
             int8.unlink()
             fp32.unlink()
     rates, seconds = results["decode_tokens_per_second"], results["prefill_seconds"]
-    print(f"\n{'':14} tokens/s: median, of MatMulNBits; fastest tenth, of MatMulNBits    prefill: median, fastest")
+    print(f"\n{'':26} tokens/s: median, of MatMulNBits; fastest tenth, of MatMulNBits    prefill: median, fastest")
     for name, rate in rates.items():
         shares = {kind: rate[kind] / rates["MatMulNBits"][kind] for kind in rate}
         print(
-            f"{name:14} {rate['median']:16.1f} {shares['median']:15.2f} {rate['fastest tenth']:15.1f} "
+            f"{name:26} {rate['median']:16.1f} {shares['median']:15.2f} {rate['fastest tenth']:15.1f} "
             f"{shares['fastest tenth']:15.2f} {seconds[name]['median']:19.3f} s {seconds[name]['fastest']:.3f} s"
         )
     for name in ("claq int8", "MatMulNBits"):
