@@ -153,7 +153,9 @@ def check_cache(whole: CapturedModel, cached: CapturedModel, steps: list[dict[st
     tokens = torch.cat([inputs["input_ids"] for inputs in steps], 1)
     mask = steps[-1]["attention_mask"]
     past = {name: value for name, value in steps[0].items() if name.startswith("past_key_values")}
-    parts, columns, length = [], [], 0
+    parts: list[torch.Tensor] = []
+    columns: list[int] = []
+    length = 0
     for inputs in steps:
         logits, *state = cached.run(step_inputs(cached, inputs["input_ids"], inputs["attention_mask"], past))
         past = dict(zip(past, state, strict=True))

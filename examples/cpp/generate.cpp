@@ -102,7 +102,7 @@ int main(int argc, char** argv) {
     call(kGetTensorMutableData, results[0], reinterpret_cast<void**>(&logits));
     call(kGetTensorTypeAndShape, results[0], &info);
     call(kGetDimensions, static_cast<const void*>(info), shape, size_t{3});
-    const float* last = logits + (added - 1) * shape[2];
+    const float* last = logits + (shape[1] - 1) * shape[2];
     const int64_t next = std::max_element(last, last + shape[2]) - last;
     release(kReleaseTensorTypeAndShapeInfo, info);
     release(kReleaseValue, results[0]);

@@ -102,9 +102,7 @@ def test_genai(endless: Path, expected: tuple[list[int], list[int], str]) -> Non
 
 
 @pytest.mark.parametrize("with_library", [False, True], ids=["stock", "runtime"])
-def test_cpp(
-    decoder_artifact: Path, tmp_path: Path, expected: tuple[list[int], list[int], str], with_library: bool
-) -> None:
+def test_cpp(endless: Path, tmp_path: Path, expected: tuple[list[int], list[int], str], with_library: bool) -> None:
     import onnxruntime
 
     libraries = sorted((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
@@ -117,7 +115,7 @@ def test_cpp(
     subprocess.run(["make", "-s", "-C", str(source), f"ORT_LIBRARY={libraries[0]}"], check=True)
     prompt, tokens, _ = expected
     result = subprocess.run(
-        [str(source / "generate"), str(decoder_artifact / "model.onnx"), library, str(NEW_TOKENS), *map(str, prompt)],
+        [str(source / "generate"), str(endless / "model.onnx"), library, str(NEW_TOKENS), *map(str, prompt)],
         capture_output=True,
         text=True,
         check=True,
