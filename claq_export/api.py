@@ -18,11 +18,13 @@ from .cached import check_cache, decoding_inputs
 from .calibration.peers import Peers
 from .calibration.progress import ProgressReporter
 from .capture import CACHED_TASK, CapturedModel, TaskModel, capture_decoder, capture_module, load_pretrained
+from .capture.precision import check_finite, check_range, in_dtype, inputs_in_dtype
 from .compiler import Compilation, emit_captured, used_state
 from .config import Config
 from .deferred import weight_bytes
 from .emit.exporter import Artifact
 from .errors import ConfigError
+from .file_graph import in_float32
 from .format.files import check_writable
 from .modules import replace_linears
 from .passes import Skipped
@@ -98,6 +100,7 @@ def capture(
     cache: bool = False,
     trust_remote_code: bool = False,
     lazy: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[CapturedModel, nn.Module]:
     """A model as a graph, and the module it came from.
 
@@ -110,21 +113,56 @@ def capture(
         cache: of a folder with a causal language model, capture the graph with a key/value cache too.
         trust_remote_code: run Python code that comes with a folder.
         lazy: leave a folder's large weights on disk until their values are needed.
+        dtype: of the graph that goes into the file; the model itself is captured in float32, whatever its own is.
 
     Raises:
         ModelError, CaptureError, ConfigError: see :mod:`claq_export.errors`.
     """
     if isinstance(model, nn.Module):
-        captured = capture_module(model, example_inputs, dynamic_shapes, input_names, output_names)
-        captured.tokenizer = tokenizer
-        return captured, model
+        return _capture_given(model, example_inputs, dynamic_shapes, input_names, output_names, tokenizer, dtype)
     loaded, found_tokenizer, _ = load_pretrained(model, task, trust_remote_code=trust_remote_code, lazy=lazy)
     captured = capture_module(loaded, dynamic_shapes=loaded.dynamic_axes)
     captured.tokenizer = tokenizer if tokenizer is not None else found_tokenizer
-    if cache and captured.task == "text-generation":
-        captured.with_cache = capture_decoder(loaded)
-        captured.with_cache.tokenizer = captured.tokenizer
+    cached = cache and captured.task == "text-generation"
+    other = loaded
+    if dtype != torch.float32:
+        check_range(loaded.model, dtype)
+        # As people load it in this dtype: transformers keeps what must stay in float32.
+        other, _, _ = load_pretrained(model, task, dtype, trust_remote_code=trust_remote_code, lazy=lazy)
+    if cached or dtype != torch.float32:
+        file_graph = capture_decoder(other) if cached else capture_module(other, dynamic_shapes=axes)
+        file_graph.tokenizer = captured.tokenizer
+        captured.file_graph = file_graph
     return captured, loaded.model
+
+
+def _capture_given(
+    model: nn.Module,
+    example_inputs: Any,
+    dynamic_shapes: Any,
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
+    tokenizer: Any,
+    dtype: torch.dtype,
+) -> tuple[CapturedModel, nn.Module]:
+    """:func:`capture` of a module given in Python."""
+    base = in_dtype(model, torch.float32)
+    graphs = []
+    for kind in dict.fromkeys((torch.float32, dtype)):
+        if kind != torch.float32:
+            check_range(base, kind)
+        graph = capture_module(
+            base if kind == torch.float32 else in_dtype(base, kind),
+            inputs_in_dtype(example_inputs, kind),
+            dynamic_shapes,
+            input_names,
+            output_names,
+        )
+        graph.tokenizer = tokenizer
+        graphs.append(graph)
+    captured = graphs[0]
+    captured.file_graph = graphs[1] if len(graphs) > 1 else None
+    return captured, base
 
 
 def export(
@@ -191,6 +229,7 @@ def export(
         cache=cache,
         trust_remote_code=trust_remote_code,
         lazy=memory is not None,
+        dtype=config.torch_dtype,
     )
     compilation = Compilation(captured, config, reporter, used_state(module, captured), keep_records=report is not None)
     if config.last_logits and captured.with_cache is None:
@@ -237,12 +276,14 @@ def export(
         if verify:
             reporter.stage("verifying the artifact in ONNX Runtime")
             with compilation.timed("verification"):
-                if captured.with_cache is not None:
-                    check_cache(captured, captured.with_cache, samples)
+                exact = in_float32(emitted, captured) if emitted.dtype != torch.float32 else emitted
+                if compilation.cached:
+                    check_cache(captured, exact, samples)
                 verification = verify_artifact(
                     out,
                     emitted.graph_module,
                     samples,
+                    exact=exact.graph_module if exact is not emitted else None,
                     file_names=emitted.file_names,
                     unquantized=originals,
                     original_path=original_path,
@@ -295,7 +336,13 @@ def quantize(
         ClaqError: see :mod:`claq_export.errors`; the model is unchanged then.
     """
     config = config or Config()
-    captured, _ = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, tokenizer=tokenizer)
+    if config.dtype != "float32":
+        raise ConfigError(
+            f"dtype={config.dtype!r} is that of an exported graph; cast the module itself (module.half())"
+        )
+    # The module's own tensors, in its own dtype, since it is changed in place.
+    captured = capture_module(model, example_inputs, dynamic_shapes)
+    captured.tokenizer = tokenizer
     compilation = Compilation(captured, config, reporter or ProgressReporter(quiet=True))
     compilation.quantize()
     layers = {name: done.layer for name, done in compilation.sites.items()}
@@ -327,6 +374,9 @@ class _Recorded:
 
     def __init__(self, captured: CapturedModel, samples: Sequence[Mapping[str, torch.Tensor]]) -> None:
         self._outputs = {self._key(inputs): captured.run(inputs) for inputs in samples}
+        if captured.dtype != torch.float32:
+            for inputs, outputs in zip(samples, self._outputs.values(), strict=True):
+                check_finite(captured, outputs, dict(inputs))
 
     @staticmethod
     def _key(inputs: Mapping[str, torch.Tensor]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The graph with a key/value cache beside the one that was quantized: the same layers, matched by name, and checks."""
+"""Checks of a graph with a key/value cache: inputs of real decoding steps, and agreement with the graph without cache."""
 
 from __future__ import annotations
 
@@ -7,19 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from .capture import CapturedModel
-from .errors import CaptureError, VerificationError
-from .format.layer import QuantizedLinear
-from .passes import (
-    AdditiveMasks,
-    FuseSiblings,
-    LastLogits,
-    PassContext,
-    Pipeline,
-    Plan,
-    RemoveUnused,
-    ReplaceLinears,
-    decoder_pipeline,
-)
+from .errors import VerificationError
 
 _TEXTS = (
     "The committee will meet again on Thursday to discuss the budget.",
@@ -27,67 +15,6 @@ _TEXTS = (
 )
 _DECODE_STEPS = 3
 _AGREEMENT = 1e-3
-
-
-def plan_with_cache(
-    captured: CapturedModel, plan: Plan, planning: Pipeline, fuse: bool, last_logits: bool = False
-) -> Plan:
-    """Plan the graph with cache as the graph without was planned, sibling linears not stacked yet.
-
-    Args:
-        captured: the graph with cache, rewritten in place.
-        plan: of the graph without cache, sibling linears stacked or not.
-        planning: the passes that made that plan, but for the stacking.
-        fuse: put one operator in the place of many (attention, rotary positions, normalization).
-        last_logits: let it return the logits of the last new token alone.
-
-    Raises:
-        CaptureError: the two graphs do not have the same layers, or what makes the logits cannot be given one token.
-    """
-    context = PassContext(task="text-generation", aliases=captured.aliases)
-    Pipeline([AdditiveMasks()]).run(captured.graph_module, context)
-    planning.run(captured.graph_module, context)
-    assert context.plan is not None
-    _check_same(_parts_of(plan), _parts_of(context.plan))
-    if last_logits:
-        (record,) = Pipeline([LastLogits()]).run(captured.graph_module, context)
-        if not record.modified:
-            raise CaptureError(
-                f"the last token's logits cannot be had alone: {record.notes[0]}; leave --last-logits out"
-            )
-    if fuse:
-        decoder_pipeline().run(captured.graph_module, context)
-    return context.plan
-
-
-def lower_with_cache(
-    captured: CapturedModel, plan: Plan, layers: Mapping[str, QuantizedLinear], accuracy_level: int
-) -> None:
-    """Put quantized layers, single or stacked, into the graph with cache, whose own plan is ``plan``.
-
-    Raises:
-        CaptureError: the linears that are stacked are not those of the graph without cache.
-    """
-    context = PassContext(task="text-generation", aliases=captured.aliases, plan=plan)
-    if layers.keys() != {site.name for site in plan.sites}:
-        Pipeline([FuseSiblings(weights=False)]).run(captured.graph_module, context)
-    sizes = {site.name: site.out_features for site in plan.sites}
-    _check_same({name: layer.out_features for name, layer in layers.items()}, sizes)
-    Pipeline([ReplaceLinears(layers, accuracy_level), RemoveUnused()]).run(captured.graph_module, context)
-
-
-def _parts_of(plan: Plan) -> dict[str, int]:
-    return {name: rows for site in plan.sites for name, rows in site.parts}
-
-
-def _check_same(wanted: Mapping[str, int], found: Mapping[str, int]) -> None:
-    """Layer names and rows of the graphs without and with cache."""
-    different = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    if different:
-        raise CaptureError(
-            f"the graphs with and without cache differ in layer {different[0]!r} ({len(different)} in all); "
-            "the model can be exported without cache (--no-cache)"
-        )
 
 
 def decoding_inputs(captured: CapturedModel) -> list[dict[str, torch.Tensor]]:
@@ -141,7 +68,7 @@ def check_cache(whole: CapturedModel, cached: CapturedModel, steps: list[dict[st
 
     Args:
         whole: the graph without cache.
-        cached: the graph with cache.
+        cached: the graph with cache, in the dtype of ``whole``.
         steps: from :func:`decoding_inputs`; their tokens and masks are used.
 
     Returns:
@@ -152,7 +79,11 @@ def check_cache(whole: CapturedModel, cached: CapturedModel, steps: list[dict[st
     """
     tokens = torch.cat([inputs["input_ids"] for inputs in steps], 1)
     mask = steps[-1]["attention_mask"]
-    past = {name: value for name, value in steps[0].items() if name.startswith("past_key_values")}
+    past = {
+        name: value.to(cached.example_inputs[name].dtype)
+        for name, value in steps[0].items()
+        if name.startswith("past_key_values")
+    }
     parts: list[torch.Tensor] = []
     columns: list[int] = []
     length = 0

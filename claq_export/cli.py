@@ -76,6 +76,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="arithmetic in claq-runtime: fp32 is exact to rounding, int8 rounds activations and is faster (default: fp32)",
     )
     output.add_argument(
+        "--dtype",
+        default="float32",
+        metavar="TYPE",
+        help="type of the graph's inputs, outputs, activations and unquantized weights: float32, float16, or bfloat16, which "
+        "ONNX Runtime computes in on GPUs only (default: float32, also for models stored in 16 bits)",
+    )
+    output.add_argument(
         "--opset",
         type=int,
         choices=(18, 23),
@@ -372,6 +379,7 @@ def run_export(options: argparse.Namespace) -> None:
         accuracy=options.accuracy,
         opset=options.opset,
         last_logits=options.last_logits,
+        dtype=options.dtype,
         devices=tuple(name.strip() for name in options.devices.split(",")),
         algorithm=parse_overrides(options.set),
     )

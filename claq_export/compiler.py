@@ -22,7 +22,6 @@ import claq_export
 
 from .algorithm import measure
 from .algorithm.budget import Budget, LayerProfile
-from .cached import lower_with_cache, plan_with_cache
 from .calibration.data import Batch, fingerprint
 from .calibration.loading import load_calibration
 from .calibration.peers import Peers
@@ -33,12 +32,14 @@ from .calibration.stage import CalibrationStage, QuantizedSite
 from .calibration.store import LayerStore
 from .calibration.tune import TuneResult, TuneSettings, tune
 from .calibration.walk import NodeWalk, WalkMaker
-from .capture import CapturedModel
+from .capture import CACHED_TASK, CapturedModel
 from .config import DECODER_OPSET, NO_CALIBRATION, Config
+from .deferred import cast_tensors
 from .emit.companions import copy_companions, declare_quantized
 from .emit.exporter import Artifact, emit_onnx
 from .emit.genai import write_genai_config
 from .errors import CalibrationError, ConfigError
+from .file_graph import lower_file_graph, plan_file_graph, release_weights
 from .format import metadata
 from .format.checkpoint import quantized_stacks, save_checkpoint
 from .format.files import check_writable
@@ -50,7 +51,7 @@ from .sizing import Sizing
 
 _log = logging.getLogger(__name__)
 
-_NOT_IN_FINGERPRINT = ("accuracy", "calibration", "tune", "opset", "last_logits")
+_NOT_IN_FINGERPRINT = ("accuracy", "calibration", "tune", "opset", "last_logits", "dtype")
 """Settings that finished layers do not depend on; calibration data counts by its content, not its file's name."""
 
 
@@ -85,7 +86,7 @@ class Compilation:
     records: list[LayerRecord] = field(default_factory=list)
     walk: WalkMaker | None = None
     _context: PassContext | None = None
-    _plan_with_cache: Plan | None = None
+    _file_plan: Plan | None = None
     _preflight: Preflight | None = None
     _batches: list[Batch] | None = None
 
@@ -106,11 +107,11 @@ class Compilation:
                 for record in self._planning(self.config.fuse_siblings).run(self.captured.graph_module, context):
                     self.reporter.event("pass", name=record.name, modified=record.modified, nodes=record.nodes_after)
                 self._context = context
-                if self.captured.with_cache is not None:
+                if self.captured.file_graph is not None:
                     assert context.plan is not None
                     planning = self._planning(fuse_siblings=False)
-                    self._plan_with_cache = plan_with_cache(
-                        self.captured.with_cache,
+                    self._file_plan = plan_file_graph(
+                        self.captured.file_graph,
                         context.plan,
                         planning,
                         fuse=self.config.opset >= DECODER_OPSET,
@@ -126,6 +127,7 @@ class Compilation:
             fuse_siblings=fuse_siblings,
             embeddings=self.config.embeddings,
             heads=self.config.heads,
+            weight_bytes=min(self.config.torch_dtype.itemsize, self.captured.dtype.itemsize),
         )
 
     @property
@@ -165,6 +167,8 @@ class Compilation:
         Args:
             work, resume: see :meth:`quantize_sites`.
         """
+        if self._file_plan is not None and self.emitted.dtype != self.captured.dtype:
+            release_weights(self.emitted, self._file_plan)  # copies, which nothing reads from here on
         self.quantize_sites(work, resume)
         if self.config.tune is not None:
             self.tune()
@@ -312,9 +316,9 @@ class Compilation:
         lowering: list[Pass] = [ReplaceLinears(layers, self.config.accuracy_level), RemoveUnused()]
         assert self._context is not None
         Pipeline(lowering).run(self.captured.graph_module, self._context)
-        if self._plan_with_cache is not None:
-            assert self.captured.with_cache is not None
-            lower_with_cache(self.captured.with_cache, self._plan_with_cache, layers, self.config.accuracy_level)
+        if self._file_plan is not None:
+            assert self.captured.file_graph is not None
+            lower_file_graph(self.captured.file_graph, self._file_plan, layers, self.config.accuracy_level)
 
     def _fingerprint(self, batches: Sequence[Batch] | None) -> dict[str, str]:
         settings = {key: value for key, value in self.config.to_json().items() if key not in _NOT_IN_FINGERPRINT}
@@ -375,8 +379,13 @@ class Compilation:
 
     @property
     def emitted(self) -> CapturedModel:
-        """The graph that goes into the file: the one with a cache if there is one."""
-        return self.captured.with_cache or self.captured
+        """The graph that goes into the file."""
+        return self.captured.file_graph or self.captured
+
+    @property
+    def cached(self) -> bool:
+        """Whether the file's graph has a key/value cache."""
+        return self.emitted.task == CACHED_TASK
 
     def emit(self, out: Path) -> Artifact:
         """Write ``out``, its external data, ``claq.safetensors`` and ``claq.json``, and what a loader looks for
@@ -388,10 +397,11 @@ class Compilation:
         check_writable(out)
         with self.timed("emission"):
             artifact = emit_captured(self.emitted, out, self.metadata())
+            state = cast_tensors(self.state, self.emitted.dtype)
             save_checkpoint(
                 out.parent,
                 {name: done.layer for name, done in self.sites.items()},
-                self.state,
+                state,
                 self.config.to_json(),
                 parts={name: done.site.parts for name, done in self.sites.items()},
                 accuracy_level=self.config.accuracy_level,
@@ -399,10 +409,10 @@ class Compilation:
                 tied=self.tied,
             )
             if copy_companions(Path(self.captured.source.path), out.parent):
-                floating = next((t.dtype for t in self.state.values() if t.is_floating_point()), torch.float32)
+                floating = next((t.dtype for t in state.values() if t.is_floating_point()), self.emitted.dtype)
                 declare_quantized(out.parent, self.true_bits, floating)
-            if self.captured.with_cache is not None:
-                write_genai_config(out.parent, out.name, self.captured.with_cache.file_shapes)
+            if self.cached:
+                write_genai_config(out.parent, out.name, self.emitted.file_shapes)
         return artifact
 
 

@@ -36,6 +36,9 @@ EXACT_TOKENS = 0.01
 ACCURACY_LEVELS = {"fp32": 0, "int8": 4}
 """Arithmetic of the operators by name, numbered as ONNX Runtime's MatMulNBits numbers them."""
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Types that the emitted graph may compute in."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -83,6 +86,8 @@ class Config:
             normalization as one operator each (ONNX Runtime 1.23 and later), 18 spells them out (slower).
         last_logits: a causal language model with cache returns the logits of the last new token alone, all that generation
             needs: a prompt is read faster. False: of all new tokens, as optimum's graphs do and perplexity needs.
+        dtype: of the emitted graph's inputs, outputs, activations and unquantized weights: ``"float32"``, ``"float16"`` or
+            ``"bfloat16"``, whatever the model's own files hold. Calibration and quantization are in float32 always.
         devices: where the model runs for calibration (the first) and layers are quantized (all of them), for example
             ``("cuda:0", "cuda:1")``: layers that do not depend on one another and the Hessians' sums are spread over them.
             All of one type. The result does not depend on how many there are.
@@ -115,6 +120,7 @@ class Config:
     accuracy: str = "fp32"
     opset: int = DECODER_OPSET
     last_logits: bool = False
+    dtype: str = "float32"
     devices: tuple[str, ...] = ("cpu",)
     algorithm: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -148,6 +154,8 @@ class Config:
             raise ConfigError(f"accuracy must be one of {', '.join(ACCURACY_LEVELS)}, got {self.accuracy!r}")
         if self.opset not in (18, DECODER_OPSET):
             raise ConfigError(f"opset must be 18 or {DECODER_OPSET}, got {self.opset!r}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         _check_devices(self.devices)
         known = {field.name for field in dataclasses.fields(LayerSettings)}
         unknown = sorted(set(self.algorithm) - known)
@@ -159,6 +167,11 @@ class Config:
     def accuracy_level(self) -> int:
         """The operators' ``accuracy_level`` attribute."""
         return ACCURACY_LEVELS[self.accuracy]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """``dtype`` as PyTorch has it."""
+        return DTYPES[self.dtype]
 
     @property
     def budgeted(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -93,6 +93,26 @@ def concatenate(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         return whole
 
     return stand_in((rows, *parts[0].shape[1:]), parts[0].dtype, load)
+
+
+def cast_tensors(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Tensors by name, floating-point ones cast; names of one tensor share the cast one, stand-ins stay stand-ins."""
+    made: dict[tuple[Any, ...], torch.Tensor] = {}
+    result = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            key = (_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+            if key not in made:
+                made[key] = _cast(tensor.detach(), dtype)
+            tensor = made[key]
+        result[name] = tensor
+    return result
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if not is_deferred(tensor):
+        return tensor.to(dtype)
+    return stand_in(tensor.shape, dtype, lambda: materialize(tensor).to(dtype))
 
 
 def logical_bytes(tensor: torch.Tensor) -> int:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from .errors import ConfigError, ModelError
+from .onnx_session import open_session
 
 PAST = "past_key_values."
 PRESENT = "present."
@@ -68,13 +69,8 @@ class Generator:
             self.path = self.path / "model.onnx"
         if not self.path.is_file():
             raise ModelError(f"{self.path} does not exist; write it with: claq-export MODEL --out {self.path}")
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = self.threads
-        if self.library is not None:
-            options.register_custom_ops_library(str(self.library))
         try:
-            self.session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+            self.session = open_session(self.path, self.library, self.threads)
         except Exception as error:  # onnxruntime's exception classes have no public common base
             raise ModelError(f"ONNX Runtime {ort.__version__} cannot load {self.path}: {error}") from error
         self._inputs = {value.name: value for value in self.session.get_inputs()}

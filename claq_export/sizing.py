@@ -255,4 +255,5 @@ class Sizing:
         """Bytes of the artifact beside the quantized layers: tensors left alone, and the graph itself (estimated)."""
         graph = self.graph_module
         planned = sum(site.dense_bytes for site in self.plan.sites)
-        return weight_bytes(graph) - planned + _NODE_BYTES * len(graph.graph.nodes)
+        others = (weight_bytes(graph) - planned) * self.config.torch_dtype.itemsize // torch.float32.itemsize
+        return others + _NODE_BYTES * len(graph.graph.nodes)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import torch
 
@@ -27,18 +28,27 @@ from .errors import VerificationError
 from .format.layer import QuantizedLinear
 from .inputs import OnnxFile
 from .kernels import use_backend
+from .onnx_session import open_session, uses_bfloat16
 
 Inputs = Mapping[str, torch.Tensor]
 Model = Callable[..., Any]
 
-TOLERANCES = {np.dtype(np.float32): 1e-4, np.dtype(np.float16): 5e-3, np.dtype(np.float64): 1e-4}
-"""Largest deviation, relative to the output's largest magnitude, that rounding explains, by dtype of the output."""
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+"""Largest deviation, relative to the output's largest magnitude, that rounding explains, by dtype of the output: in float16
+and bfloat16 ten roundings of the largest value. Outputs of other types must be equal."""
+
+ROUNDING_HEADROOM = 2.0
+"""Of a float16 or bfloat16 file: how much further from the float32 model than PyTorch's run in that dtype it may be.
+
+What rounding each activation to 11 or 8 bits does to an output depends on the model; PyTorch's own run in the dtype measures
+it. Two runtimes round at different places, so that their errors are draws of the same size, not equal ones."""
+
 
 INT8_TOLERANCE = 0.2
 """The same for a library that rounds activations to int8 (``accuracy_level`` 4).
 
 A layer's error is under a percent, and what a deep model makes of it differs; that graph and kernels are right is checked
-with float32 arithmetic, in a session of its own, to :data:`TOLERANCES`."""
+with float32 arithmetic, in a session of its own, to the tolerance of the file's dtype."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,8 @@ class Run:
         name: ``"stock"`` (ONNX Runtime alone), ``"runtime"`` (with the native library) or ``"original"`` (unquantized).
         load_seconds: creation of the session.
         latency_ms: median time of one run of the first sample inputs.
-        deviations: output name -> deviation from the quantized PyTorch model; empty for ``"original"``.
+        deviations: output name -> deviation from the quantized PyTorch model (in float32, whatever the file's dtype);
+            empty for ``"original"``.
     """
 
     name: str
@@ -80,13 +91,15 @@ class VerificationReport:
     Attributes:
         path: the model file.
         runs: by name; ``"runtime"`` and ``"original"`` are missing when there was nothing to run.
+        rounding: output name -> deviation of PyTorch's run in the file's dtype from that in float32; empty for float32.
         fidelity: output name -> deviation of the quantized from the unquantized PyTorch model; empty if none was given.
         onnxruntime: version of ONNX Runtime.
-        note: why the native library was not tried, or empty.
+        note: why the native library was not tried, or in which way the file could not be run as it is; or empty.
     """
 
     path: Path
     runs: Mapping[str, Run]
+    rounding: Mapping[str, Deviation]
     fidelity: Mapping[str, Deviation]
     onnxruntime: str
     note: str
@@ -97,6 +110,7 @@ def verify_artifact(
     reference: Model,
     sample_inputs: Sequence[Inputs] | Inputs,
     *,
+    exact: Model | None = None,
     unquantized: Model | None = None,
     original_path: Path | str | None = None,
     library: bool | str | Path | None = None,
@@ -111,12 +125,15 @@ def verify_artifact(
         path: the ``.onnx`` file.
         reference: the quantized PyTorch model; called with the sample inputs as keyword arguments, returns a tensor, a
             tuple or a mapping of tensors, in the order of the file's outputs. It runs on the reference kernel.
+        exact: the same with float32 arithmetic, where the file computes in float16 or bfloat16; called with the sample
+            inputs in float32. The file is compared with it then, by the measure of what ``reference`` deviates.
         sample_inputs: one set of inputs or several (other sizes of the dynamic axes, for example).
         unquantized: the original PyTorch model, called in the same way.
         original_path: the original model as ONNX, for its latency.
         library: False = do not try the native library; a path = that library; None = the installed ``claq_runtime``, if
             there is one; True = the installed one, which must be there.
-        tolerance: largest allowed :attr:`Deviation.maximum`; by default :data:`TOLERANCES` by the output's dtype.
+        tolerance: largest allowed :attr:`Deviation.maximum`; by default :data:`TOLERANCES`, or what :func:`rounding_limit`
+            makes of the rounding measured with ``exact``.
         library_tolerance: the same for the run with the library; by default ``tolerance``, but :data:`INT8_TOLERANCE`
             where the file asks for int8 activations. There the library also runs with float32 arithmetic
             (``CLAQ_ACCURACY=fp32``), to ``tolerance``.
@@ -127,8 +144,8 @@ def verify_artifact(
         the report.
 
     Raises:
-        VerificationError: ONNX Runtime or the ONNX checker refuses the file, or an output deviates by more than the
-            tolerance; the message names the run, the output and the error.
+        VerificationError: ONNX Runtime or the ONNX checker refuses the file, an output has another type than the PyTorch
+            model's, or deviates by more than the tolerance; the message names the run, the output and the error.
     """
     path = Path(path)
     samples = [sample_inputs] if isinstance(sample_inputs, Mapping) else list(sample_inputs)
@@ -137,35 +154,54 @@ def verify_artifact(
     _check_model(path)
     # The reference kernel is exact at every accuracy level and shares no code with what is being verified.
     with use_backend("reference"):
-        expected = [_call(reference, inputs) for inputs in samples]
-    register, note = _registration(library)
+        results = [_call(reference, inputs) for inputs in samples]
+        dtypes = [tensor.dtype for tensor in results[0]]
+        expected = [[_array(tensor) for tensor in outputs] for outputs in results]
+        compared = expected
+        if exact is not None:
+            compared = [[_array(tensor) for tensor in _call(exact, _in_float32(inputs))] for inputs in samples]
+    library_file, note = _library(library)
 
     sessions: dict[str, tuple[onnxruntime.InferenceSession, float]] = {"stock": _session(path, "stock", None)}
-    if register is not None:
-        sessions["runtime"] = _session(path, "runtime", register)
+    if library_file is not None:
+        sessions["runtime"] = _session(path, "runtime", library_file)
     names = [output.name for output in sessions["stock"][0].get_outputs()]
-    if len(names) != len(expected[0]):
-        raise VerificationError(f"{path} has {len(names)} outputs, the PyTorch model returns {len(expected[0])}")
-
-    int8 = register is not None and _uses_int8(path)
+    _check_types(path, names, dtypes)
+    rounding: dict[str, Deviation] = {}
+    if exact is not None:
+        rounding = {
+            name: _deviation([outputs[i] for outputs in expected], [outputs[i] for outputs in compared])
+            for i, name in enumerate(names)
+        }
+    usual = {
+        name: rounding_limit(rounding[name], dtype) if name in rounding else TOLERANCES.get(dtype, 0.0)
+        for name, dtype in zip(names, dtypes, strict=True)
+    }
+    given = usual if tolerance is None else dict.fromkeys(names, tolerance)
+    int8 = library_file is not None and _uses_int8(path)
     if library_tolerance is None and tolerance is None and int8:
         library_tolerance = INT8_TOLERANCE
-    limits = {"stock": tolerance, "runtime": tolerance if library_tolerance is None else library_tolerance}
+    limits = {
+        "stock": given,
+        "runtime": given if library_tolerance is None else dict.fromkeys(names, library_tolerance),
+    }
+    if uses_bfloat16(path):
+        note = "; ".join(filter(None, (note, BFLOAT16_NOTE)))
     feeds = [{(file_names or {}).get(name, name): tensor for name, tensor in inputs.items()} for inputs in samples]
     deviations = {
-        run: _compare(path, run, session, names, feeds, expected, limits[run]) for run, (session, _) in sessions.items()
+        run: _compare(path, run, session, names, feeds, compared, limits[run]) for run, (session, _) in sessions.items()
     }
     if int8:
         with _float32_arithmetic():
-            exact, _ = _session(path, "runtime, float32", register)
-        _compare(path, "runtime, float32", exact, names, feeds, expected, tolerance)
-        del exact
+            unrounded, _ = _session(path, "runtime, float32", library_file)
+        _compare(path, "runtime, float32", unrounded, names, feeds, compared, given)
+        del unrounded
     if original_path is not None:
         sessions["original"] = _session(Path(original_path), "original", None)
     latencies = _latencies({run: session for run, (session, _) in sessions.items()}, feeds[0], rounds)
     fidelity: dict[str, Deviation] = {}
     if unquantized is not None:
-        originals = [_call(unquantized, inputs) for inputs in samples]
+        originals = [[_array(tensor) for tensor in _call(unquantized, inputs)] for inputs in samples]
         fidelity = {
             name: _deviation([outputs[i] for outputs in expected], [outputs[i] for outputs in originals])
             for i, name in enumerate(names)
@@ -176,10 +212,28 @@ def verify_artifact(
         runs={
             run: Run(run, seconds, latencies[run], deviations.get(run, {})) for run, (_, seconds) in sessions.items()
         },
+        rounding=rounding,
         fidelity=fidelity,
         onnxruntime=onnxruntime.__version__,
         note=note,
     )
+
+
+BFLOAT16_NOTE = (
+    "ONNX Runtime's CPU provider has few bfloat16 kernels: the file was run with its other operators in float32, each result "
+    "rounded to bfloat16; to run as it is it needs a provider such as CUDA"
+)
+"""How a bfloat16 file is verified."""
+
+
+def rounding_limit(rounding: Deviation, dtype: torch.dtype) -> float:
+    """What an output of a float16 or bfloat16 file may deviate from the float32 model's.
+
+    Args:
+        rounding: deviation of PyTorch's run in the file's dtype.
+        dtype: of the output.
+    """
+    return max(ROUNDING_HEADROOM * rounding.maximum, TOLERANCES.get(dtype, 0.0))
 
 
 def check_stored(path: Path | str, layers: Mapping[str, QuantizedLinear]) -> None:
@@ -210,33 +264,39 @@ def _check_model(path: Path) -> None:
         raise VerificationError(f"{path} is not a valid ONNX model: {error}") from error
 
 
-def _registration(library: bool | str | Path | None) -> tuple[Callable[[Any], None] | None, str]:
-    """How to add the native library to session options, or why that is not done."""
+def _library(library: bool | str | Path | None) -> tuple[Path | None, str]:
+    """The native library, or why it is not tried."""
     if library is False:
         return None, "not asked for"
     if isinstance(library, (str, Path)):
-        return lambda options: options.register_custom_ops_library(str(library)), ""
+        return Path(library), ""
     try:
         import claq_runtime
 
-        claq_runtime.library_path()
+        return Path(claq_runtime.library_path()), ""
     except (ImportError, FileNotFoundError) as error:
         if library is True:
             raise VerificationError(f"the native library is not installed: {error}") from error
         return None, f"claq-runtime is not installed: {error}"
-    return claq_runtime.register, ""
 
 
-def _session(
-    path: Path, run: str, register: Callable[[Any], None] | None
-) -> tuple[onnxruntime.InferenceSession, float]:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+def _check_types(path: Path, names: Sequence[str], dtypes: Sequence[torch.dtype]) -> None:
+    """The file's outputs are those of the PyTorch model, in number and type."""
+    outputs = onnx.load(str(path), load_external_data=False).graph.output
+    if len(names) != len(dtypes):
+        raise VerificationError(f"{path} has {len(names)} outputs, the PyTorch model returns {len(dtypes)}")
+    for output, dtype in zip(outputs, dtypes, strict=True):
+        found, wanted = output.type.tensor_type.elem_type, int(ir.tensor_adapters.from_torch_dtype(dtype))
+        if found != wanted:
+            raise VerificationError(
+                f"output {output.name!r} of {path} is {onnx.TensorProto.DataType.Name(found)}, the PyTorch model's is {dtype}"
+            )
+
+
+def _session(path: Path, run: str, library: Path | None) -> tuple[onnxruntime.InferenceSession, float]:
     start = time.perf_counter()
     try:
-        if register is not None:
-            register(options)
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = open_session(path, library)
     except Exception as error:
         # ONNX Runtime's exceptions share no base class but Exception.
         raise VerificationError(f"{run}: ONNX Runtime {onnxruntime.__version__} refuses {path}: {error}") from error
@@ -264,24 +324,30 @@ def _uses_int8(path: Path) -> bool:
     )
 
 
-def _call(model: Model, inputs: Inputs) -> list[npt.NDArray[Any]]:
-    """Outputs of a PyTorch model as arrays, flattened in their order."""
+def _call(model: Model, inputs: Inputs) -> list[torch.Tensor]:
+    """Outputs of a PyTorch model, flattened in their order."""
     with torch.no_grad():
         result = model(**inputs)
     if isinstance(result, torch.Tensor):
         tensors: list[Any] = [result]
     else:
         tensors = list(result.values() if isinstance(result, Mapping) else result)
-    return [
-        (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().numpy()
-        for tensor in tensors
-        if isinstance(tensor, torch.Tensor)
-    ]
+    return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+
+
+def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """As NumPy has it, which does not have bfloat16."""
+    array: npt.NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().numpy()
+    return array
+
+
+def _in_float32(inputs: Inputs) -> dict[str, torch.Tensor]:
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
 
 
 def _feed(session: onnxruntime.InferenceSession, inputs: Inputs) -> dict[str, npt.NDArray[Any]]:
     wanted = {value.name for value in session.get_inputs()}
-    return {name: tensor.detach().cpu().numpy() for name, tensor in inputs.items() if name in wanted}
+    return {name: _array(tensor) for name, tensor in inputs.items() if name in wanted}
 
 
 def _compare(
@@ -291,7 +357,7 @@ def _compare(
     names: list[str],
     samples: Sequence[Inputs],
     expected: list[list[npt.NDArray[Any]]],
-    tolerance: float | None,
+    limits: Mapping[str, float],
 ) -> dict[str, Deviation]:
     results: list[list[npt.NDArray[Any]]] = []
     for inputs in samples:
@@ -309,11 +375,10 @@ def _compare(
                     f"the PyTorch model's has {list(wanted[i].shape)}"
                 )
         deviation = _deviation([got[i] for got in results], [wanted[i] for wanted in expected])
-        limit = TOLERANCES.get(results[0][i].dtype, 0.0) if tolerance is None else tolerance
-        if not deviation.maximum <= limit:
+        if not deviation.maximum <= limits[name]:
             raise VerificationError(
                 f"{run}: output {name!r} of {path} deviates from the quantized PyTorch model by "
-                f"{deviation.maximum:.3g} of its largest value; at most {limit:.3g} is expected"
+                f"{deviation.maximum:.3g} of its largest value; at most {limits[name]:.3g} is expected"
             )
         deviations[name] = deviation
     return deviations

@@ -60,6 +60,7 @@ def planning_pipeline(
     fuse_siblings: bool = True,
     embeddings: bool = True,
     heads: bool = True,
+    weight_bytes: int | None = None,
     dump_dir: Path | None = None,
 ) -> Pipeline:
     """The passes from a captured graph to a plan in the context; arguments as :class:`SelectLinears`'s."""
@@ -67,7 +68,7 @@ def planning_pipeline(
         RemoveNoops(),
         CanonicalizeLinears(),
         RemoveUnused(),
-        SelectLinears(include, exclude, predicted_bytes, embeddings=embeddings, heads=heads),
+        SelectLinears(include, exclude, predicted_bytes, embeddings=embeddings, heads=heads, weight_bytes=weight_bytes),
     ]
     if fuse_siblings:
         passes.append(FuseSiblings())

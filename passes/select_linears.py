@@ -76,6 +76,7 @@ class SelectLinears(Pass):
         embeddings: whether tables are quantized.
         heads: whether the output heads of language models and masked language models are.
         predicted_bytes: ``(N, K)`` -> bytes of the quantized layer; default: 4 bits a weight.
+        weight_bytes: bytes of an unquantized weight in the file; None: as the graph holds it.
         largest_share: a layer is quantized if its predicted bytes are at most this share of its present ones.
     """
 
@@ -91,10 +92,12 @@ class SelectLinears(Pass):
         *,
         embeddings: bool = True,
         heads: bool = True,
+        weight_bytes: int | None = None,
     ) -> None:
         self._include = tuple(include)
         self._exclude = tuple(exclude)
         self._predicted_bytes = predicted_bytes
+        self._weight_bytes = weight_bytes
         self._largest_share = largest_share
         self._embeddings = embeddings
         self._heads = heads
@@ -148,8 +151,9 @@ class SelectLinears(Pass):
                 f"small table, {100 * site.dense_bytes / whole:.1f} % of the model (name it in include to quantize it)"
             )
         predicted = self._predicted_bytes(site.out_features, site.in_features)
-        if predicted > self._largest_share * site.dense_bytes:
-            return f"too small to gain: {predicted} bytes quantized against {site.dense_bytes}"
+        dense = site.in_features * site.out_features * (self._weight_bytes or site.dtype.itemsize)
+        if predicted > self._largest_share * dense:
+            return f"too small to gain: {predicted} bytes quantized against {dense}"
         return None
 
     def _check_patterns(self, names: Sequence[str]) -> None:

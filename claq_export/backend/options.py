@@ -83,6 +83,10 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
             given[name] = tuple(given[name])
     own = {name: given.pop(name) for name in _OWN if name in given}
     asked = "calibration" in given
+    if "dtype" in given:
+        raise ConfigError(
+            "dtype is that of an exported graph; torch.compile keeps the module's (cast it: module.half())"
+        )
     config = Config(**given)
     if own.get("fallback", FALLBACKS[0]) not in FALLBACKS:
         raise ConfigError(f"fallback must be one of {', '.join(FALLBACKS)}, got {own['fallback']!r}")

@@ -59,7 +59,9 @@ class CapturedModel:
         max_sequence: most tokens a sequence may have, or None if the model sets no limit.
         tokenizer: the model's tokenizer, if it came with one.
         file_names: input or output -> its name in the emitted file, where that is no identifier.
-        with_cache: of a causal language model, the same model as a graph with a key/value cache, sharing parameters.
+        dtype: of the model's weights and activations.
+        file_graph: the same model as the graph that goes into the file, where that is another one: with a key/value
+            cache (sharing parameters), in another dtype, or both.
     """
 
     graph_module: torch.fx.GraphModule
@@ -73,7 +75,8 @@ class CapturedModel:
     max_sequence: int | None = None
     tokenizer: Any = None
     file_names: dict[str, str] = field(default_factory=dict)
-    with_cache: CapturedModel | None = None
+    dtype: torch.dtype = torch.float32
+    file_graph: CapturedModel | None = None
 
     @property
     def input_names(self) -> tuple[str, ...]:

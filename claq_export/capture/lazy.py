@@ -129,6 +129,8 @@ def _tensor(
         values = file.read(source)
         if values.is_floating_point() and not torch.isfinite(values).all():
             raise ModelError(f"{file.path} has NaN or infinite weights in {name}")
+        if values.is_floating_point() and values.numel() and values.abs().max() > torch.finfo(dtype).max:
+            raise ModelError(f"{file.path} has weights beyond the range of {dtype} in {name}")
         return values.to(dtype)
 
     wanted = parameter.to(dtype)  # on the meta device: for its size

@@ -90,18 +90,13 @@ class OnnxModel:
     """
 
     def __init__(self, path: str | Path, library: str | Path | None = None, threads: int = 0) -> None:
-        import onnxruntime as ort
+        from ..onnx_session import open_session
 
         path = Path(path)
         if not path.is_file():
             raise ModelError(f"ONNX file {str(path)!r} does not exist")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        if library is not None:
-            options.register_custom_ops_library(str(library))
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = open_session(path, library, threads)
         except Exception as error:  # onnxruntime's exception classes have no public common base
             raise ModelError(f"ONNX Runtime cannot load {str(path)!r}: {error}") from error
         self.inputs = {value.name: value for value in self.session.get_inputs()}
@@ -114,11 +109,11 @@ class OnnxModel:
         found = torch.from_numpy(self._run(tokens, torch.ones_like(tokens), (LOGITS_OUTPUT,)))
         if found.dim() == 3 and found.shape[1] != tokens.shape[1]:
             raise ModelError("the ONNX model returns the last token's logits alone; export it without --last-logits")
-        return found
+        return found.float()
 
     def padded_logits(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Logits for padded tokens ``[B, S]``: ``[B, S, V]`` of a masked language model, ``[B, C]`` of a classifier."""
-        return torch.from_numpy(self._run(tokens, mask, (LOGITS_OUTPUT,)))
+        return torch.from_numpy(self._run(tokens, mask, (LOGITS_OUTPUT,))).float()
 
     def hidden(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self._run(tokens, mask, HIDDEN_OUTPUTS)).float()
@@ -240,7 +235,9 @@ def _untrained(folder: Path, causal: bool) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(str(folder))
-    return (AutoModelForCausalLM if causal else AutoModel).from_config(config, dtype=torch.float32).eval()
+    # What claq-export writes there is the dtype of the unquantized tensors.
+    dtype = getattr(config, "dtype", None) or torch.float32
+    return (AutoModelForCausalLM if causal else AutoModel).from_config(config, dtype=dtype).eval()
 
 
 def open_tokenizer(*sources: str | Path | None) -> Any:

@@ -1,0 +1,170 @@
+"""The graph that goes into the file where it is not the one that was quantized: with a cache, or in another dtype.
+
+It gets the same layers, matched by the name of their weight.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .capture import CACHED_TASK, CapturedModel
+from .capture.precision import inputs_in_dtype
+from .deferred import is_deferred
+from .errors import CaptureError
+from .format.layer import TENSOR_NAMES, QuantizedLinear
+from .kernels import ops
+from .passes import (
+    AdditiveMasks,
+    FuseSiblings,
+    LastLogits,
+    PassContext,
+    Pipeline,
+    Plan,
+    RemoveUnused,
+    ReplaceLinears,
+    decoder_pipeline,
+)
+from .passes.attributes import delete_attribute, get_attribute, set_tensor
+
+
+def plan_file_graph(
+    captured: CapturedModel, plan: Plan, planning: Pipeline, fuse: bool, last_logits: bool = False
+) -> Plan:
+    """Plan the file's graph as the quantized graph was planned, sibling linears not stacked yet.
+
+    Args:
+        captured: the file's graph, rewritten in place.
+        plan: of the graph that is quantized, sibling linears stacked or not.
+        planning: the passes that made that plan, but for the stacking.
+        fuse: with a cache, put one operator in the place of many (attention, rotary positions, normalization).
+        last_logits: with a cache, let it return the logits of the last new token alone.
+
+    Raises:
+        CaptureError: the two graphs do not have the same layers, or what makes the logits cannot be given one token.
+    """
+    context = _context(captured)
+    cached = captured.task == CACHED_TASK
+    if cached:
+        Pipeline([AdditiveMasks()]).run(captured.graph_module, context)
+    planning.run(captured.graph_module, context)
+    assert context.plan is not None
+    _check_same(_parts_of(plan), _parts_of(context.plan), cached)
+    if cached and last_logits:
+        (record,) = Pipeline([LastLogits()]).run(captured.graph_module, context)
+        if not record.modified:
+            raise CaptureError(
+                f"the last token's logits cannot be had alone: {record.notes[0]}; leave --last-logits out"
+            )
+    if cached and fuse:
+        decoder_pipeline().run(captured.graph_module, context)
+    return context.plan
+
+
+def lower_file_graph(
+    captured: CapturedModel, plan: Plan, layers: Mapping[str, QuantizedLinear], accuracy_level: int
+) -> None:
+    """Put quantized layers, single or stacked, into the file's graph, whose own plan is ``plan``.
+
+    Raises:
+        CaptureError: the linears that are stacked are not those of the graph that was quantized.
+    """
+    context = _context(captured)
+    context.plan = plan
+    if layers.keys() != {site.name for site in plan.sites}:
+        Pipeline([FuseSiblings(weights=False)]).run(captured.graph_module, context)
+    sizes = {site.name: site.out_features for site in plan.sites}
+    _check_same({name: layer.out_features for name, layer in layers.items()}, sizes, captured.task == CACHED_TASK)
+    Pipeline([ReplaceLinears(layers, accuracy_level), RemoveUnused()]).run(captured.graph_module, context)
+
+
+def release_weights(captured: CapturedModel, plan: Plan) -> None:
+    """Let go of the dense weights that quantized layers will replace; shapes and dtypes stay."""
+    gm = captured.graph_module
+    for site in plan.sites:
+        for node in (*site.nodes, *site.lookups):
+            source = node.args[1] if node in site.nodes else node.args[0]
+            assert isinstance(source, fx.Node)
+            weight = get_attribute(gm, str(source.target))
+            if is_deferred(weight):
+                continue
+            delete_attribute(gm, str(source.target))
+            hollow = weight.new_zeros(1).expand(weight.shape)
+            set_tensor(gm, str(source.target), nn.Parameter(hollow, requires_grad=False))
+
+
+def in_float32(captured: CapturedModel, exact: CapturedModel) -> CapturedModel:
+    """A lowered graph of another dtype with all its arithmetic in float32: what that dtype's rounding is measured by.
+
+    Args:
+        captured: the file's graph.
+        exact: the graph that was quantized; where its tensors are those of ``captured`` before the cast, they are used.
+    """
+    gm = captured.graph_module
+    dtype = captured.dtype
+    graph = copy.deepcopy(gm.graph)
+    kept = _format_tensors(graph)
+    wide = fx.GraphModule(gm, graph)
+    originals = {**dict(exact.graph_module.named_parameters()), **dict(exact.graph_module.named_buffers())}
+    for target in sorted({str(node.target) for node in graph.nodes if node.op == "get_attr" and node not in kept}):
+        tensor = get_attribute(wide, target)
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype:
+            continue
+        original = originals.get(target)
+        same = original is not None and original.shape == tensor.shape and torch.equal(original.to(dtype), tensor)
+        delete_attribute(wide, target)
+        set_tensor(wide, target, original.detach() if same and original is not None else tensor.detach().float())
+    for node in graph.nodes:
+        node.args, node.kwargs = _map_dtype(node.args, dtype), _map_dtype(node.kwargs, dtype)
+    wide.recompile()
+    return replace(
+        captured,
+        graph_module=wide,
+        example_inputs=inputs_in_dtype(dict(captured.example_inputs), torch.float32),
+        dtype=torch.float32,
+    )
+
+
+def _context(captured: CapturedModel) -> PassContext:
+    task = "text-generation" if captured.task == CACHED_TASK else captured.task
+    return PassContext(task=task, aliases=captured.aliases)
+
+
+def _format_tensors(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that fetch tensors of the claq format, whose dtypes are the format's."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.target in (ops.linear, ops.embedding):
+            found.update(value for value in node.args[1 : 1 + len(TENSOR_NAMES)] if isinstance(value, fx.Node))
+    return found
+
+
+def _map_dtype(arguments: Any, dtype: torch.dtype) -> Any:
+    if isinstance(arguments, torch.dtype):
+        return torch.float32 if arguments == dtype else arguments
+    if isinstance(arguments, (tuple, list)):
+        return type(arguments)(_map_dtype(value, dtype) for value in arguments)
+    if isinstance(arguments, Mapping):
+        return {key: _map_dtype(value, dtype) for key, value in arguments.items()}
+    return arguments
+
+
+def _parts_of(plan: Plan) -> dict[str, int]:
+    return {name: rows for site in plan.sites for name, rows in site.parts}
+
+
+def _check_same(wanted: Mapping[str, int], found: Mapping[str, int], cached: bool) -> None:
+    """Layer names and rows of the graph that is quantized and of the file's."""
+    different = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if different:
+        how = (
+            "the graphs with and without cache differ in layer {}; the model can be exported without cache (--no-cache)"
+            if cached
+            else "the graphs in float32 and in the file's dtype differ in layer {}; leave out --dtype"
+        )
+        raise CaptureError(how.format(f"{different[0]!r} ({len(different)} in all)"))
