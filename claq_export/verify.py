@@ -50,6 +50,10 @@ INT8_TOLERANCE = 0.2
 A layer's error is under a percent, and what a deep model makes of it differs; that graph and kernels are right is checked
 with float32 arithmetic, in a session of its own, to the tolerance of the file's dtype."""
 
+MOST_ROUNDING = {torch.float16: 0.05, torch.bfloat16: 0.3}
+"""Beyond this PyTorch's own run in a dtype is no rounding of the float32 model: the two graphs are not of one model, or the
+model is not one for the dtype."""
+
 
 @dataclass(frozen=True)
 class Deviation:
@@ -173,6 +177,7 @@ def verify_artifact(
             name: _deviation([outputs[i] for outputs in expected], [outputs[i] for outputs in compared])
             for i, name in enumerate(names)
         }
+        _check_rounding(path, rounding, dict(zip(names, dtypes, strict=True)))
     usual = {
         name: rounding_limit(rounding[name], dtype) if name in rounding else TOLERANCES.get(dtype, 0.0)
         for name, dtype in zip(names, dtypes, strict=True)
@@ -234,6 +239,16 @@ def rounding_limit(rounding: Deviation, dtype: torch.dtype) -> float:
         dtype: of the output.
     """
     return max(ROUNDING_HEADROOM * rounding.maximum, TOLERANCES.get(dtype, 0.0))
+
+
+def _check_rounding(path: Path, rounding: Mapping[str, Deviation], dtypes: Mapping[str, torch.dtype]) -> None:
+    for name, deviation in rounding.items():
+        most = MOST_ROUNDING.get(dtypes[name], math.inf)
+        if not deviation.maximum <= most:
+            raise VerificationError(
+                f"{path}: in {str(dtypes[name]).removeprefix('torch.')} PyTorch's output {name!r} is {deviation.maximum:.3g} of "
+                f"its largest value away from the float32 model's; rounding explains at most {most:g}"
+            )
 
 
 def check_stored(path: Path | str, layers: Mapping[str, QuantizedLinear]) -> None:
