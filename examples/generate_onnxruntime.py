@@ -27,7 +27,7 @@ def generate(session: ort.InferenceSession, prompt: list[int], count: int) -> li
     """The likeliest next token, ``count`` times. The first run reads the whole prompt, the others one token each."""
     inputs = {value.name: value for value in session.get_inputs()}
     cache = {
-        name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+        name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float16 if "float16" in value.type else np.float32)
         for name, value in inputs.items()
         if name.startswith("past_key_values")
     }
