@@ -130,7 +130,8 @@ def capture(
         # As people load it in this dtype: transformers keeps what must stay in float32.
         other, _, _ = load_pretrained(model, task, dtype, trust_remote_code=trust_remote_code, lazy=lazy)
     if cached or dtype != torch.float32:
-        file_graph = capture_decoder(other) if cached else capture_module(other, dynamic_shapes=axes)
+        example = inputs_in_dtype(other.example_inputs(), dtype)
+        file_graph = capture_decoder(other) if cached else capture_module(other, example, other.dynamic_axes)
         file_graph.tokenizer = captured.tokenizer
         captured.file_graph = file_graph
     return captured, loaded.model
@@ -147,6 +148,8 @@ def _capture_given(
 ) -> tuple[CapturedModel, nn.Module]:
     """:func:`capture` of a module given in Python."""
     base = in_dtype(model, torch.float32)
+    if example_inputs is None and isinstance(base, TaskModel):
+        example_inputs = base.example_inputs()
     graphs = []
     for kind in dict.fromkeys((torch.float32, dtype)):
         if kind != torch.float32:
@@ -232,7 +235,7 @@ def export(
         dtype=config.torch_dtype,
     )
     compilation = Compilation(captured, config, reporter, used_state(module, captured), keep_records=report is not None)
-    if config.last_logits and captured.with_cache is None:
+    if config.last_logits and not compilation.cached:
         raise ConfigError("last_logits is for language models with a key/value cache; this graph has none")
     compilation.memory = memory
     compilation.peers = peers = Peers.from_environment()
