@@ -1,8 +1,9 @@
 """ClaqMatMul against ONNX Runtime's MatMulNBits (accuracy_level 4) and float32 MatMul, interleaved in one run.
 
-    python benchmarks/cpu_matmul.py                 # everything; writes benchmarks/results/cpu_matmul.md and .json
+    python benchmarks/cpu_matmul.py                 # everything; writes benchmarks/results/cpu_matmul_KERNEL.md and .json
     python benchmarks/cpu_matmul.py --shapes 4096x11008 --rows 1,16 --threads 1 --out -
 
+KERNEL is the family of kernels, so that the results of different machines stand side by side.
 A shape is KxN (in_features x out_features). Every operator of a row of the table runs in turn, many times, and the
 medians are compared, so that whatever else the machine does falls on all of them alike. With one thread the times are
 processor times of that thread, which others' use of the machine inflates less than wall times. Small layers are run
@@ -239,6 +240,30 @@ def table(results: list[dict], rows: list[int], threads: int, bits: int, value: 
     return lines
 
 
+def summary(results: list[dict], rows: list[int], threads: int) -> list[str]:
+    """Geometric means and ranges over the shapes, for each number of rows."""
+    lines = [f"## Over all shapes, {threads} thread{'s' if threads > 1 else ''}", ""]
+    lines += ["| geometric mean (range) | " + " | ".join(f"M={m}" for m in rows) + " |", "|---|" + "---|" * len(rows)]
+    for bits in (4, 3, 2):
+        for title, value, offset in (
+            ("time / MatMulNBits", "ratio_to_nbits", 0.0),
+            ("the same, swept caches", "cold_ratio_to_nbits", 0.0),
+            ("float32: time / MatMul", "float_ratio_to_matmul", 0.0),
+            ("time with 1 % outliers / without", "outlier_cost", 1.0),
+        ):
+            cells = []
+            for m in rows:
+                found = [
+                    entry[value] + offset
+                    for entry in results
+                    if (entry["threads"], entry["rows"], entry["bits"]) == (threads, m, bits)
+                ]
+                mean = f"{np.exp(np.mean(np.log(found))):.2f} ({min(found):.2f}-{max(found):.2f})" if found else ""
+                cells.append(mean)
+            lines.append(f"| {bits} bits, {title} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
 def report(document: dict) -> str:
     results, rows = document["results"], document["rows"]
     lines = [
@@ -252,6 +277,7 @@ def report(document: dict) -> str:
         "",
     ]
     for threads in document["threads"]:
+        lines += summary(results, rows, threads)
         for bits in (4, 3, 2):
             lines += [f"## {bits} bits, {threads} thread{'s' if threads > 1 else ''}", ""]
             for title, value, form in (
@@ -309,8 +335,9 @@ def main() -> None:
             if arguments.out != "-":
                 folder = Path(arguments.out)
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / "cpu_matmul.json").write_text(json.dumps(document, indent=1) + "\n")
-                (folder / "cpu_matmul.md").write_text(report(document))
+                name = f"cpu_matmul_{document['kernel']}"
+                (folder / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+                (folder / f"{name}.md").write_text(report(document))
 
 
 if __name__ == "__main__":

