@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kMostChunkRows = 256;
 constexpr int64_t kCachedSums = 6 * 1024;  // a task's tile of results, where there is a choice
 constexpr int64_t kRowSums = 12 * 1024;    // the same for one row of x: a long run of code words is worth more
-// With outliers and many rows: the more outputs, the more often a tile of transposed activations is used once it is cached.
+// With outliers: the more outputs, the more often a tile of transposed activations is used once it is cached.
 constexpr int64_t kOutlierSums = 256 * 1024;
 constexpr int64_t kChunkElements = 1024 * 1024;  // rows of x are taken in chunks of at most this many activations
 
@@ -154,7 +154,7 @@ struct Scratch {
 void compute_rows(const Call& call, const Activations& activations, bool int8, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                   const Scratch& scratch) {
   const LayerView& layer = call.layer;
-  const int64_t tile = tile_length(m1 - m0, n1 - n0, layer.outlier_ptr && m1 - m0 > kMostTileRows ? kOutlierSums : kCachedSums);
+  const int64_t tile = tile_length(m1 - m0, n1 - n0, layer.outlier_ptr ? kOutlierSums : kCachedSums);
   const int64_t part = tile_length(m1 - m0, tile, kCachedSums);
   const auto kernel = int8 ? call.family.sums_int8 : call.family.sums_float;
   for (int64_t t0 = n0; t0 < n1; t0 += tile) {
