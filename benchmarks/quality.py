@@ -43,6 +43,7 @@ from claq_export.algorithm.presets import PAPER_TOKEN_CLIP, PRESETS, preset_sett
 from claq_export.api import capture
 from claq_export.calibration.data import Batch
 from claq_export.calibration.progress import ProgressReporter
+from claq_export.calibration.sensitivity import Guidance
 from claq_export.calibration.stage import CalibrationStage
 from claq_export.calibration.tune import TuneSettings
 from claq_export.compiler import Compilation
@@ -201,6 +202,10 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-3": {"bits": 3},
     "ours-2.5": {"bits": 2.5},
     "ours-3.5": {"bits": 3.5},
+    "ours-4.1-guided": {"bits": 4.1, "guided": True},
+    "ours-3.1-guided": {"bits": 3.1, "guided": True},
+    "ours-2.25-guided": {"bits": 2.25, "guided": True},
+    "ours-4-guided": {"bits": 4, "guided": True},
 }
 """Settings of the product; everything else at its default. A fraction is a budget of true bits."""
 
@@ -216,9 +221,11 @@ class Budgeting(Compilation):
 
     profile_path: Path
 
-    def profiles(self, stage: CalibrationStage, batches: Sequence[Batch] | None) -> list[LayerProfile]:
+    def profiles(
+        self, stage: CalibrationStage, batches: Sequence[Batch] | None, guide: Guidance | None = None
+    ) -> list[LayerProfile]:
         if not self.profile_path.is_file():
-            self.profile_path.write_bytes(pickle.dumps(super().profiles(stage, batches)))
+            self.profile_path.write_bytes(pickle.dumps(super().profiles(stage, batches, guide)))
         return pickle.loads(self.profile_path.read_bytes())
 
 
@@ -240,7 +247,9 @@ def product(name: str, changes: dict[str, Any], tuned: TuneSettings | None = Non
         log = bench.work / f"{name}{'-tune' if tuned else ''}.log.jsonl"
         with ProgressReporter(quiet=True, log_path=log) as reporter:
             compilation = Budgeting(captured, config, reporter, {})
-            compilation.profile_path = bench.work / f"profile-{len(bench.calibration)}.pickle"
+            compilation.profile_path = (
+                bench.work / f"profile-{len(bench.calibration)}{'-guided' * config.guided}.pickle"
+            )
             compilation.quantize_sites(bench.work / f"{name}.layers", resume=False)
             if tuned is not None:
                 compilation.tune([{"input_ids": w[None], **constant} for w in bench.more_text(TUNE_WINDOWS)], tuned)
@@ -261,7 +270,13 @@ def product(name: str, changes: dict[str, Any], tuned: TuneSettings | None = Non
 def ours(tuned: TuneSettings) -> list[Candidate]:
     """claq as a user runs it."""
     found = [
-        Candidate(name, "claq (this project)", f"claq --bits {changes['bits']}", product(name, changes), changes)
+        Candidate(
+            name,
+            "claq (this project, guided)" if changes.get("guided") else "claq (this project)",
+            f"claq --bits {changes['bits']}" + " --guided" * bool(changes.get("guided")),
+            product(name, changes),
+            changes,
+        )
         for name, changes in OURS.items()
     ]
     for name in TUNED:

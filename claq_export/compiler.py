@@ -26,7 +26,7 @@ from .calibration.data import Batch, fingerprint
 from .calibration.loading import load_calibration
 from .calibration.peers import Peers
 from .calibration.progress import ProgressReporter
-from .calibration.sensitivity import output_importance
+from .calibration.sensitivity import Guidance, guidance, output_importance
 from .calibration.spill import ActivationSpill
 from .calibration.stage import CalibrationStage, QuantizedSite
 from .calibration.store import LayerStore
@@ -205,6 +205,7 @@ class Compilation:
             # Within a limit on memory the model runs where activations can go to disk from.
             on_cpu = spill is not None or torch.device(devices[0]).type == "cpu"
             walk = self.walk or partial(NodeWalk, spill=spill, device=None if on_cpu else torch.device(devices[0]))
+            guide = None if batches is None or not self.config.guided else self._guidance(batches)
             stage = CalibrationStage(
                 self.captured.graph_module,
                 plan.sites,
@@ -217,13 +218,14 @@ class Compilation:
                 walk=walk,
                 release=self.memory is not None,
                 peers=self.peers,
+                token_importance=None if guide is None else guide.tokens,
             )
             plans = None
             if self.config.budgeted:
                 plans = None if self.store is None else self.store.load_plans()
                 # A budget is solved by all processes or by none.
                 if self.peers.size > 1 or plans is None:
-                    self.budget, plans = self.sizing.solve_budget(self.profiles(stage, batches))
+                    self.budget, plans = self.sizing.solve_budget(self.profiles(stage, batches, guide))
                     self.reporter.event("budget", **self.budget.to_json())
                     if self.store is not None:
                         self.store.save_plans(plans)
@@ -268,9 +270,32 @@ class Compilation:
         self.tuning = result
         return result
 
-    def profiles(self, stage: CalibrationStage, batches: Sequence[Batch] | None) -> list[LayerProfile]:
+    def profiles(
+        self, stage: CalibrationStage, batches: Sequence[Batch] | None, guide: Guidance | None = None
+    ) -> list[LayerProfile]:
         """What every column of every linear would gain from bits and outliers; the same for all budgets."""
-        return stage.profile(batches, self._importance(batches))
+        return stage.profile(batches, self._importance(batches) if guide is None else guide.rows)
+
+    def _guidance(self, batches: Sequence[Batch]) -> Guidance:
+        """Gradients of all calibration tokens.
+
+        Raises:
+            ConfigError: the model is not in memory as a whole, or the tokens are shared out over processes.
+            CalibrationError: the model has no gradient.
+        """
+        if self.memory is not None or self.peers.size > 1:
+            raise ConfigError(
+                "--guided needs the whole model in memory and one process; leave it out with --memory or torchrun"
+            )
+        with self.timed("gradients"):
+            return guidance(
+                self.captured.graph_module,
+                [site for site in self.plan.sites if site.nodes],
+                batches,
+                task=self.captured.task,
+                seed=self.config.seed,
+                reporter=self.reporter,
+            )
 
     def _importance(self, batches: Sequence[Batch] | None) -> dict[str, torch.Tensor] | None:
         """What an error of each layer's outputs counts, by gradients; None where they are not wanted or not to be had."""

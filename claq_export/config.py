@@ -59,6 +59,8 @@ class Config:
             calibration data first (:mod:`claq_export.algorithm.exact_rows`); counted like everything else.
         importance: with a budget, weigh each layer's error by the gradient of the model's output with respect to it (a
             few backward passes over calibration samples); False: by its size relative to the layer's own output.
+        guided: weigh every calibration token in the Hessians by the squared gradient of the model's output at the layer
+            (GuidedQuant) in the place of ``token_clip``: a better model for a backward pass over all calibration data.
         preset: a configuration of the paper by name (:mod:`claq_export.algorithm.presets`); sets ``bits``,
             ``outliers``, ``reservation`` and ``token_clip``, and leaves out all that goes beyond the paper.
         calibration: a text, JSONL or Parquet file; an iterable of texts or of model inputs; ``"default"`` for the
@@ -104,6 +106,7 @@ class Config:
     head_bits: int | None = None
     exact_tokens: float = EXACT_TOKENS
     importance: bool = True
+    guided: bool = False
     preset: str | None = None
     calibration: str | Path | Iterable[Any] = DEFAULT_CALIBRATION
     samples: int | None = None
@@ -131,6 +134,8 @@ class Config:
             raise ConfigError(f"unknown preset {self.preset!r}; known: {', '.join(PRESETS)}")
         if self.size is not None and (self.size < 1 or self.preset is not None):
             raise ConfigError(f"size must be a positive number of bytes, and not go with a preset; got {self.size!r}")
+        if self.guided and (self.preset is not None or self.calibration == NO_CALIBRATION):
+            raise ConfigError("guided needs calibration data, and does not go with a preset of the paper")
         for pattern, width in self.floors.items():
             if width not in WIDTHS:
                 raise ConfigError(f"the floor of {pattern!r} must be one of {WIDTHS} bits, got {width!r}")

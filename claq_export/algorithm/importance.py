@@ -32,10 +32,12 @@ class OutputImportance:
     Args:
         layers: modules by name, with a tensor as output; its last axis is out_features. Outputs that come from no
             module are given to :meth:`watch`.
+        per_token: keep the mean squared gradient of every token too, see :meth:`tokens`.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], *, per_token: bool = False) -> None:
         self._layers = dict(layers)
+        self._by_token: dict[str, list[torch.Tensor]] | None = {} if per_token else None
         self._sums: dict[str, torch.Tensor] = {}
         self._tokens: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
@@ -65,12 +67,20 @@ class OutputImportance:
         added = rows.square().sum(dim=0, dtype=torch.float64)
         self._sums[name] = self._sums[name] + added if name in self._sums else added
         self._tokens[name] = self._tokens.get(name, 0) + len(rows)
+        if self._by_token is not None:
+            self._by_token.setdefault(name, []).append(rows.square().mean(dim=1))
 
     def _hook(self, name: str):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, inputs: tuple[object, ...], output: torch.Tensor) -> torch.Tensor:
             return self.watch(name, output)
 
         return hook
+
+    @property
+    def tokens(self) -> dict[str, torch.Tensor]:
+        """float32 ``[T]`` for each layer: mean over outputs of the squared gradient of each token, in the order of the
+        passes; meant for layers that run once a pass. Empty without ``per_token``."""
+        return {name: torch.cat(parts) for name, parts in (self._by_token or {}).items()}
 
     @property
     def seen(self) -> list[str]:

@@ -136,8 +136,12 @@ def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(x.to(weight.dtype), weight)
 
 
-def pieces(batches: Sequence[Batch], task: str | None, tokens: int = TOKENS_AT_ONCE) -> list[Batch]:
+def pieces(
+    batches: Sequence[Batch], task: str | None, tokens: int = TOKENS_AT_ONCE, *, whole: bool = False
+) -> list[Batch]:
     """Samples one at a time; those of a decoder cut to ``tokens`` tokens, each piece a sequence of its own.
+
+    A rest that fills no piece is left out, unless the ``whole`` sample is asked for.
 
     Batches of models without a known task stay as they are: nothing says which axis is which.
     """
@@ -154,7 +158,7 @@ def pieces(batches: Sequence[Batch], task: str | None, tokens: int = TOKENS_AT_O
             length = sample["input_ids"].shape[1]
             for start in range(0, length, tokens):
                 stop = min(start + tokens, length)
-                if stop - start < min(tokens, length):
+                if not whole and stop - start < min(tokens, length):
                     break
                 # Positions and masks begin anew with each piece.
                 cut = {name: value[:, : stop - start] for name, value in sample.items()}

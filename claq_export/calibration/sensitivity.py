@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -10,12 +11,27 @@ from torch import fx
 from ..algorithm.importance import OutputImportance, projected_loss, sampled_loss
 from ..errors import CalibrationError
 from ..passes import LinearSite
+from ..passes.plan import LINEAR_ROLE
 from .data import Batch
 from .gradients import DISTRIBUTIONS, DifferentiableGraph, LinearFunction, fast_dtype, multiply, pieces
 from .progress import ProgressReporter
 
 SAMPLES = 24
 """Pieces of at most 256 tokens that are enough: the budget depends on a mean over all tokens of all of them."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How much errors at each layer's outputs matter, by output and by calibration token.
+
+    Attributes:
+        rows: mean over tokens of the squared gradient of every output, float64 ``[out_features]`` by site name.
+        tokens: mean over outputs of the squared gradient of every token, float32 ``[T]`` by site name, tokens in the order of
+            the batches; only sites that stand at one place and saw every token once.
+    """
+
+    rows: dict[str, torch.Tensor]
+    tokens: dict[str, torch.Tensor]
 
 
 def output_importance(
@@ -46,9 +62,48 @@ def output_importance(
     Raises:
         CalibrationError: the graph has an operator without gradient, or gradients that are not finite.
     """
+    samples = pieces(batches, task)
+    step = max(1, len(samples) // SAMPLES)
+    importance = OutputImportance({})
+    _backward_passes(graph_module, sites, samples[::step][:SAMPLES], importance, task, seed, reporter)
+    return _rows(importance, sites)
+
+
+def guidance(
+    graph_module: fx.GraphModule,
+    sites: Sequence[LinearSite],
+    batches: Sequence[Batch],
+    *,
+    task: str | None,
+    seed: int,
+    reporter: ProgressReporter,
+) -> Guidance:
+    """The same over all calibration tokens, for Hessians that weigh each token by its squared gradient (GuidedQuant, arXiv
+    2505.07004, with one group of outputs a layer).
+
+    Args, Raises:
+        as for :func:`output_importance`. Sequences of decoders are cut into pieces, so a token's gradient is that of the
+        following tokens of its piece.
+    """
+    importance = OutputImportance({}, per_token=True)
+    _backward_passes(graph_module, sites, pieces(batches, task, whole=True), importance, task, seed, reporter)
+    once = {site.name for site in sites if len(site.nodes) == 1 and site.role == LINEAR_ROLE}
+    tokens = {name: weights for name, weights in importance.tokens.items() if name in once and bool(weights.sum() > 0)}
+    return Guidance(_rows(importance, sites), tokens)
+
+
+def _backward_passes(
+    graph_module: fx.GraphModule,
+    sites: Sequence[LinearSite],
+    samples: Sequence[Batch],
+    importance: OutputImportance,
+    task: str | None,
+    seed: int,
+    reporter: ProgressReporter,
+) -> None:
+    """Run every sample forward and backward, one in flight at a time; ``importance`` collects."""
     device = sites[0].weight(graph_module).device
     dtype = fast_dtype(device)
-    importance = OutputImportance({})
     linears: dict[fx.Node, LinearFunction] = {}
     for site in sites:
         weight = site.weight(graph_module).detach().to(dtype)
@@ -56,12 +111,9 @@ def output_importance(
             linears[node] = _watched(site.name, weight, importance)
     graph = DifferentiableGraph(graph_module, linears, dtype)
     generator = torch.Generator(device=device).manual_seed(seed)
-    samples = pieces(batches, task)
-    step = max(1, len(samples) // SAMPLES)
-    chosen = samples[::step][:SAMPLES]
-    reporter.start_layers(len(chosen), "gradients")
+    reporter.start_layers(len(samples), "gradients")
     try:
-        for number, sample in enumerate(chosen):
+        for number, sample in enumerate(samples):
             with torch.enable_grad():
                 outputs = graph(sample)
                 if not outputs:
@@ -77,6 +129,10 @@ def output_importance(
             reporter.layer(f"sample {number + 1}", phase="gradients")
     finally:
         reporter.finish_layers()
+
+
+def _rows(importance: OutputImportance, sites: Sequence[LinearSite]) -> dict[str, torch.Tensor]:
+    """By site name; one that no sample used counts as much as the others on average."""
     found = importance.result(importance.seen)
     if not found:
         raise CalibrationError("gradients cannot be had: no layer takes part in the model's output")

@@ -74,6 +74,9 @@ class CalibrationStage:
         store: finished layers of an interrupted run; None = start afresh and keep nothing.
         walk: makes the walk over the graph, which may take others along.
         peers: the processes that share the work; None = this one alone.
+        token_importance: float32 ``[T]`` by site name: what each calibration token counts in the Hessian of the site's input,
+            in the place of ``token_clip`` (:class:`~claq_export.calibration.sensitivity.Guidance`); None, or a site that is not
+            in it or does not read one row a token: all alike, clipped. For a process alone.
         release: leave finished layers in ``store`` and keep stand-ins of their large tensors.
     """
 
@@ -91,6 +94,7 @@ class CalibrationStage:
         walk: WalkMaker = NodeWalk,
         release: bool = False,
         peers: Peers | None = None,
+        token_importance: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self._module = graph_module
         self._new_walk = walk
@@ -105,6 +109,13 @@ class CalibrationStage:
         self._store = store
         self._release = release
         self._peers = peers or Peers()
+        self._token_importance = dict(token_importance or {})
+        self._readers: defaultdict[fx.Node, list[LinearSite]] = defaultdict(list)
+        for site in self._sites:
+            for node in site.nodes:
+                source = node.args[0]
+                assert isinstance(source, fx.Node)
+                self._readers[source].append(site)
         self._plans: Mapping[str, ColumnPlan] = {}
         self._pooled: dict[str, Hessian] = {}
         self._frequency: dict[int, torch.Tensor] = {}
@@ -196,9 +207,10 @@ class CalibrationStage:
                     hessian = pooled.pop(site.name)
                 else:
                     if source not in hessians:
-                        hessians[source] = self._hessian(site.in_features)
+                        weights = self._token_weights(source, inputs)
+                        hessians[source] = self._hessian(site.in_features, clipped=weights is None)
                         with self._timed("Hessian"):
-                            self._accumulate(hessians[source], inputs)
+                            self._accumulate(hessians[source], inputs, weights)
                             self._peers.add_up(hessians[source])
                     hessian = hessians[source]
                 shared_out = self._peers.size > 1 or len(self._devices.all) > 1
@@ -237,13 +249,7 @@ class CalibrationStage:
         return lambda indices: ops.embedding(indices.cpu(), *arguments).to(indices.device)
 
     def _readers_left(self) -> dict[fx.Node, int]:
-        readers: dict[fx.Node, int] = {}
-        for site in self._sites:
-            for node in site.nodes:
-                source = node.args[0]
-                assert isinstance(source, fx.Node)
-                readers[source] = readers.get(source, 0) + 1
-        return readers
+        return {source: len(sites) for source, sites in self._readers.items()}
 
     def _pool_shared_sites(self, batches: Sequence[Batch]) -> dict[str, Hessian]:
         """Hessians over all products of weights that stand at several places (layers shared across depth, tied heads).
@@ -271,10 +277,14 @@ class CalibrationStage:
         uses = {site.name: len(site.nodes) for site in sites}
 
         def visit(node: fx.Node, inputs: Sequence[torch.Tensor]) -> None:
-            site = site_of[node]
-            hessian = hessians.setdefault(site.name, self._hessian(site.in_features))
+            site, source = site_of[node], node.args[0]
+            assert isinstance(source, fx.Node)
+            weights = self._token_weights(source, inputs)
+            if site.name not in hessians:
+                hessians[site.name] = self._hessian(site.in_features, clipped=weights is None)
+            hessian = hessians[site.name]
             with self._timed("Hessian"):
-                self._accumulate(hessian, inputs)
+                self._accumulate(hessian, inputs, weights)
             uses[site.name] -= 1
             if not uses[site.name]:
                 self._peers.add_up(hessian)
@@ -301,22 +311,39 @@ class CalibrationStage:
     def _weight(self, site: LinearSite, device: torch.device) -> torch.Tensor:
         return materialize(site.weight(self._module).detach()).to(device=device, dtype=torch.float32)
 
-    def _hessian(self, in_features: int, device: torch.device | None = None) -> Hessian:
-        return Hessian(in_features, token_clip=self._token_clip, device=device or self._devices.first)
+    def _hessian(self, in_features: int, clipped: bool = True) -> Hessian:
+        return Hessian(in_features, token_clip=self._token_clip if clipped else None, device=self._devices.first)
 
-    def _accumulate(self, hessian: Hessian, inputs: Sequence[torch.Tensor]) -> None:
-        """Add all batches; groups of tokens are spread over the devices and their sums added in order."""
+    def _token_weights(self, source: fx.Node, inputs: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """What the tokens of a value count for the linears that read it, 1 on average; None: nothing is known."""
+        readers = self._readers[source]
+        if any(site.name not in self._token_importance for site in readers):
+            return None
+        outputs = sum(site.out_features for site in readers)
+        total = sum(self._token_importance[site.name] * (site.out_features / outputs) for site in readers)
+        assert isinstance(total, torch.Tensor)
+        if len(total) != sum(x.numel() // x.shape[-1] for x in inputs):
+            return None
+        return total / total.mean()
+
+    def _accumulate(
+        self, hessian: Hessian, inputs: Sequence[torch.Tensor], weights: torch.Tensor | None = None
+    ) -> None:
+        """Add all batches; groups of tokens are spread over the devices and their sums added in order.
+
+        ``weights`` ``[T]``: what each of their tokens counts, in order.
+        """
         if len(self._devices.all) == 1:
-            for rows in _groups(inputs):
-                hessian.add(rows)
+            for rows, counts in _groups(inputs, weights):
+                hessian.add(rows, counts)
             return
 
-        def part(rows: torch.Tensor, device: torch.device) -> Hessian:
-            own = self._hessian(hessian.in_features, device)
-            own.add(rows)
+        def part(group: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> Hessian:
+            own = Hessian(hessian.in_features, token_clip=hessian.token_clip, device=device)
+            own.add(*group)
             return own
 
-        for own in self._devices.map(part, _groups(inputs)):
+        for own in self._devices.map(part, _groups(inputs, weights)):
             hessian.merge(own)
 
     def _restore(self, site: LinearSite) -> QuantizedSite | None:
@@ -442,19 +469,19 @@ def column_counts(sites: Sequence[LinearSite], settings: LayerSettings) -> list[
     return spread_counts([site.in_features for site in sites], [site.out_features for site in sites], shares)
 
 
-def _groups(inputs: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The tokens of all batches, ``[T, K]``, several batches at a time: a product of few tokens costs as much as its K x K
-    result, not as its tokens."""
+def _groups(
+    inputs: Sequence[torch.Tensor], weights: torch.Tensor | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The tokens of all batches, ``[T, K]``, and their weights, several batches at a time: a product of few tokens costs as
+    much as its K x K result, not as its tokens."""
     rows: list[torch.Tensor] = []
-    tokens = 0
-    for x in inputs:
+    tokens = done = 0
+    for number, x in enumerate(inputs, 1):
         rows.append(x.reshape(-1, x.shape[-1]))
         tokens += rows[-1].shape[0]
-        if tokens >= _TOKENS_AT_ONCE:
-            yield torch.cat(rows)
-            rows, tokens = [], 0
-    if rows:
-        yield torch.cat(rows)
+        if tokens >= _TOKENS_AT_ONCE or number == len(inputs):
+            yield torch.cat(rows), None if weights is None else weights[done : done + tokens]
+            done, rows, tokens = done + tokens, [], 0
 
 
 def _naming(site: LinearSite, work: Callable[[], _Result]) -> _Result:

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from claq_export.algorithm import Hessian, LayerSettings, quantize_layer
 from claq_export.algorithm.importance import OutputImportance, sampled_loss
 from claq_export.api import capture
 from claq_export.calibration.gradients import DifferentiableGraph, fast_dtype, multiply, pieces
 from claq_export.calibration.progress import ProgressReporter
-from claq_export.calibration.sensitivity import output_importance
+from claq_export.calibration.sensitivity import guidance, output_importance
+from claq_export.calibration.stage import CalibrationStage
 from claq_export.capture import capture_module
 from claq_export.errors import CalibrationError
 from claq_export.passes import PassContext, planning_pipeline
@@ -66,6 +68,65 @@ def test_importance_is_that_of_the_modules(tiny_llama: Path, monkeypatch: pytest
         )
 
 
+def test_guidance_is_the_squared_gradient_of_every_token() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(48, 64), nn.Linear(64, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(torch.relu(self.first(x)))
+
+    model = Two().eval()
+    batches = [{"x": torch.randn(2, 5, 48)}, {"x": torch.randn(2, 5, 48)}]
+    captured = capture_module(model, (batches[0]["x"],))
+    found = guidance(
+        captured.graph_module, planned(captured), batches, task=None, seed=7, reporter=ProgressReporter(quiet=True)
+    )
+    # The loss is the output times signs, so these are the gradients of the second layer's outputs.
+    generator = torch.Generator().manual_seed(7)
+    signs = [torch.randint(0, 2, (2, 5, 32), generator=generator) * 2.0 - 1 for _ in batches]
+    weight = model.second.weight.detach()
+    gradients = torch.cat(
+        [(sign @ weight) * (model.first(batch["x"]) > 0) for sign, batch in zip(signs, batches, strict=True)]
+    ).reshape(20, 64)
+    torch.testing.assert_close(found.tokens["second"], torch.ones(20))
+    torch.testing.assert_close(found.tokens["first"], gradients.square().mean(1))
+    torch.testing.assert_close(found.rows["first"], gradients.square().mean(0).double(), check_dtype=False)
+
+
+@pytest.mark.parametrize("known", ["every token", "too few tokens", "another layer"])
+def test_hessians_weigh_tokens_as_the_guidance_says(known: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96)).eval()
+    batches = [{"x": torch.randn(3, 5, 64)} for _ in range(2)]
+    captured = capture_module(model, (batches[0]["x"],))
+    (site,) = planned(captured)
+    importance = torch.rand(30) * 4
+    given = {
+        "every token": {site.name: importance},
+        "too few tokens": {site.name: importance[1:]},
+        "another layer": {"other": importance},
+    }[known]
+    stage = CalibrationStage(
+        captured.graph_module,
+        [site],
+        settings=LayerSettings(bits=3),
+        token_clip=2.0,
+        devices=["cpu"],
+        reporter=ProgressReporter(quiet=True),
+        token_importance=given,
+    )
+    found = stage.run(batches)[site.name]
+    weighted = known == "every token"
+    hessian = Hessian(64, token_clip=None if weighted else 2.0)
+    hessian.add(torch.cat([batch["x"] for batch in batches]), importance / importance.mean() if weighted else None)
+    expected = quantize_layer(model[0].weight, hessian, LayerSettings(bits=3))
+    assert found.error == pytest.approx(expected.error, rel=1e-6)
+    for name, tensor in expected.layer.tensors().items():
+        assert torch.equal(found.layer.tensors()[name], tensor), name
+
+
 def test_decoder_samples_are_cut_into_sequences_of_their_own(tiny_llama: Path) -> None:
     captured, _ = capture(tiny_llama, task="text-generation")
     batches = token_batches(captured, 1, 21)
@@ -76,6 +137,8 @@ def test_decoder_samples_are_cut_into_sequences_of_their_own(tiny_llama: Path) -
     for piece in found:
         assert torch.equal(piece["position_ids"], torch.arange(8)[None])
         captured.run(piece)
+    whole = pieces(batches, "text-generation", tokens=8, whole=True)
+    assert torch.equal(torch.cat([piece["input_ids"][0] for piece in whole]), tokens.flatten())
     assert [piece["input_ids"].shape for piece in pieces(batches, "feature-extraction", tokens=8)] == [(1, 21)] * 2
     assert pieces(batches, None) == batches
 

@@ -91,3 +91,47 @@ def test_tuning_as_a_setting(tiny_bert: Path) -> None:
     assert done.seconds["tuning"] > 0
     with pytest.raises(ConfigError, match="tune"):
         Config(tune=-1)
+
+
+class Gated(nn.Module):
+    """Half of the tokens do not reach the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(64, 96)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * (x[..., :1] > 0)
+
+
+@pytest.mark.parametrize("bits", [2, 2.9])
+def test_guided_hessians_see_the_tokens_that_matter(bits: float) -> None:
+    def tokens(seed: int, kept: bool) -> torch.Tensor:
+        x = torch.randn(128, 64, generator=torch.Generator().manual_seed(seed))
+        if kept:  # few directions, in which errors of columns can make up for one another
+            x = x[:, :8] @ torch.randn(8, 64, generator=torch.Generator().manual_seed(1)) / 8**0.5
+        x[:, 0] = x[:, 0].abs() if kept else -x[:, 0].abs()
+        return x
+
+    batches = [torch.cat([tokens(i, True), tokens(100 + i, False)]) for i in range(4)]
+    unseen = tokens(200, True)
+    model = Gated().eval()
+    wanted = model(unseen).detach()
+
+    def error(guided: bool) -> float:
+        captured, _ = capture(model, (batches[0],))
+        config = Config(calibration=batches, bits=bits, guided=guided)
+        done = Compilation(captured, config, ProgressReporter(quiet=True))
+        done.quantize_sites()
+        (site,) = done.sites.values()
+        found = unseen @ site.layer.dequantize().T + model.layer.bias.detach()
+        return float((found - wanted).square().mean())
+
+    assert error(guided=True) < 0.5 * error(guided=False)
+
+
+def test_guidance_needs_data_and_is_not_the_papers() -> None:
+    for settings in ({"calibration": "none"}, {"preset": "claq-3"}):
+        with pytest.raises(ConfigError, match="guided"):
+            Config(guided=True, **settings)
