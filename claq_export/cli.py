@@ -148,8 +148,8 @@ def build_parser() -> argparse.ArgumentParser:
     bits.add_argument(
         "--guided",
         action="store_true",
-        help="weigh every calibration token by the squared gradient of the model's output at each layer: a better model for "
-        "one backward pass over all calibration data (about three times the time of calibration)",
+        help="weigh every calibration token by the squared gradient of the model's output at each layer, for a backward pass "
+        "over all calibration data; helps language models where all columns have one width (default: off)",
     )
     bits.add_argument(
         "--tune",

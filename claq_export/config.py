@@ -60,7 +60,8 @@ class Config:
         importance: with a budget, weigh each layer's error by the gradient of the model's output with respect to it (a
             few backward passes over calibration samples); False: by its size relative to the layer's own output.
         guided: weigh every calibration token in the Hessians by the squared gradient of the model's output at the layer
-            (GuidedQuant) in the place of ``token_clip``: a better model for a backward pass over all calibration data.
+            (GuidedQuant) in the place of ``token_clip``, for a backward pass over all calibration data. Helps language models
+            where all columns have one width (``docs/algorithm.md``).
         preset: a configuration of the paper by name (:mod:`claq_export.algorithm.presets`); sets ``bits``,
             ``outliers``, ``reservation`` and ``token_clip``, and leaves out all that goes beyond the paper.
         calibration: a text, JSONL or Parquet file; an iterable of texts or of model inputs; ``"default"`` for the

@@ -146,7 +146,7 @@ def _budget(data: ReportData) -> str:
     budget = data.budget
     if budget is None:
         return ""
-    difference = f"{budget.found / budget.asked - 1:+.2%}"
+    difference = f"{round(100 * (budget.found / budget.asked - 1), 2) + 0.0:+.2f}%"  # + 0.0: no minus before a zero
     what = "whole artifact" if budget.weights is None else "quantized layers"
     rows = [(what, human_size(budget.asked), human_size(budget.found), difference)]
     if budget.weights is not None:

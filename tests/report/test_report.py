@@ -128,6 +128,7 @@ def test_budget_is_shown_beside_what_was_asked_for(data):
     text = shown(BudgetRecord(1_000_000, 996_000, weights=3_200_000, floors={"*.down_<proj>": 3}))
     for expected in ("1.00 MB", "996.0 kB", "2.5000", "2.4900", "-0.40%", "*.down_<proj>: 3 bits"):
         assert expected in text
+    assert "+0.00%" in shown(BudgetRecord(60_000_000, 59_999_999))
     text = shown(BudgetRecord(60_000_000, 60_060_000))
     for expected in ("whole artifact", "60.00 MB", "60.06 MB", "+0.10%", "least widths set: none"):
         assert expected in text
