@@ -29,7 +29,7 @@ from .format.files import check_writable
 from .modules import replace_linears
 from .passes import Skipped
 from .preflight import check as check_preflight
-from .preflight import peak_resident_bytes
+from .preflight import peak_resident_bytes, return_freed_memory
 from .report import BudgetRecord, QualityRow, ReportData, write_report
 from .verify import VerificationReport, check_stored, verify_artifact
 
@@ -219,6 +219,8 @@ def export(
     config = config or Config()
     reporter = reporter or ProgressReporter(quiet=True)
     check_writable(out)
+    if memory is not None:
+        return_freed_memory()
     reporter.stage("capturing the model")
     start = time.perf_counter()
     captured, module = capture(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import shutil
@@ -15,16 +16,30 @@ import torch
 from torch import nn
 
 from .algorithm import LayerSettings, quantize_layer
+from .algorithm.hessian import FEW
 from .calibration.data import Batch
 from .deferred import logical_bytes
 from .errors import ConfigError, OutputError
 from .passes import LinearSite
 
-LAYER_BYTES_PER_WEIGHT = 24.0
-"""Working memory of a layer's quantization, a weight, seen at 4 bits (float32 copies, codes, packing)."""
+LAYER_BYTES_PER_WEIGHT = 9.5
+"""Working memory of a layer's quantization, a weight: it in float32, the columns in float32 (whose place errors take), codes."""
 
-HESSIAN_BYTES_PER_ENTRY = 44.0
-"""The same for each of the K x K entries of its Hessian: float32 sums, float64 factorization and its inverse."""
+BLOCK_BYTES = 13 * 512
+"""The same for each output feature: three copies of the columns that are quantized at once, and their codes; and for each
+input of a Hessian, whose rows are gathered as many at once."""
+
+HESSIAN_BYTES_PER_ENTRY = 8.5
+"""The same for each of the K x K entries of its Hessian: sums and the factor of the inverse, float32, and blocks of them."""
+
+TOKEN_BYTES_PER_INPUT = 20.0
+"""In the place of a Hessian of few tokens, for each input of each token: it twice in float32 and once in float64."""
+
+REFINED_BYTES_PER_WEIGHT = 30.0
+"""The working memory where columns are refined after the loop (descent, refits): decoded and wanted columns, products."""
+
+REFINED_BYTES_PER_ENTRY = 12.0
+"""More of it for each entry of the Hessian: the damped one in float64 and float32."""
 
 TENSOR_COPIES = 2.2
 """Times the largest unquantized tensor is in memory while it is converted and written."""
@@ -33,6 +48,7 @@ EXPORTER_BYTES = 250 << 20
 """Grown by torch.export and the ONNX exporter themselves, seen on decoders of 20 layers."""
 
 _SAMPLE_COLUMNS = 32
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -82,7 +98,8 @@ def predict_resources(
         quantized_bytes, other_bytes: of the artifact: its layers, and everything else.
         limit: bytes of resident memory.
     """
-    layer = max((_layer_bytes(site, batches is not None) for site in sites), default=0)
+    tokens = _tokens(batches)
+    layer = max((layer_bytes(site, tokens, settings) for site in sites), default=0)
     others = [logical_bytes(tensor) for tensor in (*graph.parameters(), *graph.buffers())]
     planned = {site.weight_target for site in sites}
     largest = max(
@@ -100,7 +117,7 @@ def predict_resources(
         # The layers of the work folder, the ONNX data, the PyTorch container, and what is spilled.
         disk=quantized_bytes + 2 * artifact + max(0, held - activations),
         artifact=artifact,
-        seconds=_quantization_seconds(sites, settings, batches is not None),
+        seconds=_quantization_seconds(sites, settings, tokens),
     )
 
 
@@ -123,6 +140,17 @@ def check(preflight: Preflight, limit: int, out: Path) -> None:
         )
 
 
+def return_freed_memory() -> None:
+    """Let the C library give every freed block of a megabyte and more back to the operating system at once.
+
+    Left to itself glibc raises that size to 32 MB as such blocks are freed, and keeps what lies between blocks in use.
+    Other C libraries have no such setting and are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
 def resident_bytes() -> int:
     """Resident memory of this process now."""
     try:
@@ -137,22 +165,35 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _layer_bytes(site: LinearSite, calibrated: bool) -> float:
-    hessian = HESSIAN_BYTES_PER_ENTRY * site.in_features**2 if calibrated else 0.0
-    return LAYER_BYTES_PER_WEIGHT * site.in_features * site.out_features + hessian
+def _tokens(batches: Sequence[Batch] | None) -> int:
+    """Tokens of all batches."""
+    return sum(max((tensor.numel() for tensor in batch.values()), default=0) for batch in batches or [])
+
+
+def layer_bytes(site: LinearSite, tokens: int, settings: LayerSettings) -> float:
+    """Working memory of a layer's quantization; ``tokens`` = 0 without calibration."""
+    K, N = site.in_features, site.out_features
+    refined = bool(settings.descent or settings.refit_codebook or settings.refit_row_scale)
+    weight = (REFINED_BYTES_PER_WEIGHT if refined and tokens else LAYER_BYTES_PER_WEIGHT) * K * N
+    if tokens and site.nodes:
+        few = tokens * FEW <= K and not refined
+        few_bytes = tokens * (TOKEN_BYTES_PER_INPUT * K + 4 * N)
+        an_entry = HESSIAN_BYTES_PER_ENTRY + (REFINED_BYTES_PER_ENTRY if refined else 0.0)
+        weight += few_bytes if few else an_entry * K**2 + BLOCK_BYTES * K
+    return weight + BLOCK_BYTES * N
 
 
 def _activation_bytes(sites: Sequence[LinearSite], batches: Sequence[Batch] | None) -> int:
     """What all batches hold between two layers: the residual stream and the widest layer's input and output."""
     if batches is None or not sites:
         return 0
-    tokens = sum(max((tensor.numel() for tensor in batch.values()), default=0) for batch in batches)
+    tokens = _tokens(batches)
     widest = max(site.in_features + site.out_features for site in sites)
     return 4 * tokens * (widest + 2 * min(site.in_features for site in sites))
 
 
-def _quantization_seconds(sites: Sequence[LinearSite], settings: LayerSettings, calibrated: bool) -> float:
-    """From a few columns quantized now, and one factorization where Hessians are used."""
+def _quantization_seconds(sites: Sequence[LinearSite], settings: LayerSettings, tokens: int) -> float:
+    """From a few columns and a matrix product timed now; ``tokens`` = 0 without calibration."""
     if not sites:
         return 0.0
     rows = max(site.out_features for site in sites)
@@ -162,16 +203,24 @@ def _quantization_seconds(sites: Sequence[LinearSite], settings: LayerSettings, 
     quantize_layer(weight, None, settings)
     a_weight = (time.perf_counter() - start) / weight.numel()
     seconds = a_weight * sum(site.in_features * site.out_features for site in sites)
-    if calibrated:
-        size = 512
-        matrix = torch.eye(size, dtype=torch.float64)
+    if tokens:
+        size = 768
+        matrix = torch.ones(size, size)
+        matrix @ matrix
         start = time.perf_counter()
-        torch.linalg.cholesky(matrix)
-        torch.linalg.solve_triangular(matrix, matrix, upper=False)
-        a_cube = (time.perf_counter() - start) / size**3
-        # Error feedback updates each layer's remaining columns: as many multiplications as weights times columns.
-        seconds += sum(a_cube * site.in_features**2 * (site.in_features + site.out_features / 2) for site in sites)
+        matrix @ matrix
+        a_product = (time.perf_counter() - start) / size**3
+        seconds += a_product * sum(_products(site, tokens) for site in sites if site.nodes)
     return seconds
+
+
+def _products(site: LinearSite, tokens: int) -> float:
+    """Multiply-adds of a calibrated layer: forward pass, Hessian, factor, error feedback."""
+    K, N = site.in_features, site.out_features
+    if tokens * FEW <= K:
+        # T x T matrices in float64, which counts twice, for every block of columns.
+        return tokens * N * K * 3 + K / 512 * 2 * tokens**2 * (tokens / 3 + 3 * 512)
+    return tokens * (N * K + K**2 / 2) + K**3 * 2 / 3 + N * K**2 / 2
 
 
 def _gigabytes(nbytes: float) -> str:

@@ -30,16 +30,26 @@ class Column:
     Attributes:
         codes: uint8 ``[N]``.
         integers, scale: the stored codebook: int8 ``[2^b]`` ascending, float16.
-        value: float32 ``[N]``, exactly what a reader decodes, outliers included.
         rows, extra: reserved weights: their rows, ascending, and the float16 added to the codebook entry.
     """
 
     codes: npt.NDArray[np.uint8]
     integers: npt.NDArray[np.int8]
     scale: np.float16
-    value: npt.NDArray[np.float32]
     rows: npt.NDArray[np.int64]
     extra: npt.NDArray[np.float16]
+
+    @property
+    def value(self) -> npt.NDArray[np.float32]:
+        """float32 ``[N]``, exactly what a reader decodes, outliers included. Computed at each call: kept, it would take four
+        times what the column does."""
+        value: npt.NDArray[np.float32] = (self.integers.astype(np.float32) * np.float32(self.scale))[self.codes]
+        if len(self.rows):
+            # In the order of operations of QuantizedLinear.dequantize, so that the loop believes in the very bits a
+            # reader sees.
+            entry = self.integers[self.codes[self.rows]].astype(np.float32)
+            value[self.rows] = (entry + self.extra.astype(np.float32)) * np.float32(self.scale)
+        return value
 
 
 class ColumnCoder:
@@ -108,10 +118,10 @@ class ColumnCoder:
         by_value = np.argsort(centroids, kind="stable")
         place = np.empty(len(by_value), dtype=np.uint8)
         place[by_value] = np.arange(len(by_value))
-        kept = present.value[present.rows]
-        reach = float(np.abs(kept).max()) if len(kept) else 0.0
+        value = present.value
+        reach = float(np.abs(value[present.rows]).max()) if len(present.rows) else 0.0
         integers, scale, table = round_codebook(centroids[by_value], reach)
-        return _encode(present.value, integers, scale, table, present.rows, place[present.codes])
+        return _encode(value, integers, scale, table, present.rows, place[present.codes])
 
 
 def from_native(coded: native.CodedColumns, i: int, width: int) -> Column:
@@ -121,7 +131,6 @@ def from_native(coded: native.CodedColumns, i: int, width: int) -> Column:
         coded.codes[i],
         coded.codebook[i, : 1 << width],
         coded.scale[i],
-        coded.value[i],
         coded.outlier_row[kept].astype(np.int64),
         coded.outlier_extra[kept],
     )
@@ -137,14 +146,10 @@ def _encode(
 ) -> Column:
     if codes is None:
         codes = nearest(column, table).astype(np.uint8)
-    value = table[codes]
     extra = _NO_VALUES
     if len(rows) and scale > 0:
-        # In the order of operations of QuantizedLinear.dequantize, so that the loop believes in the very bits a
-        # reader sees.
         entry = integers[codes[rows]].astype(np.float32)
         extra = (column[rows] / np.float32(scale) - entry).astype(np.float16)
-        value[rows] = (entry + extra.astype(np.float32)) * np.float32(scale)
     elif len(rows):
         rows = _NOTHING
-    return Column(codes, integers, scale, value, rows, extra)
+    return Column(codes, integers, scale, rows, extra)

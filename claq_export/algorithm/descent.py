@@ -53,21 +53,22 @@ def descend(
             slope = pull[i] + inner[i, :i] @ change[:i] if i else pull[i]
             wanted = present[i] - slope / stiffness
             before = _distance(present[i], wanted, coder)
-            best, after = None, before
+            best, value, after = None, present[i], before
             width = len(old.integers).bit_length() - 1
             table = old.integers.astype(np.float64) * np.float64(old.scale)
             for fresh in (
                 coder.quantize(wanted, width, len(old.rows), start=table),
                 coder.recode(wanted, old.integers, old.scale, old.rows),
             ):
-                error = _distance(fresh.value, wanted, coder)
+                decoded = fresh.value
+                error = _distance(decoded, wanted, coder)
                 if error < after:
-                    best, after = fresh, error
+                    best, value, after = fresh, decoded, error
             if best is None:
                 continue
             gained += float(stiffness) * (before - after)
-            change[i] = best.value - present[i]
-            present[i] = best.value
+            change[i] = value - present[i]
+            present[i] = value
             state.columns[feature] = best
         state.value[index] = torch.from_numpy(present).to(target.device)
     return gained

@@ -1,12 +1,13 @@
 """The column loop: quantize columns one after another and let the later ones make up for the error of the earlier ones.
 
 GPTQ (arXiv 2210.17323, algorithm 1) with a k-means codebook a column (CLAQ, section 3.2; claq.md, 1.2-1.3). Columns
-are processed in the order of the Hessian factor, whatever order they are stored in.
+are processed in the order of the feedback, whatever order they are stored in.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from time import perf_counter
 
 import numpy as np
@@ -15,7 +16,10 @@ import torch
 
 from . import native
 from .columns import Column, ColumnCoder, from_native
-from .hessian import Factor
+from .feedback import Feedback
+
+_COLUMNS_AT_ONCE = 512
+"""Columns between two products with the errors of all earlier ones; the blocks in them see one another's errors each."""
 
 
 @dataclass
@@ -24,65 +28,75 @@ class QuantizedColumns:
 
     Attributes:
         columns: K quantized columns, by input feature.
-        value: float32 ``[K, N]``: what they decode to.
+        device: of tensors made of them.
         kmeans_seconds, feedback_seconds: where the time went.
     """
 
     columns: list[Column]
-    value: torch.Tensor
+    device: torch.device
     kmeans_seconds: float = 0.0
     feedback_seconds: float = 0.0
+
+    @cached_property
+    def value(self) -> torch.Tensor:
+        """float32 ``[K, N]``: what the columns decode to; made when it is first asked for, and kept."""
+        return torch.from_numpy(np.stack([column.value for column in self.columns])).to(self.device)
 
 
 def quantize_columns(
     target: torch.Tensor,
     bits: list[int],
     reserve: list[int],
-    factor: Factor | None,
+    feedback: Feedback | None,
     coder: ColumnCoder,
     block: int = 128,
 ) -> QuantizedColumns:
-    """Quantize all columns, with error feedback when there is a factor.
+    """Quantize all columns, with error feedback if asked for.
 
     The matrix products run on the device of ``target``; the columns of a block are quantized on the CPU, by libclaq
     where it is there.
 
     Args:
-        target: float32 ``[K, N]``: the weight transposed, rows divided by their scales.
-        bits: K code widths.
-        reserve: outliers of each column.
-        factor: of the inverse Hessian; None = each column for itself.
+        target: float32 ``[K, N]``: the weight transposed, rows divided by their scales, columns in the order of the
+            feedback (as they stand without). With feedback it is overwritten: what a quantized column leaves to the later
+            ones takes its place, so that a layer needs no second matrix of its size.
+        bits: K code widths, by input feature.
+        reserve: outliers of each column, by input feature.
+        feedback: None = each column for itself.
         coder: quantizes one column.
-        block: columns between two updates of all later columns.
+        block: columns that are quantized between two products with errors.
     """
     began = perf_counter()
     count = target.shape[0]
-    order = list(range(count)) if factor is None else factor.order.tolist()
+    order = list(range(count)) if feedback is None else feedback.order.tolist()
     result: list[Column | None] = [None] * count
-    value = torch.empty_like(target)
-    errors = torch.zeros_like(target) if factor is not None else None
     quantize_block = _quantize_native if coder.native else _quantize_block
     kmeans = 0.0
-    for start in range(0, count, block):
-        features = order[start : start + block]
-        index = torch.tensor(features, device=target.device)
-        rows = target[index]
-        feedback = None
-        if factor is not None and errors is not None:
-            stop = start + len(features)
-            if start:
-                rows = rows - factor.upper[:start, start:stop].T @ errors[:start]
-            feedback = factor.upper[start:stop, start:stop].T.contiguous().cpu().numpy()
-        widths, reserves = [bits[feature] for feature in features], [reserve[feature] for feature in features]
-        done = quantize_block(rows.cpu().numpy(), widths, reserves, feedback, coder)
-        kmeans += done.kmeans_seconds
-        for feature, column in zip(features, done.columns, strict=True):
-            result[feature] = column
-        value[index] = torch.from_numpy(done.value).to(target.device)
-        if errors is not None and done.error is not None:
-            errors[start : start + len(features)] = torch.from_numpy(done.error).to(target.device)
+    for first in range(0, count, max(block, _COLUMNS_AT_ONCE)):
+        last = min(count, first + max(block, _COLUMNS_AT_ONCE))
+        upper = None if feedback is None else feedback.enter(target, first, last)
+        value = None if feedback is None else torch.empty_like(target[first:last])
+        for start in range(first, last, block):
+            stop = min(last, start + block)
+            features = order[start:stop]
+            rows, inner = target[start:stop], None
+            if upper is not None:
+                here = slice(start - first, stop - first)
+                if start > first:
+                    rows = rows - upper[: here.start, here].T @ target[first:start]
+                inner = upper[here, here].T.contiguous().cpu().numpy()
+            widths, reserves = [bits[feature] for feature in features], [reserve[feature] for feature in features]
+            done = quantize_block(rows.cpu().numpy(), widths, reserves, inner, coder)
+            kmeans += done.kmeans_seconds
+            for feature, column in zip(features, done.columns, strict=True):
+                result[feature] = column
+            if value is not None and done.error is not None:
+                target[start:stop] = torch.from_numpy(done.error).to(target.device)
+                value[here] = torch.from_numpy(done.value).to(target.device)
+        if feedback is not None and value is not None:
+            feedback.leave(target, first, last, value)
     columns = [column for column in result if column is not None]
-    return QuantizedColumns(columns, value, kmeans, perf_counter() - began - kmeans)
+    return QuantizedColumns(columns, target.device, kmeans, perf_counter() - began - kmeans)
 
 
 @dataclass

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CalibrationError, ConfigError
-from .products import gram, linear
+from .products import add_gram, linear
+from .triangular import factor_upper, invert_upper
+
+FEW = 4
+"""A Hessian of at most K / FEW tokens is kept as these tokens (feedback.py)."""
+
+_ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,15 @@ class Hessian:
             raise ConfigError(f"token_clip must be positive or None, got {token_clip}")
         self.in_features = in_features
         self.token_clip = token_clip
-        self.matrix = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.tokens = 0
+        self._device = torch.device("cpu" if device is None else device)
+        # Either the sums, or few tokens and, once somebody needed it, their matrix.
+        self._sums: torch.Tensor | None = None
+        self._few: list[torch.Tensor] = []
+        self._matrix_of_few: torch.Tensor | None = None
+        self._lock = threading.RLock()
         self._cross: torch.Tensor | None = None
         self._factors: dict[tuple[float, bool], Factor] = {}
-        self._factoring = threading.Lock()
 
     def add(
         self, inputs: torch.Tensor, weights: torch.Tensor | None = None, *, reference: torch.Tensor | None = None
@@ -89,12 +99,14 @@ class Hessian:
                 factor = limit / norms.clamp(min=float(limit))
         if root is not None:
             factor = factor * root
-        x = x * factor[:, None]
-        self.matrix.add_(gram(x))
+        if self._sums is None and reference is None and self._are_few(x):
+            self._keep(x * factor[:, None])
+        else:
+            add_gram(self.matrix, x, factor)
         if reference is not None:
             if self._cross is None:
                 self._cross = torch.zeros_like(self.matrix)
-            self._cross.addmm_((self._rows(reference) * factor[:, None]).T, x)
+            self._cross.addmm_((self._rows(reference) * factor[:, None]).T, x * factor[:, None])
         self.tokens += int(counted.sum())
         self._factors.clear()
 
@@ -112,21 +124,71 @@ class Hessian:
             )
         if other._cross is not None or self._cross is not None:
             raise NotImplementedError("Hessians with reference inputs are not merged")
-        self.matrix.add_(other.matrix.to(self.matrix.device))
+        few = other.few_tokens
+        if few is None:
+            self.matrix.add_(other.matrix.to(self._device))
+        elif self._sums is None and self._are_few(few):
+            self._keep(few.to(self._device))
+        else:
+            add_gram(self.matrix, few.to(self._device))
         self.tokens += other.tokens
         self._factors.clear()
+
+    def _are_few(self, more: torch.Tensor) -> bool:
+        return (sum(len(part) for part in self._few) + len(more)) * FEW <= self.in_features
+
+    def _keep(self, rows: torch.Tensor) -> None:
+        self._few.append(rows)
+        self._matrix_of_few = None
 
     def _rows(self, inputs: torch.Tensor) -> torch.Tensor:
         if inputs.shape[-1] != self.in_features:
             raise CalibrationError(
                 f"inputs have width {inputs.shape[-1]}, the layer has in_features = {self.in_features}"
             )
-        return inputs.detach().reshape(-1, self.in_features).to(device=self.matrix.device, dtype=torch.float32)
+        return inputs.detach().reshape(-1, self.in_features).to(device=self._device, dtype=torch.float32)
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """float32 ``[K, K]``: H, to be read or added to; few tokens are given up for it."""
+        with self._lock:
+            self._sums = self._summed()
+            self._few.clear()
+            self._matrix_of_few = None
+            return self._sums
+
+    def _summed(self) -> torch.Tensor:
+        """H, to be read; few tokens stay."""
+        with self._lock:
+            if self._sums is not None:
+                return self._sums
+            if self._matrix_of_few is None:
+                whole = torch.zeros(self.in_features, self.in_features, device=self._device)
+                for rows in self._few:
+                    add_gram(whole, rows)
+                self._matrix_of_few = whole
+            return self._matrix_of_few
+
+    @property
+    def few_tokens(self) -> torch.Tensor | None:
+        """float32 ``[T, K]``: X, the tokens with their weights, while T is at most a quarter of K and nobody asked for
+        :attr:`matrix`; else None."""
+        with self._lock:
+            if self._sums is not None or not self._few:
+                return None
+            return self._few[0] if len(self._few) == 1 else torch.cat(self._few)
 
     @property
     def diagonal(self) -> torch.Tensor:
         """float32 ``[K]``: H_jj, the energy of each input feature."""
-        return self.matrix.diagonal()
+        few = self.few_tokens
+        return self._summed().diagonal() if few is None else few.square().sum(dim=0)
+
+    def order(self, act_order: bool) -> torch.Tensor:
+        """int64 ``[K]``: input features in processing order: by falling H_jj (GPTQ's act-order), or as they stand."""
+        if act_order:
+            return torch.argsort(self.diagonal, descending=True, stable=True)
+        return torch.arange(self.in_features, device=self._device)
 
     def damped(self, damping: float) -> torch.Tensor:
         """float64 ``[K, K]``: H plus ``damping`` times its mean diagonal; dead inputs (H_jj = 0) get that mean as
@@ -135,14 +197,22 @@ class Hessian:
         Raises:
             ConfigError: ``damping`` not positive.
         """
+        matrix = self._summed().to(torch.float64)
+        matrix.diagonal().add_(self.damping(damping))
+        return matrix
+
+    def damping(self, damping: float) -> torch.Tensor:
+        """float64 ``[K]``: what :meth:`damped` adds to the diagonal.
+
+        Raises:
+            ConfigError: ``damping`` not positive.
+        """
         if not damping > 0:
             raise ConfigError(f"damping must be positive, got {damping}")
-        matrix = self.matrix.to(torch.float64)
-        mean = float(matrix.diagonal().mean())
+        diagonal = self.diagonal.to(torch.float64)
+        mean = float(diagonal.mean())
         mean = mean if mean > 0 else 1.0
-        added = torch.full((self.in_features,), damping * mean, dtype=torch.float64, device=matrix.device)
-        added[matrix.diagonal() == 0] = mean
-        return matrix + torch.diag(added)
+        return torch.where(diagonal == 0, mean, damping * mean)
 
     def factor(self, damping: float = 0.01, act_order: bool = True) -> Factor:
         """The factor for error feedback; computed once for each pair of arguments and kept, whatever the number of threads
@@ -155,30 +225,32 @@ class Hessian:
         Raises:
             CalibrationError: the matrix is not positive definite even so.
         """
-        with self._factoring:
+        with self._lock:
             key = (damping, act_order)
             if key not in self._factors:
-                self._factors[key] = self._factor(damping, act_order)
+                order = self.order(act_order)
+                self._factors[key] = Factor(order, self._inverse_factor(order, damping))
             return self._factors[key]
 
-    def _factor(self, damping: float, act_order: bool) -> Factor:
-        matrix = self.damped(damping)
-        count = self.in_features
-        order = torch.arange(count, device=matrix.device)
-        if act_order:
-            order = torch.argsort(self.diagonal, descending=True, stable=True)
-        # H = R R^T with R upper comes from the Cholesky factor of H with both axes reversed; then H^-1 = R^-T R^-1, so
-        # U = R^-1: one factorization and one triangular inverse instead of two factorizations and a full inverse.
-        flipped = order.flip(0)
-        lower, info = torch.linalg.cholesky_ex(matrix[flipped[:, None], flipped])
-        if int(info) != 0:
-            raise CalibrationError(
-                "the Hessian is not positive definite; raise the damping or use more calibration text"
-            )
-        upper = lower.flip(0, 1)
-        eye = torch.eye(count, dtype=torch.float64, device=matrix.device)
-        inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
-        return Factor(order, inverse.to(torch.float32))
+    def _inverse_factor(self, order: torch.Tensor, damping: float) -> torch.Tensor:
+        """U of :class:`Factor`, made where it is kept.
+
+        H = R R^T with R upper; then H^-1 = R^-T R^-1, so U = R^-1: one factorization and one triangular inverse instead
+        of two factorizations and a full inverse. In float32, as GPTQ's authors do it; a Hessian that is not positive
+        definite in float32 gets a second chance in float64.
+        """
+        added = self.damping(damping)[order]
+        sums = self._summed()
+        for dtype in (torch.float32, torch.float64):
+            matrix = torch.empty(sums.shape, dtype=dtype, device=sums.device)
+            for start in range(0, self.in_features, _ROWS_AT_ONCE):
+                part = order[start : start + _ROWS_AT_ONCE]
+                matrix[start : start + len(part)] = sums[part][:, order]
+            matrix.diagonal().add_(added)
+            if factor_upper(matrix):
+                invert_upper(matrix)
+                return matrix.to(torch.float32)
+        raise CalibrationError("the Hessian is not positive definite; raise the damping or use more calibration text")
 
     def target(self, weight: torch.Tensor, damping: float) -> torch.Tensor:
         """The weight that best reproduces the unquantized output from quantized inputs; ``weight`` itself without
@@ -190,10 +262,15 @@ class Hessian:
         if self._cross is None:
             return weight
         lower = torch.linalg.cholesky(self.damped(damping))
-        right = weight.to(torch.float64) @ (self._cross - self.matrix).to(torch.float64)
+        right = weight.to(torch.float64) @ (self._cross - self._summed()).to(torch.float64)
         return weight + torch.cholesky_solve(right.T, lower).T.to(weight.dtype)
 
     def energy(self, difference: torch.Tensor) -> torch.Tensor:
         """float64 ``[N]``: d H d^T of each row of ``difference`` ``[N, K]``."""
-        rows = difference.to(device=self.matrix.device, dtype=torch.float32)
-        return (linear(rows, self.matrix) * rows).sum(dim=1, dtype=torch.float64)
+        parts = []
+        few = self.few_tokens
+        for some in difference.split(_ROWS_AT_ONCE):
+            rows = some.to(device=self._device, dtype=torch.float32)
+            squares = linear(rows, self._summed()) * rows if few is None else linear(rows, few).square()
+            parts.append(squares.sum(dim=1, dtype=torch.float64))
+        return torch.cat(parts)

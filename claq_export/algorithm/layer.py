@@ -16,14 +16,16 @@ from .accounting import Bits, measure, predict
 from .columns import ColumnCoder
 from .descent import descend, refit_codebooks, refit_row_scale
 from .exact_rows import keep_rows, most_frequent
+from .feedback import Feedback, feedback_of
 from .gptq import QuantizedColumns, quantize_columns
-from .hessian import Factor, Hessian
+from .hessian import Hessian
 from .outliers import reserve_counts
 from .precision import assign_widths, column_scores, group_counts
 from .scales import row_scales
 from .settings import LayerSettings
 
 _ROWS_AT_ONCE = 256
+_ERROR_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class LayerResult:
 
     Attributes:
         layer: the stored form.
-        error: relative layer error tr(dW H dW^T) / tr(W H W^T) on the calibration data, without damping; with no
-            Hessian ||dW||^2 / ||W||^2.
+        error: relative layer error tr(dW H dW^T) / tr(W H W^T) on the calibration data, without damping, of 512 rows
+            spread evenly where there are more; with no Hessian ||dW||^2 / ||W||^2.
         weight_mse: mean squared difference of the weights.
         true_bits, nominal_bits: a weight; see docs/format.md.
         seconds: time by step: ``cholesky`` (0 if another layer paid for it), ``kmeans``, ``feedback``, ``descent``,
@@ -80,6 +82,10 @@ def plan_columns(
             model; None: this layer for itself.
     """
     widths, shares = settings.mix()
+    if len(widths) == 1 and not settings.outliers:
+        # Whatever the ranking, every column gets the same.
+        K = weight.shape[1]
+        return ColumnPlan(torch.full((K,), widths[0], dtype=torch.uint8), torch.zeros(K, dtype=torch.int64))
     if counts is None:
         counts = group_counts(weight.shape[1], shares)
     scores = column_scores(weight, _known(hessian), settings)
@@ -124,15 +130,14 @@ def quantize_layer(
     original = weight.detach().to(torch.float32)
     wanted = original
     tick = perf_counter()
-    factor = None
+    feedback = None
     if hessian is not None:
-        factor = hessian.factor(settings.damping, settings.act_order)
-        factor = Factor(factor.order.to(weight.device), factor.upper.to(weight.device))
+        feedback = feedback_of(hessian, settings.damping, settings.act_order, weight.device)
         wanted = hessian.target(original, settings.damping)
     cholesky = perf_counter() - tick
 
     scale = row_scales(wanted, settings.row_scale)
-    scale, state, descent_seconds = _quantize_rows(wanted, scale, hessian, factor, plan, settings, row_importance)
+    scale, state, descent_seconds = _quantize_rows(wanted, scale, hessian, feedback, plan, settings, row_importance)
     layer = _store(state, scale, plan)
     if row_frequency is not None and settings.exact_rows:
         layer = keep_rows(layer, original, most_frequent(row_frequency, settings.exact_rows))
@@ -158,7 +163,7 @@ def _quantize_rows(
     wanted: torch.Tensor,
     scale: torch.Tensor,
     hessian: Hessian | None,
-    factor: Factor | None,
+    feedback: Feedback | None,
     plan: ColumnPlan,
     settings: LayerSettings,
     row_importance: torch.Tensor | None,
@@ -166,32 +171,47 @@ def _quantize_rows(
     """The loop, then the sweeps, on the rows that are not all zero. Returns row scales ``[N]`` and the state of
     those rows."""
     alive = torch.nonzero(scale).flatten()
-    rows = wanted[alive]
     divisor = scale[alive].to(torch.float32)
-    target = (rows / divisor[:, None]).T.contiguous()
     importance = _row_weights(divisor, alive, settings, row_importance)
     coder = ColumnCoder(settings, None if importance is None else importance.cpu().numpy())
     bits, reserve = plan.bits.tolist(), plan.reserve.clamp(max=max(0, len(alive) - 1)).tolist()
     if not len(alive):
-        return scale, QuantizedColumns([], target), 0.0
-    state = quantize_columns(target, bits, reserve, factor, coder, settings.block)
+        return scale, QuantizedColumns([], wanted.device), 0.0
+    target = _normalised(wanted, alive, divisor, None if feedback is None else feedback.order)
+    state = quantize_columns(target, bits, reserve, feedback, coder, settings.block)
+    del target
 
     began = perf_counter()
-    if hessian is None or factor is None:
+    if hessian is None or feedback is None:
         return scale, state, 0.0
     if settings.descent or settings.refit_codebook or settings.refit_row_scale:
+        rows = wanted[alive]
+        target = _normalised(wanted, alive, divisor, None)
         damped = hessian.damped(settings.damping).to(device=target.device, dtype=torch.float32)
         for sweep in range(max(settings.descent, 1)):
             if sweep < settings.descent:
-                descend(state, target, damped, factor.order.tolist(), coder, settings.block)
+                descend(state, target, damped, feedback.order.tolist(), coder, settings.block)
             if settings.refit_codebook:
                 refit_codebooks(state, target, damped, coder)
             if settings.refit_row_scale:
                 fresh = refit_row_scale(rows, state.value.T, scale[alive], damped)
                 scale = scale.clone()
                 scale[alive] = fresh
-                target = (rows / fresh.to(torch.float32)[:, None]).T.contiguous()
+                target = _normalised(wanted, alive, fresh.to(torch.float32), None)
     return scale, state, perf_counter() - began
+
+
+def _normalised(
+    weight: torch.Tensor, alive: torch.Tensor, divisor: torch.Tensor, order: torch.Tensor | None
+) -> torch.Tensor:
+    """float32 ``[K, n]``: the ``n`` rows ``alive`` of a weight ``[N, K]`` divided by ``divisor`` ``[n]``, transposed, its
+    columns in the given order."""
+    target = torch.empty(weight.shape[1], len(alive), device=weight.device)
+    for start in range(0, len(alive), _ROWS_AT_ONCE):
+        part = alive[start : start + _ROWS_AT_ONCE]
+        rows = weight[part] / divisor[start : start + len(part), None]
+        target[:, start : start + len(part)] = (rows if order is None else rows[:, order]).T
+    return target
 
 
 def _row_weights(
@@ -210,13 +230,16 @@ def _store(state: QuantizedColumns, scale: torch.Tensor, plan: ColumnPlan) -> Qu
     device = scale.device
     alive = torch.nonzero(scale).flatten()
     N, K = scale.numel(), plan.bits.numel()
-    codes = torch.zeros(K, N, dtype=torch.uint8, device=device)
     centroids = torch.zeros(K, 16, dtype=torch.int8)
     scales = torch.zeros(K, dtype=torch.float16)
     outliers = None
+    if len(alive) == N:
+        codes = torch.from_numpy(np.stack([column.codes for column in state.columns])).to(device)
+    else:
+        codes = torch.zeros(K, N, dtype=torch.uint8, device=device)
+        for k, column in enumerate(state.columns):
+            codes[k, alive] = torch.from_numpy(column.codes).to(device)
     if state.columns:
-        stacked = np.stack([column.codes for column in state.columns])
-        codes[:, alive] = torch.from_numpy(stacked).to(device)
         for k, column in enumerate(state.columns):
             centroids[k, : len(column.integers)] = torch.from_numpy(column.integers)
         scales = torch.from_numpy(np.array([column.scale for column in state.columns], dtype=np.float16))
@@ -239,12 +262,14 @@ def _known(hessian: Hessian | None) -> Hessian | None:
 
 
 def _check_finite(weight: torch.Tensor) -> None:
-    wrong = torch.nonzero(~torch.isfinite(weight))
-    if wrong.numel():
-        row, column = wrong[0].tolist()
+    finite = torch.cat([torch.isfinite(part).all(dim=1) for part in weight.split(_ROWS_AT_ONCE)])
+    if not finite.all():
+        row = int(torch.nonzero(~finite)[0])
+        column = int(torch.nonzero(~torch.isfinite(weight[row]))[0])
+        count = sum(int((~torch.isfinite(part)).sum()) for part in weight.split(_ROWS_AT_ONCE))
         raise ModelError(
             f"weight is not finite at row {row}, column {column}: {float(weight[row, column])} "
-            f"({len(wrong)} such values); the model file is damaged or overflowed"
+            f"({count} such values); the model file is damaged or overflowed"
         )
 
 
@@ -258,5 +283,8 @@ def _relative_error(difference: torch.Tensor, weight: torch.Tensor, hessian: Hes
     if hessian is None:
         lost, whole = _squared_sum(difference), _squared_sum(weight)
     else:
-        lost, whole = hessian.energy(difference).sum(), hessian.energy(weight).sum()
+        # All rows would take four times the operations of the error feedback.
+        N = len(weight)
+        rows = torch.arange(min(N, _ERROR_ROWS), device=weight.device) * N // min(N, _ERROR_ROWS)
+        lost, whole = hessian.energy(difference[rows]).sum(), hessian.energy(weight[rows]).sum()
     return float(lost / whole) if float(whole) > 0 else 0.0

@@ -45,15 +45,28 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def gram(rows: torch.Tensor) -> torch.Tensor:
-    """``rows[T, K]^T @ rows``, float32 and exactly symmetric; on the CPU only the blocks on and above the diagonal are
-    computed."""
+def add_gram(matrix: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor | None = None) -> None:
+    """Add ``R^T @ R`` to a symmetric matrix in place, R being the rows times their factors; it stays exactly symmetric.
+
+    On the CPU only the blocks on and above the diagonal are computed, and no second matrix of K x K is made.
+
+    Args:
+        matrix: float32 ``[K, K]``, symmetric.
+        rows: float32 ``[T, K]``.
+        factor: float32 ``[T]``; None = 1.
+    """
     if rows.device.type != "cpu":
-        return rows.T @ rows
+        scaled = rows if factor is None else rows * factor[:, None]
+        matrix.addmm_(scaled.T, scaled)
+        return
     columns = torch.empty(rows.shape[1], rows.shape[0], dtype=rows.dtype)
-    columns.copy_(rows.T)
-    product = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype)
+    if factor is None:
+        columns.copy_(rows.T)
+    else:
+        torch.mul(rows.T, factor, out=columns)
     for start in range(0, len(columns), _GRAM_BLOCK):
-        product[start : start + _GRAM_BLOCK, start:] = linear(columns[start : start + _GRAM_BLOCK], columns[start:])
-    upper = product.triu_(0)
-    return upper + upper.triu(1).T
+        stop = start + _GRAM_BLOCK
+        matrix[start:stop, start:] += linear(columns[start:stop], columns[start:])
+        corner = matrix[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].T

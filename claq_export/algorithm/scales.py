@@ -18,6 +18,7 @@ _FLOAT16_TINY = 2.0**-24
 # overflow.
 _OUTLIER_REACH = 60000.0
 _BALANCE_ROUNDS = 8
+_ROWS_AT_ONCE = 256
 
 
 def row_scales(weight: torch.Tensor, kind: str) -> torch.Tensor:
@@ -31,26 +32,30 @@ def row_scales(weight: torch.Tensor, kind: str) -> torch.Tensor:
         float16 ``[N]``, 0 exactly for rows of zeros, else at least 2^-24.
     """
     w = weight.to(torch.float32)
-    peak = w.abs().amax(dim=1)
-    # Through the peak, so that squares of very small or large weights neither vanish nor overflow.
-    unit = w / peak.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    if kind == "rms":
-        scale = peak * unit.square().mean(dim=1).sqrt()
-    elif kind == "mean":
-        scale = peak * unit.abs().mean(dim=1)
-    elif kind == "max":
-        scale = peak
-    elif kind == "balanced":
-        scale = peak * unit.square().mean(dim=1).sqrt()
+    parts = [_sizes_of_rows(part, kind) for part in w.split(_ROWS_AT_ONCE)]
+    peak, scale = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    if kind == "balanced":
         for _ in range(_BALANCE_ROUNDS):
             alive = scale.clamp(min=torch.finfo(torch.float32).tiny)
             columns = (w / alive[:, None]).square().mean(dim=0).sqrt().clamp(min=1e-12)
             scale = (w / columns).square().mean(dim=1).sqrt()
-    else:
+    elif kind == "none":
         top = peak.max()
         scale = (top * (w / top.clamp(min=torch.finfo(torch.float32).tiny)).square().mean().sqrt()).expand(w.shape[0])
     rounded = scale.clamp(_FLOAT16_TINY, _FLOAT16_MAX).to(torch.float16)
     return torch.where(peak > 0, rounded, torch.zeros_like(rounded))
+
+
+def _sizes_of_rows(w: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest magnitude of each row, and its size as ``kind`` measures it."""
+    peak = w.abs().amax(dim=1)
+    if kind == "max":
+        return peak, peak
+    # Through the peak, so that squares of very small or large weights neither vanish nor overflow.
+    unit = w / peak.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    if kind == "mean":
+        return peak, peak * unit.abs().mean(dim=1)
+    return peak, peak * unit.square().mean(dim=1).sqrt()
 
 
 def round_codebook(

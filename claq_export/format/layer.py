@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from ..errors import FormatError
-from .packing import BLOCK, WIDTHS, pack_group, unpack_group
+from .packing import BLOCK, WIDTHS, columns_at_once, pack_group, unpack_group
 
 TENSOR_NAMES = (
     "codes",
@@ -22,7 +22,6 @@ TENSOR_NAMES = (
 )
 """Tensors of a layer in operator-input order, without the bias (which is not part of the weight)."""
 
-_COLUMNS_AT_ONCE = 16 * BLOCK
 _FLOAT16_MAX = 65504.0
 
 
@@ -224,8 +223,8 @@ class QuantizedLinear:
         column = row = entry = 0
         for width, count in zip(WIDTHS, self.columns, strict=True):
             # Some columns at a time: all of them as int64 indices would take twice the layer in float32.
-            for start in range(column, column + count, _COLUMNS_AT_ONCE):
-                end = min(column + count, start + _COLUMNS_AT_ONCE)
+            for start in range(column, column + count, columns_at_once(N)):
+                end = min(column + count, start + columns_at_once(N))
                 rows, entries = (end - start) * width // 32, (end - start) << width
                 codes = unpack_group(self.codes[row : row + rows], width).to(torch.int64)
                 table = self.codebook[entry : entry + entries].reshape(end - start, 1 << width).to(torch.float32)
@@ -306,15 +305,13 @@ def assemble(
     order = order.to(device)
     P = order.numel()
     real = order < K
-    stored_codes = torch.zeros(P, N, dtype=torch.uint8, device=device)
-    stored_codes[real] = codes[order[real]].to(torch.uint8)
     stored_scale = torch.zeros(P, dtype=torch.float16, device=device)
     stored_scale[real] = scale.to(device=device, dtype=torch.float16)[order[real]]
 
     words, tables, column = [], [], 0
     for width, count in zip(WIDTHS, columns, strict=True):
         members = order[column : column + count]
-        words.append(pack_group(stored_codes[column : column + count], width))
+        words.append(_pack_columns(codes, members, width))
         table = torch.zeros(count, 1 << width, dtype=torch.int8, device=device)
         if isinstance(centroids, torch.Tensor):
             table[members < K] = centroids.to(device)[members[members < K], : 1 << width]
@@ -344,6 +341,18 @@ def assemble(
     )
     layer.validate()
     return layer
+
+
+def _pack_columns(codes: torch.Tensor, members: torch.Tensor, width: int) -> torch.Tensor:
+    """Words of the features ``members`` (K for padding) of codes ``[K, N]``, some columns at a time."""
+    K, N = codes.shape
+    words = torch.empty(len(members) * width // 32, N, dtype=torch.int32, device=codes.device)
+    for start in range(0, len(members), columns_at_once(N)):
+        part = members[start : start + columns_at_once(N)]
+        stored = codes[part.clamp(max=K - 1)].to(torch.uint8)
+        stored[part == K] = 0
+        words[start * width // 32 : (start + len(part)) * width // 32] = pack_group(stored, width).view(torch.int32)
+    return words.view(torch.uint32)
 
 
 def _outliers_to_csr(

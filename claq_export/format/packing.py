@@ -11,11 +11,16 @@ import torch
 BLOCK = 32
 """Stored columns a block; every width group is a multiple of it."""
 
-_COLUMNS_AT_ONCE = 16 * BLOCK
-"""Columns whose codes are widened to int64 together: eight bytes a weight would be more than the layer in float32."""
+_CODES_AT_ONCE = 1 << 19
+"""Codes that are widened to int64 together: eight bytes a weight would be more than the layer in float32."""
 
 WIDTHS = (4, 3, 2)
 """Supported code widths in bits, in the order in which their groups are stored."""
+
+
+def columns_at_once(out_features: int) -> int:
+    """Columns to work on together, whole blocks, at most 512."""
+    return min(16, max(1, _CODES_AT_ONCE // (BLOCK * max(out_features, 1)))) * BLOCK
 
 
 def _pack_plane(values: torch.Tensor, bits: int) -> torch.Tensor:
@@ -56,8 +61,8 @@ def pack_group(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
         raise ValueError(f"codes must be in 0..{(1 << bits) - 1} for {bits} bits")
     words = torch.empty(columns * bits // 32, out_features, dtype=torch.int32, device=codes.device)
-    for start in range(0, columns, _COLUMNS_AT_ONCE):
-        part = codes[start : start + _COLUMNS_AT_ONCE].to(torch.int64)
+    for start in range(0, columns, columns_at_once(out_features)):
+        part = codes[start : start + columns_at_once(out_features)].to(torch.int64)
         # Into int32 by wrap-around: torch converts int64 to uint32 on some devices only.
         words[start * bits // 32 : (start + len(part)) * bits // 32] = _pack_columns(part, bits).to(torch.int32)
     return words.view(torch.uint32)
@@ -77,8 +82,8 @@ def unpack_group(words: torch.Tensor, bits: int) -> torch.Tensor:
     out_features]``."""
     columns = words.shape[0] * 32 // bits
     codes = torch.empty(columns, words.shape[1], dtype=torch.uint8, device=words.device)
-    for start in range(0, columns, _COLUMNS_AT_ONCE):
-        end = min(columns, start + _COLUMNS_AT_ONCE)
+    for start in range(0, columns, columns_at_once(words.shape[1])):
+        end = min(columns, start + columns_at_once(words.shape[1]))
         part = words[start * bits // 32 : end * bits // 32]
         codes[start:end] = _unpack_columns(part.view(torch.int32).to(torch.int64) & 0xFFFFFFFF, bits)
     return codes

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from claq_export.algorithm import Hessian, LayerSettings, measure, plan_columns, quantize_layer
 from claq_export.algorithm.columns import ColumnCoder
+from claq_export.algorithm.feedback import FactorFeedback
 from claq_export.algorithm.gptq import quantize_columns
 from claq_export.algorithm.layer import ColumnPlan
 from claq_export.algorithm.scales import row_scales
@@ -68,7 +69,7 @@ def test_loop_follows_the_textbook_recursion() -> None:
     target = (weight / scale[:, None]).T.contiguous()
     factor = hessian.factor(config.damping, True)
     coder = ColumnCoder(config)
-    found = quantize_columns(target, [3] * 24, [0] * 24, factor, coder).value
+    found = quantize_columns(target[factor.order], [3] * 24, [0] * 24, FactorFeedback(factor), coder).value
 
     order = factor.order.tolist()
     remaining = target.T[:, order].double().numpy().copy()
@@ -211,7 +212,8 @@ def test_codebook_refit_reaches_the_least_squares_optimum() -> None:
     scale = float(row_scales(weight, "none")[0])
     target = (weight / scale).T.contiguous()
     coder = ColumnCoder(config)
-    state = quantize_columns(target, [2] * 12, [0] * 12, hessian.factor(), coder)
+    factor = hessian.factor()
+    state = quantize_columns(target[factor.order], [2] * 12, [0] * 12, FactorFeedback(factor), coder)
     damped = hessian.damped(0.01)
     pick = torch.zeros(60, 12, 48, dtype=torch.float64)  # row n, column j -> which of the 12 * 4 centroids
     for j, column in enumerate(state.columns):
@@ -340,7 +342,7 @@ def test_row_importance_shifts_error_to_unimportant_rows() -> None:
 def test_cuda_gives_a_layer_of_the_same_error() -> None:
     weight, hessian = problem(200, 160)
     on_gpu = Hessian(160, token_clip=None, device="cuda")
-    on_gpu.matrix += hessian.matrix.cuda()
+    on_gpu.matrix.add_(hessian.matrix.cuda())
     on_gpu.tokens = hessian.tokens
     config = LayerSettings(bits=2.5, outliers=0.01, descent=1, refit_codebook=True, refit_row_scale=True)
     here, there = quantize_layer(weight, hessian, config), quantize_layer(weight.cuda(), on_gpu, config)

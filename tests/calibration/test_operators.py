@@ -14,10 +14,18 @@ _aten = torch.ops.aten
 @pytest.mark.parametrize("shape", [(1, 5), (700, 33), (1500, 192), (900, 500)], ids=str)
 def test_gram_is_symmetric_and_right(shape: tuple[int, int]) -> None:
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = products.gram(rows)
+    factor = torch.rand(shape[0], generator=torch.Generator().manual_seed(1))
+    found, again = torch.zeros(shape[1], shape[1]), torch.zeros(shape[1], shape[1])
+    products.add_gram(found, rows)
+    products.add_gram(again, rows)
     assert torch.equal(found, found.T)
+    assert torch.equal(found, again)
+    scaled = rows.double() * factor.double()[:, None]
     torch.testing.assert_close(found.double(), rows.double().T @ rows.double(), rtol=1e-4, atol=1e-3)
-    assert torch.equal(found, products.gram(rows))
+    products.add_gram(found, rows, factor)
+    expected = rows.double().T @ rows.double() + scaled.T @ scaled
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=2e-3)
+    assert torch.equal(found, found.T)
 
 
 @pytest.mark.parametrize("bias", [True, False])

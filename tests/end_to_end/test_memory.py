@@ -146,8 +146,13 @@ def test_peak_memory_is_below_the_limit_and_the_model():
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, script, "--folder", folder, "--gigabytes", "1", "--hidden", "2048", "--ffn", "5504"]
         output = subprocess.run(
-            [*command, "--memory", "1500MB", "--calibration", "none"], capture_output=True, text=True
+            [*command, "--memory", "1500MB", "--calibration", "none", "--steps", "make,export,open,clean"],
+            capture_output=True,
+            text=True,
         )
     assert output.returncode == 0, output.stderr
     measured = json.loads(output.stdout.splitlines()[-1])
-    assert measured["peak_resident_bytes"] < 1.5e9 < 2 * measured["model_bytes"]
+    export = measured["export"]
+    assert export["peak_resident_bytes"] < 1.5e9 < 2 * measured["make"]["bytes"]
+    assert export["peak_resident_bytes"] <= export["predicted"]["memory"]
+    assert len(measured["open"]["tokens"]) == 4
