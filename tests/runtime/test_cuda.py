@@ -12,11 +12,11 @@ import shutil
 import subprocess
 import sys
 from ctypes.util import find_library
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from triton_interpreter import problem
 
 import claq_runtime
 
@@ -31,8 +31,8 @@ BUILT = {
     "fake_ort.cpp": "fake_ort.so",
 }
 
-if find_spec("triton") is None:
-    pytest.skip("Triton is not installed (pip install claq-export[gpu])", allow_module_level=True)
+if (reason := problem()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 if shutil.which("g++") is None:
     pytest.skip("no g++ to build the fake driver", allow_module_level=True)
 

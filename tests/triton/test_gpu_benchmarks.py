@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
+from triton_interpreter import problem
 
 from claq_export.kernels.triton.dispatch import dispatch_for
 
@@ -120,7 +121,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(problem() is not None, reason=str(problem()))
 def test_everything_is_gone_through_in_a_dry_run(tmp_path: Path) -> None:
     done = run(str(FOLDER / "run_all.py"), "--dry-run", "--tune", "--minutes", "60", "--results", str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]

@@ -6,16 +6,17 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
+from triton_interpreter import problem
 
 PROGRAM = Path(__file__).parent / "interpreted.py"
 
-if find_spec("triton") is None:
-    pytest.skip("Triton is not installed (pip install claq-export[gpu])", allow_module_level=True)
+if (reason := problem()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
 
 def _program() -> Any:
