@@ -69,7 +69,8 @@ class Product:
 
     def __init__(self, ggml: Ggml, kind: int, k: int, n: int, m: int, copies: int) -> None:
         self.ggml = ggml
-        room = copies * (k * n + 4 * m * n) + 16 * m * k + (64 << 20)
+        # Every call takes its work space out of the context anew; what is never touched costs no memory.
+        room = copies * (k * n + 4 * m * n) + 16 * m * k + (2 << 30)
         self.context = ggml.base.ggml_init(InitParams(room, None, False))
         rng = np.random.default_rng(0)
         x = ggml.base.ggml_new_tensor_2d(self.context, GGML_F32, k, m)
