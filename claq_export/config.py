@@ -162,6 +162,8 @@ class Config:
             raise ConfigError(f"opset must be 18 or {DECODER_OPSET}, got {self.opset!r}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.dtype != "float32" and self.opset != DECODER_OPSET:
+            raise ConfigError(f"opset {self.opset} is for graphs in float32; leave it out, or dtype {self.dtype!r}")
         _check_devices(self.devices)
         known = {field.name for field in dataclasses.fields(LayerSettings)}
         unknown = sorted(set(self.algorithm) - known)

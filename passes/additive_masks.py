@@ -42,7 +42,11 @@ class AdditiveMasks(Pass):
             if key not in made:
                 with gm.graph.inserting_after(mask):
                     added = gm.graph.call_function(_aten.where.Scalar, (mask, 0.0, torch.finfo(query.dtype).min / 2))
-                added.meta["val"] = value.to(query.dtype)
+                added.meta["val"] = value.to(torch.get_default_dtype())
+                if query.dtype != added.meta["val"].dtype:  # numbers have the default dtype, whatever the model's
+                    with gm.graph.inserting_after(added):
+                        added = gm.graph.call_function(_aten._to_copy.default, (added,), {"dtype": query.dtype})
+                    added.meta["val"] = value.to(query.dtype)
                 made[key] = added
             set_attention_mask(node, made[key])
         return PassResult(gm, bool(made), tuple(notes))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+from claq_export.capture import capture_module
 from claq_export.capture.decoder import capture_decoder
 from claq_export.capture.graph import is_check
 from claq_export.capture.tasks import TaskModel
@@ -201,3 +202,27 @@ def test_logits_that_no_linear_makes_stay_whole() -> None:
     (record,) = Pipeline([LastLogits()]).run(graph, PassContext())
     assert not record.modified
     assert "more than a function of one value" in record.notes[0]
+
+
+class MaskedAttention(nn.Module):
+    def forward(self, q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+
+def test_additive_masks_have_the_dtype_of_the_query() -> None:
+    q = torch.randn(2, 2, 3, 8, generator=torch.Generator().manual_seed(0)).half()
+    mask = torch.tensor([[True, False, True]]).expand(2, 1, 3, 3).clone()
+    captured = capture_module(MaskedAttention(), (q, mask))
+    (wanted,) = captured.run({"q": q, "mask": mask})
+    Pipeline([AdditiveMasks()]).run(captured.graph_module, PassContext())
+    seen = []
+
+    class Masks(fx.Interpreter):
+        def call_function(self, target, args, kwargs):
+            if target is torch.ops.aten.scaled_dot_product_attention.default:
+                seen.append((args[3] if len(args) > 3 else kwargs["attn_mask"]).dtype)
+            return super().call_function(target, args, kwargs)
+
+    found = Masks(captured.graph_module).run(q, mask)
+    assert seen == [torch.float16]
+    torch.testing.assert_close(found, wanted)
