@@ -90,7 +90,7 @@ def run(target: str, program: list[str], limits: list[str], corpus: Path) -> dic
     before = set(findings.iterdir())
     command = [
         *program, *limits, "-print_final_stats=1", f"-artifact_prefix={findings}{os.sep}",
-        f"-rss_limit_mb={MEMORY_LIMIT_MB}", f"-timeout={SLOWEST_SECONDS}", "-max_len=4096", str(corpus),
+        f"-rss_limit_mb={MEMORY_LIMIT_MB}", "-max_len=4096", str(corpus),
         str(HERE / "corpus" / target),
     ]  # fmt: skip
     environment = {
@@ -126,6 +126,13 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], help="default: all")
     parser.add_argument("--runs", type=int, help="executions of each target")
     parser.add_argument("--seconds", type=int, default=5, help="of each target, if --runs is not given (default: 5)")
+    parser.add_argument(
+        "--slowest",
+        type=int,
+        default=SLOWEST_SECONDS,
+        help=f"seconds by the clock that an input may take (default: {SLOWEST_SECONDS}); more where the fuzzer has to wait for "
+        "a processor, which it takes for a hang",
+    )
     parser.add_argument("--corpus", type=Path, help="where what the fuzzer learns is kept")
     parser.add_argument("--build", type=Path, help="where libclaq is built with the sanitizers")
     parser.add_argument("--seeds", action="store_true", help="write the seed corpus and stop")
@@ -146,6 +153,7 @@ def main() -> int:
             else:
                 program = [sys.executable, str(HERE / "targets" / "fuzz_python.py"), target]
             limits = [f"-runs={options.runs}"] if options.runs else [f"-max_total_time={options.seconds}"]
+            limits.append(f"-timeout={options.slowest}")
             found = run(target, program, limits, (options.corpus or Path(scratch)) / target)
             names = ", ".join(found["findings"]) or "none"  # type: ignore[arg-type]
             print(

@@ -29,7 +29,7 @@ class OnnxFile:
 
     Raises:
         error: the file is missing, larger than :data:`GRAPH_LIMIT` or no ONNX model; an external tensor lies outside
-            the model's folder.
+            the model's folder, or its file is missing or ends before it.
     """
 
     def __init__(self, path: Path, error: type[ClaqError]) -> None:
@@ -47,10 +47,12 @@ class OnnxFile:
             self.model = onnx.load_model_from_string(content)
         except Exception as problem:  # protobuf's DecodeError is another class in each of its implementations
             raise error(f"{path} is not an ONNX model: {problem}") from None
+        if not self.model.HasField("graph"):
+            raise error(f"{path} is not an ONNX model: it has no graph")
         self.initializers = {tensor.name: tensor for tensor in self.model.graph.initializer}
         for tensor in self.initializers.values():
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                self._external(tensor)
+                self._check_length(tensor)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -102,6 +104,19 @@ class OnnxFile:
                 return np.frombuffer(file.read(wanted), dtype=dtype).reshape(shape)
         except OSError as problem:
             raise self._error(f"{path} cannot be read: {problem.strerror or problem}") from None
+
+    def _check_length(self, tensor: onnx.TensorProto) -> None:
+        path, offset, length = self._external(tensor)
+        try:
+            size = path.stat().st_size
+        except OSError as problem:
+            raise self._error(
+                f"{path}, the data of {self.path}, cannot be read: {problem.strerror or problem}"
+            ) from None
+        if offset + (length or 0) > size:
+            raise self._error(
+                f"{path} is truncated: initializer {tensor.name[:200]!r} ends at {offset + (length or 0)}, the file at {size}"
+            )
 
     def _external(self, tensor: onnx.TensorProto) -> tuple[Path, int, int | None]:
         """File, offset and length of external data, all believable."""

@@ -144,3 +144,24 @@ def test_external_data_outside_the_folder_is_refused_before_anything_runs(decode
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(FormatError, match="outside"):
         guard(tmp_path / "model.onnx", source, text, {"max_kl": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder, data: data.unlink(), "cannot be read: No such file"),
+        (lambda folder, data: data.write_bytes(data.read_bytes()[:1000]), "is truncated: initializer"),
+        (lambda folder, data: (folder / "model.onnx").write_bytes(b""), "is not an ONNX model: it has no graph"),
+        (lambda folder, data: (folder / "model.onnx").write_bytes(b"\xff" * 99), "is not an ONNX model"),
+    ],
+    ids=["no-data", "short-data", "empty", "garbage"],
+)
+def test_a_damaged_artifact_has_its_own_exit_status(decoder, text, tmp_path, capsys, damage, message):
+    source, artifact = decoder
+    onnx.save(
+        onnx.load(artifact / "model.onnx"), tmp_path / "model.onnx", save_as_external_data=True, location="model.data"
+    )
+    damage(tmp_path, tmp_path / "model.data")
+    options = ["verify", str(tmp_path / "model.onnx"), "--against", str(source), "--text", str(text), "--max-kl", "1"]
+    assert main(options) == 6
+    assert message in capsys.readouterr().err

@@ -39,7 +39,7 @@ def build(folder: Path) -> Path:
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     configure = [
         "cmake", "-S", ROOT / "runtime", "-B", folder, *generator, "-DCMAKE_CXX_COMPILER=g++", f"-DCMAKE_CXX_FLAGS={flags}",
-        "-DCMAKE_BUILD_TYPE=Debug", "-DCLAQ_OPTIMIZATION=-O1",
+        "-DCMAKE_BUILD_TYPE=Debug", "-DCLAQ_OPTIMIZATION=-O0",
     ]  # fmt: skip
     subprocess.run(configure, check=True)
     subprocess.run(["cmake", "--build", folder, "--target", "claq"], check=True)
