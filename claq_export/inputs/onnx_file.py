@@ -49,6 +49,7 @@ class OnnxFile:
             raise error(f"{path} is not an ONNX model: {problem}") from None
         if not self.model.HasField("graph"):
             raise error(f"{path} is not an ONNX model: it has no graph")
+        self._check_text()
         self.initializers = {tensor.name: tensor for tensor in self.model.graph.initializer}
         for tensor in self.initializers.values():
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
@@ -104,6 +105,18 @@ class OnnxFile:
                 return np.frombuffer(file.read(wanted), dtype=dtype).reshape(shape)
         except OSError as problem:
             raise self._error(f"{path} cannot be read: {problem.strerror or problem}") from None
+
+    def _check_text(self) -> None:
+        """protobuf hands out text that is not UTF-8 as bytes, which nobody expects where a name should be."""
+        graph = self.model.graph
+        texts = [tensor.name for tensor in graph.initializer]
+        texts += [text for entry in self.model.metadata_props for text in (entry.key, entry.value)]
+        for node in graph.node:
+            texts += [node.name, node.op_type, node.domain, *node.input]
+            texts += [attribute.name for attribute in node.attribute]
+        wrong: list[object] = [text for text in texts if not isinstance(text, str)]
+        if wrong:
+            raise self._error(f"{self.path} has a name that is not UTF-8 text: {str(wrong[0])[:80]}")
 
     def _check_length(self, tensor: onnx.TensorProto) -> None:
         path, offset, length = self._external(tensor)
