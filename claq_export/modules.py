@@ -59,11 +59,14 @@ class _QuantizedModule(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """A stand-in without memory (device ``meta``) that has the shape and dtype of the dense weight.
+        """A stand-in of one element that has the shape, dtype and device of the dense weight; every value is NaN.
 
         Models ask a linear module for these (T5, for the dtype of its activations); the values are in :attr:`layer`.
+        A model that computes with the weight itself gets NaN. (On the device ``meta`` it would get whatever lies in
+        memory: PyTorch multiplies a CPU tensor by a meta tensor without an error.)
         """
-        return torch.empty(self.out_features, self.in_features, dtype=self._dtype(), device="meta")
+        absent = torch.full((1, 1), torch.nan, dtype=self._dtype(), device=self.codes.device)
+        return absent.expand(self.out_features, self.in_features)
 
     def _dtype(self) -> torch.dtype:
         """Dtype of the dense weight this module stands for; it follows casts of the model."""

@@ -183,3 +183,11 @@ def test_repr_tells_sizes_and_widths() -> None:
 def test_bias_of_another_size() -> None:
     with pytest.raises(ModelError, match=r"bias must have shape \[12\], got \[3\]"):
         ClaqLinear(random_layer(40, 12), torch.zeros(3))
+
+
+def test_the_weight_stands_in_for_shape_and_type_and_its_values_are_no_numbers() -> None:
+    module = ClaqLinear(random_layer(32, 8)).half()
+    assert module.weight.shape == (8, 32)
+    assert (module.weight.dtype, module.weight.device) == (torch.float16, module.codes.device)
+    # PyTorch would multiply by a meta tensor and return what lies in memory.
+    assert (torch.ones(3, 32) @ module.weight.float().t()).isnan().all()
