@@ -17,6 +17,9 @@ class AdditiveMasks(Pass):
     Runtimes disagree on a row that may see nothing (padding on the left): NaN, zeros or a mean. With half the lowest
     finite number in the place of minus infinity it is a mean of the values everywhere (ONNX Runtime takes the lowest
     itself for minus infinity), and never a NaN that would reach the cache. Rows that see something do not change.
+
+    float16 has no number that low: where a runtime adds in float32, a score still counts beside -32752, where it adds in
+    float16 it does not. There a row that may see nothing sees everything instead, which all compute alike.
     """
 
     name = "additive_masks"
@@ -40,6 +43,8 @@ class AdditiveMasks(Pass):
                 continue
             key = (mask, query.dtype)
             if key not in made:
+                if query.dtype == torch.float16:
+                    mask = _seeing_something(gm.graph, mask)
                 with gm.graph.inserting_after(mask):
                     added = gm.graph.call_function(_aten.where.Scalar, (mask, 0.0, torch.finfo(query.dtype).min / 2))
                 added.meta["val"] = value.to(torch.get_default_dtype())
@@ -50,6 +55,21 @@ class AdditiveMasks(Pass):
                 made[key] = added
             set_attention_mask(node, made[key])
         return PassResult(gm, bool(made), tuple(notes))
+
+
+def _seeing_something(graph: fx.Graph, mask: fx.Node) -> fx.Node:
+    """A boolean mask whose rows without a True are all True."""
+    value = mask.meta["val"]
+    with graph.inserting_after(mask):
+        seeing = graph.call_function(_aten.any.dim, (mask, -1, True))
+    seeing.meta["val"] = value.any(-1, keepdim=True)
+    with graph.inserting_after(seeing):
+        blind = graph.call_function(_aten.logical_not.default, (seeing,))
+    blind.meta["val"] = seeing.meta["val"].logical_not()
+    with graph.inserting_after(blind):
+        mask = graph.call_function(_aten.logical_or.default, (mask, blind))
+    mask.meta["val"] = value
+    return mask
 
 
 def attention_mask(node: fx.Node) -> object:

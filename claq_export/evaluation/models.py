@@ -210,14 +210,25 @@ def open_model(
     if path.suffix == ".onnx":
         return OnnxModel(path, runtime_library(library), threads)
     if (path / "claq.safetensors").is_file():
-        from ..modules import load
-
         if (path / "config.json").is_file():
-            return TorchModel(load(path, _untrained(path, causal)))
+            return TorchModel(_filled(path, _untrained(path, causal)))
         if reference is None:
             raise ConfigError(f"{str(path)!r} has no config.json; name the original model with --reference")
-        return TorchModel(load(path, _pretrained(reference, causal)))
+        return TorchModel(_filled(path, _pretrained(reference, causal)))
     return TorchModel(_pretrained(source, causal))
+
+
+def _filled(folder: Path, model: torch.nn.Module) -> torch.nn.Module:
+    """``model`` with the weights of an artifact's folder."""
+    from ..format.checkpoint import load_checkpoint
+    from ..modules import restore
+
+    checkpoint = load_checkpoint(folder)
+    stored = (*checkpoint.layers, *checkpoint.tensors)
+    # An encoder's graph ends before its pooler, where the task does not need one; then the artifact does not hold it.
+    if getattr(model, "pooler", None) is not None and not any(name.startswith("pooler.") for name in stored):
+        model.pooler = None  # type: ignore[assignment]
+    return restore(model, checkpoint)
 
 
 def _pretrained(source: str | Path, causal: bool) -> torch.nn.Module:

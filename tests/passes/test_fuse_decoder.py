@@ -226,3 +226,15 @@ def test_additive_masks_have_the_dtype_of_the_query() -> None:
     found = Masks(captured.graph_module).run(q, mask)
     assert seen == [torch.float16]
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_a_float16_row_that_may_see_nothing_sees_everything_in_any_arithmetic(scale: float) -> None:
+    q = scale * torch.randn(1, 1, 3, 8, generator=torch.Generator().manual_seed(0)).half()
+    mask = torch.tensor([[False, False, False], [True, False, False], [True, True, True]])[None, None]
+    captured = capture_module(MaskedAttention(), (q, mask))
+    Pipeline([AdditiveMasks()]).run(captured.graph_module, PassContext())
+    (found,) = captured.run({"q": q, "mask": mask})
+    wide = q.float()
+    wanted = MaskedAttention()(wide, mask | torch.tensor([True, False, False])[:, None])
+    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=4e-3 * scale)
