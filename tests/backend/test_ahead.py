@@ -52,6 +52,7 @@ from torch._dynamo import convert_frame
 def refuse(*_args, **_kwargs):
     raise AssertionError("nothing is to be traced or quantized")
 
+torch.set_num_threads(int(sys.argv[5]))  # PyTorch guards the number it compiled with
 convert_frame.fullgraph_capture = claq_export.backend.dynamo.trace_to_aten = refuse
 claq_export.backend.compile.claq = claq_export.compiler.Compilation.quantize = refuse
 with open(sys.argv[1], "rb") as file, weights_in(sys.argv[2]):
@@ -86,6 +87,7 @@ def test_another_process_runs_it_from_disk(tmp_path: Path, saved: Path, fallback
     moved = saved.rename(tmp_path / "moved")
     torch.save(model.state_dict(), tmp_path / "state.pt")
     arguments = [tmp_path / "forward.graph", moved, tmp_path / "state.pt", tmp_path / "results.pt"]
+    arguments.append(torch.get_num_threads())
     done = subprocess.run(
         [sys.executable, "-c", _LOAD, *map(str, arguments)],
         cwd=ROOT,
