@@ -66,7 +66,10 @@ class _QuantizedModule(nn.Module):
         memory: PyTorch multiplies a CPU tensor by a meta tensor without an error.)
         """
         absent = torch.full((1, 1), torch.nan, dtype=self._dtype(), device=self.codes.device)
-        return absent.expand(self.out_features, self.in_features)
+        stand_in = absent.expand(self.out_features, self.in_features)
+        # GPT-2 in transformers 5 initializes `c_proj.weight` by name while it loads; this mark makes it leave it alone.
+        stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
+        return stand_in
 
     def _dtype(self) -> torch.dtype:
         """Dtype of the dense weight this module stands for; it follows casts of the model."""
