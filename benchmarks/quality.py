@@ -94,6 +94,18 @@ def peers(library: Path | None) -> list[Candidate]:
             bits=bits,
             group=group,
         )
+    for bits, group in ((4, 128), (3, 128), (2, 128)):
+        add(
+            f"gptq-{bits}-g{group}-static",
+            "GPTQ (static groups)",
+            f"GPTQ {bits} bits, static groups of {group}, act-order",
+            lambda b, bits=bits, group=group: b.in_sequence(
+                lambda g, w, x: gptq(w, Inputs.of(x).hessian, bits, group, static_groups=True)
+            ),
+            bits=bits,
+            group=group,
+            static_groups=True,
+        )
     for bits, group in ((4, None), (4, 128), (3, 128), (3, 32), (2, 32)):
         add(
             f"rtn-{bits}-{_grouping(group)}",

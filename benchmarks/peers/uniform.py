@@ -3,7 +3,8 @@ stores.
 
 A group keeps a float16 scale and a zero point of the code's width. Nothing is counted for padding a row to whole
 groups, although MatMulNBits stores it. GPTQ follows Frantar et al. (arXiv 2210.17323) and the authors' gptq.py: damping
-of 1 % of the mean diagonal, blocks of 128 columns, optional act-order.
+of 1 % of the mean diagonal, blocks of 128 columns, optional act-order, its groups either formed along that order or
+("static groups") those of the stored columns.
 """
 
 from __future__ import annotations
@@ -48,10 +49,15 @@ def gptq(
     bits: int,
     group: int | None,
     act_order: bool = True,
+    static_groups: bool = False,
     damping: float = 0.01,
     block: int = 128,
 ) -> Quantized:
-    """GPTQ with error feedback; ``hessian`` is X^T X ``[K, K]`` in any scale."""
+    """GPTQ with error feedback; ``hessian`` is X^T X ``[K, K]`` in any scale.
+
+    With ``static_groups`` a group is ``group`` neighbouring inputs, its grid that of the original weights; without, it
+    is ``group`` columns in the order of quantization, its grid that of the weights when its first column is reached.
+    """
     N, K = weight.shape
     W, H = weight.clone(), hessian.clone()
     diagonal = H.diagonal()
@@ -59,6 +65,7 @@ def gptq(
     diagonal[dead] = 1
     W[:, dead] = 0
     order = diagonal.argsort(descending=True) if act_order else torch.arange(K)
+    static = [grid(part, bits) for part in W.split(group, dim=1)] if group is not None and static_groups else None
     W, H = W[:, order], H[order][:, order]
     H.diagonal().add_(damping * H.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H.double()))
@@ -69,7 +76,9 @@ def gptq(
         stop = min(start + block, K)
         errors = torch.empty(N, stop - start)
         for j in range(start, stop):
-            if group is not None and j % group == 0:
+            if group is not None and static is not None:
+                scale, zero = static[int(order[j]) // group]
+            elif group is not None and j % group == 0:
                 # As in the authors' code, a group's grid is fitted when its first column is reached.
                 scale, zero = grid(W[:, j : j + group], bits)
             w = W[:, j : j + 1]
@@ -81,4 +90,4 @@ def gptq(
         W[:, stop:] -= errors @ U[start:stop, stop:]
     dense = torch.empty_like(Q)
     dense[:, order] = Q
-    return Quantized(dense, stored_bits(N, K, bits, group, act_order))
+    return Quantized(dense, stored_bits(N, K, bits, group, act_order and not static_groups))

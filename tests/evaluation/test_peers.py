@@ -15,7 +15,7 @@ from benchmarks.peers.bench import Bench
 from benchmarks.peers.common import Inputs
 from benchmarks.peers.hqq import hqq
 from benchmarks.peers.rows import squeezellm
-from benchmarks.peers.uniform import gptq, round_to_nearest
+from benchmarks.peers.uniform import gptq, grid, round_to_nearest, snap
 from benchmarks.quality import rise_at
 
 N, K = 24, 96
@@ -52,6 +52,16 @@ def test_round_to_nearest_stays_within_half_a_step_on_few_levels(weight, bits, g
 def test_gptq_without_correlation_is_rounding(weight):
     plain = gptq(weight, torch.eye(K), 3, None, act_order=False)
     assert torch.equal(plain.weight, round_to_nearest(weight, 3, None).weight)
+
+
+def test_gptq_with_static_groups_keeps_their_grids(weight, inputs):
+    feedback = gptq(weight, inputs.T @ inputs, 3, 32, static_groups=True)
+    rounding = round_to_nearest(weight, 3, 32)
+    assert output_error(feedback, weight, inputs) < 0.8 * output_error(rounding, weight, inputs)
+    assert feedback.bits == rounding.bits
+    for original, part in zip(weight.split(32, 1), feedback.weight.split(32, 1), strict=True):
+        scale, zero = grid(original, 3)
+        torch.testing.assert_close(snap(part, scale, zero, 3), part)
 
 
 @pytest.mark.parametrize("group", [None, 32])
