@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo-output
+# Processes that share the tests out, a file at a time; a core and about 3 GB of memory each.
+TEST_WORKERS ?= 2
 
 .PHONY: help setup demo test kernels lint format bench clean
 
@@ -26,7 +28,7 @@ demo: setup ## export the MiniLM sentence encoder at 4 bits and use the exported
 
 test: setup ## linters, type checker and all tests
 	$(MAKE) lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses $(TEST_WORKERS) --dist loadfile
 
 kernels: setup ## compile the GPU kernels of claq-runtime ahead of time (no GPU needed; half an hour on two cores)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "triton>=3.6"

@@ -191,6 +191,48 @@ def claq(settings: LayerSettings, token_clip: float | None) -> Callable[[Bench],
     return lambda bench: bench.in_sequence(quantize)
 
 
+def asymmetric(settings: LayerSettings, token_clip: float | None) -> Callable[[Bench], float]:
+    """The same with asymmetric calibration: each layer matches what it gives in the unquantized model."""
+
+    def quantize(
+        _: Any, weight: torch.Tensor, inputs: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]
+    ) -> Quantized:
+        hessian = Hessian(weight.shape[1], token_clip=token_clip)
+        for x, original in zip(inputs, reference, strict=True):
+            hessian.add(x, reference=original)
+        result = quantize_layer(weight, hessian, settings)
+        return Quantized(result.layer.dequantize(), result.true_bits * weight.numel())
+
+    return lambda bench: bench.beside_the_original(quantize)
+
+
+def parts_of_the_method() -> list[Candidate]:
+    """The ablation on a whole model: each switch that goes beyond the paper, turned the other way at 3 bits."""
+    base = LayerSettings(bits=3)
+    found = [
+        Candidate("part-default", ABLATION, "defaults", claq(base, 2.0), {}),
+        Candidate("part-asymmetric", ABLATION, "asymmetric calibration", asymmetric(base, 2.0), {"asymmetric": True}),
+        Candidate(
+            "part-no-clip", ABLATION, "tokens of huge norm count in full", claq(base, None), {"token_clip": None}
+        ),
+    ]
+    switches: dict[str, tuple[str, dict[str, Any]]] = {
+        "no-row-scale": ("no row scale", {"row_scale": "none"}),
+        "energy": ("rows weighted by energy", {"row_weights": "energy"}),
+        "lloyd": ("plain Lloyd iterations", {"kmeans": "lloyd"}),
+        "no-act-order": ("columns as they stand", {"act_order": False}),
+        "refit": ("codebooks refitted in closed form", {"refit_codebook": True}),
+        "descent": ("two sweeps of coordinate descent", {"descent": 2}),
+        "outliers": ("0.46 % outliers by saliency", {"outliers": 0.0046, "reservation": "saliency"}),
+        "adaptive-outlier-order": ("4 and 2 bits by outlier order", {"widths": (4, 2), "ranking": "outlier_order"}),
+        "adaptive-loss": ("4 and 2 bits by conditional loss", {"widths": (4, 2), "ranking": "loss"}),
+    }
+    for name, (label, changes) in switches.items():
+        settings = dataclasses.replace(base, **changes)
+        found.append(Candidate(f"part-{name}", ABLATION, label, claq(settings, 2.0), changes))
+    return found
+
+
 def paper() -> list[Candidate]:
     """The paper's configurations, by the presets of the product (docs: nominal bits as the paper counts, all bits
     counted here)."""
@@ -205,6 +247,9 @@ def paper() -> list[Candidate]:
         for name in PRESETS
     ]
 
+
+ABLATION = "ablation"
+"""Family of the rows that have a table of their own and no line in the plot."""
 
 OURS: dict[str, dict[str, Any]] = {
     "ours-4.1": {"bits": 4.1},
@@ -353,6 +398,8 @@ def markdown(rows: Sequence[dict[str, Any]], title: str, missing: Sequence[str])
     """The table, by true bits."""
     lines = [title, "", "| method | true bits | perplexity | KL mean | KL median | KL 99 % | top-1 agreement |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    parts = [r for r in rows if r["family"] == ABLATION]
+    rows = [r for r in rows if r["family"] != ABLATION]
     for row in sorted(rows, key=lambda r: -r["true_bits"]):
         own = row["family"].startswith("claq (")
         label = f"**{row['label']}**" if own else row["label"]
@@ -377,6 +424,18 @@ def markdown(rows: Sequence[dict[str, Any]], title: str, missing: Sequence[str])
             theirs = rise_at([r for r in rows if r["family"] == family], own_row["true_bits"])
             cells.append("" if theirs is None else f"{rise(own_row) / theirs:.2f}")
         lines.append(f"| {own_row['label']} | {own_row['true_bits']:.3f} | " + " | ".join(cells) + " |")
+    if parts:
+        lines += [
+            "",
+            "Parts of the method on the whole model: `--bits 3` without gradients, one switch changed at a time.",
+            "",
+            "| 3 bits | true bits | perplexity | KL mean | top-1 agreement |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        lines += [
+            f"| {r['label']} | {r['true_bits']:.3f} | {r['perplexity']:.2f} | {r['kl_mean']:.4f} | {r['top1_agreement']:.1%} |"
+            for r in parts
+        ]
     if missing:
         lines += ["", f"Not measured: {'; '.join(missing)}."]
     return "\n".join(lines) + "\n"
@@ -390,7 +449,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, baseline: float) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8.4, 5.2), dpi=150)
-    families = sorted({r["family"] for r in rows}, key=lambda f: (not f.startswith("claq ("), f))
+    families = sorted({r["family"] for r in rows} - {ABLATION}, key=lambda f: (not f.startswith("claq ("), f))
     colours = pyplot.get_cmap("tab10").colors
     for number, family in enumerate(families):
         points = sorted(
@@ -452,7 +511,11 @@ def main() -> None:
     library = find_library(arguments.ggml)
     candidates = peers(library)
     if not arguments.skip_claq:
-        candidates += paper() + ours(TuneSettings(steps=arguments.tune_steps, minutes=arguments.tune_minutes))
+        candidates += (
+            paper()
+            + parts_of_the_method()
+            + ours(TuneSettings(steps=arguments.tune_steps, minutes=arguments.tune_minutes))
+        )
     chosen = [c for pattern in arguments.only for c in candidates if fnmatch.fnmatch(c.name, pattern)]
     candidates = list({c.name: c for c in chosen}.values())
     if arguments.list:

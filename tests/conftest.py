@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# pytest-xdist names its number of processes here: together they take no more than two cores.
+torch.set_num_threads(max(1, min(2, os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 # Nothing here may wait for a network: models come from folders.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

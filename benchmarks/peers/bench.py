@@ -3,6 +3,7 @@ bits."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable
 from functools import cached_property
@@ -93,12 +94,9 @@ class Bench:
         if not path.is_file():
             self.restore()
             found: dict[str, torch.Tensor] = {}
-
-            def keep(group: Group, inputs: list[torch.Tensor]) -> None:
+            for group, inputs in walk(self.model, self.calibration):
                 seen = Inputs.of(inputs)
                 found[f"{group.name}.hessian"], found[f"{group.name}.magnitude"] = seen.hessian, seen.magnitude
-
-            walk(self.model, self.calibration, keep)
             save_file(found, path)
         stored, tokens = load_file(path), self.calibration.numel()
         return {g.name: Inputs(stored[f"{g.name}.hessian"], stored[f"{g.name}.magnitude"], tokens) for g in self.groups}
@@ -132,14 +130,23 @@ class Bench:
         bits."""
         self.restore()
         bits = 0.0
-
-        def visit(group: Group, inputs: list[torch.Tensor]) -> None:
-            nonlocal bits
+        for group, inputs in walk(self.model, self.calibration):
             result = quantize(group, self.original[group.name], inputs)
             group.assign(result.weight)
             bits += result.bits
+        return bits
 
-        walk(self.model, self.calibration, visit)
+    def beside_the_original(
+        self, quantize: Callable[[Group, torch.Tensor, list[torch.Tensor], list[torch.Tensor]], Quantized]
+    ) -> float:
+        """The same, with what the group reads in the unquantized model as well, the last argument."""
+        self.restore()
+        bits = 0.0
+        walks = walk(self.model, self.calibration), walk(copy.deepcopy(self.model), self.calibration)
+        for (group, inputs), (_, reference) in zip(*walks, strict=True):
+            result = quantize(group, self.original[group.name], inputs, reference)
+            group.assign(result.weight)
+            bits += result.bits
         return bits
 
     def evaluate(self) -> LanguageQuality:

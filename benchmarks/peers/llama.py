@@ -3,7 +3,7 @@ not)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -27,15 +27,12 @@ def groups_of(block: nn.Module, number: int) -> dict[str, Group]:
     }
 
 
-Visit = Callable[[Group, list[torch.Tensor]], None]
-
-
 @torch.no_grad()
-def walk(model: nn.Module, windows: torch.Tensor, visit: Visit) -> None:
+def walk(model: nn.Module, windows: torch.Tensor) -> Iterator[tuple[Group, list[torch.Tensor]]]:
     """Run calibration windows ``[W, S]`` through the blocks, every linear once a window.
 
-    ``visit(group, inputs)`` is called when a group is reached, with its input for each window ``[1, S, K]``; the
-    weights it leaves in the group's linears are those that the rest of the walk runs with.
+    Gives each group when it is reached, with its input for each window ``[1, S, K]``; the weights that the group's
+    linears have when the next one is asked for are those that the rest of the walk runs with.
     """
     core = model.model
     states = [core.embed_tokens(window[None]) for window in windows]
@@ -44,18 +41,18 @@ def walk(model: nn.Module, windows: torch.Tensor, visit: Visit) -> None:
     for number, block in enumerate(core.layers):
         groups = groups_of(block, number)
         normed = [block.input_layernorm(x) for x in states]
-        visit(groups["qkv"], normed)
+        yield groups["qkv"], normed
         output, block.self_attn.o_proj = block.self_attn.o_proj, nn.Identity()
         heads = [block.self_attn(x, position_embeddings=rotary, attention_mask=None)[0] for x in normed]
         block.self_attn.o_proj = output
-        visit(groups["o"], heads)
+        yield groups["o"], heads
         for i, x in enumerate(heads):
             states[i] = states[i] + output(x)
         normed = [block.post_attention_layernorm(x) for x in states]
-        visit(groups["gate_up"], normed)
+        yield groups["gate_up"], normed
         mlp = block.mlp
         hidden = [mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x) for x in normed]
-        visit(groups["down"], hidden)
+        yield groups["down"], hidden
         for i, x in enumerate(hidden):
             states[i] = states[i] + mlp.down_proj(x)
 

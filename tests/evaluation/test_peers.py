@@ -136,7 +136,8 @@ def test_llama_walk_sees_what_the_model_computes():
     with torch.no_grad():
         expected = recorded(linears, lambda: model(input_ids=windows))
     walked = {}
-    llama.walk(model, windows, lambda group, inputs: walked.update(dict.fromkeys(group.linears.values(), inputs[0])))
+    for group, inputs in llama.walk(model, windows):
+        walked.update(dict.fromkeys(group.linears.values(), inputs[0]))
     assert set(walked) == set(linears.values())
     for name, linear in linears.items():
         torch.testing.assert_close(walked[linear], expected[name], rtol=1e-4, atol=1e-5)
