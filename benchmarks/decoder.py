@@ -110,8 +110,11 @@ def torch_model(folder: Path) -> Any:
 
 
 def agreement(folder: Path, prompt: list[int], count: int, threads: int) -> dict[str, Any]:
-    """Greedy tokens and logits of ONNX Runtime with claq-runtime against the quantized PyTorch model."""
-    model, generator = torch_model(folder), Generator(folder, Path(claq_runtime.library_path()), threads)
+    """Greedy tokens and logits of ONNX Runtime with claq-runtime in float32 against the quantized PyTorch model."""
+    model = torch_model(folder)
+    os.environ["CLAQ_ACCURACY"] = "fp32"  # read when the session is created
+    generator = Generator(folder, Path(claq_runtime.library_path()), threads)
+    del os.environ["CLAQ_ACCURACY"]
     ids = torch.tensor([prompt])
     with torch.no_grad():
         wanted = model.generate(

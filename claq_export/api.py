@@ -355,7 +355,7 @@ def quantize(
         model.model if isinstance(model, TaskModel) else model,  # layers are named as in the model inside
         layers,
         parts={name: done.site.parts for name, done in compilation.sites.items()},
-        accuracy_levels=dict.fromkeys(layers, config.accuracy_level),
+        accuracy_levels=dict.fromkeys(layers, config.torch_accuracy_level),
         transposed=compilation.transposed,
         tied=compilation.tied,
     )

@@ -72,8 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--accuracy",
         choices=("fp32", "int8"),
-        default="fp32",
-        help="arithmetic in claq-runtime: fp32 is exact to rounding, int8 rounds activations and is faster (default: fp32)",
+        help="arithmetic of the native kernels: fp32 is exact to rounding, int8 rounds activations and is faster (default: int8 "
+        "in the file, fp32 where PyTorch loads the folder)",
     )
     output.add_argument(
         "--dtype",

@@ -429,7 +429,7 @@ class Compilation:
                 state,
                 self.config.to_json(),
                 parts={name: done.site.parts for name, done in self.sites.items()},
-                accuracy_level=self.config.accuracy_level,
+                accuracy_level=self.config.torch_accuracy_level,
                 transposed=self.transposed,
                 tied=self.tied,
             )

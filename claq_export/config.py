@@ -36,6 +36,12 @@ EXACT_TOKENS = 0.01
 ACCURACY_LEVELS = {"fp32": 0, "int8": 4}
 """Arithmetic of the operators by name, numbered as ONNX Runtime's MatMulNBits numbers them."""
 
+FILE_ACCURACY = "int8"
+"""Arithmetic that an exported file asks for where the user asks for none."""
+
+TORCH_ACCURACY = "fp32"
+"""The same of layers in PyTorch, where results are compared with other PyTorch code, and with the file."""
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """Types that the emitted graph may compute in."""
 
@@ -83,8 +89,9 @@ class Config:
         include, exclude: glob patterns over qualified names; a linear layer is quantized if it matches one of
             ``include`` (all if empty) and none of ``exclude``.
         fuse_siblings: quantize linears that read the same value (q/k/v, gate/up) stacked as one.
-        accuracy: arithmetic of the operators in the runtime: ``"fp32"`` (exact to rounding) or ``"int8"``
-            (activations rounded to int8 with a scale a block of columns).
+        accuracy: arithmetic of the native kernels: ``"fp32"`` (exact to rounding) or ``"int8"`` (activations rounded to
+            int8 with a scale a block of columns, as MatMulNBits does at accuracy level 4; faster). None: int8 in the exported
+            file, fp32 in PyTorch. Without claq-runtime, and on GPUs in PyTorch, it makes no difference.
         opset: ONNX operator set of a causal language model with cache: 23 has attention, rotary positions and RMS
             normalization as one operator each (ONNX Runtime 1.23 and later), 18 spells them out (slower).
         last_logits: a causal language model with cache returns the logits of the last new token alone, all that generation
@@ -121,7 +128,7 @@ class Config:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     fuse_siblings: bool = True
-    accuracy: str = "fp32"
+    accuracy: str | None = None
     opset: int = DECODER_OPSET
     last_logits: bool = False
     dtype: str = "float32"
@@ -156,7 +163,7 @@ class Config:
             raise ConfigError(f"sequence_length must be at least 2, got {self.sequence_length!r}")
         if self.tune is not None and not self.tune >= 0:
             raise ConfigError(f"tune must be a number of minutes, got {self.tune!r}")
-        if self.accuracy not in ACCURACY_LEVELS:
+        if self.accuracy is not None and self.accuracy not in ACCURACY_LEVELS:
             raise ConfigError(f"accuracy must be one of {', '.join(ACCURACY_LEVELS)}, got {self.accuracy!r}")
         if self.opset not in (18, DECODER_OPSET):
             raise ConfigError(f"opset must be 18 or {DECODER_OPSET}, got {self.opset!r}")
@@ -173,8 +180,13 @@ class Config:
 
     @property
     def accuracy_level(self) -> int:
-        """The operators' ``accuracy_level`` attribute."""
-        return ACCURACY_LEVELS[self.accuracy]
+        """``accuracy_level`` of the operators in an exported file."""
+        return ACCURACY_LEVELS[self.accuracy or FILE_ACCURACY]
+
+    @property
+    def torch_accuracy_level(self) -> int:
+        """``accuracy_level`` of the layers in PyTorch."""
+        return ACCURACY_LEVELS[self.accuracy or TORCH_ACCURACY]
 
     @property
     def torch_dtype(self) -> torch.dtype:

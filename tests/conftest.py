@@ -33,7 +33,10 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def decoder_artifact(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny Llama at 4 bits, with cache, exported and verified by the command line."""
+    """Folder of a tiny Llama at 4 bits, with cache, exported and verified by the command line.
+
+    In float32 arithmetic, so that every runtime gives the same tokens.
+    """
     from tiny_models import sentences
 
     from claq_export.cli import main
@@ -42,7 +45,7 @@ def decoder_artifact(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory)
     text = folder.parent / "decoder.txt"
     text.write_text("\n".join(sentences(64)), encoding="utf-8")
     options = ["--calibration", str(text), "--samples", "4", "--sequence-length", "32", "--quiet"]
-    assert main([str(tiny_llama), "--out", str(folder / "model.onnx"), *options]) == 0
+    assert main([str(tiny_llama), "--out", str(folder / "model.onnx"), "--accuracy", "fp32", *options]) == 0
     return folder
 
 

@@ -221,7 +221,7 @@ def _quantize(compilation: Compilation, parameters: Mapping[str, torch.Tensor], 
                 layer=done.layer.to(str(weights[0].device)),
                 rows=tuple(rows for _, rows in done.site.parts),
                 transposed=done.site.transposed,
-                accuracy_level=compilation.config.accuracy_level,
+                accuracy_level=compilation.config.torch_accuracy_level,
             ),
         )
 

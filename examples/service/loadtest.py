@@ -127,7 +127,7 @@ def prepare_encoder(model: Path, folder: Path) -> tuple[Path, Path]:
     if not claq.is_file():
         import claq_export
 
-        claq_export.export(model, out=claq, config=claq_export.Config(bits=4, accuracy="int8"))
+        claq_export.export(model, out=claq, config=claq_export.Config(bits=4))
     if not plain.is_file():
         from claq_export.capture import capture_pretrained
         from claq_export.emit.exporter import emit_onnx
@@ -151,7 +151,7 @@ def prepare_generator(model: Path, folder: Path) -> tuple[Path, Path]:
     if not claq.is_file():
         import claq_export
 
-        config = claq_export.Config(bits=4, accuracy="int8", samples=32, sequence_length=512, last_logits=True)
+        config = claq_export.Config(bits=4, samples=32, sequence_length=512, last_logits=True)
         claq_export.export(model, out=claq, config=config)
     if not plain.is_file():
         from claq_export.capture import capture_decoder, load_pretrained

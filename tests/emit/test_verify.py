@@ -105,13 +105,18 @@ def test_report_with_the_library_and_the_original(written: tuple[Path, Pair], tm
 
 
 @needs_native
-def test_int8_activations_have_their_own_tolerance(tmp_path: Path) -> None:
+def test_int8_activations_have_their_own_tolerance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Pair(accuracy_level=4).layer
     path = emit_onnx(layer, SAMPLES[0], tmp_path / "m.onnx", dynamic_shapes={"x": {0: "rows"}}).path
     report = verify_artifact(path, layer, SAMPLES, library=True, rounds=0)
     (deviation,) = report.runs["runtime"].deviations.values()
-    assert deviation.maximum < INT8_TOLERANCE
+    assert 1e-4 < deviation.rms < INT8_TOLERANCE
     assert math.isnan(report.runs["runtime"].latency_ms)
+    with pytest.raises(VerificationError, match=r"^runtime: output '\w+' of"):
+        verify_artifact(path, layer, SAMPLES, library=True, library_tolerance=1e-5, rounds=0)
+    monkeypatch.setattr("claq_export.verify.INT8_TOLERANCE", 1e-5)
+    with pytest.raises(VerificationError, match=r"rounded to int8 output '\w+' .* export with --accuracy fp32"):
+        verify_artifact(path, layer, SAMPLES, library=True, rounds=0)
 
 
 def test_another_model_is_noticed(written: tuple[Path, Pair]) -> None:

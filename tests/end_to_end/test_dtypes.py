@@ -73,7 +73,7 @@ def test_graph_and_folder_are_of_the_dtype(decoder: Path) -> None:
     assert json.loads((decoder / "claq.json").read_text())["config"]["dtype"] == decoder.name
 
 
-def test_it_computes_what_pytorch_computes_in_that_dtype(decoder: Path) -> None:
+def test_it_computes_what_pytorch_computes_in_that_dtype(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = dtype_of(decoder)
     model = in_pytorch(decoder)
     assert model.model.norm.weight.dtype == model.model.embed_tokens.weight.dtype == dtype
@@ -82,6 +82,7 @@ def test_it_computes_what_pytorch_computes_in_that_dtype(decoder: Path) -> None:
         wanted = model(tokens).logits
     assert wanted.dtype == dtype
     limit = 20 * torch.finfo(dtype).eps * float(wanted.abs().max())
+    monkeypatch.setenv("CLAQ_ACCURACY", "fp32")
     for library in (None, pytest.importorskip("claq_runtime").library_path()):
         found = OnnxModel(decoder / "model.onnx", library).logits(tokens)
         torch.testing.assert_close(found, wanted.float(), rtol=0, atol=limit)

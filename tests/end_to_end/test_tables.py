@@ -71,7 +71,7 @@ def test_the_layers_of_file_and_folder_are_the_same(tied: Path) -> None:
         assert torch.equal(entry.layer.codes, in_folder[name].layer.codes)
 
 
-def test_pytorch_and_both_runtimes_agree(tied: Path, tiny_llama: Path) -> None:
+def test_pytorch_and_both_runtimes_agree(tied: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import LlamaForCausalLM
 
     model = claq_export.load(tied.parent, LlamaForCausalLM.from_pretrained(tiny_llama)).eval()
@@ -88,6 +88,7 @@ def test_pytorch_and_both_runtimes_agree(tied: Path, tiny_llama: Path) -> None:
     claq_runtime = pytest.importorskip("claq_runtime")
     options = ort.SessionOptions()
     claq_runtime.register(options)
+    monkeypatch.setenv("CLAQ_ACCURACY", "fp32")
     for session in (ort.InferenceSession(str(tied)), ort.InferenceSession(str(tied), options)):
         names = [value.name for value in session.get_inputs()]
         given = {**inputs, "position_ids": torch.arange(9).expand(2, -1)}
@@ -133,7 +134,9 @@ IDS = torch.randint(0, 301, (4, 12), generator=torch.Generator().manual_seed(1))
 
 
 def test_untied_widths_and_odd_sizes(tmp_path: Path) -> None:
-    config = claq_export.Config(bits=2, embedding_bits=3, head_bits=4, exact_tokens=0.0, calibration=[IDS])
+    config = claq_export.Config(
+        bits=2, embedding_bits=3, head_bits=4, exact_tokens=0.0, calibration=[IDS], accuracy="fp32"
+    )
     result = claq_export.export(Language().eval(), (IDS,), tmp_path / "m.onnx", config)
     assert [(layer.name, layer.role, layer.nominal_bits) for layer in result.layers] == [
         ("embed", "embedding", 3),
