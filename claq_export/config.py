@@ -233,12 +233,14 @@ class Config:
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values, for the artifact's metadata; calibration data is named, not stored, and where it
         ran is left out."""
-        values = dataclasses.asdict(dataclasses.replace(self, calibration=NO_CALIBRATION))
+        # Not `asdict`, which would copy the calibration data.
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if isinstance(self.calibration, (str, Path)):
             values["calibration"] = Path(self.calibration).name
         else:
             values["calibration"] = "python iterable"
         values["include"], values["exclude"] = list(self.include), list(self.exclude)
+        values["floors"], values["algorithm"] = dict(self.floors), dict(self.algorithm)
         del values["devices"]
         return values
 

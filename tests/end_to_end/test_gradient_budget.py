@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from claq_export.api import capture
 from claq_export.calibration.progress import ProgressReporter
+from claq_export.cli import main
 from claq_export.compiler import Compilation
 from claq_export.config import Config
 from claq_export.errors import ConfigError
@@ -129,6 +131,14 @@ def test_guided_hessians_see_the_tokens_that_matter(bits: float) -> None:
         return float((found - wanted).square().mean())
 
     assert error(guided=True) < 0.5 * error(guided=False)
+
+
+def test_the_command_line_exports_a_guided_model(tiny_llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(sentences(64)), encoding="utf-8")
+    options = ["--calibration", str(text), "--samples", "4", "--sequence-length", "32", "--quiet"]
+    assert main([str(tiny_llama), "--out", str(tmp_path / "model.onnx"), "--guided", *options]) == 0
+    assert json.loads((tmp_path / "claq.json").read_text(encoding="utf-8"))["config"]["guided"] is True
 
 
 def test_guidance_needs_data_and_is_not_the_papers() -> None:
