@@ -38,8 +38,8 @@ class TuneSettings:
         steps: updates at most.
         minutes: time at most, checked after every update; None = no limit.
         samples: pieces of at most 256 tokens an update sees.
-        rate: of Adam, in units of a column's largest centroid, at its height; it rises for the first twentieth and falls to
-            a twentieth along a cosine.
+        rate: of Adam, in units of a column's largest centroid, at its height; it rises for the first twentieth of the
+            updates or minutes, whichever end first, and falls to a twentieth along a cosine.
         row_rate: the same for row scales, in units of themselves.
         check: updates between two looks at the held-out samples.
         patience: looks without a gain after which tuning ends.
@@ -156,6 +156,7 @@ def tune(
     kept = {name: layer.state() for name, layer in tuned.items()}
     order: list[int] = []
     patience, done = settings.patience, 0
+    allowed = math.inf if settings.minutes is None else 60 * settings.minutes
     reporter.event("tuning", step=0, held_out=before)
     reporter.start_layers(settings.steps, "tuning")
     try:
@@ -170,12 +171,12 @@ def tune(
                 total += value / settings.samples
             for layer in tuned.values():
                 layer.collect()
-            share = _schedule(step, settings.steps)
+            share = _schedule(max((step + 1) / settings.steps, (time.perf_counter() - began) / allowed))
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * share
             optimizer.step()
             done = step + 1
-            late = settings.minutes is not None and time.perf_counter() - began > 60 * settings.minutes
+            late = time.perf_counter() - began > allowed
             last = done == settings.steps or late
             if done % settings.check == 0 or last:
                 current = look()
@@ -224,11 +225,12 @@ def _backward(loss: torch.Tensor) -> float:
     return value
 
 
-def _schedule(step: int, steps: int) -> float:
-    warm = max(1, steps // 20)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+def _schedule(done: float) -> float:
+    """Height of the rates when the share ``done`` of the updates or, if less is left of it, of the time is over."""
+    warm = 0.05
+    if done < warm:
+        return done / warm
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warm) / (1 - warm))))
 
 
 class TunedLayer:
