@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
+import importlib.util
 import json
 import math
 import pickle
@@ -509,6 +510,8 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="only write table and plot from what is cached")
     arguments = parser.parse_args()
     library = find_library(arguments.ggml)
+    if library is not None and importlib.util.find_spec("gguf") is None:
+        parser.error("the K-quants of --ggml need the package gguf: pip install gguf")
     candidates = peers(library)
     if not arguments.skip_claq:
         candidates += (
