@@ -45,7 +45,7 @@ def build_lazily(
     for path in files:
         file = SafetensorsFile(path, ModelError)
         where.update(dict.fromkeys(file, file))
-    stored = _stored_names(model, where)
+    stored = stored_names(model, where)
     absent = sorted(name for name in _wanted(model) if name not in stored and not may_be_absent(name))
     if absent:
         more = f" and {len(absent) - 4} more" if len(absent) > 4 else ""
@@ -95,7 +95,7 @@ def _wanted(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters()]
 
 
-def _stored_names(model: nn.Module, where: Mapping[str, Any]) -> dict[str, str]:
+def stored_names(model: nn.Module, where: Mapping[str, Any]) -> dict[str, str]:
     """Name in the model -> name in the files: the same, with or without the base model's prefix, or that of a tied
     parameter."""
     prefix = str(getattr(model, "base_model_prefix", ""))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
-from ..inputs import contained
+from ..inputs import check_sizes, contained
 from .captured import CapturedModel, Source
-from .checkpoint import digest, read_json, weight_files
+from .checkpoint import digest, read_json, safetensors_names, weight_files
+from .fit import check_fit
 from .lazy import build_lazily
 from .module import capture_module
 from .tasks import Task, TaskModel, canonical_task, infer_task
@@ -72,6 +73,8 @@ def load_pretrained(
         )
         raise ModelError(f"{path_or_id} is already quantized ({method}); claq needs the floating-point model")
     files = weight_files(folder)
+    tensors = sum(len(safetensors_names(path)) for path in files)
+    check_sizes(settings, tensors, str(folder / "config.json"), ModelError)
     config = _config(folder, settings, trust_remote_code)
     chosen = canonical_task(task) if task is not None else _inferred(folder, config)
     if chosen.name == "image-feature-extraction":
@@ -79,7 +82,7 @@ def load_pretrained(
     if lazy:
         model = _load_lazily(folder, files, config, chosen, dtype, trust_remote_code)
     else:
-        model = _load(folder, config, chosen, dtype, trust_remote_code)
+        model = _load(folder, files, config, chosen, dtype, trust_remote_code)
         _check_finite(model, path_or_id)
     source = Source(path=str(path_or_id), sha256=digest([folder / "config.json", *files]))
     return TaskModel(model, chosen.name, source), _tokenizer(folder, trust_remote_code), chosen.name
@@ -170,35 +173,43 @@ def _auto_class(config: Any, task: Task) -> str:
     return "AutoModelForTextEncoding" if task.name == "feature-extraction" and encoder_only else task.auto_class
 
 
-def _load_lazily(
-    folder: Path, files: list[Path], config: Any, task: Task, dtype: torch.dtype, trust_remote_code: bool
-) -> torch.nn.Module:
+def _builder(config: Any, task: Task, dtype: torch.dtype, trust_remote_code: bool) -> Callable[[], torch.nn.Module]:
+    """Makes the task's model from its configuration, without its weights."""
     import transformers
-
-    unused = _UNUSED.get(task.name)
 
     def build() -> torch.nn.Module:
         auto = getattr(transformers, _auto_class(config, task))
         model: torch.nn.Module = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         return model
 
+    return build
+
+
+def _load_lazily(
+    folder: Path, files: list[Path], config: Any, task: Task, dtype: torch.dtype, trust_remote_code: bool
+) -> torch.nn.Module:
+    unused = _UNUSED.get(task.name)
+    build = _builder(config, task, dtype, trust_remote_code)
     try:
         with _quiet():
+            check_fit(build, files, str(folder / "config.json"))
             return build_lazily(build, files, dtype, lambda name: unused is not None and bool(unused.search(name)))
     except ModelError:
         raise
     except Exception as error:  # transformers raises many types; each is the reason
-        raise ModelError(f"{folder} cannot be loaded for {task.name}: {_first_line(error)}") from error
+        raise _cannot_load(folder, config, task, error) from error
 
 
-def _load(folder: Path, config: Any, task: Task, dtype: torch.dtype, trust_remote_code: bool) -> torch.nn.Module:
+def _load(
+    folder: Path, files: list[Path], config: Any, task: Task, dtype: torch.dtype, trust_remote_code: bool
+) -> torch.nn.Module:
     import transformers
 
-    name = _auto_class(config, task)
     saved = (config.architectures or ["an unknown architecture"])[0]
     try:
         with _quiet():
-            model, info = getattr(transformers, name).from_pretrained(
+            check_fit(_builder(config, task, dtype, trust_remote_code), files, str(folder / "config.json"))
+            model, info = getattr(transformers, _auto_class(config, task)).from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -206,10 +217,10 @@ def _load(folder: Path, config: Any, task: Task, dtype: torch.dtype, trust_remot
                 output_loading_info=True,
                 use_safetensors=True,
             )
+    except ModelError:
+        raise
     except Exception as error:  # transformers raises many types; each is the reason
-        if "Unrecognized configuration class" in str(error):
-            raise ModelError(f"transformers has no {task.name} model for architecture {config.model_type!r}") from error
-        raise ModelError(f"{folder} cannot be loaded for {task.name}: {_first_line(error)}") from error
+        raise _cannot_load(folder, config, task, error) from error
     unused = _UNUSED.get(task.name)
     absent = sorted(info["missing_keys"])
     missing = [key for key in absent if unused is None or not unused.search(key)]
@@ -229,6 +240,12 @@ def _load(folder: Path, config: Any, task: Task, dtype: torch.dtype, trust_remot
             f"{folder} has weights of another shape than {type(model).__name__}'s: {', '.join(mismatched[:4])}"
         )
     return model.eval()
+
+
+def _cannot_load(folder: Path, config: Any, task: Task, error: Exception) -> ModelError:
+    if "Unrecognized configuration class" in str(error):
+        return ModelError(f"transformers has no {task.name} model for architecture {config.model_type!r}")
+    return ModelError(f"{folder} cannot be loaded for {task.name}: {_first_line(error)}")
 
 
 @contextmanager

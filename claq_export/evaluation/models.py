@@ -242,9 +242,15 @@ def _pretrained(source: str | Path, causal: bool) -> torch.nn.Module:
 
 
 def _untrained(folder: Path, causal: bool) -> torch.nn.Module:
-    """The architecture that a folder's ``config.json`` describes, without weights of its own."""
+    """The architecture that a claq folder's ``config.json`` describes, without weights of its own."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+    from ..capture.checkpoint import read_json, safetensors_names
+    from ..format.checkpoint import TENSORS_FILE
+    from ..inputs import check_sizes
+
+    tensors = len(safetensors_names(folder / TENSORS_FILE))
+    check_sizes(read_json(folder / "config.json"), tensors, str(folder / "config.json"), ModelError)
     config = AutoConfig.from_pretrained(str(folder))
     # What claq-export writes there is the dtype of the unquantized tensors.
     dtype = getattr(config, "dtype", None) or torch.float32

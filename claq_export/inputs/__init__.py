@@ -6,6 +6,7 @@ artifact have different exit codes.
 """
 
 from .json_file import parse_json_object, read_json_object
+from .model_config import check_sizes
 from .onnx_file import OnnxFile
 from .paths import contained
 from .safetensors_file import SafetensorsFile, TensorInfo, parse_header
@@ -14,6 +15,7 @@ __all__ = [
     "OnnxFile",
     "SafetensorsFile",
     "TensorInfo",
+    "check_sizes",
     "contained",
     "parse_header",
     "parse_json_object",

@@ -13,10 +13,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoConfig
 
 from claq_export.capture import CapturedModel, TaskModel, capture_module, capture_pretrained, load_pretrained
 from claq_export.capture.tasks import canonical_task, infer_task
 from claq_export.errors import ModelError
+from claq_export.inputs import check_sizes
 
 
 def random_inputs(captured: CapturedModel, batch: int, length: int, vocabulary: int) -> dict[str, torch.Tensor]:
@@ -344,7 +346,7 @@ def wrong_shape(folder):
         tensors["encoder.layer.1.output.dense.weight"] = tensors["encoder.layer.1.output.dense.weight"][:, :-1].clone()
 
     edit_weights(folder, change)
-    return r"cannot be loaded for feature-extraction|another shape"
+    return r"asks for encoder.layer.1.output.dense.weight of shape \[64, 160\], the file holds \[64, 159\]"
 
 
 def not_a_number(folder):
@@ -395,6 +397,67 @@ def test_damaged_folder_is_refused_by_name(folder, damage):
     message = damage(folder)
     with pytest.raises(ModelError, match=message):
         load_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_hidden_layers": -1},
+            r"config.json: num_hidden_layers is -1, expected a whole number from 1 to 1000; .* tensors",
+        ),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers is 0"),
+        ({"num_hidden_layers": 10**6}, r"num_hidden_layers is 1000000"),
+        ({"num_hidden_layers": 10**400}, r"num_hidden_layers is a number beyond 64 bits"),
+        ({"num_hidden_layers": "12"}, r"num_hidden_layers is '12'"),
+        ({"num_hidden_layers": True}, r"num_hidden_layers is True"),
+        ({"head_dim": -8}, r"head_dim is -8, expected a whole number from 0 to"),
+        ({"num_hidden_layers": 2.5}, r"num_hidden_layers is 2\.5"),
+        ({"num_attention_heads": -1}, r"num_attention_heads is -1, expected a whole number from 1 to"),
+        ({"num_attention_heads": 0}, r"num_attention_heads is 0"),
+        ({"hidden_size": -64}, r"hidden_size is -64"),
+        ({"hidden_size": 1 << 20}, r"of shape \[.*1048576.*\], the file holds"),
+        ({"vocab_size": 10**12}, r"vocab_size is 1000000000000"),
+        ({"vocab_size": 1 << 24}, r"word_embeddings.weight of shape \[16777216, 64\], the file holds"),
+        ({"max_position_embeddings": 0}, r"max_position_embeddings is 0"),
+        ({"layer_norm_eps": float("nan")}, r"layer_norm_eps is NaN"),
+        ({"vision_config": {"hidden_size": [64, -1]}}, r"vision_config.hidden_size is -1"),
+        ({"num_hidden_layers": 400}, r"describes a model of \d+ parameters; its files hold \d+"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("lazy", [False, True])
+def test_sizes_that_cannot_be_are_named_before_anything_is_made(folder, changes, message, lazy):
+    edit_config(folder, **changes)
+    with pytest.raises(ModelError, match=message):
+        load_pretrained(folder, lazy=lazy)
+
+
+def test_sizes_of_models_in_use_are_accepted():
+    """The defaults of transformers' own configurations, nested ones included."""
+    for kind in (
+        "bert",
+        "albert",
+        "t5",
+        "gpt2",
+        "llama",
+        "mixtral",
+        "gemma3",
+        "qwen2_moe",
+        "mamba2",
+        "clip",
+        "vit",
+        "swin",
+    ):
+        check_sizes(AutoConfig.for_model(kind).to_dict(), 1, kind, ModelError)
+    # What some others of the 800 or so have.
+    for config in (
+        {"head_dim": 0},
+        {"shared_intermediate_size": 0},
+        {"max_position_embeddings": 1200.0},
+        {"n_inner": None},
+    ):
+        check_sizes(config, 1, "config.json", ModelError)
 
 
 def test_checkpoint_without_the_head_of_the_task(folder):
