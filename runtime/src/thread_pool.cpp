@@ -2,9 +2,14 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <system_error>
 #include <thread>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 
 #include "claq.h"
 
@@ -84,10 +89,23 @@ class Pool {
   size_t started_ = 0;
 };
 
+// Never freed: its threads run until the process ends.
+std::atomic<Pool*> current{nullptr};
+
+Pool& pool() {
+  Pool* found = current.load(std::memory_order_acquire);
+  if (found) return *found;
+#if !defined(_WIN32)
+  // A forked child has none of the threads, and a lock that one of them held then stays locked there: it gets a pool of its own.
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr, std::memory_order_release); });
+  (void)registered;
+#endif
+  auto made = std::make_unique<Pool>();
+  return current.compare_exchange_strong(found, made.get(), std::memory_order_acq_rel) ? *made.release() : *found;
+}
+
 }  // namespace
 
 void claq_pool_parallel_for(void* context, void (*task)(void* data, size_t index), size_t total, void* data) {
-  // Leaked on purpose: its threads run until the process ends.
-  static auto* pool = new Pool;
-  pool->run(reinterpret_cast<uintptr_t>(context), task, total, data);
+  pool().run(reinterpret_cast<uintptr_t>(context), task, total, data);
 }

@@ -105,11 +105,16 @@ class NativeLayer:
         if self._library.claq_create(ctypes.byref(desc), ctypes.byref(self._handle), error, size(len(error))):
             raise AssertionError(error.value.decode())
 
-    def status(self, x: np.ndarray, y: np.ndarray) -> tuple[int, str]:
+    def status(self, x: np.ndarray, y: np.ndarray, threads: int) -> tuple[int, str]:
         """Run in int8; the status and its message."""
         error = ctypes.create_string_buffer(512)
         data = (x.ctypes.data, len(x), y.ctypes.data)
-        return self._library.claq_run(self._handle, 1, 4, *data, None, None, error, len(error)), error.value.decode()
+        pool = (
+            (ctypes.cast(self._library.claq_pool_parallel_for, ctypes.c_void_p), threads)
+            if threads > 1
+            else (None, None)
+        )
+        return self._library.claq_run(self._handle, 1, 4, *data, *pool, error, len(error)), error.value.decode()
 
     def gather_status(self, indices: np.ndarray, y: np.ndarray) -> tuple[int, str]:
         """Look up int64 ``indices`` as float32 rows; the status and its message."""
@@ -117,9 +122,10 @@ class NativeLayer:
         data = (indices.ctypes.data, len(indices), 1, y.ctypes.data)
         return self._library.claq_gather(self._handle, 7, *data, None, None, error, len(error)), error.value.decode()
 
-    def run(self, x: np.ndarray) -> np.ndarray:
+    def run(self, x: np.ndarray, threads: int = 1) -> np.ndarray:
+        """The layer's output in int8, on libclaq's own threads if there are to be more than one."""
         y = np.empty((len(x), self.out_features), np.float32)
-        status, message = self.status(x, y)
+        status, message = self.status(x, y, threads)
         if status:
             raise AssertionError(message)
         return y
@@ -261,14 +267,15 @@ def fork_session(folder: Path, library: str, seconds: float, runs: int) -> dict[
 
 
 def fork_library(folder: Path, library: str, seconds: float, runs: int) -> dict[str, float]:
-    """Children forked while threads are inside of libclaq run its layers and do not hang: no lock is held in a run."""
+    """Children forked while threads are inside of libclaq run its layers and do not hang: no lock is held in a run, and a child
+    has a pool of threads of its own."""
     layer = NativeLayer(folder, library)
     x = np.random.default_rng(0).normal(size=(40, layer.in_features)).astype(np.float32)
     expected, stop = [layer.run(x[:rows]).tobytes() for rows in range(1, 41)], threading.Event()
 
     def hammer(i: int) -> None:
         while not stop.is_set():
-            layer.run(x[: 1 + i % 40])
+            layer.run(x[: 1 + i % 40], threads=1 + 2 * (i % 2))
 
     threads = [threading.Thread(target=hammer, args=(13 * i,)) for i in range(4)]
     for thread in threads:
@@ -276,7 +283,7 @@ def fork_library(folder: Path, library: str, seconds: float, runs: int) -> dict[
 
     def work() -> None:
         for rows in range(1, 41):
-            if layer.run(x[:rows]).tobytes() != expected[rows - 1]:
+            if layer.run(x[:rows], threads=1 + rows % 3).tobytes() != expected[rows - 1]:
                 raise AssertionError(f"{rows} rows give another result in a child")
 
     try:
