@@ -38,9 +38,34 @@ print(len(result.layers), result.artifact_bytes)
 """
 
 
+_SUM = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import torch
+from claq_export.algorithm import Hessian
+from claq_export.calibration.peers import Peers
+peers = Peers.from_environment()
+tokens = torch.randn(512, 96, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 97.0)
+few = sys.argv[1] == "few"
+mine = tokens[:40] if few else tokens
+hessian = Hessian(96 * (40 if few else 1))
+if few:
+    mine = mine.repeat(1, 40)
+for part in mine.chunk(4)[peers.rank :: peers.size]:
+    hessian.add(part)
+peers.add_up(hessian)
+print(hessian.tokens, *hessian.matrix.diagonal().tolist()[:96], float(hessian.matrix.square().sum().sqrt()))
+"""
+
+
 def run(out: Path, size: int, devices: str = "cpu") -> list[str]:
-    """Export in ``size`` processes; what each printed."""
+    """Export in ``size`` processes; what each printed last."""
     out.parent.mkdir()
+    return in_processes(_PROGRAM, size, str(out), devices)
+
+
+def in_processes(program: str, size: int, *arguments: str) -> list[str]:
+    """Run a program in ``size`` processes of one group; the last line of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,7 +79,7 @@ def run(out: Path, size: int, devices: str = "cpu") -> list[str]:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-        command = [sys.executable, "-c", _PROGRAM, str(out), devices, *sys.path]
+        command = [sys.executable, "-c", program, *arguments, *sys.path]
         children.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
@@ -64,6 +89,17 @@ def run(out: Path, size: int, devices: str = "cpu") -> list[str]:
         assert child.returncode == 0, errors
         outputs.append(output.strip().splitlines()[-1])
     return outputs
+
+
+@pytest.mark.parametrize("tokens", ["few", "many"])
+def test_hessians_are_summed_over_processes(tokens):
+    """Kept as sums or as the tokens themselves, every process ends with the Hessian of all tokens."""
+    (alone,) = in_processes(_SUM, 1, tokens)
+    first, second = in_processes(_SUM, 2, tokens)
+    assert first == second
+    expected, got = (torch.tensor([float(word) for word in line.split()]) for line in (alone, first))
+    assert got[0] == expected[0] == {"few": 40, "many": 512}[tokens]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
 
 
 def test_two_processes_end_with_what_one_ends_with(tmp_path):
