@@ -140,21 +140,26 @@ class NodeWalk:
         while stop is not None:
             stop = _resume(steps, visit(*stop))
 
-    @torch.no_grad()
     def steps(self) -> Generator[Stop, torch.Tensor | None, None]:
         """The walk as a generator: yields each stop, takes the weight to go on with (None: the present one)."""
         for nodes, linear in self._segments():
-            for index in range(len(self._batches)):
-                self._fetch_batch(index)
-                self._run_segment(nodes, index)
-                self._spill_batch(index)
-            for node in nodes:
-                for dead in self._last_use.get(node, ()):
-                    self._shared.pop(dead, None)
+            self._run_batches(nodes)
             source = linear.args[0]
             assert isinstance(source, fx.Node)
             weight = yield linear, _Inputs(self._values, source)
             self._weights[linear] = self._present_weight(linear) if weight is None else self._here(weight)
+            del weight  # dense: it would stay in memory while the next layer is quantized
+
+    # Not around the generator: what decorates one keeps the last value that was sent.
+    @torch.no_grad()
+    def _run_batches(self, nodes: Sequence[fx.Node]) -> None:
+        for index in range(len(self._batches)):
+            self._fetch_batch(index)
+            self._run_segment(nodes, index)
+            self._spill_batch(index)
+        for node in nodes:
+            for dead in self._last_use.get(node, ()):
+                self._shared.pop(dead, None)
 
     def _fetch_batch(self, index: int) -> None:
         values = self._values[index]
@@ -301,6 +306,7 @@ class JointWalk:
             for index in standing:
                 ahead[index][key] -= 1
                 stops[index] = _resume(steps[index], weight)
+            del weight
 
     def _key(self, node: fx.Node) -> fx.Node:
         return self._same.get(node, node)

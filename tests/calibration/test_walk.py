@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -124,6 +125,24 @@ def test_values_are_freed_after_their_last_use(tiny_bert: Path) -> None:
     walk = NodeWalk(captured.graph_module, [captured.example_inputs], nodes)
     freed = [value for values in walk._last_use.values() for value in values]
     assert sorted(node.name for node in freed) == sorted(node.name for node in walk._nodes)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_dense_weight_is_freed_before_the_next_layer_is_visited(joint: bool) -> None:
+    model = nn.Sequential(*(nn.Linear(48, 48) for _ in range(4))).eval()
+    batches = [{"input": torch.randn(2, 48)} for _ in range(2)]
+    gm, sites = planned(model, batches[0]["input"])
+    given: list[weakref.ref[torch.Tensor]] = []
+
+    def visit(node: fx.Node, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        assert [dense() for dense in given] == [None] * len(given)
+        dense = torch.randn(48, 48)
+        given.append(weakref.ref(dense))
+        return dense
+
+    walk = NodeWalk(gm, batches, [site.node for site in sites.values()])
+    (JointWalk([walk], {}) if joint else walk).run(visit)
+    assert len(given) == 4
 
 
 class TestJointWalk:
