@@ -47,10 +47,10 @@ def check_sizes(config: dict[str, Any], tensors: int, where: str, error: type[Cl
         error: names the size, its value and what is accepted.
     """
     layers = max(tensors, LAYERS_ALWAYS_ACCEPTED)
-    for name, value in _numbers(config, ""):
+    for name, value in _numbers(config):
         leaf = name.rsplit(".", 1)[-1]
         if isinstance(value, float) and math.isnan(value):
-            raise error(f"{where}: {name} is NaN, expected a number")
+            raise error(f"{where}: {name[-200:]} is NaN, expected a number")
         if _LAYERS.fullmatch(leaf):
             low, high = int(name in _MUST_HAVE_LAYERS), layers
             reason = f"; the model's files hold {tensors} tensors"
@@ -65,15 +65,19 @@ def check_sizes(config: dict[str, Any], tensors: int, where: str, error: type[Cl
             # The conversion of an integer of thousands of digits is itself refused by Python.
             large = isinstance(value, int) and abs(value) >= 1 << 64
             shown = "a number beyond 64 bits" if large else repr(value)[:40]
-            raise error(f"{where}: {name} is {shown}, expected a whole number from {low} to {high}{reason}")
+            raise error(f"{where}: {name[-200:]} is {shown}, expected a whole number from {low} to {high}{reason}")
 
 
-def _numbers(config: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Names and values, those of nested objects with the object's name before theirs; each member of a list by itself."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}.")
-            continue
-        for member in value if isinstance(value, list) else [value]:
-            if member is not None and not isinstance(member, (dict, list)):
-                yield f"{prefix}{name}", member
+    # Not by recursion: the parser accepts objects nested as deeply as the stack allows.
+    waiting = [("", config)]
+    while waiting:
+        prefix, values = waiting.pop()
+        for name, value in values.items():
+            if isinstance(value, dict):
+                waiting.append((f"{prefix}{name}."[-200:], value))
+                continue
+            for member in value if isinstance(value, list) else [value]:
+                if member is not None and not isinstance(member, (dict, list)):
+                    yield f"{prefix}{name}", member

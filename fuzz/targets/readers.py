@@ -21,7 +21,7 @@ from claq_export.errors import ClaqError, FormatError, ModelError
 from claq_export.evaluation.layers import artifact_layers
 from claq_export.format.checkpoint import load_checkpoint
 from claq_export.format.layer import TENSOR_NAMES, QuantizedLinear
-from claq_export.inputs import OnnxFile, SafetensorsFile, contained
+from claq_export.inputs import OnnxFile, SafetensorsFile, check_sizes, contained, parse_json_object
 
 _MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 _folder = Path(tempfile.mkdtemp(prefix="claq-fuzz-", dir=_MEMORY))
@@ -146,8 +146,17 @@ def index(data: bytes) -> None:
         assert os.path.realpath(path).startswith(os.path.realpath(_folder))
 
 
+def config(data: bytes) -> None:
+    """A model's ``config.json``: the sizes that are accepted are within their limits."""
+    settings = parse_json_object(data, "config.json", ModelError)
+    check_sizes(settings, 4, "config.json", ModelError)
+    layers = settings.get("num_hidden_layers")
+    assert layers is None or isinstance(layers, (dict, list)) or 1 <= layers <= 1000
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    function.__name__: function for function in (safetensors, checkpoint, layer, onnx, paths, calibration, index)
+    function.__name__: function
+    for function in (safetensors, checkpoint, layer, onnx, paths, calibration, index, config)
 }
 
 
@@ -215,5 +224,9 @@ def seeds() -> dict[str, list[bytes]]:
         "index": [
             json.dumps({"weight_map": {"a": "a.safetensors"}}).encode() + b"\0" + empty.encode(),
             json.dumps({"weight_map": {"a": "../a.safetensors"}}).encode() + b"\0{}",
+        ],
+        "config": [
+            json.dumps({"num_hidden_layers": 2, "vision_config": {"hidden_size": [8, 16]}, "eps": 1e-5}).encode(),
+            b'{"n_layer": 12, "vocab_size": NaN, "head_dim": null, "max_position_embeddings": 1e3}',
         ],
     }
