@@ -3,11 +3,15 @@ artifact, and reports what the system measured.
 
     python benchmarks/large_model.py --folder DIR                        # about 8 GB of float16 under 4 GB
     python benchmarks/large_model.py --folder DIR --gigabytes 0.2 --hidden 1024 --ffn 2752 --memory 2GB       # a quick one
+    python benchmarks/large_model.py --folder DIR --gigabytes 0.4 --hidden 1024 --ffn 2752 --memory 2GB --kills 8 \
+        --steps make,whole,kill,export,open,write,clean --results large_model_killed
 
 The model is written shard by shard (random weights of a Llama 2 7B's shapes, fewer layers), so making it takes little memory
 too. Every step runs in a process of its own, whose peak resident memory is the operating system's (``ru_maxrss`` of the
 finished child, files mapped into memory included). With ``--address-space`` the system also refuses the export more virtual
-memory than that. Steps can be run one by one (``--steps``); what they measured is kept in ``DIR/record.json``.
+memory than that. With ``--kills N`` it is killed N times at random moments, drawn from the time that an export nobody kills
+takes (the step ``whole``); every file of the artifact must then have the bytes of that one's. Steps can be run one by one
+(``--steps``); what they measured is kept in ``DIR/record.json``.
 
 What the command does not know it passes on to claq-export, in the place of ``--samples 8 --sequence-length 64``.
 """
@@ -16,8 +20,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import filecmp
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -31,6 +37,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests" / "support")]
 
 STEPS = ("make", "kill", "export", "open", "write", "clean")
+MORE_STEPS = ("whole",)
 CALIBRATION = ["--samples", "8", "--sequence-length", "64"]
 
 
@@ -94,14 +101,15 @@ def make_model(folder: Path, gigabytes: float, hidden: int, ffn: int, vocabulary
     return total
 
 
-def start_export(folder: Path, memory: str, options: list[str], log: Path, address_space: int | None) -> Any:
+def start_export(
+    folder: Path, out: Path, memory: str, options: list[str], log: Path, address_space: int | None
+) -> subprocess.Popen[bytes]:
     """The command line in a child."""
 
     def limit() -> None:
         if address_space is not None:
             resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
 
-    out = folder / "out" / "model.onnx"
     out.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "claq_export", str(folder / "model"), "--out", str(out), "--memory", memory]
     command += ["--quiet", "--log", str(log), *options]
@@ -120,16 +128,26 @@ def layers_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def export(
-    folder: Path, memory: str, options: list[str], address_space: int | None, kill_after: int | None
+    folder: Path,
+    memory: str,
+    options: list[str],
+    address_space: int | None,
+    *,
+    out: str = "out",
+    kill_after_layers: int | None = None,
+    kill_after_seconds: float | None = None,
 ) -> dict[str, Any]:
-    """Run the command line, killed by SIGKILL once ``kill_after`` layers are finished; what it said and what the system
-    measured."""
+    """Run the command line, killed by SIGKILL once so many layers are finished or so many seconds have passed; what it said
+    and what the system measured."""
     log = folder / f"log-{time.time():.0f}.jsonl"
     start = time.perf_counter()
-    child = start_export(folder, memory, options, log, address_space)
-    while kill_after is not None and child.poll() is None:
+    child = start_export(folder, folder / out / "model.onnx", memory, options, log, address_space)
+    if kill_after_seconds is not None:
+        time.sleep(kill_after_seconds)
+        child.send_signal(signal.SIGKILL)  # nothing happens to one that has ended
+    while kill_after_layers is not None and child.poll() is None:
         time.sleep(1)
-        if len(layers_of(read_log(log))) >= kill_after:
+        if len(layers_of(read_log(log))) >= kill_after_layers:
             child.send_signal(signal.SIGKILL)
             break
     _, status, usage = os.wait4(child.pid, 0)
@@ -146,7 +164,7 @@ def export(
         "layers_resumed": sum(bool(event.get("restored")) for event in layers),
         "steps": next((e for e in events if e["event"] == "time"), None),
         "stages": [{"seconds": e["seconds"], "message": e["message"]} for e in events if e["event"] == "stage"],
-        "disk_bytes": sum(path.stat().st_size for path in (folder / "out").rglob("*") if path.is_file()),
+        "disk_bytes": sum(path.stat().st_size for path in (folder / out).rglob("*") if path.is_file()),
     }
     return found
 
@@ -197,13 +215,29 @@ def generate(folder: Path, tokens: int) -> dict[str, Any]:
     }
 
 
+def same_files(a: Path, b: Path) -> bool:
+    """Whether two folders hold the same files, byte for byte."""
+    names = sorted(path.name for path in a.iterdir())
+    return names == sorted(path.name for path in b.iterdir()) and all(
+        filecmp.cmp(a / name, b / name, shallow=False) for name in names
+    )
+
+
 def measured_artifact(folder: Path) -> int:
     """Bytes of the ONNX file and its data."""
     return sum(path.stat().st_size for path in (folder / "out").glob("model.onnx*") if path.is_file())
 
 
-def write_results(record: dict[str, Any], folder: Path) -> None:
-    """``results/large_model.json`` and ``.md``."""
+def quantization_minutes(record: dict[str, Any]) -> str:
+    """How long quantization took where one process did all of it."""
+    run = record.get("whole") or (record["export"] if not record.get("kills") else None)
+    if run is None or not run["steps"]:
+        return "see the table of processes"
+    return f"{sum(value for key, value in run['steps'].items() if key not in ('event', 'seconds')) / 60:.1f} min"
+
+
+def write_results(record: dict[str, Any], folder: Path, name: str) -> None:
+    """``results/NAME.json`` and ``.md``."""
     machine = next(
         (
             line.split(":", 1)[1].strip()
@@ -214,7 +248,7 @@ def write_results(record: dict[str, Any], folder: Path) -> None:
     )
     record |= {"date": datetime.date.today().isoformat(), "machine": f"{machine}, {os.cpu_count()} cores"}
     folder.mkdir(exist_ok=True)
-    (folder / "large_model.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     made, done = record["make"], record["export"]
     predicted = done["predicted"]
     lines = [
@@ -227,12 +261,18 @@ def write_results(record: dict[str, Any], folder: Path) -> None:
         "| process | peak resident memory | wall time | processor time | layers finished |",
         "|---|---|---|---|---|",
     ]
-    for name, run in [*(("killed by SIGKILL", run) for run in record.get("kills", [])), ("resumed", done)]:
+    runs = [("killed by SIGKILL", run) for run in record.get("kills", [])]
+    runs.append(("resumed" if runs else "export", done))
+    if "whole" in record:
+        runs.insert(0, ("not killed, in another folder", record["whole"]))
+    for label, run in runs:
         lines.append(
-            f"| {name if record.get('kills') else 'export'} | {run['peak_resident_bytes'] / 1e9:.2f} GB | "
+            f"| {label} | {run['peak_resident_bytes'] / 1e9:.2f} GB | "
             f"{run['seconds'] / 60:.1f} min | {run['processor_seconds'] / 60:.1f} min | "
             f"{run['layers'] - run['layers_resumed']} ({run['layers_resumed']} from before) |"
         )
+    if "whole" in record:
+        lines += ["", "Every file of the artifact has the bytes of that of the export that nobody killed."]
     lines += [
         "",
         "| | predicted | measured |",
@@ -241,7 +281,7 @@ def write_results(record: dict[str, Any], folder: Path) -> None:
         f"| artifact | {predicted['artifact'] / 1e9:.3f} GB | {record['artifact_bytes'] / 1e9:.3f} GB |",
         f"| disk while it runs | {predicted['disk'] / 1e9:.2f} GB | {done['disk_bytes'] / 1e9:.2f} GB left in the folder at "
         "the end, the work folder gone |",
-        f"| time of quantization, wall | {predicted['seconds'] / 60:.0f} min | see the table of processes |",
+        f"| time of quantization, wall | {predicted['seconds'] / 60:.1f} min | {quantization_minutes(record)} |",
         "",
     ]
     if done["steps"]:
@@ -258,7 +298,7 @@ def write_results(record: dict[str, Any], folder: Path) -> None:
             f"{len(opened['tokens'])} tokens in {opened['generate_seconds']} s, all logits finite.",
             "",
         ]
-    (folder / "large_model.md").write_text("\n".join(lines))
+    (folder / f"{name}.md").write_text("\n".join(lines))
 
 
 def main() -> None:
@@ -270,7 +310,12 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32, help="thousands of tokens")
     parser.add_argument("--memory", default="4GB")
     parser.add_argument("--address-space", type=int, help="RLIMIT_AS of the export, bytes")
-    parser.add_argument("--steps", default=",".join(STEPS), help=f"of {', '.join(STEPS)} (default: all)")
+    parser.add_argument(
+        "--steps", default=",".join(STEPS), help=f"of {', '.join(STEPS)} (default: these) and {', '.join(MORE_STEPS)}"
+    )
+    parser.add_argument("--kills", type=int, default=0, help="times that step kill kills it at a random moment")
+    parser.add_argument("--seed", type=int, default=0, help="of these moments")
+    parser.add_argument("--results", default="large_model", help="name of the page and the record in results/")
     parser.add_argument(
         "--kill-at", type=float, default=0.5, help="share of the layers after which the export is killed"
     )
@@ -292,16 +337,28 @@ def main() -> None:
             start = time.perf_counter()
             nbytes = make_model(folder / "model", options.gigabytes, options.hidden, options.ffn, options.vocabulary)
             record["make"] = {"bytes": nbytes, "seconds": round(time.perf_counter() - start)}
+        elif step == "whole":
+            record["whole"] = run = export(folder, options.memory, rest, options.address_space, out="whole")
+            if run["status"]:
+                sys.exit(f"the export failed with status {run['status']}")
+        elif step == "kill" and options.kills:
+            rng = random.Random(options.seed)
+            for _ in range(options.kills):
+                moment = rng.uniform(0, record["whole"]["seconds"])
+                run = export(folder, options.memory, rest, options.address_space, kill_after_seconds=moment)
+                record.setdefault("kills", []).append(run)
         elif step == "kill":
             config = json.loads((folder / "model" / "config.json").read_text())
             half = int(4 * config["num_hidden_layers"] * options.kill_at)
-            run = export(folder, options.memory, rest, options.address_space, half)
+            run = export(folder, options.memory, rest, options.address_space, kill_after_layers=half)
             record.setdefault("kills", []).append(run)
         elif step == "export":
-            record["export"] = run = export(folder, options.memory, rest, options.address_space, None)
+            record["export"] = run = export(folder, options.memory, rest, options.address_space)
             if run["status"]:
                 sys.exit(f"the export failed with status {run['status']}")
             record["artifact_bytes"] = measured_artifact(folder)
+            if "whole" in record and not same_files(folder / "whole", folder / "out"):
+                sys.exit("the artifact differs from that of an export that nobody killed")
         elif step == "open":
             record["open"] = open_artifact(folder / "out" / "model.onnx", options.tokens)
         elif step == "write":
@@ -312,14 +369,15 @@ def main() -> None:
                 "layers": config["num_hidden_layers"],
                 "vocabulary": config["vocab_size"],
             }
-            write_results(record, HERE / "results")
+            write_results(record, HERE / "results", options.results)
         elif step == "clean":
             shutil.rmtree(folder / "model")
             shutil.rmtree(folder / "out")
+            shutil.rmtree(folder / "whole", ignore_errors=True)
             kept.unlink()
             continue
         else:
-            parser.error(f"no step {step!r}; there are {', '.join(STEPS)}")
+            parser.error(f"no step {step!r}; there are {', '.join((*STEPS, *MORE_STEPS))}")
         kept.write_text(json.dumps(record))
     print(json.dumps(record))
 

@@ -144,7 +144,7 @@ class Compilation:
                 self.plan.sites,
                 self.batches(),
                 self.config.layer_settings(),
-                sum(layer.nbytes for layer in self.sizing.predicted_layers()),
+                self.sizing.predicted_layers(),
                 self.sizing.unquantized_bytes(),
                 self.memory,
             )

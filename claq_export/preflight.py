@@ -18,9 +18,10 @@ from torch import nn
 from .algorithm import LayerSettings, quantize_layer
 from .algorithm.hessian import FEW
 from .calibration.data import Batch
-from .deferred import logical_bytes
+from .deferred import is_deferred, logical_bytes, materialize
 from .errors import ConfigError, OutputError
 from .passes import LinearSite
+from .sizing import PlannedLayer
 
 LAYER_BYTES_PER_WEIGHT = 9.5
 """Working memory of a layer's quantization, a weight: it in float32, the columns in float32 (whose place errors take), codes."""
@@ -84,7 +85,7 @@ def predict_resources(
     sites: Sequence[LinearSite],
     batches: Sequence[Batch] | None,
     settings: LayerSettings,
-    quantized_bytes: int,
+    layers: Sequence[PlannedLayer],
     other_bytes: int,
     limit: int,
 ) -> Preflight:
@@ -95,7 +96,8 @@ def predict_resources(
         sites: what is quantized.
         batches: calibration batches; None = no calibration.
         settings: the algorithm's switches.
-        quantized_bytes, other_bytes: of the artifact: its layers, and everything else.
+        layers: predicted sizes of what becomes of the sites.
+        other_bytes: of the artifact, beside its layers.
         limit: bytes of resident memory.
     """
     tokens = _tokens(batches)
@@ -107,8 +109,10 @@ def predict_resources(
         default=max(others, default=0),
     )
     base = resident_bytes()
-    fixed = base + max(int(layer), int(TENSOR_COPIES * largest) + EXPORTER_BYTES)
+    kept = _kept_bytes(sites, layers, calibrated=batches is not None)
+    fixed = base + kept + max(int(layer), int(TENSOR_COPIES * largest) + EXPORTER_BYTES)
     activations = max(limit - fixed, 0)
+    quantized_bytes = sum(planned.nbytes for planned in layers)
     artifact = quantized_bytes + other_bytes
     held = _activation_bytes(sites, batches)
     return Preflight(
@@ -117,7 +121,7 @@ def predict_resources(
         # The layers of the work folder, the ONNX data, the PyTorch container, and what is spilled.
         disk=quantized_bytes + 2 * artifact + max(0, held - activations),
         artifact=artifact,
-        seconds=_quantization_seconds(sites, settings, tokens),
+        seconds=_quantization_seconds(graph, sites, settings, tokens),
     )
 
 
@@ -183,6 +187,16 @@ def layer_bytes(site: LinearSite, tokens: int, settings: LayerSettings) -> float
     return weight + BLOCK_BYTES * N
 
 
+def _kept_bytes(sites: Sequence[LinearSite], layers: Sequence[PlannedLayer], calibrated: bool) -> int:
+    """What stays in memory of layers that are finished: all of those that are looked up while the walk lasts, of the others
+    codebooks, scales and order."""
+    looked_up = {site.name for site in sites if site.lookups} if calibrated else set()
+    whole = sum(layer.nbytes for layer in layers if layer.name in looked_up)
+    return whole + sum(
+        20 * layer.in_features + 2 * layer.out_features for layer in layers if layer.name not in looked_up
+    )
+
+
 def _activation_bytes(sites: Sequence[LinearSite], batches: Sequence[Batch] | None) -> int:
     """What all batches hold between two layers: the residual stream and the widest layer's input and output."""
     if batches is None or not sites:
@@ -192,17 +206,20 @@ def _activation_bytes(sites: Sequence[LinearSite], batches: Sequence[Batch] | No
     return 4 * tokens * (widest + 2 * min(site.in_features for site in sites))
 
 
-def _quantization_seconds(sites: Sequence[LinearSite], settings: LayerSettings, tokens: int) -> float:
-    """From a few columns and a matrix product timed now; ``tokens`` = 0 without calibration."""
+def _quantization_seconds(graph: nn.Module, sites: Sequence[LinearSite], settings: LayerSettings, tokens: int) -> float:
+    """From a few columns, the smallest weight and a matrix product timed now; ``tokens`` = 0 without calibration."""
     if not sites:
         return 0.0
     rows = max(site.out_features for site in sites)
     weight = torch.randn(rows, _SAMPLE_COLUMNS, generator=torch.Generator().manual_seed(0))
     quantize_layer(weight[:, :1].repeat(1, _SAMPLE_COLUMNS), None, settings)  # warms up
     start = time.perf_counter()
-    quantize_layer(weight, None, settings)
+    layer = quantize_layer(weight, None, settings).layer
+    if tokens:
+        layer.dequantize()  # for the layers after it
     a_weight = (time.perf_counter() - start) / weight.numel()
-    seconds = a_weight * sum(site.in_features * site.out_features for site in sites)
+    weights = sum(site.in_features * site.out_features for site in sites)
+    seconds = (a_weight + _read_seconds(graph, sites)) * weights
     if tokens:
         size = 768
         matrix = torch.ones(size, size)
@@ -212,6 +229,17 @@ def _quantization_seconds(sites: Sequence[LinearSite], settings: LayerSettings, 
         a_product = (time.perf_counter() - start) / size**3
         seconds += a_product * sum(_products(site, tokens) for site in sites if site.nodes)
     return seconds
+
+
+def _read_seconds(graph: nn.Module, sites: Sequence[LinearSite]) -> float:
+    """Of reading a weight from disk, checking and converting it, taken on the smallest layer that has a stand-in."""
+    deferred = [site for site in sites if is_deferred(site.weight(graph))]
+    if not deferred:
+        return 0.0
+    site = min(deferred, key=lambda site: site.in_features * site.out_features)
+    start = time.perf_counter()
+    materialize(site.weight(graph).detach()).to(torch.float32)
+    return (time.perf_counter() - start) / (site.in_features * site.out_features)
 
 
 def _products(site: LinearSite, tokens: int) -> float:

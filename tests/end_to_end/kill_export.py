@@ -1,7 +1,8 @@
 """Kills an export at random moments until it gets through, again and again: the campaign behind the test of resuming.
 
     python tests/end_to_end/kill_export.py --seconds 600             # a long campaign on a small module
-    python tests/end_to_end/kill_export.py --bert --seconds 600      # on a tiny BERT, text calibration and a bit budget
+    python tests/end_to_end/kill_export.py --model bert --seconds 600      # on a tiny BERT, text calibration and a bit budget
+    python tests/end_to_end/kill_export.py --model sharded --seconds 600   # on a Llama in shards under a memory limit
 
 Each round exports into a folder that holds the artifact of an *other* export, so that the replacement of a live
 artifact is killed too. After every kill the artifact must be the old or the new one, whole, and a layer that was
@@ -12,6 +13,7 @@ for byte. One JSON line with the counts is printed.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -63,17 +65,43 @@ def same_pair(found: dict[str, bytes], whole: dict[str, bytes], names: tuple[str
     return all(found.get(name) == whole.get(name) for name in names)
 
 
-def campaign(bert: bool, seconds: float, seed: int, folder: Path) -> dict[str, float]:
+def everything_is_large() -> None:
+    """From here on the tensors of a tiny model are left on disk, and its activations go there."""
+    from claq_export import deferred, preflight, verify
+    from claq_export.calibration import spill
+    from claq_export.capture import lazy
+
+    for module in (deferred, lazy, verify):
+        module.DEFER_FROM = 8192
+    spill.SPILL_FROM = 256
+    predict = preflight.predict_resources
+
+    def without_room(*arguments):
+        return dataclasses.replace(predict(*arguments), activations=0)
+
+    import claq_export.compiler
+
+    claq_export.compiler.predict_resources = without_room
+
+
+def campaign(kind: str, seconds: float, seed: int, folder: Path) -> dict[str, float]:
     """Rounds of killed exports for about ``seconds``; raises AssertionError at the first violation."""
     import torch
-    from tiny_models import save_tiny_bert, sentences
+    from tiny_models import save_tiny_bert, save_tiny_llama, sentences, shard
 
     import claq_export
     from claq_export.calibration.progress import ProgressReporter
 
-    if bert:
+    limits = {}
+    if kind == "bert":
         model, example = save_tiny_bert(folder / "model"), None
         config = claq_export.Config(bits=3.5, calibration=sentences(40), samples=6, sequence_length=32)
+    elif kind == "sharded":
+        model, example = save_tiny_llama(folder / "model"), None
+        shard(model)
+        everything_is_large()
+        config = claq_export.Config(bits=4, calibration=sentences(40), samples=6, sequence_length=32, batch_size=2)
+        limits = {"memory": 64 << 30, "cache": False}
     else:
         torch.manual_seed(0)
         widths = (64, 96, 160, 128, 96, 64, 64)
@@ -93,7 +121,14 @@ def campaign(bert: bool, seconds: float, seed: int, folder: Path) -> dict[str, f
                         lines.write(json.dumps([name, bool(fields.get("restored"))]) + "\n")
 
         claq_export.export(
-            model, example, out=out / "model.onnx", config=settings, work=work, verify=False, reporter=Reporter(True)
+            model,
+            example,
+            out=out / "model.onnx",
+            config=settings,
+            work=work,
+            verify=bool(limits),  # under a limit the artifact is only compared with the finished layers
+            reporter=Reporter(True),
+            **limits,
         )
 
     # Here and not in a child, so that children find everything imported.
@@ -140,12 +175,12 @@ def campaign(bert: bool, seconds: float, seed: int, folder: Path) -> dict[str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bert", action="store_true")
+    parser.add_argument("--model", choices=("module", "bert", "sharded"), default="module")
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        print(json.dumps(campaign(options.bert, options.seconds, options.seed, Path(scratch) / "campaign")))
+        print(json.dumps(campaign(options.model, options.seconds, options.seed, Path(scratch) / "campaign")))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from claq_export.format.checkpoint import load_checkpoint, save_checkpoint
 PROGRAM = Path(__file__).with_name("kill_export.py")
 
 
-def test_killed_at_random_moments():
+@pytest.mark.parametrize(("model", "seconds"), [("module", 15), ("sharded", 20)])
+def test_killed_at_random_moments(model, seconds):
     result = subprocess.run(
-        [sys.executable, PROGRAM, "--seconds", "15", "--seed", str(os.getpid())],
+        [sys.executable, PROGRAM, "--model", model, "--seconds", str(seconds), "--seed", str(os.getpid())],
         capture_output=True,
         text=True,
         timeout=400,

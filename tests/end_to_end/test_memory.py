@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import save_tiny_llama, sentences
+from tiny_models import save_tiny_llama, sentences, shard
 
 import claq_export
 from claq_export import deferred, preflight
@@ -26,18 +26,6 @@ def everything_deferred(monkeypatch):
     for module in ("deferred", "capture.lazy", "verify"):
         monkeypatch.setattr(f"claq_export.{module}.DEFER_FROM", 8192)
     monkeypatch.setattr(spill, "SPILL_FROM", 256)
-
-
-def shard(folder: Path) -> None:
-    """Split a folder's weights over two files with an index, half of them in float16."""
-    tensors = load_file(folder / "model.safetensors")
-    names = sorted(tensors)
-    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-    for file, members in halves.items():
-        save_file({name: tensors[name].half() for name in members}, folder / file, metadata={"format": "pt"})
-    (folder / "model.safetensors").unlink()
-    index = {"metadata": {}, "weight_map": {name: file for file, members in halves.items() for name in members}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def same_artifacts(a: Path, b: Path) -> None:
