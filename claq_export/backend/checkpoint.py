@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError, OutputError
-from ..format.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ..format.checkpoint import CONFIG_FILE, TENSORS_FILE, Checkpoint, load_checkpoint, save_checkpoint
 from .release import saving
 from .store import STORES, Stack, WeightStore, named_parameters
 
@@ -112,7 +112,7 @@ def load_weights(folder: Path, named: Mapping[str, torch.Tensor], store: WeightS
         FormatError: the checkpoint is damaged.
         ModelError: a shape differs, or no parameter is in the checkpoint.
     """
-    checkpoint = _checkpoint(folder.resolve())
+    checkpoint = _checkpoint(folder.resolve(), _stamp(folder))
     where = {
         part: (layer, index)
         for layer in checkpoint.layers
@@ -120,14 +120,16 @@ def load_weights(folder: Path, named: Mapping[str, torch.Tensor], store: WeightS
     }
     for layer, others in checkpoint.tied.items():
         where |= dict.fromkeys(others, (layer, 0))
-    stacks = {layer: _stack(checkpoint, layer) for layer in checkpoint.layers}
+    stacks: dict[tuple[str, torch.device], Stack] = {}
     found = 0
     for name, weight in named.items():
         part = _part_named(name.removesuffix(".weight"), where)
         if part is None:
             continue
         layer, index = where[part]
-        stack = stacks[layer]
+        if (layer, weight.device) not in stacks:
+            stacks[layer, weight.device] = _stack(checkpoint, layer, weight.device)
+        stack = stacks[layer, weight.device]
         shape = (stack.rows[index], stack.layer.in_features)
         if tuple(weight.shape) != (shape[::-1] if stack.transposed else shape):
             raise ModelError(
@@ -143,14 +145,24 @@ def load_weights(folder: Path, named: Mapping[str, torch.Tensor], store: WeightS
 
 
 @lru_cache(maxsize=2)
-def _checkpoint(folder: Path) -> Checkpoint:
+def _checkpoint(folder: Path, _written: tuple[int, ...]) -> Checkpoint:
+    """Read once for all graphs of a model; again when the files are others."""
     return load_checkpoint(folder)
 
 
-def _stack(checkpoint: Checkpoint, layer: str) -> Stack:
+def _stamp(folder: Path) -> tuple[int, ...]:
+    """Changes when the files of a checkpoint are replaced; empty where they are missing, of which reading tells."""
+    try:
+        found = [(folder / name).stat() for name in (TENSORS_FILE, CONFIG_FILE)]
+    except OSError:
+        return ()
+    return tuple(number for one in found for number in (one.st_ino, one.st_size, one.st_mtime_ns))
+
+
+def _stack(checkpoint: Checkpoint, layer: str, device: torch.device) -> Stack:
     return Stack(
         name=layer,
-        layer=checkpoint.layers[layer],
+        layer=checkpoint.layers[layer].to(device),
         rows=tuple(rows for _, rows in checkpoint.parts_of(layer)),
         transposed=layer in checkpoint.transposed,
         accuracy_level=checkpoint.accuracy_levels.get(layer, 0),

@@ -65,6 +65,7 @@ def claq(
         return _fall_back(gm, example_inputs, parsed)
     graph = DynamoGraph(aten, graph_parameters(gm, example_inputs), example_inputs)
     try:
+        _refuse_training(aten)
         rewritten = graph.rewrite(parsed.config, _store_key(session, parsed, ahead))
     except ClaqError as error:
         return _raising(error, ahead)
@@ -108,6 +109,36 @@ def _refuse_gradients(inputs: Sequence[Any]) -> None:
             "backend='claq' compiles for inference: call the model under torch.no_grad() or torch.inference_mode(); "
             "train the original model, without torch.compile or with another backend, and compile it afterwards"
         )
+
+
+def _refuse_training(aten: fx.GraphModule) -> None:
+    """Raise where the graph computes as in training, which would calibrate on, and then compute, something else.
+
+    Raises:
+        ConfigError: an operator drops values at random or normalizes by the statistics of the batch.
+    """
+    for node in aten.graph.nodes:
+        if node.op == "call_function" and (reason := _in_training(node)):
+            raise ConfigError(
+                f"backend='claq' compiles for inference, and the model is in training mode ({reason}): call model.eval()"
+            )
+
+
+def _in_training(node: fx.Node) -> str | None:
+    """What an operator does that only training wants; None if nothing."""
+
+    def argument(position: int, name: str, default: Any) -> Any:
+        return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+    aten = torch.ops.aten
+    if node.target is aten.dropout.default and argument(2, "train", False) and argument(1, "p", 0.0):
+        return f"dropout of {argument(1, 'p', 0.0):g}"
+    if node.target is aten.scaled_dot_product_attention.default and argument(4, "dropout_p", 0.0):
+        return f"attention with dropout of {argument(4, 'dropout_p', 0.0):g}"
+    # A layer that keeps no statistics has none but the batch's in evaluation, too.
+    if node.target is aten.batch_norm.default and argument(5, "training", False) and argument(3, "running_mean", None):
+        return "batch normalization by the statistics of the batch"
+    return None
 
 
 def _raising(error: ClaqError, ahead: bool) -> Compiled:

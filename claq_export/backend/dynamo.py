@@ -32,7 +32,9 @@ def trace_to_aten(gm: fx.GraphModule) -> fx.GraphModule:
     with mode:
         # New values: Dynamo's own carry what in-place operators did to them while it traced.
         inputs = [_like(value) for value in values]
-    with torch.no_grad(), tracing(TracingContext(mode)):
+    # The mode stays on while operators are traced: one that makes a tensor from sizes alone meets no fake tensor, and
+    # would be run and fix the sizes.
+    with torch.no_grad(), tracing(TracingContext(mode)), mode:
         if shape_env is None:
             return make_fx(gm, pre_dispatch=True)(*inputs)
         with shape_env.ignore_fresh_unbacked_symbols():

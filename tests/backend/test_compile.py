@@ -227,6 +227,20 @@ def test_floats_that_dynamo_takes_for_inputs() -> None:
     assert not torch.equal(first, model(x) * 2)
 
 
+def test_tensors_made_from_a_size_do_not_fix_it() -> None:
+    class Positions(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + torch.arange(x.shape[0])[:, None]  # has no tensor among its inputs
+
+    model = Positions()
+    run = compiled(model, calibration="none", dynamic=True)
+    expected = quantized(model, Config(calibration="none"))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (5, 9):
+            x = data(1, rows, seed=9)[0]
+            torch.testing.assert_close(run(x), expected(x), rtol=1e-5, atol=1e-5)
+
+
 def test_a_graph_that_cannot_be_traced_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_gm: Any) -> Any:
         raise NotImplementedError("no such operator")
@@ -277,6 +291,27 @@ class TestRefusals:
         model = Net().requires_grad_(False).train()
         with torch.enable_grad():
             compiled(model, calibration="none")(data(1)[0])
+
+    @pytest.mark.parametrize("layer", [nn.Dropout(0.1), nn.BatchNorm1d(FEATURES)], ids=["dropout", "batch_norm"])
+    def test_layers_that_compute_as_in_training(self, layer: nn.Module) -> None:
+        model = nn.Sequential(nn.Linear(FEATURES, FEATURES), layer).train()
+        with pytest.raises(ConfigError, match=r"training mode \(.*\): call model.eval\(\)"):
+            compiled(model, calibration="none")(data(1)[0])
+        compiled(model.eval(), calibration="none")(data(1)[0])
+
+    def test_attention_that_drops_as_in_training(self) -> None:
+        class Attention(Net):
+            dropout = 0.1
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                x = super().forward(x)[None]
+                dropout = self.dropout if self.training else 0.0
+                return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=dropout)
+
+        model = Attention().train()
+        with pytest.raises(ConfigError, match=r"attention with dropout of 0\.1"):
+            compiled(model, calibration="none")(data(1)[0])
+        compiled(model.eval(), calibration="none")(data(1)[0])
 
     def test_unknown_option_names_the_nearest(self) -> None:
         with pytest.raises(ConfigError, match="no option 'calibraton'; did you mean 'calibration'"):

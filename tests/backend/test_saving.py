@@ -14,6 +14,8 @@ from backend_models import Net, compiled, data
 
 import claq_export
 from claq_export.backend import save_compiled
+from claq_export.backend.checkpoint import load_weights
+from claq_export.backend.store import WeightStore
 from claq_export.errors import FormatError, ModelError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +39,28 @@ def test_round_trip(tmp_path: Path, release: bool) -> None:
     loaded = claq_export.load(tmp_path, Net(seed=7))
     torch.testing.assert_close(loaded(x), wanted)
     assert torch.equal(torch.compile(loaded, backend="eager", fullgraph=True)(x), loaded(x))
+
+
+def test_a_folder_that_was_written_again_is_read_again(tmp_path: Path) -> None:
+    x = data(1, seed=9)[0]
+    for seed in (0, 1):
+        run = compiled(Net(seed=seed), calibration="none")
+        wanted = run(x)
+        save_compiled(run, tmp_path)
+        assert torch.equal(compiled(Net(seed=seed), weights=tmp_path)(x), wanted)
+
+
+def test_loaded_layers_lie_where_their_weights_do(tmp_path: Path) -> None:
+    run = compiled(Net(), calibration="none")
+    run(data(1)[0])
+    save_compiled(run, tmp_path)
+    store = WeightStore("devices")
+    named = {device: torch.nn.Parameter(torch.empty(48, 48, device=device), False) for device in ("cpu", "meta")}
+    for device, weight in named.items():
+        load_weights(tmp_path, {"blocks.0.out.weight": weight}, store)
+        entry = store.find(weight)
+        assert entry is not None
+        assert {tensor.device.type for tensor in entry.layer.tensors().values()} == {device}
 
 
 def test_ambiguous_names_find_no_weights(tmp_path: Path) -> None:
