@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import statistics
+from datetime import date
 from pathlib import Path
 
 import onnxruntime
@@ -43,9 +44,10 @@ SPEED_PROMPT = "It was a dark and stormy night;"
 
 _HEAD = """# One model in several dtypes
 
-`benchmarks/dtypes.py`, {model}, {bits:g} bits, calibration {calibration} ({samples} samples); {machine}, {threads} threads,
-ONNX Runtime {onnxruntime}, load average {load:.1f} at the end. Perplexity over {windows} windows of {context} tokens of
-{text}; KL to the float32 graph; greedy tokens equal to the float32 graph's before the first difference, {prompts} prompts.
+`benchmarks/dtypes.py`, {model}, {bits:g} bits, calibration {calibration} ({samples} samples); {date}, {machine},
+{threads} threads, ONNX Runtime {onnxruntime}, load average {load:.1f} at the end. Perplexity over {windows} windows of {context}
+tokens of {text}; KL to the float32 graph; greedy tokens equal to the float32 graph's before the first difference, {prompts}
+prompts.
 
 | graph | model.onnx and data | claq.safetensors | equal greedy tokens | perplexity | KL | tokens/s, runtime | tokens/s, stock |
 |---|---|---|---|---|---|---|---|
@@ -124,6 +126,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--machine", help="what it is (default: its architecture)")
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--quiet", action="store_true")
     options = parser.parse_args()
@@ -158,7 +161,8 @@ def main() -> None:
         bits=options.bits,
         calibration=options.calibration,
         samples=options.samples,
-        machine=platform.machine(),
+        date=date.today().isoformat(),
+        machine=options.machine or platform.machine(),
         threads=options.threads,
         onnxruntime=onnxruntime.__version__,
         load=os.getloadavg()[0],

@@ -1,11 +1,12 @@
 """Decoding in PyTorch: torch.compile(model, backend="claq") against Inductor in float32.
 
-    python benchmarks/torch_compile.py --model SmolLM2-135M [--rounds 12] [--threads 2] [--calibration text.txt]
+    python benchmarks/torch_compile.py --model SmolLM2-135M [--artifact exported] [--rounds 12] [--threads 2]
 
 Every variant decodes the same prompt with a dynamic cache, one token a step; the prompt itself runs uncompiled and is not
 timed. The variants take turns, a few steps each, so that whatever else the machine does hits all alike; printed are medians
 and the ratio of medians to Inductor's. Greedy tokens through the backend (``fallback="eager"``, which spares a compilation of
-the prompt's graph) are compared with those of a model from ``claq_export.quantize`` with the same settings.
+the prompt's graph) are compared with those of a model from ``claq_export.quantize`` with the same settings; with
+``--artifact``, those of the backend on the artifact's weights with those that ONNX Runtime generates from the artifact.
 Writes benchmarks/results/torch_compile.md and .json.
 """
 
@@ -17,6 +18,7 @@ import os
 import platform
 import statistics
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ import claq_export
 from claq_export import Config
 from claq_export.backend import claq
 from claq_export.capture import TaskModel
+from claq_export.evaluation import runtime_library
+from claq_export.generation import Generator
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 8
@@ -78,6 +82,26 @@ def quantized_eagerly(model: Any, config: Config, tokenizer: Any) -> Any:
     return model
 
 
+def count_equal(got: list[int], wanted: list[int]) -> str:
+    """How many tokens agree before the first difference."""
+    pairs = zip(got, wanted, strict=True)
+    return f"{next((i for i, (a, b) in enumerate(pairs) if a != b), len(wanted))} of {len(wanted)}"
+
+
+def compare_with_artifact(arguments: argparse.Namespace, prompt: torch.Tensor) -> str:
+    """How many greedy tokens of the backend on an artifact's weights are those of ONNX Runtime with claq-runtime on it."""
+    torch._dynamo.reset()
+    model = load(arguments.model, arguments.layers)
+    options = {"weights": arguments.artifact, "fallback": "eager", "progress": False}
+    compiled = torch.compile(model.forward, backend=claq, options=options)
+    decoder = Decoder(compiled, compiled, prompt)
+    for _ in range(arguments.check_tokens - 1):
+        decoder.step()
+    torch._dynamo.reset()
+    generator = Generator(arguments.artifact, runtime_library("auto"), arguments.threads)
+    return count_equal(decoder.tokens, list(generator.tokens(prompt[0].tolist(), arguments.check_tokens)))
+
+
 def compare_tokens(
     arguments: argparse.Namespace, settings: dict[str, Any], own: dict[str, Any], tokenizer: Any, prompt: torch.Tensor
 ) -> str:
@@ -91,10 +115,8 @@ def compare_tokens(
     for _ in range(arguments.check_tokens - 1):
         for run in runs:
             run.step()
-    pairs = zip(runs[0].tokens, runs[1].tokens, strict=True)
-    same = next((i for i, (got, wanted) in enumerate(pairs) if got != wanted), arguments.check_tokens)
     torch._dynamo.reset()
-    return f"{same} of {arguments.check_tokens}"
+    return count_equal(runs[0].tokens, runs[1].tokens)
 
 
 def main() -> None:
@@ -103,11 +125,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="only the model's first layers: compiling all takes minutes")
     parser.add_argument("--bits", type=float, default=4)
     parser.add_argument("--calibration", default="none", help="text file, 'default' or 'none'")
+    parser.add_argument("--artifact", type=Path, help="folder that claq-export made of the model: compare its tokens")
     parser.add_argument("--accuracy", nargs="+", default=["fp32", "int8"], choices=["fp32", "int8"])
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=32, help="tokens")
     parser.add_argument("--check-tokens", type=int, default=48, help="greedy tokens compared; 0: none")
+    parser.add_argument("--machine", default="", help="what it is; default: architecture and number of cores")
     parser.add_argument("--note", default="", help="written beside the figures, such as what else the machine did")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -122,10 +146,13 @@ def main() -> None:
     prompt = torch.tensor([tokenizer(text)["input_ids"][: arguments.prompt]])
     settings: dict[str, Any] = {"bits": arguments.bits, "calibration": arguments.calibration}
     own = {"tokenizer": tokenizer} if arguments.calibration != "none" else {}
-    agreement = ""
+    agreement = exported = ""
     if arguments.check_tokens:
         agreement = compare_tokens(arguments, settings, own, tokenizer, prompt)
         print(f"greedy tokens equal to those of claq_export.quantize: {agreement}", flush=True)
+    if arguments.check_tokens and arguments.artifact:
+        exported = compare_with_artifact(arguments, prompt)
+        print(f"greedy tokens equal to those of the exported artifact: {exported}", flush=True)
 
     decoders: dict[str, Decoder] = {}
     for name, accuracy in [("Inductor, float32", None), *((f"claq, {name}", name) for name in arguments.accuracy)]:
@@ -167,8 +194,10 @@ def main() -> None:
         "prompt": arguments.prompt,
         "steps": arguments.rounds * STEPS,
         "greedy tokens equal to those of claq_export.quantize": agreement,
+        "to those of the exported artifact in ONNX Runtime": exported,
         "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": arguments.machine or f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": date.today().isoformat(),
         "note": arguments.note,
     }
     lines = [
