@@ -24,7 +24,7 @@ claq_status claq_run(const claq_layer* layer, claq_dtype dtype, int32_t accuracy
                      claq_parallel_for parallel_for, void* context, char* error, size_t error_size) {
   return guarded(error, error_size, [&] {
     if (!layer) throw claq::InvalidArgument("layer: is null");
-    claq::run(*layer, dtype, accuracy_level, x, rows, y, parallel_for, context);
+    claq::run(*layer, dtype, accuracy_level, x, rows, y, {parallel_for, context});
   });
 }
 

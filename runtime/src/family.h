@@ -7,9 +7,17 @@
 
 namespace claq {
 
+// Rounded speed of a thread, a second, only used to decide into how many tasks to split: a product of M rows takes
+// weights / Speed::weights + M * weights / Speed::products.
+struct Speed {
+  double weights, products;
+};
+
 struct Family {
   const char* name;
   bool (*supported)();
+
+  Speed int8, float32;
 
   int64_t tile_rows;         // rows of x that prepare_tile and transpose take at a time
   int64_t activation_bytes;  // of `activations.quantized` for each row and stored column

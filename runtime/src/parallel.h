@@ -12,9 +12,14 @@
 
 namespace claq {
 
+constexpr double kTaskSeconds = 20e-6;        // less work than this is not worth a thread's wake-up
+constexpr double kAwakeTaskSeconds = 5e-6;    // the same where threads do not sleep between operators (ONNX Runtime's spin)
+constexpr double kShortSeconds = 200e-6;
+
 struct Host {
   claq_parallel_for parallel_for;
   void* context;
+  double task_seconds = kTaskSeconds;  // of the smallest task
 };
 
 // Runs body(i) for i in [0, total); an exception of a task is passed on after all have ended.
@@ -45,14 +50,14 @@ void for_each(const Host& host, int64_t total, Body body) {
   if (shared.failed) std::rethrow_exception(shared.failure);
 }
 
-constexpr double kTaskSeconds = 20e-6;  // less work than this is not worth a thread's wake-up
-
-// A host does not say how many threads it has, so there are two tasks for each of the machine; more would make the stripes of
-// outputs, and with them the runs of code words that lie together, needlessly short.
+// A host does not say how many threads it has, so it is taken to have the machine's. Short work gets a task for each: more would
+// make the stripes of outputs, and with them the runs of code words that lie together, needlessly short. Long work gets two, so
+// that a thread which is held up does not hold up all.
 inline int64_t task_count(const Host& host, double seconds, int64_t most) {
   if (!host.parallel_for) return 1;
   static const int64_t threads = std::max<int64_t>(1, std::thread::hardware_concurrency());
-  return std::clamp(static_cast<int64_t>(seconds / kTaskSeconds), int64_t{1}, std::min(most, 2 * threads));
+  const int64_t wanted = seconds < kShortSeconds ? threads : 2 * threads;
+  return std::clamp(static_cast<int64_t>(seconds / host.task_seconds), int64_t{1}, std::min(most, wanted));
 }
 
 }  // namespace claq

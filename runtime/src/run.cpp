@@ -24,11 +24,7 @@ constexpr int64_t kRowSums = 12 * 1024;    // the same for one row of x: a long 
 constexpr int64_t kOutlierSums = 256 * 1024;
 constexpr int64_t kChunkElements = 1024 * 1024;  // rows of x are taken in chunks of at most this many activations
 
-// Rounded estimates, only used to decide into how many tasks to split.
-constexpr double kActivationsPerSecond = 1e9;
-constexpr double kWeightsPerSecond = 60e9;
-constexpr double kInt8ProductsPerSecond = 250e9;
-constexpr double kFloatProductsPerSecond = 60e9;
+constexpr double kActivationsPerSecond = 1e9;  // a rounded estimate, only used to decide into how many tasks to split
 
 // How many bytes of codes may be read before a layer's own are no longer in a cache: half of the last level, where it is known.
 uint64_t cached_code_bytes() {
@@ -193,7 +189,7 @@ void compute(const Call& call, const Activations& activations, const uint8_t* ex
 }  // namespace
 
 void run(const claq_layer& handle, claq_dtype dtype, int32_t accuracy_level, const void* x, int64_t rows, void* y,
-         claq_parallel_for parallel_for, void* context) {
+         const Host& host) {
   if (dtype != CLAQ_FLOAT32 && dtype != CLAQ_FLOAT16 && dtype != CLAQ_BFLOAT16) {
     throw InvalidArgument("x: expected float32, float16 or bfloat16");
   }
@@ -206,7 +202,6 @@ void run(const claq_layer& handle, claq_dtype dtype, int32_t accuracy_level, con
 
   LayerView layer = handle.view;
   layer.fetch_ahead = reads_from_memory(handle);
-  const Host host{parallel_for, context};
   Call call{layer, *handle.family, dtype, accuracy_level == 4, x, y, 0};
   const int64_t chunk = std::min(rows, chunk_rows(layer));
   Activations activations{};
@@ -234,7 +229,7 @@ void run(const claq_layer& handle, claq_dtype dtype, int32_t accuracy_level, con
   uint8_t* exact = workspace.take<uint8_t>(chunk);
 
   const double weights = static_cast<double>(layer.columns) * static_cast<double>(layer.out_features);
-  const double rate = call.int8 ? kInt8ProductsPerSecond : kFloatProductsPerSecond;
+  const Speed& speed = call.int8 ? call.family.int8 : call.family.float32;
   for (int64_t first = 0; first < rows; first += chunk) {
     call.first_row = first;
     activations.rows = std::min(chunk, rows - first);
@@ -258,7 +253,7 @@ void run(const claq_layer& handle, claq_dtype dtype, int32_t accuracy_level, con
     }
     if (activations.transposed && !tiled) transpose(call, host, activations);
 
-    const double seconds = weights / kWeightsPerSecond + weights * static_cast<double>(activations.rows) / rate;
+    const double seconds = weights / speed.weights + weights * static_cast<double>(activations.rows) / speed.products;
     const int64_t tiles = (layer.out_features + kNarrowestTile - 1) / kNarrowestTile;
     const int64_t tasks = task_count(host, seconds, tiles);
     for_each(host, tasks, [&](int64_t task) {

@@ -10,7 +10,7 @@
 namespace claq {
 namespace {
 
-constexpr int kBlocksAhead = 4;  // how far ahead code words are fetched
+constexpr int kBlocksAhead = 4;  // how far ahead code words are fetched while a panel is decoded
 
 inline void fetch_words(const uint32_t* codes, int64_t rows, int64_t row_stride) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -18,6 +18,40 @@ inline void fetch_words(const uint32_t* codes, int64_t rows, int64_t row_stride)
     _mm_prefetch(reinterpret_cast<const char*>(codes + i * row_stride + 16), _MM_HINT_T0);
   }
 }
+
+// Fetches the code words of a row alone, whose steps of kDecodedOutputs outputs go over [n0, n1) block after block, some steps
+// ahead of the one that is decoded: time enough for memory, and few enough lines to stay in the first-level cache.
+class StreamFetcher {
+ public:
+  static constexpr int64_t kStepsAhead = 16;
+
+  StreamFetcher(const LayerView& layer, int64_t n0, int64_t n1)
+      : wanted_(layer.fetch_ahead),
+        row_stride_(layer.out_features),
+        outputs_((n1 - n0 + kDecodedOutputs - 1) / kDecodedOutputs * kDecodedOutputs),
+        blocks_(kStepsAhead * kDecodedOutputs / outputs_),
+        rest_(kStepsAhead * kDecodedOutputs % outputs_),
+        wrap_from_(n0 + outputs_ - rest_) {
+    if (!wanted_ || layer.blocks == 0) return;
+    const Segment& segment = layer.segments[0];
+    for (int64_t step = 0; step < kStepsAhead; ++step) {
+      const int64_t block = step * kDecodedOutputs / outputs_, n = n0 + step * kDecodedOutputs % outputs_;
+      if (block < segment.blocks) fetch_words(block_codes(layer, segment, block) + n, segment.width, row_stride_);
+    }
+  }
+
+  // Called at output n of a block, whose code words are at `codes`. (In the last blocks before another width it is off by some.)
+  template <int kWidth>
+  CLAQ_INLINE void at(const uint32_t* codes, int64_t n) const {
+    if (!wanted_) return;
+    const bool wraps = n >= wrap_from_;
+    fetch_words(codes + (blocks_ + wraps) * kWidth * row_stride_ + n + rest_ - (wraps ? outputs_ : 0), kWidth, row_stride_);
+  }
+
+ private:
+  bool wanted_;
+  int64_t row_stride_, outputs_, blocks_, rest_, wrap_from_;
+};
 
 // ---- panels
 
@@ -167,6 +201,7 @@ CLAQ_INLINE void stream_step(const BlockTables& tables, const uint32_t* codes, i
 }
 
 inline void stream(const LayerView& layer, const PackedRow& row, int64_t n0, int64_t n1, float* sums) {
+  const StreamFetcher fetcher(layer, n0, n1);
   for_each_block(layer, 0, layer.blocks, [&](const Segment& segment, int64_t block) {
     alignas(32) int8_t positions[kBlock];
     alignas(32) int32_t factors[kGroupsPerBlock];
@@ -184,7 +219,7 @@ inline void stream(const LayerView& layer, const PackedRow& row, int64_t n0, int
           table, [&](__m128i entries, int position) { return row_entries(entries, row_signs<kWidth>(positions, position)); }, tables);
       int64_t n = n0;
       for (; n + kDecodedOutputs <= n1; n += kDecodedOutputs) {
-        if (layer.fetch_ahead) fetch_words(codes + kBlocksAhead * kWidth * row_stride + n, kWidth, row_stride);
+        fetcher.at<kWidth>(codes, n);
         stream_step<kWidth, false>(tables, codes + n, row_stride, kDecodedOutputs, factors, row.correction[block], scale, sums + n - n0);
       }
       if (n < n1) {
@@ -324,6 +359,7 @@ CLAQ_INLINE void centroids_of_group(int group, __m256i bytes, const Store& store
 
 // One row of x: centroids meet it in the registers.
 inline void stream_float(const LayerView& layer, const float* x, int64_t n0, int64_t n1, float* sums) {
+  const StreamFetcher fetcher(layer, n0, n1);
   for_each_block(layer, 0, layer.blocks, [&](const Segment& segment, int64_t block) {
     const uint32_t* codes = block_codes(layer, segment, block);
     const int64_t row_stride = layer.out_features;
@@ -345,7 +381,7 @@ inline void stream_float(const LayerView& layer, const float* x, int64_t n0, int
       };
       int64_t n = n0;
       for (; n + kDecodedOutputs <= n1; n += kDecodedOutputs) {
-        if (layer.fetch_ahead) fetch_words(codes + kBlocksAhead * kWidth * row_stride + n, kWidth, row_stride);
+        fetcher.at<kWidth>(codes, n);
         step(n, [&](const auto& put) { decode<kWidth, false>(tables, codes + n, row_stride, kDecodedOutputs, put); });
       }
       if (n < n1) step(n, [&](const auto& put) { decode<kWidth, true>(tables, codes + n, row_stride, n1 - n, put); });

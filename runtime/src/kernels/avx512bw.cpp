@@ -90,7 +90,7 @@ struct Bw {
 
 }  // namespace
 
-const Family kAvx512Bw = {"avx512bw", supported,       kRowsAtOnce,  1,            prepare_row, prepare_tile,      transpose,
-                            sums_int8<Bw>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half};
+const Family kAvx512Bw = {"avx512bw", supported, {60e9, 250e9}, {60e9, 60e9}, kRowsAtOnce, 1, prepare_row, prepare_tile, transpose,
+                          sums_int8<Bw>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half};
 
 }  // namespace claq

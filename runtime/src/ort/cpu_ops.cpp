@@ -65,7 +65,7 @@ void multiply(const Kernel& kernel, OrtKernelContext* context) {
   const MatMulTensors tensors = matmul_tensors(api, context, layer.in_features, layer.out_features);
   SessionThreads threads{&api, context, nullptr};
   run(*kernel.layer, static_cast<claq_dtype>(tensors.type), kernel.accuracy_level, tensors.x, tensors.rows, tensors.y,
-      SessionThreads::parallel_for, &threads);
+      {SessionThreads::parallel_for, &threads, kAwakeTaskSeconds});
   check(threads.failure);
 }
 
