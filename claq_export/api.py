@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ from .format.files import check_writable
 from .modules import replace_linears
 from .passes import Skipped
 from .preflight import check as check_preflight
-from .preflight import peak_resident_bytes, return_freed_memory
+from .preflight import peak_resident_bytes, return_freed_memory, trim_freed_memory
 from .report import BudgetRecord, QualityRow, ReportData, write_report
 from .verify import VerificationReport, check_stored, verify_artifact
 
@@ -239,7 +240,7 @@ def export(
     compilation = Compilation(captured, config, reporter, used_state(module, captured), keep_records=report is not None)
     if config.last_logits and not compilation.cached:
         raise ConfigError("last_logits is for language models with a key/value cache; this graph has none")
-    compilation.memory = memory
+    compilation.memory, compilation.scratch = memory, out.parent
     compilation.peers = peers = Peers.from_environment()
     if peers.size > 1:
         if memory is not None:
@@ -254,6 +255,7 @@ def export(
     compilation.seconds["capture"] = time.perf_counter() - start
     original_bytes = weight_bytes(module)
     del module
+    trim_freed_memory()
 
     if not compilation.plan.sites:
         reasons = "; ".join(f"{skipped.name}: {skipped.reason}" for skipped in compilation.plan.skipped[:5])
@@ -275,10 +277,12 @@ def export(
                 emit_captured(emitted, original_path)
         reporter.stage(f"quantizing {len(compilation.plan.sites)} layers")
         compilation.quantize(Path(work) if work is not None else None, resume)
+        trim_freed_memory()
         reporter.stage(f"writing {out}")
         artifact = _written_once(compilation, out)
         verification = None
         if verify:
+            trim_freed_memory()
             reporter.stage("verifying the artifact in ONNX Runtime")
             with compilation.timed("verification"):
                 exact = in_float32(emitted, captured) if emitted.dtype != torch.float32 else emitted
@@ -423,6 +427,8 @@ def _report_data(compilation: Compilation, result: ExportResult) -> ReportData:
         for name, label in (("stock", "ONNX Runtime alone"), ("runtime", "with claq-runtime")):
             if name in result.verification.runs and "original" in result.verification.runs:
                 original, run = (result.verification.runs[key].latency_ms for key in ("original", name))
+                if math.isnan(run):
+                    continue  # verified layer by layer
                 quality.append(QualityRow(f"latency, {label}", f"{original:.1f} ms", f"{run:.1f} ms"))
     if (tuning := compilation.tuning) is not None:
         remark = f"before and after {tuning.steps} updates"

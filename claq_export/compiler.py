@@ -27,14 +27,14 @@ from .calibration.loading import load_calibration
 from .calibration.peers import Peers
 from .calibration.progress import ProgressReporter
 from .calibration.sensitivity import Guidance, guidance, output_importance
-from .calibration.spill import ActivationSpill
+from .calibration.spill import ActivationSpill, usual_budget
 from .calibration.stage import CalibrationStage, QuantizedSite
 from .calibration.store import LayerStore
 from .calibration.tune import TuneResult, TuneSettings, tune
 from .calibration.walk import NodeWalk, WalkMaker
 from .capture import CACHED_TASK, CapturedModel
 from .config import DECODER_OPSET, NO_CALIBRATION, Config
-from .deferred import cast_tensors
+from .deferred import cast_tensors, weight_bytes
 from .emit.companions import copy_companions, declare_quantized
 from .emit.exporter import Artifact, emit_onnx
 from .emit.genai import write_genai_config
@@ -45,7 +45,7 @@ from .format.checkpoint import quantized_stacks, save_checkpoint
 from .format.files import check_writable
 from .passes import Pass, PassContext, Pipeline, Plan, RemoveUnused, ReplaceLinears, planning_pipeline
 from .passes.select_linears import layer_name
-from .preflight import Preflight, predict_resources
+from .preflight import Preflight, predict_resources, trim_freed_memory
 from .report import LayerRecord, layer_record
 from .sizing import Sizing
 
@@ -65,7 +65,8 @@ class Compilation:
         reporter: told of stages and layers.
         keep_records: collect what a report shows of each layer (histograms of columns need the original weights).
         peers: the processes that share calibration and quantization.
-        memory: bytes of resident memory the run may take; None = as much as it likes.
+        memory: bytes of resident memory the run may take; None = what follows from the model's size.
+        scratch: folder that large activations may go to; None = they all stay in memory, unless ``memory`` says otherwise.
         state: every tensor of the original model by its ``state_dict()`` name, for the PyTorch checkpoint.
         walk: makes the calibration's walk over the graph; None: one over this graph alone, on the first device.
     """
@@ -82,6 +83,7 @@ class Compilation:
     tuning: TuneResult | None = None
     keep_records: bool = False
     memory: int | None = None
+    scratch: Path | None = None
     peers: Peers = field(default_factory=Peers)
     records: list[LayerRecord] = field(default_factory=list)
     walk: WalkMaker | None = None
@@ -167,8 +169,10 @@ class Compilation:
         Args:
             work, resume: see :meth:`quantize_sites`.
         """
-        if self._file_plan is not None and self.emitted.dtype != self.captured.dtype:
-            release_weights(self.emitted, self._file_plan)  # copies, which nothing reads from here on
+        if self._file_plan is not None:
+            release_weights(self.emitted, self._file_plan)  # nothing reads them from here on
+        self._forget_dense_state()
+        trim_freed_memory()
         self.quantize_sites(work, resume)
         if self.config.tune is not None:
             self.tune()
@@ -197,13 +201,16 @@ class Compilation:
             self.store = LayerStore(work, self._fingerprint(batches), resume)
         with contextlib.ExitStack() as stack:
             spill = None
+            devices = self.peers.devices(self.config.devices)
+            on_cpu = torch.device(devices[0]).type == "cpu"
             if self.memory is not None:
                 assert work is not None
                 spill = stack.enter_context(ActivationSpill(self.preflight().activations, work))
+                on_cpu = True  # the model runs where activations can go to disk from
+            elif self.scratch is not None and on_cpu:
+                budget = usual_budget(weight_bytes(self.captured.graph_module))
+                spill = stack.enter_context(ActivationSpill(budget, self.scratch))
             stack.enter_context(self.timed("quantization"))
-            devices = self.peers.devices(self.config.devices)
-            # Within a limit on memory the model runs where activations can go to disk from.
-            on_cpu = spill is not None or torch.device(devices[0]).type == "cpu"
             walk = self.walk or partial(NodeWalk, spill=spill, device=None if on_cpu else torch.device(devices[0]))
             guide = None if batches is None or not self.config.guided else self._guidance(batches)
             stage = CalibrationStage(
@@ -328,9 +335,8 @@ class Compilation:
             kind=done.site.kind,
         )
 
-    def _lower(self) -> None:
-        layers = {name: done.layer for name, done in self.sites.items()}
-        # The checkpoint leaves these out anyway; dropped here, the dense weights leave memory before emission.
+    def _forget_dense_state(self) -> None:
+        """Drop what the checkpoint leaves out anyway: the graph alone keeps the weights that are to be quantized."""
         for site in self.plan.sites:
             for part, _ in site.parts:
                 for name in (part, f"{part}.weight"):
@@ -338,6 +344,9 @@ class Compilation:
                         self.state.pop(tied, None)
         for stack in quantized_stacks(self.state, {part for site in self.plan.sites for part, _ in site.parts}):
             del self.state[stack]
+
+    def _lower(self) -> None:
+        layers = {name: done.layer for name, done in self.sites.items()}
         lowering: list[Pass] = [ReplaceLinears(layers, self.config.accuracy_level), RemoveUnused()]
         assert self._context is not None
         Pipeline(lowering).run(self.captured.graph_module, self._context)

@@ -8,6 +8,9 @@ bfloat16 kernels (CUDA).
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
@@ -32,7 +35,22 @@ BFLOAT16_KERNELS = frozenset(
 )
 """Operators that ONNX Runtime 1.31 runs in bfloat16 on the CPU (tried one by one) and that compute nothing."""
 
-_EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Setting of a session that is made from bytes: where the data files are."""
+
+
+@contextmanager
+def float32_arithmetic() -> Iterator[None]:
+    """Sessions made inside run the library's operators in float32, whatever their ``accuracy_level``."""
+    before = os.environ.get("CLAQ_ACCURACY")
+    os.environ["CLAQ_ACCURACY"] = "fp32"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CLAQ_ACCURACY"]
+        else:
+            os.environ["CLAQ_ACCURACY"] = before
 
 
 def open_session(path: Path | str, library: Path | str | None = None, threads: int = 0) -> ort.InferenceSession:
@@ -55,7 +73,7 @@ def open_session(path: Path | str, library: Path | str | None = None, threads: i
     source: str | bytes = str(path)
     if uses_bfloat16(path):
         source = widened(onnx.load(str(path), load_external_data=False)).SerializeToString()
-        options.add_session_config_entry(_EXTERNAL_FOLDER, str(path.parent.resolve()))
+        options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent.resolve()))
     return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 

@@ -155,6 +155,13 @@ def return_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
+def trim_freed_memory() -> None:
+    """Let the C library give back what is free in its heap now; one that is not glibc is left alone."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def resident_bytes() -> int:
     """Resident memory of this process now."""
     try:

@@ -112,7 +112,7 @@ def print_verification(console: Console, report: VerificationReport) -> None:
             labels[name],
             "-" if math.isnan(agreement) else f"{agreement:.1e}",
             f"{run.load_seconds:.2f} s",
-            f"{run.latency_ms:.2f} ms",
+            "-" if math.isnan(run.latency_ms) else f"{run.latency_ms:.2f} ms",
         )
     console.print(table)
     if report.note:

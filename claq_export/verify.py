@@ -7,11 +7,9 @@ computes (it fails otherwise), how far is that from the unquantized model, and h
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,8 @@ from .errors import VerificationError
 from .format.layer import QuantizedLinear
 from .inputs import OnnxFile
 from .kernels import use_backend
-from .onnx_session import open_session, uses_bfloat16
+from .onnx_session import float32_arithmetic, open_session, uses_bfloat16
+from .verify_layers import WHOLE_UP_TO, folding_bytes, layer_outputs
 
 Inputs = Mapping[str, torch.Tensor]
 Model = Callable[..., Any]
@@ -80,7 +79,8 @@ class Run:
         load_seconds: creation of the session.
         latency_ms: median time of one run of the first sample inputs.
         deviations: output name -> deviation from the quantized PyTorch model (in float32, whatever the file's dtype);
-            empty for ``"original"``.
+            empty for ``"original"``. Of a ``"stock"`` run that went layer by layer ``"layers"`` -> that of the worst one from
+            the library, and no latency.
     """
 
     name: str
@@ -167,10 +167,14 @@ def verify_artifact(
             compared = [[_array(tensor) for tensor in _call(exact, _in_float32(inputs))] for inputs in samples]
     library_file, note = _library(library)
 
-    sessions: dict[str, tuple[onnxruntime.InferenceSession, float]] = {"stock": _session(path, "stock", None)}
+    memory = folding_bytes(onnx.load(str(path), load_external_data=False))
+    by_layer = library_file is not None and memory > WHOLE_UP_TO
+    sessions: dict[str, tuple[onnxruntime.InferenceSession, float]] = {}
+    if not by_layer:
+        sessions["stock"] = _session(path, "stock", None)
     if library_file is not None:
         sessions["runtime"] = _session(path, "runtime", library_file)
-    names = [output.name for output in sessions["stock"][0].get_outputs()]
+    names = [output.name for output in next(iter(sessions.values()))[0].get_outputs()]
     _check_types(path, names, dtypes)
     rounding: dict[str, Deviation] = {}
     if exact is not None:
@@ -198,10 +202,15 @@ def verify_artifact(
         for run, (session, _) in sessions.items()
     }
     if int8:
-        with _float32_arithmetic():
+        with float32_arithmetic():
             unrounded, _ = _session(path, "runtime, float32", library_file)
         _compare(path, "runtime, float32", unrounded, names, feeds, compared, given)
         del unrounded
+    runs: dict[str, Run] = {}
+    if by_layer:
+        assert library_file is not None
+        runs["stock"] = _layer_by_layer(path, library_file)
+        note = "; ".join(filter(None, (note, BY_LAYER_NOTE.format(memory / 1e9))))
     if original_path is not None:
         sessions["original"] = _session(Path(original_path), "original", None)
     latencies = _latencies({run: session for run, (session, _) in sessions.items()}, feeds[0], rounds)
@@ -215,15 +224,20 @@ def verify_artifact(
         }
     return VerificationReport(
         path=path,
-        runs={
-            run: Run(run, seconds, latencies[run], deviations.get(run, {})) for run, (_, seconds) in sessions.items()
-        },
+        runs=runs
+        | {run: Run(run, seconds, latencies[run], deviations.get(run, {})) for run, (_, seconds) in sessions.items()},
         rounding=rounding,
         fidelity=fidelity,
         onnxruntime=onnxruntime.__version__,
         note=note,
     )
 
+
+BY_LAYER_NOTE = (
+    "ONNX Runtime alone ran the layers one by one, each compared with claq-runtime: to open the whole file it would take about "
+    "{:.1f} GB"
+)
+"""How a large file is verified."""
 
 BFLOAT16_NOTE = (
     "ONNX Runtime's CPU provider has few bfloat16 kernels: the file was run with its other operators in float32, each result "
@@ -240,6 +254,21 @@ def rounding_limit(rounding: Deviation, dtype: torch.dtype) -> float:
         dtype: of the output.
     """
     return max(ROUNDING_HEADROOM * rounding.maximum, TOLERANCES.get(dtype, 0.0))
+
+
+def _layer_by_layer(path: Path, library: Path) -> Run:
+    """ONNX Runtime alone on each layer of a file that is too large for it as a whole."""
+    worst, total, limit = Deviation(0.0, 0.0, math.nan), 0.0, TOLERANCES[torch.float32]
+    for layer, stock, native, seconds in layer_outputs(path, library):
+        total += seconds
+        deviation = _deviation([stock], [native])
+        if not deviation.maximum <= limit:
+            raise VerificationError(
+                f"stock: layer {layer!r} of {path} deviates from claq-runtime by {deviation.maximum:.3g} of its largest value; "
+                f"at most {limit:.3g} is expected"
+            )
+        worst = max(worst, deviation, key=lambda found: found.maximum)
+    return Run("stock", total, math.nan, {"layers": worst})
 
 
 def _check_rounding(path: Path, rounding: Mapping[str, Deviation], dtypes: Mapping[str, torch.dtype]) -> None:
@@ -317,20 +346,6 @@ def _session(path: Path, run: str, library: Path | None) -> tuple[onnxruntime.In
         # ONNX Runtime's exceptions share no base class but Exception.
         raise VerificationError(f"{run}: ONNX Runtime {onnxruntime.__version__} refuses {path}: {error}") from error
     return session, time.perf_counter() - start
-
-
-@contextmanager
-def _float32_arithmetic() -> Iterator[None]:
-    """Sessions made inside run the library's operators in float32, whatever their ``accuracy_level``."""
-    before = os.environ.get("CLAQ_ACCURACY")
-    os.environ["CLAQ_ACCURACY"] = "fp32"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["CLAQ_ACCURACY"]
-        else:
-            os.environ["CLAQ_ACCURACY"] = before
 
 
 def _uses_int8(path: Path) -> bool:

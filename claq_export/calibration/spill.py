@@ -13,6 +13,22 @@ SPILL_FROM = 1 << 16
 """Bytes from which a tensor is worth a file."""
 
 
+SHARE_OF_WEIGHTS = 0.5
+"""Activations that stay in memory where nothing else is said, as a share of the model's weights in float32."""
+
+LEAST_BUDGET = 256 << 20
+"""The same in bytes at least: that much is nothing beside PyTorch itself."""
+
+
+def usual_budget(weight_bytes: int) -> int:
+    """Bytes of activations that stay in memory where no limit was given.
+
+    Args:
+        weight_bytes: of the model's weights in float32.
+    """
+    return max(int(SHARE_OF_WEIGHTS * weight_bytes), LEAST_BUDGET)
+
+
 class Spilled:
     """A tensor in a file; its bytes are as they were."""
 

@@ -12,7 +12,7 @@ batches share (a mask of ones, a position table) is computed once for these batc
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from typing import Any, overload
 
 import torch
@@ -87,6 +87,8 @@ class NodeWalk:
         self._spill = spill
         self._device = device
         self._held = [0] * len(batches)
+        # What was read from disk again and is still needed later keeps its file.
+        self._files: list[dict[fx.Node, Spilled]] = [{} for _ in batches]
         self._batches = batches
         self._lookups = dict(lookups or {})
         self._linears = set(stop_at)
@@ -153,19 +155,21 @@ class NodeWalk:
     # Not around the generator: what decorates one keeps the last value that was sent.
     @torch.no_grad()
     def _run_batches(self, nodes: Sequence[fx.Node]) -> None:
+        read = {argument for node in nodes for argument in node.all_input_nodes}
         for index in range(len(self._batches)):
-            self._fetch_batch(index)
+            self._fetch_batch(index, read)
             self._run_segment(nodes, index)
             self._spill_batch(index)
         for node in nodes:
             for dead in self._last_use.get(node, ()):
                 self._shared.pop(dead, None)
 
-    def _fetch_batch(self, index: int) -> None:
+    def _fetch_batch(self, index: int, wanted: Set[fx.Node]) -> None:
+        """Read those of a batch's values from disk that are wanted now."""
         values = self._values[index]
         for node, value in values.items():
-            if isinstance(value, Spilled):
-                values[node] = value.read()
+            if isinstance(value, Spilled) and node in wanted:
+                values[node], self._files[index][node] = value.read(), value
 
     def _spill_batch(self, index: int) -> None:
         """Move a batch's large values to disk if those of all batches are more than the budget."""
@@ -181,7 +185,7 @@ class NodeWalk:
         self._held[index] = sum(value.nbytes for value in large.values())
         if sum(self._held) > self._spill.budget:
             for node, value in large.items():
-                values[node] = self._spill.put(value)
+                values[node] = self._files[index].pop(node, None) or self._spill.put(value)
             self._held[index] = 0
 
     def _run_segment(self, nodes: Sequence[fx.Node], index: int) -> None:
@@ -198,6 +202,7 @@ class NodeWalk:
             values[node], signatures[node] = value, signature
             for dead in self._last_use.get(node, ()):
                 del values[dead], signatures[dead]
+                self._files[index].pop(dead, None)
         if nodes and nodes[0] in self._linears and index == len(self._batches) - 1:
             self._weights.pop(nodes[0])
 

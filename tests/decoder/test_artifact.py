@@ -20,6 +20,7 @@ from claq_export.capture.pretrained import load_pretrained
 from claq_export.cli import main
 from claq_export.errors import CaptureError, ConfigError, ModelError
 from claq_export.generation import Generator
+from claq_export.verify_layers import layer_outputs
 
 PROMPTS = ([2, 40, 41, 42, 43, 44], [2, 50, 51])
 NEW_TOKENS = 8
@@ -202,6 +203,18 @@ def test_last_logits_generate_the_same_tokens(tiny_llama: Path, decoder_artifact
     with pytest.raises(ModelError, match="without --last-logits"):
         OnnxModel(target).logits(torch.tensor([PROMPTS[0]]))
     assert main([*common, "--no-cache", "--out", str(tmp_path / "whole.onnx")]) == ConfigError.exit_code
+
+
+def test_each_layer_runs_alone_with_and_without_the_library(decoder_artifact: Path) -> None:
+    library = Path(pytest.importorskip("claq_runtime").library_path())
+    path = decoder_artifact / "model.onnx"
+    nodes = [n for n in onnx.load(str(path), load_external_data=False).graph.node if n.domain == "com.claq"]
+    found = list(layer_outputs(path, library))
+    assert [name for name, *_ in found] == [node.name for node in nodes]
+    assert {node.op_type for node in nodes} == {"ClaqMatMul", "ClaqGather"}
+    for _, stock, native, _ in found:
+        assert stock.shape[0] == 3
+        np.testing.assert_allclose(native, stock, atol=1e-5 * float(np.abs(stock).max()))
 
 
 def test_models_without_such_a_cache_are_refused(tmp_path: Path) -> None:

@@ -119,6 +119,28 @@ def test_int8_activations_have_their_own_tolerance(tmp_path: Path, monkeypatch: 
         verify_artifact(path, layer, SAMPLES, library=True, rounds=0)
 
 
+@needs_native
+def test_a_large_file_is_verified_layer_by_layer(
+    written: tuple[Path, Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, pair = written
+    monkeypatch.setattr("claq_export.verify.WHOLE_UP_TO", 0)
+    report = verify_artifact(path, pair, SAMPLES, library=True, rounds=2)
+    assert set(report.runs) == {"stock", "runtime"}
+    assert 0 < report.runs["stock"].deviations["layers"].maximum < 1e-5
+    assert math.isnan(report.runs["stock"].latency_ms)
+    assert report.runs["runtime"].latency_ms > 0
+    assert "layers one by one" in report.note
+
+    other = onnx.load(str(path))
+    (function,) = other.functions
+    adding = next(node for node in reversed(function.node) if node.op_type == "Add")
+    adding.op_type = "Sub"  # the bias
+    onnx.save(other, str(tmp_path / "wrong.onnx"))
+    with pytest.raises(VerificationError, match=r"stock: layer 'layer' of .* deviates from claq-runtime by \d"):
+        verify_artifact(tmp_path / "wrong.onnx", pair, SAMPLES, library=True)
+
+
 def test_another_model_is_noticed(written: tuple[Path, Pair]) -> None:
     path, pair = written
     with pytest.raises(

@@ -57,6 +57,26 @@ def test_the_same_artifact_with_and_without_a_limit(tmp_path, everything_deferre
     assert not (tmp_path / "limited" / "model.onnx.work").exists()
 
 
+def test_without_a_limit_activations_past_a_share_of_the_weights_go_to_disk(tmp_path, monkeypatch):
+    source = save_tiny_llama(tmp_path / "model")
+    config = claq_export.Config(bits=4, calibration=sentences(40), samples=6, sequence_length=32, batch_size=2)
+    claq_export.export(source, out=tmp_path / "memory" / "model.onnx", config=config, verify=False)
+    for name, value in (("SPILL_FROM", 256), ("LEAST_BUDGET", 0), ("SHARE_OF_WEIGHTS", 0.0)):
+        monkeypatch.setattr(spill, name, value)
+    put, read, counts = ActivationSpill.put, spill.Spilled.read, {"put": 0, "read": 0}
+
+    def counted(what, function, *arguments):
+        counts[what] += 1
+        return function(*arguments)
+
+    monkeypatch.setattr(ActivationSpill, "put", lambda *given: counted("put", put, *given))
+    monkeypatch.setattr(spill.Spilled, "read", lambda *given: counted("read", read, *given))
+    claq_export.export(source, out=tmp_path / "disk" / "model.onnx", config=config, verify=False)
+    same_artifacts(tmp_path / "memory", tmp_path / "disk")  # and nothing else lies there
+    # Three batches stand at seven linears, in front of four of them with a residual stream that was written once for two.
+    assert 3 * 7 <= counts["put"] < counts["read"]
+
+
 def test_too_little_memory_is_refused_with_numbers_before_any_work(tmp_path):
     source = save_tiny_llama(tmp_path / "model")
     config = claq_export.Config(calibration="none")
