@@ -25,6 +25,7 @@ from torch._dynamo.aot_compile_types import (
 from torch._functorch import config as functorch_config
 
 from ..errors import FormatError, ModelError
+from ..inputs import parse_json_object
 from .graph import Rewritten, SavedGraph
 from .options import parse_options
 from .session import CompiledGraph, Session
@@ -144,7 +145,7 @@ def _parse(data: bytes) -> tuple[dict[str, Any], bytes]:
         raise FormatError("this is not a graph saved by backend='claq'")
     start = len(_MAGIC) + 8
     end = start + int.from_bytes(data[len(_MAGIC) : start], "little")
-    header = json.loads(data[start:end])
-    if header["format"] != FORMAT:
-        raise FormatError(f"the graph was saved in format {header['format']}, this version of claq reads {FORMAT}")
+    header = parse_json_object(data[start:end], "the header of the saved graph", FormatError)
+    if header.get("format") != FORMAT:
+        raise FormatError(f"the graph was saved in format {header.get('format')}, this version of claq reads {FORMAT}")
     return header, data[end:]

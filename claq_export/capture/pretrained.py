@@ -37,6 +37,7 @@ _TOKENIZER_FILES = (
     "spiece.model",
     "tokenizer.model",
 )
+_GENERATION = "generation_config.json"
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 _FILES_READ = (*_HUB_FILES, "*.jinja")
 
@@ -72,6 +73,8 @@ def load_pretrained(
             quantized.get("quant_method", "an unknown method") if isinstance(quantized, dict) else "an unknown method"
         )
         raise ModelError(f"{path_or_id} is already quantized ({method}); claq needs the floating-point model")
+    if (folder / _GENERATION).is_file():
+        read_json(folder / _GENERATION)  # wanted only when the artifact is written, hours later
     files = weight_files(folder)
     tensors = sum(len(safetensors_names(path)) for path in files)
     check_sizes(settings, tensors, str(folder / "config.json"), ModelError)

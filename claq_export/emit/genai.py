@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
+from ..inputs import read_json_object
 
 FILE = "genai_config.json"
 
@@ -30,7 +31,8 @@ def genai_settings(model_file: str, shapes: Mapping[str, tuple[int, ...]], confi
         shapes: the graph's inputs by their name in the file, with the sizes of an example.
         config: ``config.json`` of the model, updated with ``generation_config.json`` where there is one.
     """
-    text = {**config, **config.get("text_config", {})}
+    nested = config.get("text_config")
+    text = {**config, **(nested if isinstance(nested, dict) else {})}
     keys = {name: shape for name, shape in shapes.items() if _CACHE.fullmatch(name)}
     _, kv_heads, _, head_size = next(iter(keys.values()))
 
@@ -38,7 +40,7 @@ def genai_settings(model_file: str, shapes: Mapping[str, tuple[int, ...]], confi
         return next((text[name] for name in names if text.get(name) is not None), default)
 
     eos = setting("eos_token_id", default=0)
-    first_eos = eos[0] if isinstance(eos, list) else eos
+    first_eos = next(iter(eos), 0) if isinstance(eos, list) else eos
     context = setting("max_position_embeddings", "n_positions", "seq_length", default=2048)
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in shapes}
     kind = text.get("model_type", "llama")
@@ -89,13 +91,13 @@ def write_genai_config(folder: Path, model_file: str, shapes: Mapping[str, tuple
     """Write ``genai_config.json`` into a folder with a ``config.json``; None where there is none.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or what it is made of not be read.
     """
     if not (folder / "config.json").is_file():
         return None
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(folder / "config.json", OutputError)
     if (folder / "generation_config.json").is_file():
-        generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+        generation = read_json_object(folder / "generation_config.json", OutputError)
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
         config |= {name: generation[name] for name in tokens if generation.get(name) is not None}
     path = folder / FILE

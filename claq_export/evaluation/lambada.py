@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..inputs import parse_json_object
 from .models import LogitsModel
 
 
@@ -43,14 +43,13 @@ def read_passages(path: str | Path, limit: int | None = None) -> list[str]:
     if not path.is_file():
         raise ConfigError(f"LAMBADA file {str(path)!r} does not exist")
     passages: list[str] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if limit is not None and len(passages) == limit:
                 break
-            try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ConfigError(f"{path}:{number}: not a JSON object with a 'text' field") from error
+            text = parse_json_object(line, f"{path}:{number}", ConfigError).get("text")
+            if not isinstance(text, str):
+                raise ConfigError(f"{path}:{number}: not a JSON object with a 'text' field")
             if len(text.split()) < 2:
                 raise ConfigError(f"{path}:{number}: a passage needs at least two words")
             passages.append(text)

@@ -106,7 +106,7 @@ def _stored_parts(file: OnnxFile) -> dict[str, tuple[tuple[str, int], ...]]:
     try:
         stored = json.loads(file.metadata.get(metadata.PARTS, "{}"))
         return {str(name): tuple((str(part), int(rows)) for part, rows in entries) for name, entries in stored.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(
             f"{file.path}: metadata {metadata.PARTS!r} is not what claq-export writes: {error}"
         ) from error

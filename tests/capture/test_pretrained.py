@@ -246,6 +246,11 @@ def config_list(folder):
     return r"config.json must hold a JSON object, found list"
 
 
+def generation_config_no_json(folder):
+    (folder / "generation_config.json").write_text("{", encoding="utf-8")
+    return r"generation_config.json cannot be read as JSON"
+
+
 def unknown_architecture(folder):
     edit_config(folder, model_type="bertt")
     return r"unknown architecture 'bertt' .*transformers \S+ knows \d+ .*near: bert"
@@ -369,6 +374,7 @@ DAMAGES = [
     no_config,
     config_no_json,
     config_list,
+    generation_config_no_json,
     unknown_architecture,
     no_architecture,
     architecture_without_task,

@@ -71,6 +71,10 @@ def test_reader_names_the_bad_line(tmp_path):
     assert read_passages(file, limit=1) == ["a b"]
     with pytest.raises(ConfigError, match=r"l\.jsonl:2"):
         read_passages(file)
+    for wrong in ('{"text": 3}', "[1]", "\x00"):
+        file.write_text(wrong, encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"l\.jsonl:1"):
+            read_passages(file)
     file.write_text('{"text": "word"}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match="at least two words"):
         read_passages(file)
