@@ -25,7 +25,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PYTHON_TARGETS = ("safetensors", "checkpoint", "layer", "onnx", "paths", "calibration", "index", "config")
+PYTHON_TARGETS = ("safetensors", "checkpoint", "layer", "onnx", "paths", "calibration", "index", "config", "arrays")
 NATIVE = "native"
 TARGETS = (*PYTHON_TARGETS, NATIVE)
 

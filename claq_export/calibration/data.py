@@ -10,15 +10,14 @@ import itertools
 import json
 import random
 import re
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..errors import CalibrationError
+from ..inputs import read_npz
 
 TEXT_FIELDS = ("text", "content", "sentence", "document")
 """Fields looked for in JSONL and Parquet rows, first match wins."""
@@ -146,22 +145,7 @@ def read_arrays(path: str | Path, input_names: Sequence[str], samples: int, seed
         CalibrationError: the file is missing, damaged, too large, holds objects, or its arrays are not the model's inputs.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CalibrationError(f"calibration file {str(path)!r} does not exist or is not a file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > TEXT_LIMIT:
-            raise CalibrationError(f"calibration file {str(path)!r} unpacks to more than {TEXT_LIMIT >> 20} MiB")
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = [name for name in input_names if name not in arrays]
-            if missing:
-                raise CalibrationError(
-                    f"calibration file {str(path)!r} has no array {missing[0]!r}; it has {', '.join(arrays.files) or 'none'}"
-                )
-            rows = {name: arrays[name] for name in input_names}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise CalibrationError(f"calibration file {str(path)!r} is not a readable .npz archive: {error}") from error
+    rows = read_npz(path, input_names, CalibrationError)
     lengths = {len(array) if array.ndim else 0 for array in rows.values()}
     if len(lengths) != 1 or 0 in lengths:
         raise CalibrationError(f"calibration file {str(path)!r}: its arrays hold {sorted(lengths)} samples")

@@ -7,6 +7,7 @@ artifact have different exit codes.
 
 from .json_file import parse_json_object, read_json_object
 from .model_config import check_sizes
+from .npz_file import read_npz
 from .onnx_file import OnnxFile
 from .paths import contained
 from .safetensors_file import SafetensorsFile, TensorInfo, parse_header
@@ -20,4 +21,5 @@ __all__ = [
     "parse_header",
     "parse_json_object",
     "read_json_object",
+    "read_npz",
 ]

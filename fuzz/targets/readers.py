@@ -6,22 +6,25 @@ other exception is a finding, and so is a result that breaks what the reader pro
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from claq_export.calibration.data import read_texts
 from claq_export.capture.checkpoint import weight_files
-from claq_export.errors import ClaqError, FormatError, ModelError
+from claq_export.errors import CalibrationError, ClaqError, FormatError, ModelError
 from claq_export.evaluation.layers import artifact_layers
 from claq_export.format.checkpoint import load_checkpoint
 from claq_export.format.layer import TENSOR_NAMES, QuantizedLinear
-from claq_export.inputs import OnnxFile, SafetensorsFile, check_sizes, contained, parse_json_object
+from claq_export.inputs import OnnxFile, SafetensorsFile, check_sizes, contained, parse_json_object, read_npz
 
 _MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 _folder = Path(tempfile.mkdtemp(prefix="claq-fuzz-", dir=_MEMORY))
@@ -154,9 +157,21 @@ def config(data: bytes) -> None:
     assert layers is None or isinstance(layers, (dict, list)) or 1 <= layers <= 1000
 
 
+def arrays(data: bytes) -> None:
+    """A NumPy archive: the first byte says whether the rest is the archive, or an array in one."""
+    content = io.BytesIO()
+    if data[:1] < b"\x40":
+        content.write(data[1:])
+    else:
+        with zipfile.ZipFile(content, "w") as archive:
+            archive.writestr("x.npy", data[1:])
+    found = read_npz(_write("x.npz", content.getvalue()), ["x"], CalibrationError)
+    assert found["x"].nbytes <= 64 << 10 or data[:1] < b"\x40"
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     function.__name__: function
-    for function in (safetensors, checkpoint, layer, onnx, paths, calibration, index, config)
+    for function in (safetensors, checkpoint, layer, onnx, paths, calibration, index, config, arrays)
 }
 
 
@@ -212,6 +227,10 @@ def seeds() -> dict[str, list[bytes]]:
         checkpoint_seed = (
             Path(folder, "claq.json").read_bytes() + b"\0" + stored[8 : 8 + length] + b"\0" + stored[8 + length :]
         )
+    array = io.BytesIO()
+    np.save(array, np.arange(6, dtype=np.float32).reshape(2, 3))
+    archive = io.BytesIO()
+    np.savez_compressed(archive, x=np.zeros((2, 3), np.int64, order="F"))
     plain = bytes([32, 2, 0, 0, 2, 0, 0, 0, 9, 9, 9, 9, 9, 9, 9])
     ordered = bytes([20, 1, 0, 2, 0, 1, 1, 2, 9, 9, 9, 9, 9, 9, 9])
     return {
@@ -225,6 +244,7 @@ def seeds() -> dict[str, list[bytes]]:
             json.dumps({"weight_map": {"a": "a.safetensors"}}).encode() + b"\0" + empty.encode(),
             json.dumps({"weight_map": {"a": "../a.safetensors"}}).encode() + b"\0{}",
         ],
+        "arrays": [b"\x80" + array.getvalue(), b"\0" + archive.getvalue()],
         "config": [
             json.dumps({"num_hidden_layers": 2, "vision_config": {"hidden_size": [8, 16]}, "eps": 1e-5}).encode(),
             b'{"n_layer": 12, "vocab_size": NaN, "head_dim": null, "max_position_embeddings": 1e3}',

@@ -20,7 +20,7 @@ def readers():
     return module
 
 
-TARGETS = ("safetensors", "checkpoint", "layer", "onnx", "paths", "calibration", "index", "config")
+TARGETS = ("safetensors", "checkpoint", "layer", "onnx", "paths", "calibration", "index", "config", "arrays")
 
 
 def mutations(content: bytes, count: int, rng: random.Random):
