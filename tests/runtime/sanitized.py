@@ -73,7 +73,7 @@ THREAD = Sanitizers(
         (
             "",
             [
-                *(f"tests/runtime/test_{name}.py" for name in ("kernels", "native", "gather", "validation")),
+                *(f"tests/runtime/test_{name}.py" for name in ("kernels", "native", "validation")),
                 _CHECK.format("fork_library"),
             ],
         ),
