@@ -438,6 +438,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _printable(message: str) -> str:
+    """A message that may quote names from a hostile file: a terminal must not take them for its own control sequences."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in message)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``claq-export``; returns the exit status."""
     options = parse(sys.argv[1:] if argv is None else argv)
@@ -447,7 +452,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except ClaqError as error:
-        print(f"claq-export: {error}", file=sys.stderr)
+        print(f"claq-export: {_printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("claq-export: interrupted; the same command goes on where it stopped", file=sys.stderr)

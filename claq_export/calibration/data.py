@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import CalibrationError
-from ..inputs import read_npz
+from ..inputs import is_text, read_npz
 
 TEXT_FIELDS = ("text", "content", "sentence", "document")
 """Fields looked for in JSONL and Parquet rows, first match wins."""
@@ -108,13 +108,13 @@ def _read_jsonl(path: Path) -> list[str]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise CalibrationError(f"{path}:{number}: not a JSON object a line: {error}") from error
-            if isinstance(row, str):
-                texts.append(row)
-                continue
-            field = next((f for f in TEXT_FIELDS if isinstance(row, dict) and isinstance(row.get(f), str)), None)
-            if field is None:
+            found = row if isinstance(row, dict) else {TEXT_FIELDS[0]: row}
+            text = next((found[f] for f in TEXT_FIELDS if isinstance(found.get(f), str)), None)
+            if text is None:
                 raise CalibrationError(f"{path}:{number}: no text field (looked for {', '.join(TEXT_FIELDS)})")
-            texts.append(row[field])
+            if not is_text(text):
+                raise CalibrationError(f"{path}:{number}: the text holds half of a surrogate pair")
+            texts.append(text)
     return texts
 
 

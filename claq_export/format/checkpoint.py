@@ -253,7 +253,10 @@ def load_checkpoint(folder: Path | str) -> Checkpoint:
     )
     _check_parts(checkpoint, str(folder / CONFIG_FILE))
     if header is not None:
-        stated = parse_json_object(header.encode(), f"{path}: its header's description", FormatError)
+        # JSON may hold half of a surrogate pair, which no UTF-8 has: the parser refuses it.
+        stated = parse_json_object(
+            header.encode("utf-8", "surrogatepass"), f"{path}: its header's description", FormatError
+        )
         if stated != {key: value for key, value in description.items() if key != "config"}:
             raise FormatError(
                 f"{path} and {CONFIG_FILE} are from two exports, or one was changed: their descriptions of the layers "

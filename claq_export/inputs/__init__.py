@@ -5,7 +5,7 @@ One module a kind of file; each states its limits, names the file in its errors 
 artifact have different exit codes.
 """
 
-from .json_file import parse_json_object, read_json_object
+from .json_file import is_text, parse_json_object, read_json_object
 from .model_config import check_sizes
 from .npz_file import read_npz
 from .onnx_file import OnnxFile
@@ -18,6 +18,7 @@ __all__ = [
     "TensorInfo",
     "check_sizes",
     "contained",
+    "is_text",
     "parse_header",
     "parse_json_object",
     "read_json_object",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,15 @@ from ..errors import ClaqError
 
 JSON_LIMIT = 256 << 20
 """Bytes of a JSON file; the index of a model of a hundred thousand layers has 30 MB."""
+
+
+_HALF = re.compile("[\\ud800-\\udfff]")
+_ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def is_text(value: str) -> bool:
+    """Whether a string is Unicode text. JSON can spell half of a surrogate pair, which no encoding has and no tokenizer takes."""
+    return _HALF.search(value) is None
 
 
 def read_json_object(path: Path, error: type[ClaqError], limit: int = JSON_LIMIT) -> dict[str, Any]:
@@ -38,6 +48,8 @@ def parse_json_object(content: bytes, where: str, error: type[ClaqError]) -> dic
     """
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
+        if _ESCAPED_HALF.search(content) and not is_text(json.dumps(value, ensure_ascii=False)):
+            raise ValueError("half of a surrogate pair")
     except RecursionError:
         raise error(f"{where} cannot be read as JSON: nested too deeply") from None
     except ValueError as problem:  # JSONDecodeError, UnicodeDecodeError, a number too long, a repeated name

@@ -137,7 +137,7 @@ def calibration(data: bytes) -> None:
     """A calibration file, as text and as JSON lines by its first byte."""
     texts = read_texts(_write("text.jsonl" if data[:1] < b"\x80" else "text.txt", data[1:]))
     assert texts
-    assert all(isinstance(text, str) for text in texts)
+    assert all(isinstance(text, str) and text.encode() for text in texts)
 
 
 def index(data: bytes) -> None:

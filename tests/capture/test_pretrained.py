@@ -246,6 +246,12 @@ def config_list(folder):
     return r"config.json must hold a JSON object, found list"
 
 
+def config_half_a_character(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"bert"', '"\\ud800"', 1), encoding="utf-8")
+    return r"config.json cannot be read as JSON: half of a surrogate pair"
+
+
 def generation_config_no_json(folder):
     (folder / "generation_config.json").write_text("{", encoding="utf-8")
     return r"generation_config.json cannot be read as JSON"
@@ -374,6 +380,7 @@ DAMAGES = [
     no_config,
     config_no_json,
     config_list,
+    config_half_a_character,
     generation_config_no_json,
     unknown_architecture,
     no_architecture,

@@ -175,6 +175,17 @@ def test_a_tokenizer_that_cannot_be_read_is_named(
     assert_nothing_left(out)
 
 
+def test_a_name_in_a_file_is_no_control_sequence(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "\x1b[2J": {"hidden_size": -1}}))
+    assert main([str(model), "--out", str(tmp_path / "out" / "model.onnx"), "--calibration", str(text), "--quiet"]) == 3
+    message = capsys.readouterr().err
+    assert "\\x1b[2J.hidden_size is -1" in message
+    assert "\x1b" not in message
+
+
 def assert_nothing_left(out: Path) -> None:
     assert not out.parent.exists() or not list(out.parent.iterdir())
     assert not out.with_name(out.name + ".work").exists()
