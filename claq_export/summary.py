@@ -99,11 +99,14 @@ def print_verification(console: Console, report: VerificationReport) -> None:
         "original": "unquantized, ONNX Runtime",
         "stock": "artifact, ONNX Runtime alone",
         "runtime": "artifact, with claq-runtime",
+        "runtime, fp32": "the same with CLAQ_ACCURACY=fp32",
     }
+    if "runtime, fp32" in report.runs:
+        labels["runtime"] += ", int8"
     table = Table(title=f"verified with ONNX Runtime {report.onnxruntime}", title_justify="left")
     for heading in ("run", "agrees with PyTorch within", "session", "latency"):
         table.add_column(heading, justify="left" if heading == "run" else "right")
-    for name in ("original", "stock", "runtime"):
+    for name in labels:
         run = report.runs.get(name)
         if run is None:
             continue

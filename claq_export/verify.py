@@ -75,7 +75,8 @@ class Run:
     """One way to run the artifact.
 
     Attributes:
-        name: ``"stock"`` (ONNX Runtime alone), ``"runtime"`` (with the native library) or ``"original"`` (unquantized).
+        name: ``"stock"`` (ONNX Runtime alone), ``"runtime"`` (with the native library), ``"runtime, fp32"`` (the same in
+            float32 arithmetic, of a file that asks for int8) or ``"original"`` (unquantized).
         load_seconds: creation of the session.
         latency_ms: median time of one run of the first sample inputs.
         deviations: output name -> deviation from the quantized PyTorch model (in float32, whatever the file's dtype);
@@ -95,7 +96,7 @@ class VerificationReport:
 
     Attributes:
         path: the model file.
-        runs: by name; ``"runtime"`` and ``"original"`` are missing when there was nothing to run.
+        runs: by name; all but ``"stock"`` are missing when there was nothing to run.
         rounding: output name -> deviation of PyTorch's run in the file's dtype from that in float32; empty for float32.
         fidelity: output name -> deviation of the quantized from the unquantized PyTorch model; empty if none was given.
         onnxruntime: version of ONNX Runtime.
@@ -201,12 +202,13 @@ def verify_artifact(
         run: _compare(path, run, session, names, feeds, compared, None if rounded and run == "runtime" else limits[run])
         for run, (session, _) in sessions.items()
     }
+    runs: dict[str, Run] = {}
     if int8:
         with float32_arithmetic():
-            unrounded, _ = _session(path, "runtime, float32", library_file)
-        _compare(path, "runtime, float32", unrounded, names, feeds, compared, given)
+            unrounded, seconds = _session(path, "runtime, fp32", library_file)
+        found = _compare(path, "runtime, fp32", unrounded, names, feeds, compared, given)
+        runs["runtime, fp32"] = Run("runtime, fp32", seconds, math.nan, found)
         del unrounded
-    runs: dict[str, Run] = {}
     if by_layer:
         assert library_file is not None
         runs["stock"] = _layer_by_layer(path, library_file)
