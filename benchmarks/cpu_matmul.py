@@ -309,6 +309,11 @@ def main() -> None:
         "--seconds", type=float, default=2.0, help="least time for each shape, number of rows and threads"
     )
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"), help="folder of the report, or -")
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="keep what the report has of other numbers of threads (the same rows and kernels)",
+    )
     arguments = parser.parse_args()
     rows = [int(m) for m in arguments.rows.split(",")]
     threads = [int(t) for t in arguments.threads.split(",")]
@@ -328,16 +333,20 @@ def main() -> None:
         "copy_bandwidth": {str(t): bandwidth[t] for t in threads},
         "results": [],
     }
+    path = Path(arguments.out) / f"cpu_matmul_{document['kernel']}.json"
+    if arguments.keep:
+        before = json.loads(path.read_text())
+        document["results"] = [entry for entry in before["results"] if entry["threads"] not in threads]
+        document["threads"] = sorted({*before["threads"], *threads})
+        document["copy_bandwidth"] = {**before["copy_bandwidth"], **document["copy_bandwidth"]}
     for t in threads:
         for shape in arguments.shapes.split(","):
             document["results"] += measure(shape, t, rows, arguments.seconds, bandwidth[t])
             # Written after each shape: a run of all of them takes long.
             if arguments.out != "-":
-                folder = Path(arguments.out)
-                folder.mkdir(parents=True, exist_ok=True)
-                name = f"cpu_matmul_{document['kernel']}"
-                (folder / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
-                (folder / f"{name}.md").write_text(report(document))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(document, indent=1) + "\n")
+                path.with_suffix(".md").write_text(report(document))
 
 
 if __name__ == "__main__":

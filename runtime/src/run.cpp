@@ -20,8 +20,10 @@ namespace {
 constexpr int64_t kMostChunkRows = 256;
 constexpr int64_t kCachedSums = 6 * 1024;  // a task's tile of results, where there is a choice
 constexpr int64_t kRowSums = 12 * 1024;    // the same for one row of x: a long run of code words is worth more
-// With outliers: the more outputs, the more often a tile of transposed activations is used once it is cached.
-constexpr int64_t kOutlierSums = 256 * 1024;
+// With outliers the outputs that are computed together are this many: the more, the more often a tile of transposed activations
+// is used once it is cached; the fewer, the nearer are their sums when the outliers are added.
+constexpr int64_t kOutlierOutputs = 1024;
+constexpr int64_t kMostSums = kMostChunkRows * kOutlierOutputs;
 constexpr int64_t kChunkElements = 1024 * 1024;  // rows of x are taken in chunks of at most this many activations
 
 constexpr double kActivationsPerSecond = 1e9;  // a rounded estimate, only used to decide into how many tasks to split
@@ -150,7 +152,7 @@ struct Scratch {
 void compute_rows(const Call& call, const Activations& activations, bool int8, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                   const Scratch& scratch) {
   const LayerView& layer = call.layer;
-  const int64_t tile = tile_length(m1 - m0, n1 - n0, layer.outlier_ptr ? kOutlierSums : kCachedSums);
+  const int64_t tile = tile_length(m1 - m0, n1 - n0, layer.outlier_ptr ? (m1 - m0) * kOutlierOutputs : kCachedSums);
   const int64_t part = tile_length(m1 - m0, tile, kCachedSums);
   const auto kernel = int8 ? call.family.sums_int8 : call.family.sums_float;
   for (int64_t t0 = n0; t0 < n1; t0 += tile) {
@@ -171,11 +173,11 @@ void compute_rows(const Call& call, const Activations& activations, bool int8, i
 // Results of output rows [n0, n1) for all rows of the chunk. Rows that need float32 arithmetic go through int8 too, which
 // leaves the tiles of packed rows whole, and are then computed again.
 void compute(const Call& call, const Activations& activations, const uint8_t* exact, int64_t n0, int64_t n1) {
-  Workspace workspace(static_cast<size_t>(kScratchBytes) + Workspace::bytes_for<float>(kOutlierSums) +
+  Workspace workspace(static_cast<size_t>(kScratchBytes) + Workspace::bytes_for<float>(kMostSums) +
                       Workspace::bytes_for<float>(kLongestTile));
   Scratch scratch;
   scratch.kernel = workspace.take<char>(kScratchBytes);
-  scratch.sums = workspace.take<float>(kOutlierSums);
+  scratch.sums = workspace.take<float>(kMostSums);
   scratch.finished = workspace.take<float>(kLongestTile);
   if (call.int8) compute_rows(call, activations, true, 0, activations.rows, n0, n1, scratch);
   for (int64_t m0 = 0; m0 < activations.rows;) {

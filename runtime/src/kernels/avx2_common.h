@@ -362,20 +362,26 @@ CLAQ_INLINE typename Line<kRows>::Type outliers_of_output(const LayerView& layer
 #pragma GCC unroll 8
   for (int j = 0; j < kOutlierLanes; ++j) lanes[j] = L::zero();
   alignas(32) float values[kOutlierLanes];
-  const auto add = [&](const Index* at, int j) {
-    const float* line = transposed + static_cast<int64_t>(at[j]) * kRows;
-    lanes[j] = L::multiply_add(L::same(values + j), L::load(line), lanes[j]);
+  const auto add = [&](const float* from, int j) {
+    const float* line = transposed + static_cast<int64_t>(columns[i + j]) * kRows;
+    lanes[j] = L::multiply_add(L::same(from + j), L::load(line), lanes[j]);
   };
   for (; i + kOutlierLanes <= end; i += kOutlierLanes) {
     _mm256_store_ps(values, outlier_values(layer, i));
 #pragma GCC unroll 8
-    for (int j = 0; j < kOutlierLanes; ++j) add(columns + i, j);
+    for (int j = 0; j < kOutlierLanes; ++j) add(values, j);
   }
   const int left = end - i;
-  for (int j = 0; j < left; ++j) values[j] = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(layer.outlier_value[i + j])));
+  const float* last = values;
+  if (end >= kOutlierLanes) {  // eight at once are there
+    _mm256_store_ps(values, outlier_values(layer, end - kOutlierLanes));
+    last += kOutlierLanes - left;
+  } else {
+    for (int j = 0; j < left; ++j) values[j] = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(layer.outlier_value[i + j])));
+  }
 #pragma GCC unroll 8
   for (int j = 0; j < kOutlierLanes - 1; ++j) {
-    if (j < left) add(columns + i, j);
+    if (j < left) add(last, j);
   }
 #pragma GCC unroll 3
   for (int width = kOutlierLanes / 2; width > 0; width /= 2) {

@@ -130,7 +130,6 @@ CLAQ_INLINE void for_row_tiles(int64_t m0, int64_t m1, const Tile& tile) {
 
 // ---- int8
 
-constexpr int64_t kPartBytes = kSteps * kVectors * 32;
 constexpr int64_t kInt8PanelSums = 2 * 1024;  // sums that a panel may work on
 
 // `dot` takes panels, whose centroids are offset to unsigned: a sum begins with the correction. `row_dot` is for a row alone,
@@ -157,7 +156,9 @@ CLAQ_INLINE __m256i dot(__m256i sum, __m256i w, __m256i x) {
 inline bool streams(const LayerView& layer) { return !layer.lowest_centroid; }
 CLAQ_INLINE __m256i row_begin(int32_t) { return _mm256_setzero_si256(); }
 CLAQ_INLINE __m256i row_dot(__m256i sum, __m256i w, __m256i x) {
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
+  asm("" : "+x"(sum));  // as in `dot`
+  return sum;
 }
 // The 32 activations as bytes, by position.
 CLAQ_INLINE __m256i row_positions(const int32_t* lanes) {
@@ -229,10 +230,15 @@ inline void stream(const LayerView& layer, const PackedRow& row, int64_t n0, int
   });
 }
 
-// A group's lanes in the form that `dot` takes.
+// A panel holds centroids in the form that `dot` takes; as bytes, of half the size, if no more than kFewRows rows are multiplied by
+// them: then widening them again for each tile of rows costs less than storing and loading twice as much.
+template <bool kBytes>
+constexpr int64_t kPartBytes = kBytes ? kBlock * kTile : kBlock * kTile * kActivationBytes;
+
+template <bool kBytes>
 CLAQ_INLINE void store_weights(uint8_t* part, int group, int vector, __m256i bytes) {
-  auto* to = reinterpret_cast<__m256i*>(part + (group * (kSteps / kGroupsPerBlock) * kVectors + vector) * 32);
-  if constexpr (kActivationBytes == 1) {
+  auto* to = reinterpret_cast<__m256i*>(part + group * (kPartBytes<kBytes> / kGroupsPerBlock)) + vector;
+  if constexpr (kBytes || kActivationBytes == 1) {
     _mm256_store_si256(to, bytes);
   } else {
     _mm256_store_si256(to, _mm256_and_si256(bytes, _mm256_set1_epi16(0xff)));
@@ -240,8 +246,27 @@ CLAQ_INLINE void store_weights(uint8_t* part, int group, int vector, __m256i byt
   }
 }
 
+constexpr int kStepsOfGroup = kSteps / kGroupsPerBlock;
+
+// A group's centroids as `dot` takes them, step by step.
+template <bool kBytes>
+CLAQ_INLINE void load_weights(const uint8_t* part, int group, __m256i (&w)[kStepsOfGroup][kVectors]) {
+  const auto* from = reinterpret_cast<const __m256i*>(part + group * (kPartBytes<kBytes> / kGroupsPerBlock));
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    if constexpr (kBytes && kStepsOfGroup == 2) {
+      const __m256i bytes = _mm256_load_si256(from + v);
+      w[0][v] = _mm256_and_si256(bytes, _mm256_set1_epi16(0xff));
+      w[1][v] = _mm256_srli_epi16(bytes, 8);
+    } else {
+#pragma GCC unroll 2
+      for (int t = 0; t < kStepsOfGroup; ++t) w[t][v] = _mm256_load_si256(from + t * kVectors + v);
+    }
+  }
+}
+
 // kRows rows of a packed tile of kPacked, and one tile of outputs.
-template <int kPacked, int kRows>
+template <int kPacked, int kRows, bool kBytes>
 CLAQ_INLINE void multiply_tile(const PackedRow& row, const PanelPlace& place, const uint8_t* panel, float* sums, int64_t stride) {
   const int32_t* x = row.lanes + place.first_block * kSteps * kPacked;
   const float* scale = row.scale + place.first_block * kPacked;
@@ -253,16 +278,18 @@ CLAQ_INLINE void multiply_tile(const PackedRow& row, const PanelPlace& place, co
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) acc[i][v] = _mm256_set1_epi32(correction[i]);
     }
-#pragma GCC unroll 16
-    for (int s = 0; s < kSteps; ++s) {
-      __m256i w[kVectors];
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroupsPerBlock; ++g) {
+      __m256i w[kStepsOfGroup][kVectors];
+      load_weights<kBytes>(panel, g, w);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) w[v] = _mm256_load_si256(reinterpret_cast<const __m256i*>(panel + (s * kVectors + v) * 32));
+      for (int t = 0; t < kStepsOfGroup; ++t) {
 #pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) {
-        const __m256i lanes = _mm256_set1_epi32(x[s * kPacked + i]);
+        for (int i = 0; i < kRows; ++i) {
+          const __m256i lanes = _mm256_set1_epi32(x[(g * kStepsOfGroup + t) * kPacked + i]);
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) acc[i][v] = dot(acc[i][v], w[v], lanes);
+          for (int v = 0; v < kVectors; ++v) acc[i][v] = dot(acc[i][v], w[t][v], lanes);
+        }
       }
     }
 #pragma GCC unroll 4
@@ -277,8 +304,37 @@ CLAQ_INLINE void multiply_tile(const PackedRow& row, const PanelPlace& place, co
     x += kSteps * kPacked;
     scale += kPacked;
     correction += kPacked;
-    panel += kPartBytes;
+    panel += kPartBytes<kBytes>;
   }
+}
+
+template <bool kFew>
+inline void panels(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums,
+                   int64_t stride, uint8_t* panel) {
+  constexpr int64_t kBytes = kPartBytes<kFew>;
+  for_each_panel(layer, m1 - m0, n0, n1, kPanelBytes / kBytes, kInt8PanelSums, [&](const PanelPlace& place, const PanelPlace& next) {
+    decode_panel(
+        layer, place, kFew, [](__m128i entries, int) { return entries; },
+        [&](auto, int64_t b, int64_t tile, int group, int vector, __m256i bytes) {
+          store_weights<kFew>(panel + (tile * place.blocks + b) * kBytes, group, vector, bytes);
+        });
+    if (!kFew) fetch_panel(layer, next);
+    for_row_tiles<kPackedTileRows>(m0, m1, [&](auto rows, int64_t m) {
+      constexpr int kRows = decltype(rows)::kValue;
+      const PackedRow row = packed_row(layer, activations, m);
+      for (int64_t n = place.n0; n < place.n1; n += kTile) {
+        const uint8_t* part = panel + (n - place.n0) / kTile * place.blocks * kBytes;
+        float* to = sums + (m - m0) * stride + n - n0;
+        if constexpr (kFew && kRows == 1) {
+          if (activations.alone) {
+            multiply_tile<1, 1, kFew>(row, place, part, to, stride);
+            continue;
+          }
+        }
+        multiply_tile<kPackedTileRows, kRows, kFew>(row, place, part, to, stride);
+      }
+    });
+  });
 }
 
 // Rows [m0, m1), which begin with a packed tile.
@@ -287,30 +343,8 @@ inline void sums_int8(const LayerView& layer, const Activations& activations, in
   clear_sums(m1 - m0, n1 - n0, sums, stride);
   if (activations.alone && streams(layer)) return stream(layer, packed_row(layer, activations, m0), n0, n1, sums);
   auto* panel = static_cast<uint8_t*>(scratch);
-  const bool few = m1 - m0 <= kFewRows;
-  for_each_panel(layer, m1 - m0, n0, n1, kPanelBytes / kPartBytes, kInt8PanelSums, [&](const PanelPlace& place, const PanelPlace& next) {
-    decode_panel(
-        layer, place, few, [](__m128i entries, int) { return entries; },
-        [&](auto, int64_t b, int64_t tile, int group, int vector, __m256i bytes) {
-          store_weights(panel + (tile * place.blocks + b) * kPartBytes, group, vector, bytes);
-        });
-    if (!few) fetch_panel(layer, next);
-    for_row_tiles<kPackedTileRows>(m0, m1, [&](auto rows, int64_t m) {
-      constexpr int kRows = decltype(rows)::kValue;
-      const PackedRow row = packed_row(layer, activations, m);
-      for (int64_t n = place.n0; n < place.n1; n += kTile) {
-        const uint8_t* part = panel + (n - place.n0) / kTile * place.blocks * kPartBytes;
-        float* to = sums + (m - m0) * stride + n - n0;
-        if constexpr (kRows == 1) {
-          if (activations.alone) {
-            multiply_tile<1, 1>(row, place, part, to, stride);
-            continue;
-          }
-        }
-        multiply_tile<kPackedTileRows, kRows>(row, place, part, to, stride);
-      }
-    });
-  });
+  if (m1 - m0 <= kFewRows) panels<true>(layer, activations, m0, m1, n0, n1, sums, stride, panel);
+  else panels<false>(layer, activations, m0, m1, n0, n1, sums, stride, panel);
 }
 
 // ---- float32
