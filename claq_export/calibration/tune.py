@@ -38,8 +38,9 @@ class TuneSettings:
         steps: updates at most.
         minutes: time at most, checked after every update; None = no limit.
         samples: pieces of at most 256 tokens an update sees.
-        rate: of Adam, in units of a column's largest centroid, at its height; it rises for the first twentieth of the
-            updates or minutes, whichever end first, and falls to a twentieth along a cosine.
+        rate: of Adam, in units of a column's largest centroid at 2 bits, of half and a quarter of it at 3 and 4 bits, at
+            its height; it rises for the first twentieth of the updates or minutes, whichever end first, and falls to a
+            twentieth along a cosine.
         row_rate: the same for row scales, in units of themselves.
         check: updates between two looks at the held-out samples.
         patience: looks without a gain after which tuning ends.
@@ -262,7 +263,9 @@ class TunedLayer:
         self.kept = torch.zeros(len(self._column), device=device)
         self._position = position
         self.load(layer)
-        self._unit = (127 * layer.scale.to(torch.float32)[position]).clamp(min=1e-12)
+        largest = (127 * layer.scale.to(torch.float32)[position]).clamp(min=1e-12)
+        # Neighbouring centroids of wider codes lie closer together, and so do the steps of Adam.
+        self._unit = largest * torch.exp2(2.0 - self.bits.to(largest))
         self.load(layer)
         self.weight = torch.zeros(0)
 
