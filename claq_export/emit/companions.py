@@ -11,9 +11,12 @@ import torch
 
 from ..errors import ModelError, OutputError
 from ..format.checkpoint import TENSORS_FILE, VERSION
-from ..inputs import contained
+from ..inputs import contained, read_json_object
 
 CONFIG = "config.json"
+_TOKENIZER = "tokenizer_config.json"
+_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+"""Names that transformers 5 gives to tokenizer classes -> those that version 4, which optimum needs, and 5 both know."""
 
 _COMPANIONS = (
     "config.json",
@@ -33,7 +36,14 @@ _COMPANIONS = (
 
 
 def copy_companions(source: Path, folder: Path) -> list[Path]:
-    """Copy configuration and tokenizer files from a Hugging Face folder; none if the source is not a folder."""
+    """Copy configuration and tokenizer files from a Hugging Face folder; none if the source is not a folder.
+
+    A tokenizer's class gets the name that older readers know, else files are as they were.
+
+    Raises:
+        ModelError: a file is a link out of the source, or no JSON object where it should be one.
+        OutputError: a file cannot be written.
+    """
     copied = []
     if source.is_dir() and source.resolve() != folder.resolve():
         for name in _COMPANIONS:
@@ -42,11 +52,21 @@ def copy_companions(source: Path, folder: Path) -> list[Path]:
                 origin = contained(source, name, ModelError)
                 try:
                     copied.append(Path(shutil.copyfile(origin, folder / name)))
+                    if name == _TOKENIZER:
+                        _rename_class(folder / name)
                 except OSError as error:
                     raise OutputError(
                         f"{name} cannot be copied to {str(folder)!r}: {error.strerror or error}"
                     ) from error
     return copied
+
+
+def _rename_class(path: Path) -> None:
+    settings = read_json_object(path, ModelError)
+    known = _CLASSES.get(str(settings.get("tokenizer_class")))
+    if known is not None:
+        settings["tokenizer_class"] = known
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def declare_quantized(folder: Path, true_bits: float, dtype: torch.dtype) -> Path | None:

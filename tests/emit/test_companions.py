@@ -1,0 +1,44 @@
+"""Files copied beside an artifact: the tokenizer's class under a name that transformers 4 and 5 know, all else as it was."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from claq_export.emit.companions import copy_companions
+from claq_export.errors import ModelError
+
+
+def test_a_tokenizer_of_transformers_5_opens_in_version_4_too(tiny_llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    source = tmp_path / "source"
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(source)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = (
+        "TokenizersBackend"  # as transformers 5 writes it where a model has no class of its own
+    )
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    target = tmp_path / "target"
+    target.mkdir()
+    copied = {path.name for path in copy_companions(source, target)}
+    assert {"tokenizer.json", "tokenizer_config.json"} <= copied
+    found = json.loads((target / "tokenizer_config.json").read_text())
+    assert found == settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    assert (target / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    text = "The people of the country."
+    assert (
+        AutoTokenizer.from_pretrained(target)(text).input_ids == AutoTokenizer.from_pretrained(source)(text).input_ids
+    )
+
+
+def test_other_classes_are_copied_byte_for_byte(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class":   "BertTokenizer"}')
+    copy_companions(source, target)
+    assert (target / "tokenizer_config.json").read_text() == '{"tokenizer_class":   "BertTokenizer"}'
+    (source / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json must hold a JSON object"):
+        copy_companions(source, target)
