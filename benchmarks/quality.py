@@ -403,7 +403,9 @@ def markdown(rows: Sequence[dict[str, Any]], title: str, missing: Sequence[str])
     rows = [r for r in rows if r["family"] != ABLATION]
     for row in sorted(rows, key=lambda r: -r["true_bits"]):
         own = row["family"].startswith("claq (")
-        label = f"**{row['label']}**" if own else row["label"]
+        tune = row["settings"].get("tune")
+        label = row["label"] + (f" ({tune['steps']} updates)" if tune else "")
+        label = f"**{label}**" if own else label
         perplexity = f"{row['perplexity']:.2f}" if row["perplexity"] < 1e4 else f"{row['perplexity']:.1e}"
         lines.append(
             f"| {label} | {row['true_bits']:.3f} | {perplexity} | {row['kl_mean']:.4f} | {row['kl_median']:.4f} | "
