@@ -89,7 +89,10 @@ def count_equal(got: list[int], wanted: list[int]) -> str:
 
 
 def compare_with_artifact(arguments: argparse.Namespace, prompt: torch.Tensor) -> str:
-    """How many greedy tokens of the backend on an artifact's weights are those of ONNX Runtime with claq-runtime on it."""
+    """How many greedy tokens of the backend on an artifact's weights are those of ONNX Runtime with claq-runtime on it.
+
+    Both in float32 arithmetic, which is what layers have in PyTorch; a file asks for int8 by default.
+    """
     torch._dynamo.reset()
     model = load(arguments.model, arguments.layers)
     options = {"weights": arguments.artifact, "fallback": "eager", "progress": False}
@@ -98,7 +101,9 @@ def compare_with_artifact(arguments: argparse.Namespace, prompt: torch.Tensor) -
     for _ in range(arguments.check_tokens - 1):
         decoder.step()
     torch._dynamo.reset()
+    os.environ["CLAQ_ACCURACY"] = "fp32"  # read when the session is made
     generator = Generator(arguments.artifact, runtime_library("auto"), arguments.threads)
+    del os.environ["CLAQ_ACCURACY"]
     return count_equal(decoder.tokens, list(generator.tokens(prompt[0].tolist(), arguments.check_tokens)))
 
 
