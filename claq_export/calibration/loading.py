@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from pathlib import Path
+
+import torch
 
 from ..capture import CapturedModel
 from ..config import DEFAULT_CALIBRATION, DEFAULT_SAMPLES, DEFAULT_SENTENCES, Config
 from ..errors import CalibrationError
+from ..passes.attributes import get_attribute
 from .data import (
     Batch,
     batches_from_iterable,
@@ -32,6 +35,36 @@ def load_calibration(captured: CapturedModel, config: Config) -> list[Batch]:
     Raises:
         CalibrationError: the data cannot be read, is not enough, or does not fit the model.
     """
+    batches = _load(captured, config)
+    _check_lookups(captured, batches)
+    return batches
+
+
+def _check_lookups(captured: CapturedModel, batches: Sequence[Batch]) -> None:
+    """Raise where an index lies outside of the table that it is looked up in, as tokens of another tokenizer may.
+
+    Raises:
+        CalibrationError: see above; the message names the input, the table and its size.
+    """
+    placeholders = [node for node in captured.graph_module.graph.nodes if node.op == "placeholder"]
+    names = dict(zip(placeholders, captured.input_names, strict=True))
+    for node in captured.graph_module.graph.nodes:
+        if node.target is not torch.ops.aten.embedding.default or node.args[1] not in names:
+            continue
+        if node.args[0].op != "get_attr":
+            continue
+        table, name = str(node.args[0].target), names[node.args[1]]
+        rows = get_attribute(captured.graph_module, table).shape[0]
+        for batch in batches:
+            least, most = (int(value) for value in batch[name].aminmax())
+            if least < 0 or most >= rows:
+                raise CalibrationError(
+                    f"calibration data: {name!r} holds {most if most >= rows else least}, and the model's {table!r} has "
+                    f"{rows} rows; is the tokenizer that of the model?"
+                )
+
+
+def _load(captured: CapturedModel, config: Config) -> list[Batch]:
     source, samples = config.calibration, config.samples or DEFAULT_SAMPLES
     if not isinstance(source, (str, Path)):
         # A stream may never end: no more is taken than the samples can be drawn from.

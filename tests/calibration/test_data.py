@@ -165,3 +165,13 @@ def test_packaged_text_is_given_to_encoders_by_sentences_and_to_decoders_in_wind
     assert len(samples(tiny_bert)) == 512
     assert len(samples(tiny_bert, samples=7)) == 7
     assert [len(row) for row in samples(tiny_llama)] == [32] * 128
+
+
+def test_tokens_of_another_tokenizer_are_refused(tiny_llama: Path) -> None:
+    captured, _ = capture(tiny_llama)
+    rows = json.loads((tiny_llama / "config.json").read_text())["vocab_size"]
+    ones = torch.ones(1, 8, dtype=torch.int64)
+    for token in (rows, -1):
+        batch = {name: torch.full_like(ones, token) if name == "input_ids" else ones for name in captured.input_names}
+        with pytest.raises(CalibrationError, match=f"'input_ids' holds {token}, and the model's .* has {rows} rows"):
+            load_calibration(captured, Config(calibration=[batch]))
