@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from .emit.function import DOMAIN
+from .emit.translation import INPUTS
 from .errors import VerificationError
 from .inputs import OnnxFile
 from .onnx_session import EXTERNAL_FOLDER, float32_arithmetic
@@ -28,6 +29,9 @@ FOLDING_BYTES = 24
 
 WHOLE_UP_TO = 512 << 20
 """Bytes of folding up to which a file is run as a whole by ONNX Runtime alone."""
+
+PART_BYTES = 128 << 20
+"""The same from which a layer's outputs are run in parts: a vocabulary's would be as large as a small model."""
 
 _ROWS = 3
 
@@ -44,15 +48,15 @@ def folding_bytes(model: onnx.ModelProto) -> int:
 def layer_outputs(
     path: Path, library: Path
 ) -> Iterator[tuple[str, npt.NDArray[np.float32], npt.NDArray[np.float32], float]]:
-    """Run each node of claq alone, in float32 arithmetic.
+    """Run each node of claq alone, in float32 arithmetic; a large one as several, each with a part of its outputs.
 
     Args:
         path: the model file.
         library: the native library.
 
     Yields:
-        the node's name, its result by ONNX Runtime alone and by the library on the same random input, and the seconds that
-        the first session took to be made.
+        the node's name, its result (or a part) by ONNX Runtime alone and by the library on the same random input, and the
+        seconds that the first session took to be made.
 
     Raises:
         VerificationError: ONNX Runtime refuses a node; the message names it.
@@ -62,45 +66,90 @@ def layer_outputs(
     for node in file.model.graph.node:
         if node.domain != DOMAIN:
             continue
-        model = _alone(file, node)
         if node.op_type == "ClaqGather":
             given: npt.NDArray[Any] = random.integers(0, _attribute(node, "out_features"), _ROWS)
         else:
             given = random.standard_normal((_ROWS, _attribute(node, "in_features")), np.float32)
-        try:
-            start = time.perf_counter()
-            session = _session(model, path.parent, None)
-            seconds = time.perf_counter() - start
-            (stock,) = session.run(None, {node.input[0]: given})
-            del session
-            with float32_arithmetic():
-                (native,) = _session(model, path.parent, library).run(None, {node.input[0]: given})
-        except Exception as error:
-            # ONNX Runtime's exceptions share no base class but Exception.
-            raise VerificationError(
-                f"ONNX Runtime {ort.__version__} refuses node {node.name!r} of {path}: {error}"
-            ) from error
-        yield node.name, stock, native, seconds
+        for outputs in _parts(node):
+            model = _alone(file, node, outputs)
+            try:
+                start = time.perf_counter()
+                session = _session(model, path.parent, None)
+                seconds = time.perf_counter() - start
+                (stock,) = session.run(None, {node.input[0]: given})
+                del session
+                with float32_arithmetic():
+                    (native,) = _session(model, path.parent, library).run(None, {node.input[0]: given})
+            except Exception as error:
+                # ONNX Runtime's exceptions share no base class but Exception.
+                raise VerificationError(
+                    f"ONNX Runtime {ort.__version__} refuses node {node.name!r} of {path}: {error}"
+                ) from error
+            yield node.name, stock, native, seconds
 
 
-def _alone(file: OnnxFile, node: onnx.NodeProto) -> onnx.ModelProto:
-    """A model of one node, with float32 activations and the file's tensors."""
+def _parts(node: onnx.NodeProto) -> list[range]:
+    """The outputs of a node that are run together; a lookup decodes the rows alone that are asked for."""
+    out_features = _attribute(node, "out_features")
+    most = max(1, PART_BYTES // (FOLDING_BYTES * _attribute(node, "in_features")))
+    if node.op_type == "ClaqGather" or out_features <= most:
+        return [range(out_features)]
+    return [range(first, min(first + most, out_features)) for first in range(0, out_features, most)]
+
+
+def _part(file: OnnxFile, node: onnx.NodeProto, outputs: range) -> tuple[onnx.NodeProto, list[onnx.TensorProto]]:
+    """A ``ClaqMatMul`` node of some of its outputs, and its tensors."""
+    own = onnx.NodeProto()
+    own.CopyFrom(node)
+    for attribute in own.attribute:
+        if attribute.name == "out_features":
+            attribute.i = len(outputs)
+    names = dict(zip(INPUTS, node.input, strict=True))
+    rows = slice(outputs.start, outputs.stop)
+    values: dict[str, npt.NDArray[Any]] = {
+        part: file.read(name) for part, name in names.items() if name in file.initializers
+    }
+    values["codes"], values["row_scale"] = values["codes"][:, rows], values["row_scale"][rows]
+    pointers = values["outlier_ptr"]
+    if len(pointers):
+        entries = slice(int(pointers[outputs.start]), int(pointers[outputs.stop]))
+        any_left = entries.start < entries.stop
+        values["outlier_ptr"] = (
+            pointers[outputs.start : outputs.stop + 1] - pointers[outputs.start] if any_left else pointers[:0]
+        )
+        for part in ("outlier_index", "outlier_value"):
+            values[part] = values[part][entries]
+    if len(values.get("bias", ())):
+        values["bias"] = values["bias"][rows]
+    # Of the node's own: the file's names stand for the whole tensors.
+    for position, part in enumerate(INPUTS):
+        if part in values:
+            own.input[position] = part
+    return own, [numpy_helper.from_array(np.ascontiguousarray(value), part) for part, value in values.items()]
+
+
+def _alone(file: OnnxFile, node: onnx.NodeProto, outputs: range) -> onnx.ModelProto:
+    """A model of one node, or of some of its outputs, with float32 activations and the file's tensors."""
+    stored = file.initializers
+    if len(outputs) < _attribute(node, "out_features"):
+        node, own = _part(file, node, outputs)
+        stored = {tensor.name: tensor for tensor in own}
     node_alone = onnx.NodeProto()
     node_alone.CopyFrom(node)
     kind = TensorProto.INT64 if node.op_type == "ClaqGather" else TensorProto.FLOAT
     initializers = []
     for position, name in enumerate(node.input):
         last = position == len(node.input) - 1
-        if last and (node.op_type == "ClaqGather" or name not in file.initializers):
+        if last and (node.op_type == "ClaqGather" or name not in stored):
             # What says the type of rows, or a bias that is computed: none here.
             node_alone.input[position] = "empty"
             initializers.append(helper.make_tensor("empty", TensorProto.FLOAT, [0], []))
         elif position:
-            if name not in file.initializers:
+            if name not in stored:
                 raise VerificationError(
                     f"input {name!r} of node {node.name!r} of {file.path} is not stored in the file"
                 )
-            initializers.append(file.initializers[name])
+            initializers.append(stored[name])
     graph = helper.make_graph(
         [node_alone],
         "layer",

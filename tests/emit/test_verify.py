@@ -19,6 +19,7 @@ from claq_export.errors import VerificationError
 from claq_export.kernels.native import native_available
 from claq_export.modules import ClaqLinear
 from claq_export.verify import INT8_TOLERANCE, Deviation, verify_artifact
+from claq_export.verify_layers import FOLDING_BYTES, layer_outputs
 
 NATIVE = native_available()
 needs_native = pytest.mark.skipif(not NATIVE[0], reason=NATIVE[1])
@@ -141,6 +142,18 @@ def test_a_large_file_is_verified_layer_by_layer(
     onnx.save(other, str(tmp_path / "wrong.onnx"))
     with pytest.raises(VerificationError, match=r"stock: layer 'layer' of .* deviates from claq-runtime by \d"):
         verify_artifact(tmp_path / "wrong.onnx", pair, SAMPLES, library=True)
+
+
+@needs_native
+def test_a_large_layer_runs_in_parts(written: tuple[Path, Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Path(pytest.importorskip("claq_runtime").library_path())
+    ((name, whole, _, _),) = layer_outputs(written[0], library)
+    monkeypatch.setattr("claq_export.verify_layers.PART_BYTES", FOLDING_BYTES * 64 * 5)
+    found = list(layer_outputs(written[0], library))
+    assert [part.shape for _, part, _, _ in found] == [(3, 5)] * 6 + [(3, 2)]
+    assert {other for other, *_ in found} == {name}
+    for parts in ([stock for _, stock, _, _ in found], [native for _, _, native, _ in found]):
+        np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=1e-5 * float(np.abs(whole).max()))
 
 
 def test_another_model_is_noticed(written: tuple[Path, Pair]) -> None:
