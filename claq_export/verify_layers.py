@@ -150,14 +150,11 @@ def _alone(file: OnnxFile, node: onnx.NodeProto, outputs: range) -> onnx.ModelPr
                     f"input {name!r} of node {node.name!r} of {file.path} is not stored in the file"
                 )
             initializers.append(stored[name])
+    shape: list[str | int | None] = [_ROWS] if kind == TensorProto.INT64 else [_ROWS, "features"]
     graph = helper.make_graph(
         [node_alone],
         "layer",
-        [
-            helper.make_tensor_value_info(
-                node.input[0], kind, [_ROWS, "features"][: 1 if kind == TensorProto.INT64 else 2]
-            )
-        ],
+        [helper.make_tensor_value_info(node.input[0], kind, shape)],
         [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)],
         # The same tensor may stand at two places, as zero-length ones do.
         list({tensor.name: tensor for tensor in initializers}.values()),
