@@ -149,7 +149,8 @@ class NodeWalk:
             source = linear.args[0]
             assert isinstance(source, fx.Node)
             weight = yield linear, _Inputs(self._values, source)
-            self._weights[linear] = self._present_weight(linear) if weight is None else self._here(weight)
+            with torch.no_grad():
+                self._weights[linear] = self._present_weight(linear) if weight is None else self._here(weight)
             del weight  # dense: it would stay in memory while the next layer is quantized
 
     # Not around the generator: what decorates one keeps the last value that was sent.
