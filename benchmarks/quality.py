@@ -467,6 +467,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, baseline: float) -> None:
             linewidth=2.6 if own else 1.2,
             markersize=7 if own else 5,
             color="black" if own else colours[number % 10],
+            linestyle="--" if own and number else "-",
+            markerfacecolor="white" if own and number else None,
             label=family,
             zorder=3 if own else 2,
         )
