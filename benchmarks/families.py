@@ -66,7 +66,7 @@ def attempt(family: Family, onnx: bool) -> dict[str, Any]:
             error = max(_difference(family, captured, module, one) for one in inputs)
             layers = len(Compilation(captured, Config(calibration="none"), ProgressReporter(quiet=True)).plan.sites)
             return {"layers": layers, "graph": error, "seconds": round(time.perf_counter() - start, 1)}
-        settings = Config(bits=4, calibration=[inputs[-1]], samples=4)
+        settings = Config(bits=4, calibration=[inputs[-1]], samples=4, accuracy="fp32")
         with tempfile.TemporaryDirectory() as folder:
             compilation, report = quantized_artifact(captured, Path(folder) / "model.onnx", inputs, settings)
     except ClaqError as error:

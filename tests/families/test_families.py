@@ -16,7 +16,7 @@ from claq_export.compiler import Compilation
 from claq_export.modules import replace_linears
 
 MAJOR = int(transformers.__version__.split(".")[0])
-SETTINGS = Config(bits=4, calibration="none")
+SETTINGS = Config(bits=4, calibration="none", accuracy="fp32")
 # What differs in operators: sliding windows, relative positions and cross-attention, convolutions and two towers.
 EMITTED = ("Gemma 3", "T5", "CLIP")
 
