@@ -179,32 +179,22 @@ def interleaved_k_quant(bench: Bench, name: str, weight: torch.Tensor, kind: str
     return Quantized(dense, result.bits)
 
 
-def claq(settings: LayerSettings, token_clip: float | None) -> Callable[[Bench], float]:
-    """claq's quantizer of single layers, each planned for itself, in the same walk as GPTQ."""
+def claq(settings: LayerSettings, token_clip: float | None, asymmetric: bool = False) -> Callable[[Bench], float]:
+    """claq's quantizer of single layers, each planned for itself, in the same walk as GPTQ.
 
-    def quantize(_: Any, weight: torch.Tensor, inputs: Sequence[torch.Tensor]) -> Quantized:
-        hessian = Hessian(weight.shape[1], token_clip=token_clip)
-        for x in inputs:
-            hessian.add(x)
-        result = quantize_layer(weight, hessian, settings)
-        return Quantized(result.layer.dequantize(), result.true_bits * weight.numel())
-
-    return lambda bench: bench.in_sequence(quantize)
-
-
-def asymmetric(settings: LayerSettings, token_clip: float | None) -> Callable[[Bench], float]:
-    """The same with asymmetric calibration: each layer matches what it gives in the unquantized model."""
+    ``asymmetric``: each layer matches what it gives in the unquantized model.
+    """
 
     def quantize(
-        _: Any, weight: torch.Tensor, inputs: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]
+        _: Any, weight: torch.Tensor, inputs: Sequence[torch.Tensor], originals: Sequence[torch.Tensor] | None = None
     ) -> Quantized:
         hessian = Hessian(weight.shape[1], token_clip=token_clip)
-        for x, original in zip(inputs, reference, strict=True):
+        for x, original in zip(inputs, originals or [None] * len(inputs), strict=True):
             hessian.add(x, reference=original)
         result = quantize_layer(weight, hessian, settings)
         return Quantized(result.layer.dequantize(), result.true_bits * weight.numel())
 
-    return lambda bench: bench.beside_the_original(quantize)
+    return lambda bench: bench.in_sequence(quantize, beside_the_original=asymmetric)
 
 
 def parts_of_the_method() -> list[Candidate]:
@@ -212,7 +202,13 @@ def parts_of_the_method() -> list[Candidate]:
     base = LayerSettings(bits=3)
     found = [
         Candidate("part-default", ABLATION, "defaults", claq(base, 2.0), {}),
-        Candidate("part-asymmetric", ABLATION, "asymmetric calibration", asymmetric(base, 2.0), {"asymmetric": True}),
+        Candidate(
+            "part-asymmetric",
+            ABLATION,
+            "asymmetric calibration",
+            claq(base, 2.0, asymmetric=True),
+            {"asymmetric": True},
+        ),
         Candidate(
             "part-no-clip", ABLATION, "tokens of huge norm count in full", claq(base, None), {"token_clip": None}
         ),

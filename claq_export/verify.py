@@ -168,7 +168,8 @@ def verify_artifact(
             compared = [[_array(tensor) for tensor in _call(exact, _in_float32(inputs))] for inputs in samples]
     library_file, note = _library(library)
 
-    memory = folding_bytes(onnx.load(str(path), load_external_data=False))
+    model = onnx.load(str(path), load_external_data=False)
+    memory = folding_bytes(model)
     by_layer = library_file is not None and memory > WHOLE_UP_TO
     sessions: dict[str, tuple[onnxruntime.InferenceSession, float]] = {}
     if not by_layer:
@@ -189,7 +190,7 @@ def verify_artifact(
         for name, dtype in zip(names, dtypes, strict=True)
     }
     given = usual if tolerance is None else dict.fromkeys(names, tolerance)
-    int8 = library_file is not None and _uses_int8(path)
+    int8 = library_file is not None and _uses_int8(model)
     rounded = int8 and library_tolerance is None and tolerance is None
     limits = {
         "stock": given,
@@ -350,10 +351,11 @@ def _session(path: Path, run: str, library: Path | None) -> tuple[onnxruntime.In
     return session, time.perf_counter() - start
 
 
-def _uses_int8(path: Path) -> bool:
-    nodes = onnx.load(str(path), load_external_data=False).graph.node
+def _uses_int8(model: onnx.ModelProto) -> bool:
     return any(
-        attribute.name == "accuracy_level" and attribute.i == 4 for node in nodes for attribute in node.attribute
+        attribute.name == "accuracy_level" and attribute.i == 4
+        for node in model.graph.node
+        for attribute in node.attribute
     )
 
 

@@ -125,26 +125,19 @@ class Bench:
             bits += result.bits
         return bits
 
-    def in_sequence(self, quantize: Callable[[Group, torch.Tensor, list[torch.Tensor]], Quantized]) -> float:
-        """Quantize group after group, each from the inputs that the quantized groups before it give; returns all
-        bits."""
-        self.restore()
-        bits = 0.0
-        for group, inputs in walk(self.model, self.calibration):
-            result = quantize(group, self.original[group.name], inputs)
-            group.assign(result.weight)
-            bits += result.bits
-        return bits
+    def in_sequence(self, quantize: Callable[..., Quantized], beside_the_original: bool = False) -> float:
+        """Quantize group after group, each from the inputs that the quantized groups before it give; returns all bits.
 
-    def beside_the_original(
-        self, quantize: Callable[[Group, torch.Tensor, list[torch.Tensor], list[torch.Tensor]], Quantized]
-    ) -> float:
-        """The same, with what the group reads in the unquantized model as well, the last argument."""
+        Args:
+            quantize: called with the group, its original weight and its inputs.
+            beside_the_original: it also wants what the group reads in the unquantized model, as its last argument.
+        """
         self.restore()
+        models = [self.model, copy.deepcopy(self.model)] if beside_the_original else [self.model]
         bits = 0.0
-        walks = walk(self.model, self.calibration), walk(copy.deepcopy(self.model), self.calibration)
-        for (group, inputs), (_, reference) in zip(*walks, strict=True):
-            result = quantize(group, self.original[group.name], inputs, reference)
+        for stops in zip(*(walk(model, self.calibration) for model in models), strict=True):
+            group = stops[0][0]
+            result = quantize(group, self.original[group.name], *(inputs for _, inputs in stops))
             group.assign(result.weight)
             bits += result.bits
         return bits
