@@ -175,6 +175,17 @@ def test_bench_always_starts_from_the_original(tmp_path):
     assert set(statistics) == set(bench.original)
     bench.in_sequence(lambda group, weight, inputs: gptq(weight, Inputs.of(inputs).hessian, 4, None))
     assert bench.evaluate().kl_mean < first.kl_mean
+    seen = []
+
+    def beside(group, weight, inputs, originals):
+        unquantized = Inputs.of(originals).hessian
+        torch.testing.assert_close(unquantized, statistics[group.name].hessian, rtol=1e-4, atol=1e-4)
+        seen.append(torch.equal(Inputs.of(inputs).hessian, unquantized))
+        return two_bits(group, weight)
+
+    bench.in_sequence(beside, beside_the_original=True)
+    assert seen[0]
+    assert not any(seen[1:])  # these read what quantized layers give
     bench.at_once(two_bits)
     assert bench.evaluate() == first
     assert all((value >= 0).all() for value in bench.fisher.values())
