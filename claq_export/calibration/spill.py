@@ -1,11 +1,13 @@
-"""Activations on disk: what a calibration walk holds past its memory budget goes to a scratch folder."""
+"""Activations on disk: what a calibration walk holds past its memory budget goes to a scratch file."""
 
 from __future__ import annotations
 
+import os
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import torch
 
@@ -30,56 +32,79 @@ def usual_budget(weight_bytes: int) -> int:
 
 
 class Spilled:
-    """A tensor in a file; its bytes are as they were."""
+    """A tensor in a spill's file; its bytes are as they were. Its place is free again when nothing refers to it."""
 
-    def __init__(self, path: Path, tensor: torch.Tensor) -> None:
-        self._path, self._shape, self._dtype = path, tensor.shape, tensor.dtype
-        dense = tensor.detach().contiguous()
-        with path.open("wb") as file:
-            file.write(memoryview(dense.flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    def __init__(self, spill: ActivationSpill, offset: int, tensor: torch.Tensor) -> None:
+        self._spill, self._offset, self._bytes = spill, offset, tensor.nbytes
+        self._shape, self._dtype = tensor.shape, tensor.dtype
 
     def read(self) -> torch.Tensor:
         """The tensor, in memory of its own."""
-        buffer = torch.empty(self._path.stat().st_size, dtype=torch.uint8)
-        with self._path.open("rb") as file:
-            file.readinto(memoryview(buffer.numpy()))  # type: ignore[arg-type]
+        buffer = torch.empty(self._bytes, dtype=torch.uint8)
+        self._spill.read(buffer, self._offset)
         return buffer.view(self._dtype).reshape(self._shape)
 
     def __del__(self) -> None:
-        self._path.unlink(missing_ok=True)
+        self._spill.free(self._offset, self._bytes)
 
 
 class ActivationSpill:
-    """A budget for the activations of all batches, and a folder for what exceeds it.
+    """A budget for the activations of all batches, and a file for what exceeds it.
+
+    The file has no name in its folder (``O_TMPFILE`` on Linux): when the ``with`` block ends, or the process is
+    killed, the operating system takes its space back.
 
     Args:
         budget: bytes of large tensors that may stay in memory.
-        folder: where the scratch folder is made; removed when the ``with`` block ends.
+        folder: on whose file system the file lies.
     """
 
     def __init__(self, budget: int, folder: Path) -> None:
         self.budget = budget
         self.spilled_bytes = 0
-        self._parent = folder
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self._count = 0
+        self._folder = folder
+        self._file: IO[bytes] | None = None
+        self._end = 0
+        self._free: defaultdict[int, list[int]] = defaultdict(list)  # places to use again, by their size in bytes
 
     def __enter__(self) -> Self:
-        self._scratch = tempfile.TemporaryDirectory(prefix="activations-", dir=self._parent)
+        self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._scratch is not None
-        self._scratch.cleanup()
+        assert self._file is not None
+        self._file.close()
 
     def put(self, tensor: torch.Tensor) -> Spilled:
         """Write a tensor."""
-        assert self._scratch is not None
-        self._count += 1
-        self.spilled_bytes += tensor.nbytes
-        return Spilled(Path(self._scratch.name) / f"{self._count}", tensor)
+        assert self._file is not None
+        data = memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        self.spilled_bytes += len(data)
+        # A walk writes few sizes many times over, so a place of the very size is all that is looked for.
+        places = self._free[len(data)]
+        offset = places.pop() if places else self._end
+        self._end = max(self._end, offset + len(data))
+        written = 0
+        while written < len(data):  # one call writes 2 GB at most
+            written += os.pwrite(self._file.fileno(), data[written:], offset + written)
+        return Spilled(self, offset, tensor)
+
+    def read(self, buffer: torch.Tensor, offset: int) -> None:
+        """Fill a tensor of bytes ``[n]`` from the file."""
+        assert self._file is not None
+        data = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        done = 0
+        while done < len(data):
+            read = os.preadv(self._file.fileno(), [data[done:]], offset + done)
+            if not read:
+                raise OSError("the file of spilled activations ends too early")
+            done += read
+
+    def free(self, offset: int, size: int) -> None:
+        """A place in the file may be used again."""
+        self._free[size].append(offset)
 
 
 def is_large(value: Any) -> bool:
