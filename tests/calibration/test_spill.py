@@ -16,8 +16,9 @@ def test_tensors_come_back_as_they_were(tmp_path):
         spilled = [spill.put(tensor) for tensor in tensors]
         for tensor, put in zip(reversed(tensors), reversed(spilled), strict=True):
             back = put.read()
-            assert back.dtype == tensor.dtype and back.shape == tensor.shape
-            assert torch.equal(back, tensor) or back.isnan().all() and tensor.isnan().all()
+            assert back.dtype == tensor.dtype
+            assert back.shape == tensor.shape
+            assert torch.equal(back, tensor) or (back.isnan().all() and tensor.isnan().all())
         assert spill.spilled_bytes == sum(tensor.nbytes for tensor in tensors)
 
 
