@@ -10,7 +10,8 @@ from claq_export.calibration.spill import ActivationSpill
 def test_tensors_come_back_as_they_were(tmp_path):
     with ActivationSpill(0, tmp_path) as spill:
         tensors = [
-            torch.randn(7, 33, dtype=dtype).t() for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+            torch.randn(7, 33, dtype=dtype).t()
+            for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
         ]
         tensors += [torch.arange(13), torch.tensor([True, False]), torch.tensor(float("nan"))]
         spilled = [spill.put(tensor) for tensor in tensors]
