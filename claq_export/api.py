@@ -30,7 +30,7 @@ from .format.files import check_writable
 from .modules import replace_linears
 from .passes import Skipped
 from .preflight import check as check_preflight
-from .preflight import peak_resident_bytes, return_freed_memory, trim_freed_memory
+from .process_memory import collect_garbage, peak_resident_bytes, return_freed_memory
 from .report import BudgetRecord, QualityRow, ReportData, write_report
 from .verify import VerificationReport, check_stored, verify_artifact
 
@@ -241,6 +241,7 @@ def export(
     if config.last_logits and not compilation.cached:
         raise ConfigError("last_logits is for language models with a key/value cache; this graph has none")
     compilation.memory, compilation.scratch = memory, out.parent
+    compilation.keep_dense = report is not None or config.tune is not None
     compilation.peers = peers = Peers.from_environment()
     if peers.size > 1:
         if memory is not None:
@@ -255,7 +256,7 @@ def export(
     compilation.seconds["capture"] = time.perf_counter() - start
     original_bytes = weight_bytes(module)
     del module
-    trim_freed_memory()
+    collect_garbage()
 
     if not compilation.plan.sites:
         reasons = "; ".join(f"{skipped.name}: {skipped.reason}" for skipped in compilation.plan.skipped[:5])
@@ -277,12 +278,12 @@ def export(
                 emit_captured(emitted, original_path)
         reporter.stage(f"quantizing {len(compilation.plan.sites)} layers")
         compilation.quantize(Path(work) if work is not None else None, resume)
-        trim_freed_memory()
+        collect_garbage()
         reporter.stage(f"writing {out}")
         artifact = _written_once(compilation, out)
         verification = None
         if verify:
-            trim_freed_memory()
+            collect_garbage()
             reporter.stage("verifying the artifact in ONNX Runtime")
             with compilation.timed("verification"):
                 exact = in_float32(emitted, captured) if emitted.dtype != torch.float32 else emitted

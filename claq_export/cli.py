@@ -225,7 +225,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens a sample (default: 128, for decoders 1024, or what the model takes)",
     )
-    data.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples that run at once (default: 8)")
+    data.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="samples that run at once (default: 8, of texts at most 4,096 tokens)",
+    )
     data.add_argument("--seed", type=int, default=0, help="of the draw of samples (default: 0)")
     model = parser.add_argument_group("model")
     model.add_argument(

@@ -45,7 +45,8 @@ from .format.checkpoint import quantized_stacks, save_checkpoint
 from .format.files import check_writable
 from .passes import Pass, PassContext, Pipeline, Plan, RemoveUnused, ReplaceLinears, planning_pipeline
 from .passes.select_linears import layer_name
-from .preflight import Preflight, predict_resources, trim_freed_memory
+from .preflight import Preflight, predict_resources
+from .process_memory import collect_garbage
 from .report import LayerRecord, layer_record
 from .sizing import Sizing
 
@@ -63,6 +64,8 @@ class Compilation:
         captured: the graph; it is rewritten in place.
         config: the settings.
         reporter: told of stages and layers.
+        keep_dense: keep the graph's unquantized weights after quantization (for tuning, records, comparisons); False: let go
+            of each with its layer.
         keep_records: collect what a report shows of each layer (histograms of columns need the original weights).
         peers: the processes that share calibration and quantization.
         memory: bytes of resident memory the run may take; None = what follows from the model's size.
@@ -81,6 +84,7 @@ class Compilation:
     store: LayerStore | None = None
     budget: Budget | None = None
     tuning: TuneResult | None = None
+    keep_dense: bool = True
     keep_records: bool = False
     memory: int | None = None
     scratch: Path | None = None
@@ -172,7 +176,7 @@ class Compilation:
         if self._file_plan is not None:
             release_weights(self.emitted, self._file_plan)  # nothing reads them from here on
         self._forget_dense_state()
-        trim_freed_memory()
+        collect_garbage()
         self.quantize_sites(work, resume)
         if self.config.tune is not None:
             self.tune()
@@ -182,7 +186,7 @@ class Compilation:
             self._lower()
 
     def quantize_sites(self, work: Path | None = None, resume: bool | None = None) -> None:
-        """Calibrate and quantize; the graph keeps its original weights.
+        """Calibrate and quantize; the graph keeps its original weights where ``keep_dense`` says so.
 
         Args:
             work: folder for finished layers, so that an interrupted run can go on; None = keep nothing.
@@ -224,6 +228,7 @@ class Compilation:
                 store=self.store,
                 walk=walk,
                 release=self.memory is not None,
+                keep_dense=self.keep_dense,
                 peers=self.peers,
                 token_importance=None if guide is None else guide.tokens,
             )

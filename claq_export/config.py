@@ -76,7 +76,8 @@ class Config:
             by sentence.
         sequence_length: tokens a sample; by default what the model takes, at most 128 for encoders and 1024 for
             decoders.
-        batch_size: calibration samples that run through an operator at once.
+        batch_size: calibration samples that run through an operator at once. None: 8, but of texts no more than have 4,096 tokens
+            together, because the widest values of a batch are in memory at the same time.
         seed: of every random draw.
         outliers: share of weights reserved at 16 bits, 0 to 0.1 (the paper's outlier reservation).
         reservation: how reserved weights are shared out over the columns: ``"fixed"``, ``"dynamic"`` or
@@ -119,7 +120,7 @@ class Config:
     calibration: str | Path | Iterable[Any] = DEFAULT_CALIBRATION
     samples: int | None = None
     sequence_length: int | None = None
-    batch_size: int = 8
+    batch_size: int | None = None
     seed: int = 0
     outliers: float = 0.0
     reservation: str = "dynamic"
@@ -155,9 +156,9 @@ class Config:
             raise ConfigError(f"exact_tokens must be a share of tokens from 0 to 0.1, got {self.exact_tokens!r}")
         if not 0 <= self.outliers <= 0.1:
             raise ConfigError(f"outliers must be a share of weights from 0 to 0.1, got {self.outliers!r}")
-        for name, optional in (("samples", True), ("batch_size", False)):
+        for name in ("samples", "batch_size"):
             value = getattr(self, name)
-            if not (value is None and optional) and (not isinstance(value, int) or value < 1):
+            if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
         if self.sequence_length is not None and self.sequence_length < 2:
             raise ConfigError(f"sequence_length must be at least 2, got {self.sequence_length!r}")

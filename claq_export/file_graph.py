@@ -11,11 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from .capture import CACHED_TASK, CapturedModel
 from .capture.precision import inputs_in_dtype
-from .deferred import is_deferred
 from .errors import CaptureError
 from .format.layer import TENSOR_NAMES, QuantizedLinear
 from .kernels import ops
@@ -85,17 +84,8 @@ def lower_file_graph(
 
 def release_weights(captured: CapturedModel, plan: Plan) -> None:
     """Let go of the dense weights that quantized layers will replace; shapes and dtypes stay."""
-    gm = captured.graph_module
     for site in plan.sites:
-        for node in (*site.nodes, *site.lookups):
-            source = node.args[1] if node in site.nodes else node.args[0]
-            assert isinstance(source, fx.Node)
-            weight = get_attribute(gm, str(source.target))
-            if is_deferred(weight):
-                continue
-            delete_attribute(gm, str(source.target))
-            hollow = weight.new_zeros(1).expand(weight.shape)
-            set_tensor(gm, str(source.target), nn.Parameter(hollow, requires_grad=False))
+        site.release_weight(captured.graph_module)
 
 
 def in_float32(captured: CapturedModel, exact: CapturedModel) -> CapturedModel:

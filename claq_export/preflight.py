@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import resource
 import shutil
 import time
 from collections.abc import Sequence
@@ -21,6 +18,7 @@ from .calibration.data import Batch
 from .deferred import is_deferred, logical_bytes, materialize
 from .errors import ConfigError, OutputError
 from .passes import LinearSite
+from .process_memory import resident_bytes
 from .sizing import PlannedLayer
 
 LAYER_BYTES_PER_WEIGHT = 9.5
@@ -49,7 +47,6 @@ EXPORTER_BYTES = 250 << 20
 """Grown by torch.export and the ONNX exporter themselves, seen on decoders of 20 layers."""
 
 _SAMPLE_COLUMNS = 32
-_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -142,38 +139,6 @@ def check(preflight: Preflight, limit: int, out: Path) -> None:
         raise OutputError(
             f"the run needs {_gigabytes(preflight.disk)} of disk for {str(out.parent)!r}, {_gigabytes(free)} are free"
         )
-
-
-def return_freed_memory() -> None:
-    """Let the C library give every freed block of a megabyte and more back to the operating system at once.
-
-    Left to itself glibc raises that size to 32 MB as such blocks are freed, and keeps what lies between blocks in use.
-    Other C libraries have no such setting and are left alone.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-
-
-def trim_freed_memory() -> None:
-    """Let the C library give back what is free in its heap now; one that is not glibc is left alone."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process now."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not Linux: the peak so far stands for it
-        return peak_resident_bytes()
-
-
-def peak_resident_bytes() -> int:
-    """The operating system's count of this process's largest resident memory so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _tokens(batches: Sequence[Batch] | None) -> int:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from .attributes import get_attribute
+from ..deferred import is_deferred
+from .attributes import delete_attribute, get_attribute, set_tensor
 
 LINEAR_ROLE, HEAD_ROLE, EMBEDDING_ROLE = "linear", "head", "embedding"
 
@@ -90,6 +91,22 @@ class LinearSite:
         value = get_attribute(gm, self.weight_target)
         assert isinstance(value, torch.Tensor)
         return value
+
+    def release_weight(self, gm: fx.GraphModule) -> None:
+        """Let go of the weight, unless others in the graph read it. One NaN, expanded, keeps its shape, dtype and device: what is
+        computed with it by mistake is seen."""
+        sources = {str(node.args[1].target) for node in self.nodes if isinstance(node.args[1], fx.Node)}
+        sources |= {str(node.args[0].target) for node in self.lookups if isinstance(node.args[0], fx.Node)}
+        own = {*self.nodes, *self.lookups}
+        for node in gm.graph.find_nodes(op="get_attr"):
+            if not own.issuperset(node.users):
+                sources.discard(str(node.target))
+        for source in sources:
+            weight = get_attribute(gm, source)
+            if not is_deferred(weight):
+                delete_attribute(gm, source)
+                nothing = weight.detach().new_full((1,), torch.nan).expand(weight.shape)
+                set_tensor(gm, source, torch.nn.Parameter(nothing, requires_grad=False))
 
     def bias(self, gm: fx.GraphModule) -> torch.Tensor | None:
         """The bias ``[N]`` of the first node, or None."""

@@ -15,10 +15,10 @@ SPILL_FROM = 1 << 16
 """Bytes from which a tensor is worth a file."""
 
 
-SHARE_OF_WEIGHTS = 0.5
+SHARE_OF_WEIGHTS = 0.25
 """Activations that stay in memory where nothing else is said, as a share of the model's weights in float32."""
 
-LEAST_BUDGET = 256 << 20
+LEAST_BUDGET = 128 << 20
 """The same in bytes at least: that much is nothing beside PyTorch itself."""
 
 

@@ -26,6 +26,7 @@ from ..errors import ClaqError
 from ..format.layer import QuantizedLinear
 from ..kernels import ops
 from ..passes import LinearSite
+from ..process_memory import trim_freed_memory
 from .data import Batch
 from .devices import Devices
 from .peers import Peers
@@ -78,6 +79,7 @@ class CalibrationStage:
             in the place of ``token_clip`` (:class:`~claq_export.calibration.sensitivity.Guidance`); None, or a site that is not
             in it or does not read one row a token: all alike, clipped. For a process alone.
         release: leave finished layers in ``store`` and keep stand-ins of their large tensors.
+        keep_dense: keep the graph's weights; False: let go of each when its layer is finished and no walk needs it.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class CalibrationStage:
         store: LayerStore | None = None,
         walk: WalkMaker = NodeWalk,
         release: bool = False,
+        keep_dense: bool = True,
         peers: Peers | None = None,
         token_importance: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
@@ -108,6 +111,7 @@ class CalibrationStage:
         self._reporter = reporter
         self._store = store
         self._release = release
+        self._keep_dense = keep_dense
         self._peers = peers or Peers()
         self._token_importance = dict(token_importance or {})
         self._readers: defaultdict[fx.Node, list[LinearSite]] = defaultdict(list)
@@ -192,9 +196,14 @@ class CalibrationStage:
     def _walk(self, batches: Sequence[Batch]) -> None:
         site_of = {node: site for site in self._sites for node in site.nodes}
         pooled = self._pool_shared_sites(batches)
+        # From here on there is no walk with the unquantized weights.
+        for done in self._finished.values():
+            self._release_dense(done.site)
         for site in self._sites:
             if site.lookups and site.name not in self._finished and self._restore(site) is None:
                 self._quantize_together([(site, pooled.pop(site.name))])
+            if site.lookups:
+                self._release_dense(site)
         hessians: dict[fx.Node, Hessian] = {}
         readers = self._readers_left()
 
@@ -220,6 +229,7 @@ class CalibrationStage:
             if not readers[source]:
                 # K x K floats a value: not to be kept for the rest of the walk.
                 hessians.pop(source, None)
+            self._release_dense(site)
             return materialize_layer(self._finished[site.name].layer).dequantize()
 
         lookups = {node: self._rows_of(site) for site in self._sites for node in site.lookups}
@@ -247,6 +257,10 @@ class CalibrationStage:
         arguments = (*layer.tensors().values(), like, layer.in_features, layer.out_features, list(layer.columns))
         # The tensors stay in the host's memory, wherever the walk is.
         return lambda indices: ops.embedding(indices.cpu(), *arguments).to(indices.device)
+
+    def _release_dense(self, site: LinearSite) -> None:
+        if not self._keep_dense:
+            site.release_weight(self._module)
 
     def _readers_left(self) -> dict[fx.Node, int]:
         return {source: len(sites) for source, sites in self._readers.items()}
@@ -358,6 +372,7 @@ class CalibrationStage:
         """Quantize layers that do not depend on one another, on all devices; with peers each takes its share and hands it
         round."""
         peers = self._peers
+        trim_freed_memory()
 
         def quantize(
             item: tuple[LinearSite, Hessian | None], device: torch.device

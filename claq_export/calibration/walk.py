@@ -21,6 +21,7 @@ from torch import fx
 from ..deferred import is_deferred, materialize
 from ..errors import CalibrationError
 from ..passes.attributes import get_attribute
+from ..process_memory import trim_freed_memory
 from .data import Batch
 from .operators import faster
 from .spill import ActivationSpill, Spilled, is_large
@@ -148,6 +149,7 @@ class NodeWalk:
             self._run_batches(nodes)
             source = linear.args[0]
             assert isinstance(source, fx.Node)
+            trim_freed_memory()  # of blocks between activations that stay: they add up to hundreds of megabytes
             weight = yield linear, _Inputs(self._values, source)
             with torch.no_grad():
                 self._weights[linear] = self._present_weight(linear) if weight is None else self._here(weight)
@@ -222,9 +224,13 @@ class NodeWalk:
         if node.op == "placeholder":
             return self._here(self._batches[index][self._input_name[node]])
         if node.op == "get_attr":
-            # The weights of the linears where the walk stops are read there, once, and not for every batch.
-            only_for_stops = all(user in self._linears and user.args[1] is node for user in node.users)
-            return self._stored(node) if only_for_stops else self._here(materialize(self._stored(node)))
+            # The weights of the linears where the walk stops are read there, once, and not for every batch; those of tables
+            # whose rows come from elsewhere never.
+            unread = all(
+                (user in self._linears and user.args[1] is node) or (user in self._lookups and user.args[0] is node)
+                for user in node.users
+            )
+            return self._stored(node) if unread else self._here(materialize(self._stored(node)))
         args, kwargs = self._arguments(node, index)
         if node in self._lookups:
             return self._here(self._lookups[node](args[1]))

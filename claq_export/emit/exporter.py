@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import re
 import warnings
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
@@ -104,32 +107,33 @@ def emit_onnx(
     with _quiet_exporter():
         program = _exported_program(model, example_inputs, axes)
         graph = _translate(program)
-    _tidy(graph)
-    _name_inputs(graph, list(example_inputs))
-    if input_names is not None:
-        axes = {new: axes.get(old, {}) for old, new in zip(example_inputs, input_names, strict=True)}
-        _name_inputs(graph, list(input_names))
-    _name_outputs(graph, output_names)
-    _name_axes(graph, axes)
-    layers = _name_layers(graph)
-    graph.producer_name, graph.producer_version = "claq-export", claq_export.__version__
-    decoder = settle_decoder(graph)
-    graph.ir_version = DECODER_IR_VERSION if decoder else IR_VERSION
-    graph.metadata_props.clear()
-    graph.metadata_props.update({key: metadata[key] for key in sorted(metadata)} if metadata else {})
-    functions = functions_of(node.op_type for node in graph.graph if node.domain == DOMAIN)
-    if decoder:
-        for function in functions:
-            _set_opset(function, graph.opset_imports[""])
-    files = write_model(graph, functions, path)
-    return Artifact(
-        path=path,
-        files=tuple(files),
-        bytes=sum(file.stat().st_size for file in files),
-        inputs=tuple(value.name or "" for value in graph.graph.inputs),
-        outputs=tuple(value.name or "" for value in graph.graph.outputs),
-        layers=tuple(layers),
-    )
+    with _released(graph):
+        _tidy(graph)
+        _name_inputs(graph, list(example_inputs))
+        if input_names is not None:
+            axes = {new: axes.get(old, {}) for old, new in zip(example_inputs, input_names, strict=True)}
+            _name_inputs(graph, list(input_names))
+        _name_outputs(graph, output_names)
+        _name_axes(graph, axes)
+        layers = _name_layers(graph)
+        graph.producer_name, graph.producer_version = "claq-export", claq_export.__version__
+        decoder = settle_decoder(graph)
+        graph.ir_version = DECODER_IR_VERSION if decoder else IR_VERSION
+        graph.metadata_props.clear()
+        graph.metadata_props.update({key: metadata[key] for key in sorted(metadata)} if metadata else {})
+        functions = functions_of(node.op_type for node in graph.graph if node.domain == DOMAIN)
+        if decoder:
+            for function in functions:
+                _set_opset(function, graph.opset_imports[""])
+        files = write_model(graph, functions, path)
+        return Artifact(
+            path=path,
+            files=tuple(files),
+            bytes=sum(file.stat().st_size for file in files),
+            inputs=tuple(value.name or "" for value in graph.graph.inputs),
+            outputs=tuple(value.name or "" for value in graph.graph.outputs),
+            layers=tuple(layers),
+        )
 
 
 def _set_opset(function: onnx.FunctionProto, version: int) -> None:
@@ -137,6 +141,18 @@ def _set_opset(function: onnx.FunctionProto, version: int) -> None:
     for entry in function.opset_import:
         if entry.domain == "":
             entry.version = version
+
+
+@contextlib.contextmanager
+def _released(model: ir.Model) -> Iterator[None]:
+    """Let go of the model's tensors in the end: onnxscript's rewrite rules, which live as long as the process, keep the graph
+    they were tried on last, with all its weights."""
+    translated = list(model.graph.initializers.values())
+    try:
+        yield
+    finally:
+        for value in (*translated, *model.graph.initializers.values()):
+            value.const_value = None
 
 
 @contextlib.contextmanager
@@ -250,16 +266,21 @@ def _store_equal_tensors_once(model: ir.Model) -> None:
         tensor = value.const_value
         if tensor is None or tensor.size <= FOLD_LIMIT or is_deferred(getattr(tensor, "raw", None)):
             continue
-        content = tensor.tobytes()
-        key = (tensor.dtype, tuple(tensor.shape), hash(content))
+        content = _bytes_of(tensor)
+        key = (tensor.dtype, tuple(tensor.shape), hashlib.sha256(content.data).digest())
         for other in seen.setdefault(key, []):
             assert other.const_value is not None
-            if other.const_value.tobytes() == content:
+            if np.array_equal(_bytes_of(other.const_value), content):
                 value.replace_all_uses_with(other)
                 del model.graph.initializers[value.name]  # type: ignore[arg-type]
                 break
         else:
             seen[key].append(value)
+
+
+def _bytes_of(tensor: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
+    """A tensor's bytes, not copied where its memory allows it."""
+    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:

@@ -14,7 +14,8 @@ import torch
 from torch import fx
 from claq_export.algorithm import Hessian, LayerSettings, quantize_layer
 from claq_export.passes.plan import LinearSite
-from claq_export.preflight import layer_bytes, resident_bytes, return_freed_memory
+from claq_export.preflight import layer_bytes
+from claq_export.process_memory import resident_bytes, return_freed_memory
 
 torch.set_num_threads(1)
 return_freed_memory()

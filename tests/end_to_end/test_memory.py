@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_llama, sentences, shard
 
 import claq_export
-from claq_export import deferred, preflight
+from claq_export import api, deferred, preflight
 from claq_export.calibration import spill
 from claq_export.calibration.spill import ActivationSpill
 from claq_export.capture import load_pretrained
+from claq_export.compiler import Compilation
 from claq_export.errors import ConfigError, ModelError, OutputError
 from claq_export.format.safetensors_writer import write_safetensors
 
@@ -75,6 +76,44 @@ def test_without_a_limit_activations_past_a_share_of_the_weights_go_to_disk(tmp_
     same_artifacts(tmp_path / "memory", tmp_path / "disk")  # and nothing else lies there
     # Three batches stand at seven linears, in front of four of them with a residual stream that was written once for two.
     assert 3 * 7 <= counts["put"] < counts["read"]
+
+
+def tensors_in_memory() -> list[torch.Tensor]:
+    gc.collect()
+    return [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
+
+
+def dense_bytes(shapes: set[tuple[int, ...]], known: list[torch.Tensor]) -> int:
+    """Bytes of all tensors in memory that have one of the shapes; without those known and expanded single numbers."""
+    storages = {}
+    old = {tensor.untyped_storage().data_ptr() for tensor in known}
+    for found in tensors_in_memory():
+        storage = found.untyped_storage()
+        if tuple(found.shape) in shapes and storage.data_ptr() not in old and storage.nbytes() > found.element_size():
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def test_dense_weights_are_in_memory_once_and_gone_after_quantization(tmp_path, monkeypatch):
+    """Stacks of siblings replace the weights they are made of; no module, exported program or ONNX graph holds others."""
+    source = save_tiny_llama(tmp_path / "model")
+    weights = [tensor for name, tensor in load_file(source / "model.safetensors").items() if "proj" in name]
+    shapes = {tuple(weight.shape) for weight in weights} | {(128, 64), (344, 64)}  # q + k + v, gate + up
+    once = sum(4 * weight.numel() for weight in weights)
+    del weights
+    before = tensors_in_memory()  # kept, so that no new tensor has the address of an old one
+    seen = {}
+    quantize, verify = Compilation.quantize_sites, api.verify_artifact
+
+    def measured(name, function, *arguments, **named):
+        seen[name] = dense_bytes(shapes, before)
+        return function(*arguments, **named)
+
+    monkeypatch.setattr(Compilation, "quantize_sites", lambda *args: measured("quantization", quantize, *args))
+    monkeypatch.setattr(api, "verify_artifact", lambda *args, **named: measured("verification", verify, *args, **named))
+    config = claq_export.Config(calibration=sentences(40), samples=6, sequence_length=32)
+    claq_export.export(source, out=tmp_path / "out" / "model.onnx", config=config)
+    assert seen == {"quantization": once, "verification": 0}
 
 
 def test_too_little_memory_is_refused_with_numbers_before_any_work(tmp_path):
