@@ -112,6 +112,8 @@ def build_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # A session's idle threads spin for a while; here the next session would find its cores taken.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     claq_runtime.register(options)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session, sum(array.nbytes for array in tensors.values())
