@@ -127,6 +127,11 @@ def layers_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [event for event in events if event["event"] == "layer"]
 
 
+def has_ended(child: int) -> bool:
+    """Whether a child process has ended; what the system measured of it is still to be had."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def export(
     folder: Path,
     memory: str,
@@ -144,11 +149,11 @@ def export(
     child = start_export(folder, folder / out / "model.onnx", memory, options, log, address_space)
     if kill_after_seconds is not None:
         time.sleep(kill_after_seconds)
-        child.send_signal(signal.SIGKILL)  # nothing happens to one that has ended
-    while kill_after_layers is not None and child.poll() is None:
+        os.kill(child.pid, signal.SIGKILL)  # nothing happens to one that has ended
+    while kill_after_layers is not None and not has_ended(child.pid):
         time.sleep(1)
         if len(layers_of(read_log(log))) >= kill_after_layers:
-            child.send_signal(signal.SIGKILL)
+            os.kill(child.pid, signal.SIGKILL)
             break
     _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - start
