@@ -39,7 +39,7 @@ from .emit.companions import copy_companions, declare_quantized
 from .emit.exporter import Artifact, emit_onnx
 from .emit.genai import write_genai_config
 from .errors import CalibrationError, ConfigError
-from .file_graph import lower_file_graph, plan_file_graph, release_weights
+from .file_graph import lower_file_graph, plan_file_graph, release_weights, share_stacked_weights
 from .format import metadata
 from .format.checkpoint import quantized_stacks, save_checkpoint
 from .format.files import check_writable
@@ -123,6 +123,10 @@ class Compilation:
                         fuse=self.config.opset >= DECODER_OPSET,
                         last_logits=self.config.last_logits,
                     )
+                    share_stacked_weights(
+                        self.captured.file_graph, self._file_plan, context.plan, self.captured.graph_module
+                    )
+                self._forget_dense_state(context.plan)
         assert self._context.plan is not None
         return self._context.plan
 
@@ -175,7 +179,6 @@ class Compilation:
         """
         if self._file_plan is not None:
             release_weights(self.emitted, self._file_plan)  # nothing reads them from here on
-        self._forget_dense_state()
         collect_garbage()
         self.quantize_sites(work, resume)
         if self.config.tune is not None:
@@ -340,14 +343,14 @@ class Compilation:
             kind=done.site.kind,
         )
 
-    def _forget_dense_state(self) -> None:
+    def _forget_dense_state(self, plan: Plan) -> None:
         """Drop what the checkpoint leaves out anyway: the graph alone keeps the weights that are to be quantized."""
-        for site in self.plan.sites:
+        for site in plan.sites:
             for part, _ in site.parts:
                 for name in (part, f"{part}.weight"):
                     for tied in (name, *self.captured.aliases.get(name, ())):
                         self.state.pop(tied, None)
-        for stack in quantized_stacks(self.state, {part for site in self.plan.sites for part, _ in site.parts}):
+        for stack in quantized_stacks(self.state, {part for site in plan.sites for part, _ in site.parts}):
             del self.state[stack]
 
     def _lower(self) -> None:

@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from .capture import CACHED_TASK, CapturedModel
 from .capture.precision import inputs_in_dtype
+from .deferred import is_deferred
 from .errors import CaptureError
 from .format.layer import TENSOR_NAMES, QuantizedLinear
 from .kernels import ops
@@ -80,6 +81,27 @@ def lower_file_graph(
     sizes = {site.name: site.out_features for site in plan.sites}
     _check_same({name: layer.out_features for name, layer in layers.items()}, sizes, captured.task == CACHED_TASK)
     Pipeline([ReplaceLinears(layers, accuracy_level), RemoveUnused()]).run(captured.graph_module, context)
+
+
+def share_stacked_weights(captured: CapturedModel, own: Plan, plan: Plan, graph_module: fx.GraphModule) -> None:
+    """Let the file's graph read its weights from the stacks that were made of them, so that each is in memory once.
+
+    Args:
+        captured: the file's graph.
+        own: its plan, nothing stacked.
+        plan: of the graph that is quantized.
+        graph_module: that graph.
+    """
+    sites = {site.name: site for site in own.sites}
+    for stack in plan.sites:
+        weight = stack.weight(graph_module)
+        if len(stack.parts) == 1 or is_deferred(weight) or stack.dtype != captured.dtype:
+            continue
+        rows = weight.detach().split([size for _, size in stack.parts])
+        for (part, _), some in zip(stack.parts, rows, strict=True):
+            target = sites[part].weight_target
+            delete_attribute(captured.graph_module, target)
+            set_tensor(captured.graph_module, target, nn.Parameter(some, requires_grad=False))
 
 
 def release_weights(captured: CapturedModel, plan: Plan) -> None:

@@ -103,17 +103,18 @@ def test_dense_weights_are_in_memory_once_and_gone_after_quantization(tmp_path, 
     del weights
     before = tensors_in_memory()  # kept, so that no new tensor has the address of an old one
     seen = {}
-    quantize, verify = Compilation.quantize_sites, api.verify_artifact
+    emit, quantize, verify = api.emit_captured, Compilation.quantize_sites, api.verify_artifact
 
     def measured(name, function, *arguments, **named):
         seen[name] = dense_bytes(shapes, before)
         return function(*arguments, **named)
 
+    monkeypatch.setattr(api, "emit_captured", lambda *args: measured("the original's emission", emit, *args))
     monkeypatch.setattr(Compilation, "quantize_sites", lambda *args: measured("quantization", quantize, *args))
     monkeypatch.setattr(api, "verify_artifact", lambda *args, **named: measured("verification", verify, *args, **named))
     config = claq_export.Config(calibration=sentences(40), samples=6, sequence_length=32)
     claq_export.export(source, out=tmp_path / "out" / "model.onnx", config=config)
-    assert seen == {"quantization": once, "verification": 0}
+    assert seen == {"the original's emission": once, "quantization": once, "verification": 0}
 
 
 def test_too_little_memory_is_refused_with_numbers_before_any_work(tmp_path):
