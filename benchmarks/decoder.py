@@ -34,6 +34,7 @@ import claq_export
 import claq_runtime
 from claq_export.format.checkpoint import load_checkpoint
 from claq_export.generation import Generator
+from claq_export.modules import ClaqLinear
 
 BLOCK = 32
 
@@ -100,13 +101,17 @@ def as_nbits(folder: Path, target: Path) -> Path:
 
 
 def torch_model(folder: Path) -> Any:
-    """The artifact's quantized model in PyTorch."""
+    """The artifact's quantized model in PyTorch, in float32 arithmetic whatever the artifact asks for."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    return claq_export.load(folder, AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
+    model = claq_export.load(folder, AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
+    for module in model.modules():
+        if isinstance(module, ClaqLinear):
+            module.accuracy_level = 0
+    return model
 
 
 def agreement(folder: Path, prompt: list[int], count: int, threads: int) -> dict[str, Any]:
