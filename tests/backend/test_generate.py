@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from backend_models import compiled, store_of
+from torch._inductor.exc import InductorError
 
 import claq_export
 from claq_export import Config
@@ -102,8 +103,24 @@ def test_inductor_generates_the_same_tokens() -> None:
     for fallback in ("eager", "inductor"):
         model = stories(2)
         model.forward = compiled(model.forward, calibration="none", fallback=fallback)
-        tokens.append(greedy(model))
+        try:
+            tokens.append(greedy(model))
+        except InductorError as error:
+            assert fallback == "inductor"
+            skip_if_inductor_alone_fails(error)
+            raise
     assert tokens[0] == tokens[1]
+
+
+def skip_if_inductor_alone_fails(error: InductorError) -> None:
+    """torch 2.11 writes C++ for the attention of this model that no compiler takes, with and without claq."""
+    torch._dynamo.reset()
+    model = stories(2)
+    model.forward = torch.compile(model.forward, backend="inductor")
+    try:
+        greedy(model)
+    except InductorError:
+        pytest.skip(f"Inductor of torch {torch.__version__} alone cannot compile the model: {type(error).__name__}")
 
 
 def test_the_example_runs(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
