@@ -168,7 +168,11 @@ def export(
         "layers": len(layers),
         "layers_resumed": sum(bool(event.get("restored")) for event in layers),
         "steps": next((e for e in events if e["event"] == "time"), None),
-        "stages": [{"seconds": e["seconds"], "message": e["message"]} for e in events if e["event"] == "stage"],
+        "stages": [
+            {"seconds": event["seconds"], "message": event["message"].replace(f"{folder}/", "")}
+            for event in events
+            if event["event"] == "stage"
+        ],
         "disk_bytes": sum(path.stat().st_size for path in (folder / out).rglob("*") if path.is_file()),
     }
     return found
