@@ -204,7 +204,7 @@ def generate(folder: Path, tokens: int) -> dict[str, Any]:
     from claq_export.generation import Generator
 
     start = time.perf_counter()
-    generator = Generator(folder / "model.onnx", claq_runtime.library_path(), threads=2)
+    generator = Generator(folder / "model.onnx", Path(claq_runtime.library_path()), threads=2)
     loaded = time.perf_counter() - start
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     new, past, length, made = [5, 7, 11, 13], generator.empty_cache(), 0, []
