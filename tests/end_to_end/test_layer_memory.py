@@ -60,5 +60,6 @@ def test_a_layer_takes_what_was_predicted() -> None:
         command = [sys.executable, "-c", MEASURE, json.dumps(case)]
         output = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True).stdout
         predicted, measured = json.loads(output)
-        assert measured <= 1.05 * predicted, name
+        # Some megabytes are pages of libraries that a case is the first to use, more or fewer from run to run.
+        assert measured <= 1.05 * predicted + (8 << 20), name
         assert measured >= 0.5 * predicted, name
