@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--bits", type=float, default=3)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, help="default: as claq-export chooses")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--include", action="append", default=[], metavar="PATTERN", help="only layers that match")
     parser.add_argument("--note", default="", help="said about the run in the table, for example: busy machine")

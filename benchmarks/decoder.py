@@ -35,6 +35,7 @@ import claq_runtime
 from claq_export.format.checkpoint import load_checkpoint
 from claq_export.generation import Generator
 from claq_export.modules import ClaqLinear
+from claq_export.onnx_session import float32_arithmetic
 
 BLOCK = 32
 
@@ -117,9 +118,8 @@ def torch_model(folder: Path) -> Any:
 def agreement(folder: Path, prompt: list[int], count: int, threads: int) -> dict[str, Any]:
     """Greedy tokens and logits of ONNX Runtime with claq-runtime in float32 against the quantized PyTorch model."""
     model = torch_model(folder)
-    os.environ["CLAQ_ACCURACY"] = "fp32"  # read when the session is created
-    generator = Generator(folder, Path(claq_runtime.library_path()), threads)
-    del os.environ["CLAQ_ACCURACY"]
+    with float32_arithmetic():
+        generator = Generator(folder, Path(claq_runtime.library_path()), threads)
     ids = torch.tensor([prompt])
     with torch.no_grad():
         wanted = model.generate(

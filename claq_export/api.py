@@ -241,7 +241,6 @@ def export(
     if config.last_logits and not compilation.cached:
         raise ConfigError("last_logits is for language models with a key/value cache; this graph has none")
     compilation.memory, compilation.scratch = memory, out.parent
-    compilation.keep_dense = report is not None or config.tune is not None
     compilation.peers = peers = Peers.from_environment()
     if peers.size > 1:
         if memory is not None:

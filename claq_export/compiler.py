@@ -64,8 +64,6 @@ class Compilation:
         captured: the graph; it is rewritten in place.
         config: the settings.
         reporter: told of stages and layers.
-        keep_dense: keep the graph's unquantized weights after quantization (for tuning, records, comparisons); False: let go
-            of each with its layer.
         keep_records: collect what a report shows of each layer (histograms of columns need the original weights).
         peers: the processes that share calibration and quantization.
         memory: bytes of resident memory the run may take; None = what follows from the model's size.
@@ -84,7 +82,6 @@ class Compilation:
     store: LayerStore | None = None
     budget: Budget | None = None
     tuning: TuneResult | None = None
-    keep_dense: bool = True
     keep_records: bool = False
     memory: int | None = None
     scratch: Path | None = None
@@ -180,7 +177,7 @@ class Compilation:
         if self._file_plan is not None:
             release_weights(self.emitted, self._file_plan)  # nothing reads them from here on
         collect_garbage()
-        self.quantize_sites(work, resume)
+        self.quantize_sites(work, resume, keep_dense=self.keep_records or self.config.tune is not None)
         if self.config.tune is not None:
             self.tune()
         if self.keep_records:
@@ -188,12 +185,14 @@ class Compilation:
         with self.timed("passes"):
             self._lower()
 
-    def quantize_sites(self, work: Path | None = None, resume: bool | None = None) -> None:
-        """Calibrate and quantize; the graph keeps its original weights where ``keep_dense`` says so.
+    def quantize_sites(self, work: Path | None = None, resume: bool | None = None, *, keep_dense: bool = True) -> None:
+        """Calibrate and quantize; nothing is lowered.
 
         Args:
             work: folder for finished layers, so that an interrupted run can go on; None = keep nothing.
             resume: False: discard a ``work`` folder of another run; otherwise it is refused, and what changed named.
+            keep_dense: keep the graph's unquantized weights (for tuning, records, comparisons); False: let go of each with
+                its layer.
         """
         plan = self.plan
         if self.config.budgeted:
@@ -231,7 +230,7 @@ class Compilation:
                 store=self.store,
                 walk=walk,
                 release=self.memory is not None,
-                keep_dense=self.keep_dense,
+                keep_dense=keep_dense,
                 peers=self.peers,
                 token_importance=None if guide is None else guide.tokens,
             )

@@ -30,7 +30,7 @@ from .passes import (
     ReplaceLinears,
     decoder_pipeline,
 )
-from .passes.attributes import delete_attribute, get_attribute, set_tensor
+from .passes.attributes import get_attribute, replace_tensor
 
 
 def plan_file_graph(
@@ -99,9 +99,8 @@ def share_stacked_weights(captured: CapturedModel, own: Plan, plan: Plan, graph_
             continue
         rows = weight.detach().split([size for _, size in stack.parts])
         for (part, _), some in zip(stack.parts, rows, strict=True):
-            target = sites[part].weight_target
-            delete_attribute(captured.graph_module, target)
-            set_tensor(captured.graph_module, target, nn.Parameter(some, requires_grad=False))
+            weight = nn.Parameter(some, requires_grad=False)
+            replace_tensor(captured.graph_module, sites[part].weight_target, weight)
 
 
 def release_weights(captured: CapturedModel, plan: Plan) -> None:
@@ -129,8 +128,7 @@ def in_float32(captured: CapturedModel, exact: CapturedModel) -> CapturedModel:
             continue
         original = originals.get(target)
         same = original is not None and original.shape == tensor.shape and torch.equal(original.to(dtype), tensor)
-        delete_attribute(wide, target)
-        set_tensor(wide, target, original.detach() if same and original is not None else tensor.detach().float())
+        replace_tensor(wide, target, original.detach() if same and original is not None else tensor.detach().float())
     for node in graph.nodes:
         node.args, node.kwargs = _map_dtype(node.args, dtype), _map_dtype(node.kwargs, dtype)
     wide.recompile()

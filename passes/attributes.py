@@ -64,6 +64,12 @@ def delete_attribute(gm: nn.Module, target: str) -> None:
         delattr(owners[depth - 1], path[depth - 1])
 
 
+def replace_tensor(gm: nn.Module, target: str, tensor: torch.Tensor) -> None:
+    """Put a parameter (as given) or else a buffer in the place of what is under a dotted name."""
+    delete_attribute(gm, target)
+    set_tensor(gm, target, tensor)
+
+
 def free_name(gm: nn.Module, target: str) -> str:
     """``target``, or ``target`` with the first number that makes it unused."""
     candidate, number = target, 2

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..deferred import is_deferred
-from .attributes import delete_attribute, get_attribute, set_tensor
+from .attributes import get_attribute, replace_tensor
 
 LINEAR_ROLE, HEAD_ROLE, EMBEDDING_ROLE = "linear", "head", "embedding"
 
@@ -104,9 +104,8 @@ class LinearSite:
         for source in sources:
             weight = get_attribute(gm, source)
             if not is_deferred(weight):
-                delete_attribute(gm, source)
                 nothing = weight.detach().new_full((1,), torch.nan).expand(weight.shape)
-                set_tensor(gm, source, torch.nn.Parameter(nothing, requires_grad=False))
+                replace_tensor(gm, source, torch.nn.Parameter(nothing, requires_grad=False))
 
     def bias(self, gm: fx.GraphModule) -> torch.Tensor | None:
         """The bias ``[N]`` of the first node, or None."""

@@ -25,8 +25,8 @@ from .data import (
 
 DEFAULT_TEXT = Path(__file__).parent / "texts" / "state_of_the_union.txt"
 
-_SAMPLES_AT_ONCE = 8
-_TOKENS_AT_ONCE = 4096
+_SAMPLES_A_BATCH = 8
+_TOKENS_A_BATCH = 4096
 """Most samples, and of texts most tokens, in a batch where nothing else is said."""
 
 _TEXTS_A_SAMPLE = 100
@@ -81,7 +81,7 @@ def _load(captured: CapturedModel, config: Config) -> list[Batch]:
     if Path(source).suffix.lower() == ".npz":
         rows = read_arrays(source, captured.input_names, samples, config.seed)
         batches = batches_from_iterable(rows, captured.input_names, captured.example_inputs, samples)
-        return group_equal_shapes(batches, config.batch_size or _SAMPLES_AT_ONCE)
+        return group_equal_shapes(batches, config.batch_size or _SAMPLES_A_BATCH)
     if "input_ids" not in captured.input_names:
         raise CalibrationError(
             f"the model reads {', '.join(captured.input_names)}, which no text can give; calibrate it with a .npz file (an "
@@ -121,4 +121,4 @@ def _batches_of_texts(texts: Iterable[str], captured: CapturedModel, config: Con
         seed=config.seed,
         whole_documents=captured.task != "text-generation",
     )
-    return group_equal_shapes(samples, config.batch_size or max(1, min(_SAMPLES_AT_ONCE, _TOKENS_AT_ONCE // length)))
+    return group_equal_shapes(samples, config.batch_size or max(1, min(_SAMPLES_A_BATCH, _TOKENS_A_BATCH // length)))

@@ -196,14 +196,12 @@ class CalibrationStage:
     def _walk(self, batches: Sequence[Batch]) -> None:
         site_of = {node: site for site in self._sites for node in site.nodes}
         pooled = self._pool_shared_sites(batches)
-        # From here on there is no walk with the unquantized weights.
-        for done in self._finished.values():
-            self._release_dense(done.site)
         for site in self._sites:
             if site.lookups and site.name not in self._finished and self._restore(site) is None:
                 self._quantize_together([(site, pooled.pop(site.name))])
-            if site.lookups:
-                self._release_dense(site)
+        # From here on there is no walk with the unquantized weights.
+        for done in self._finished.values():
+            self._release_dense(done.site)
         hessians: dict[fx.Node, Hessian] = {}
         readers = self._readers_left()
 

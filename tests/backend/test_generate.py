@@ -105,14 +105,14 @@ def test_inductor_generates_the_same_tokens() -> None:
         model.forward = compiled(model.forward, calibration="none", fallback=fallback)
         try:
             tokens.append(greedy(model))
-        except InductorError as error:
+        except InductorError:
             assert fallback == "inductor"
-            skip_if_inductor_alone_fails(error)
+            skip_if_inductor_alone_fails()
             raise
     assert tokens[0] == tokens[1]
 
 
-def skip_if_inductor_alone_fails(error: InductorError) -> None:
+def skip_if_inductor_alone_fails() -> None:
     """torch 2.11 writes C++ for the attention of this model that no compiler takes, with and without claq."""
     torch._dynamo.reset()
     model = stories(2)
@@ -120,7 +120,7 @@ def skip_if_inductor_alone_fails(error: InductorError) -> None:
     try:
         greedy(model)
     except InductorError:
-        pytest.skip(f"Inductor of torch {torch.__version__} alone cannot compile the model: {type(error).__name__}")
+        pytest.skip(f"Inductor of torch {torch.__version__} alone cannot compile the model")
 
 
 def test_the_example_runs(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

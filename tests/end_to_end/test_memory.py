@@ -110,7 +110,9 @@ def test_dense_weights_are_in_memory_once_and_gone_after_quantization(tmp_path, 
         return function(*arguments, **named)
 
     monkeypatch.setattr(api, "emit_captured", lambda *args: measured("the original's emission", emit, *args))
-    monkeypatch.setattr(Compilation, "quantize_sites", lambda *args: measured("quantization", quantize, *args))
+    monkeypatch.setattr(
+        Compilation, "quantize_sites", lambda *args, **named: measured("quantization", quantize, *args, **named)
+    )
     monkeypatch.setattr(api, "verify_artifact", lambda *args, **named: measured("verification", verify, *args, **named))
     config = claq_export.Config(calibration=sentences(40), samples=6, sequence_length=32)
     claq_export.export(source, out=tmp_path / "out" / "model.onnx", config=config)
