@@ -52,7 +52,8 @@ struct LayerView {
   const float* scale;      // [columns]
   const float* row_scale;  // [out_features]
   const int32_t* gather;   // [columns] input feature of each stored column, -1 for padding
-  bool identity_order;     // stored column p is feature p for p < in_features
+  bool identity_order;     // stored column p is feature first_feature + p where there is one
+  int64_t first_feature;   // see identity_order; 0 but for a part of a layer (run_row.cpp)
   const int32_t* outlier_ptr;  // null: no outliers
   const void* outlier_index;
   bool wide_outlier_index;  // int32, else uint16

@@ -4,10 +4,11 @@
 #include <atomic>
 #include <string>
 
+#include "elements.h"
 #include "family.h"
-#include "half.h"
 #include "layer.h"
 #include "parallel.h"
+#include "run_row.h"
 #include "workspace.h"
 
 #if defined(__linux__)
@@ -28,13 +29,14 @@ constexpr int64_t kChunkElements = 1024 * 1024;  // rows of x are taken in chunk
 
 constexpr double kActivationsPerSecond = 1e9;  // a rounded estimate, only used to decide into how many tasks to split
 
-// How many bytes of codes may be read before a layer's own are no longer in a cache: half of the last level, where it is known.
+// How many bytes of codes may be read before a layer's own are no longer in a cache: half of the last level, as far as a thread
+// can have it. What the system reports may be the sum of many caches (256 MB on an EPYC whose cores reach 32 MB of it).
 uint64_t cached_code_bytes() {
   static const uint64_t bytes = [] {
-    uint64_t size = uint64_t{16} << 20;
+    uint64_t size = uint64_t{32} << 20;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
     const long known = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (known > 0) size = static_cast<uint64_t>(known);
+    if (known > 0) size = std::min(size, static_cast<uint64_t>(known));
 #endif
     return size / 2;
   }();
@@ -53,26 +55,6 @@ bool reads_from_memory(const claq_layer& handle) {
   const uint64_t now = total.fetch_add(bytes, std::memory_order_relaxed) + bytes;
   const uint64_t last = handle.read_at.exchange(now, std::memory_order_relaxed);
   return now - last > cached_code_bytes();
-}
-
-const float* load_row(const Family& family, claq_dtype dtype, const void* x, int64_t row, int64_t length, float* buffer) {
-  if (dtype == CLAQ_FLOAT32) return static_cast<const float*>(x) + row * length;
-  const uint16_t* from = static_cast<const uint16_t*>(x) + row * length;
-  if (dtype == CLAQ_FLOAT16) {
-    family.half_to_float(from, buffer, length);
-  } else {
-    for (int64_t i = 0; i < length; ++i) buffer[i] = bfloat_to_float(from[i]);
-  }
-  return buffer;
-}
-
-void store_row(const Family& family, claq_dtype dtype, float* values, int64_t count, void* y, int64_t offset) {
-  uint16_t* to = static_cast<uint16_t*>(y) + offset;
-  if (dtype == CLAQ_FLOAT16) {
-    family.float_to_half(values, to, count);
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = float_to_bfloat(values[i]);
-  }
 }
 
 // Rows of x that are taken together: the weights are decoded once for each chunk, and its activations stay in the cache.
@@ -204,6 +186,7 @@ void run(const claq_layer& handle, claq_dtype dtype, int32_t accuracy_level, con
 
   LayerView layer = handle.view;
   layer.fetch_ahead = reads_from_memory(handle);
+  if (rows == 1 && column_parts(layer) > 1) return run_row(*handle.family, layer, dtype, accuracy_level == 4, x, y, host);
   Call call{layer, *handle.family, dtype, accuracy_level == 4, x, y, 0};
   const int64_t chunk = std::min(rows, chunk_rows(layer));
   Activations activations{};

@@ -39,11 +39,11 @@ struct TestLayer {
   int64_t stored() const { return columns[0] + columns[1] + columns[2]; }
 };
 
-TestLayer random_layer(std::mt19937& random) {
+TestLayer random_layer(std::mt19937& random, int64_t largest = 300) {
   const auto below = [&](int64_t limit) { return static_cast<int64_t>(random() % static_cast<uint64_t>(limit)); };
   TestLayer layer;
-  layer.in_features = 1 + below(300);
-  layer.out_features = 1 + below(300);
+  layer.in_features = 1 + below(largest);
+  layer.out_features = 1 + below(largest);
   int64_t blocks = (layer.in_features + 31) / 32 + below(2);
   for (int i = 0; i < 2; ++i) {
     const int64_t part = below(blocks + 1);
@@ -131,9 +131,8 @@ std::vector<float> run(const Handle& handle, const TestLayer& layer, const std::
   return y;
 }
 
-void check_agreement(std::mt19937& random, const std::vector<std::string>& kernels) {
-  const TestLayer layer = random_layer(random);
-  std::vector<float> x(static_cast<size_t>(layer.in_features) * (1 + random() % 40));
+void check_agreement(std::mt19937& random, const std::vector<std::string>& kernels, const TestLayer& layer, size_t rows) {
+  std::vector<float> x(static_cast<size_t>(layer.in_features) * rows);
   for (auto& value : x) value = std::normal_distribution<float>()(random);
   const Handle portable(layer, "portable");
   expect(portable.status == CLAQ_OK, portable.error);
@@ -266,7 +265,9 @@ int main() {
   std::vector<std::string> kernels;
   std::istringstream names(claq_kernels());
   for (std::string name; names >> name;) kernels.push_back(name);
-  for (int i = 0; i < 40; ++i) check_agreement(random, kernels);
+  for (int i = 0; i < 40; ++i) check_agreement(random, kernels, random_layer(random), 1 + random() % 40);
+  // Of a row alone the columns are shared out if there are many weights.
+  for (int i = 0; i < 8; ++i) check_agreement(random, kernels, random_layer(random, 1500), 1);
   for (int i = 0; i < 20; ++i) check_gather(random);
   for (int i = 0; i < 4; ++i) check_concurrency(random);
   check_bad_layers(random);

@@ -121,6 +121,65 @@ def test_int8_does_not_depend_on_the_other_rows(family):
     np.testing.assert_array_equal(together, alone)
 
 
+def large_layer(draw):
+    """Of so many weights that the columns of a row alone are summed in two or four parts."""
+    in_features, out_features = draw(st.integers(320, 1600)), draw(st.integers(400, 2500))
+    blocks = -(-in_features // 32) + draw(st.integers(0, 2))
+    fours = draw(st.integers(0, blocks))
+    threes = draw(st.integers(0, blocks - fours))
+    return make_layer(
+        out_features,
+        in_features,
+        {4: 32 * fours, 3: 32 * threes, 2: 32 * (blocks - fours - threes)},
+        ordered=draw(st.booleans()),
+        outliers=draw(st.sampled_from([0.0, 0.01])),
+        bias=draw(st.booleans()),
+        lowest=draw(st.sampled_from([-127, -128])),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    layer=st.composite(large_layer)(), seed=st.integers(0, 2**31), special=st.sampled_from([None, None, np.inf, 1e-36])
+)
+def test_a_row_alone_has_the_same_result_in_any_family_with_any_threads(layer, seed, special):
+    x = activations(1, layer, seed)
+    if special is not None:
+        x[0, -1:] = special
+        x[0, -64:-1] = 0  # its block is one that int8 arithmetic has no scale for
+    scale = error_scale(layer, np.nan_to_num(x, posinf=1.0))
+    for accuracy_level in (0, 4):
+        results = {
+            family: [NativeLayer(layer, family).run(x, accuracy_level, threads=threads) for threads in (1, 2, 5)]
+            for family in FAMILIES
+        }
+        for family, found in results.items():
+            for other in found[1:]:
+                np.testing.assert_array_equal(other, found[0], err_msg=family)
+            if accuracy_level == 4 and special is None:
+                np.testing.assert_array_equal(found[0], results["portable"][0], err_msg=family)
+            elif np.isfinite(x).all():
+                assert (np.abs(found[0] - layer.reference(x)) / scale).max() < 1e-6, family
+            else:
+                assert not np.isfinite(found[0][(layer.weight[:, -1] != 0)[None]]).any(), family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("accuracy_level", [0, 4])
+def test_a_row_alone_is_that_of_many_to_rounding(family, accuracy_level):
+    layer = make_layer(700, 704, {4: 320, 3: 192, 2: 192}, ordered=True, outliers=0.01, bias=True)
+    x = activations(3, layer, 1)
+    native = NativeLayer(layer, family)
+    alone = np.concatenate([native.run(row[None], accuracy_level, threads=2) for row in x])
+    assert (np.abs(native.run(x, accuracy_level, threads=2) - alone) / error_scale(layer, x)).max() < 1e-6
+    halves = x.astype(np.float16)
+    single = np.concatenate([native.run(row[None], accuracy_level) for row in halves.astype(np.float32)])
+    np.testing.assert_array_equal(
+        np.concatenate([native.run(row[None], accuracy_level) for row in halves]), single.astype(np.float16)
+    )
+
+
 def test_many_rows_cross_chunk_borders():
     layer = make_layer(130, 64, {3: 64}, outliers=0.05, bias=True)
     x = activations(600, layer, 1)

@@ -89,8 +89,9 @@ inline __m256 load_scaled(const LayerView& layer, const float* x, int64_t p) {
   const __m256 scale = _mm256_loadu_ps(layer.scale + p);
   __m256 values;
   if (layer.identity_order) {
-    const int64_t left = layer.in_features - p;
-    values = left >= 8 ? _mm256_loadu_ps(x + p) : left > 0 ? _mm256_maskload_ps(x + p, lane_mask(left)) : _mm256_setzero_ps();
+    const int64_t feature = layer.first_feature + p, left = layer.in_features - feature;
+    values = left >= 8 ? _mm256_loadu_ps(x + feature)
+                       : left > 0 ? _mm256_maskload_ps(x + feature, lane_mask(left)) : _mm256_setzero_ps();
   } else {
     const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(layer.gather + p));
     const __m256i present = _mm256_cmpgt_epi32(index, _mm256_set1_epi32(-1));

@@ -19,21 +19,31 @@ inline void fetch_words(const uint32_t* codes, int64_t rows, int64_t row_stride)
   }
 }
 
-// Fetches the code words of a row alone, whose steps of kDecodedOutputs outputs go over [n0, n1) block after block, some steps
-// ahead of the one that is decoded: time enough for memory, and few enough lines to stay in the first-level cache.
+// Fetches the entries of a block's tables, which the hardware does not foresee: other reads come between those of two blocks.
+inline void fetch_table(const uint8_t* table, int width) {
+  for (int64_t i = 0; i < int64_t{kBlock} << width; i += 64) _mm_prefetch(reinterpret_cast<const char*>(table + i), _MM_HINT_T0);
+}
+
+// Fetches the code words of a row alone, whose steps of kDecodedOutputs outputs go over [n0, n1) block after block, ahead of the
+// step that is decoded: far enough for memory, and few enough lines to stay in the first-level cache.
 class StreamFetcher {
  public:
-  static constexpr int64_t kStepsAhead = 16;
-
   StreamFetcher(const LayerView& layer, int64_t n0, int64_t n1)
       : wanted_(layer.fetch_ahead),
+        in_order_(n1 - n0 == layer.out_features && n1 - n0 <= kFewOutputs),
         row_stride_(layer.out_features),
         outputs_((n1 - n0 + kDecodedOutputs - 1) / kDecodedOutputs * kDecodedOutputs),
         blocks_(kStepsAhead * kDecodedOutputs / outputs_),
         rest_(kStepsAhead * kDecodedOutputs % outputs_),
-        wrap_from_(n0 + outputs_ - rest_) {
+        wrap_from_(n0 + outputs_ - rest_),
+        // The first step of a block of 4 bits reads at three quarters of it.
+        bytes_ahead_(12 * outputs_ < kMostBytesAhead ? 12 * outputs_ : kMostBytesAhead) {
     if (!wanted_ || layer.blocks == 0) return;
     const Segment& segment = layer.segments[0];
+    if (in_order_) {
+      fetch_bytes(block_codes(layer, segment, 0), 0, bytes_ahead_);
+      return;
+    }
     for (int64_t step = 0; step < kStepsAhead; ++step) {
       const int64_t block = step * kDecodedOutputs / outputs_, n = n0 + step * kDecodedOutputs % outputs_;
       if (block < segment.blocks) fetch_words(block_codes(layer, segment, block) + n, segment.width, row_stride_);
@@ -44,13 +54,29 @@ class StreamFetcher {
   template <int kWidth>
   CLAQ_INLINE void at(const uint32_t* codes, int64_t n) const {
     if (!wanted_) return;
+    if (in_order_) {
+      constexpr int64_t kStepBytes = kWidth * kDecodedOutputs * static_cast<int64_t>(sizeof(uint32_t));
+      fetch_bytes(codes, n / kDecodedOutputs * kStepBytes + bytes_ahead_, kStepBytes);
+      return;
+    }
     const bool wraps = n >= wrap_from_;
     fetch_words(codes + (blocks_ + wraps) * kWidth * row_stride_ + n + rest_ - (wraps ? outputs_ : 0), kWidth, row_stride_);
   }
 
  private:
-  bool wanted_;
-  int64_t row_stride_, outputs_, blocks_, rest_, wrap_from_;
+  static constexpr int64_t kStepsAhead = 16;
+  // All outputs of a block, if they are few, are fetched in the order in which they lie, not in that of the steps, which take a
+  // short piece of each of the block's rows of words: so the hardware goes along.
+  static constexpr int64_t kFewOutputs = 2048;
+  static constexpr int64_t kMostBytesAhead = 16 * 1024;
+
+  static CLAQ_INLINE void fetch_bytes(const uint32_t* codes, int64_t from, int64_t count) {
+    const char* first = reinterpret_cast<const char*>(codes) + from;
+    for (int64_t i = 0; i < count; i += 64) _mm_prefetch(first + i, _MM_HINT_T0);
+  }
+
+  bool wanted_, in_order_;
+  int64_t row_stride_, outputs_, blocks_, rest_, wrap_from_, bytes_ahead_;
 };
 
 // ---- panels
@@ -211,6 +237,7 @@ inline void stream(const LayerView& layer, const PackedRow& row, int64_t n0, int
     _mm256_store_si256(reinterpret_cast<__m256i*>(factors), row_factors(activations));
     const uint32_t* codes = block_codes(layer, segment, block);
     const uint8_t* table = block_table(layer, segment, block);
+    if (layer.fetch_ahead) fetch_table(table + (kBlock << segment.width), segment.width);
     const int64_t row_stride = layer.out_features;
     const __m256 scale = _mm256_set1_ps(row.scale[block]);
     with_width(segment.width, [&](auto width) {

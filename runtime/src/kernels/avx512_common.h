@@ -62,8 +62,8 @@ inline __m512 load_scaled(const LayerView& layer, const float* x, int64_t p) {
   const __m512 scale = _mm512_loadu_ps(layer.scale + p);
   __m512 values;
   if (layer.identity_order) {
-    const int64_t left = layer.in_features - p;
-    values = left >= 16 ? _mm512_loadu_ps(x + p) : _mm512_maskz_loadu_ps(left > 0 ? first_lanes(left) : 0, x + p);
+    const int64_t feature = layer.first_feature + p, left = layer.in_features - feature;
+    values = left >= 16 ? _mm512_loadu_ps(x + feature) : _mm512_maskz_loadu_ps(left > 0 ? first_lanes(left) : 0, x + feature);
   } else {
     const __m512i index = _mm512_loadu_si512(layer.gather + p);
     const __mmask16 present = _mm512_cmpge_epi32_mask(index, _mm512_setzero_si512());
