@@ -43,11 +43,11 @@ def random_claq(rng: np.random.Generator, k: int, n: int, bits: int, outliers: f
     scale = np.where(order < k, 0.001, 0.0).astype(np.float16)
     ptr, index, value = np.zeros(0, np.int32), np.zeros(0, index_dtype), np.zeros(0, np.float16)
     if outliers:
-        per_row = round(outliers * k)
-        usable = np.flatnonzero(order < k)
-        index = np.sort(rng.permuted(np.tile(usable, (n, 1)), axis=1)[:, :per_row], axis=1).astype(index_dtype).ravel()
-        ptr = np.arange(n + 1, dtype=np.int32) * per_row
-        value = rng.normal(size=n * per_row).astype(np.float16)
+        # Each output has another number of them, as in a quantized layer: what is left over by vectors is not foreseen.
+        reserved = (rng.random((n, columns), dtype=np.float32) < outliers) & (order < k)
+        index = np.nonzero(reserved)[1].astype(index_dtype)
+        ptr = np.concatenate([[0], reserved.sum(1).cumsum()]).astype(np.int32)
+        value = rng.normal(size=len(index)).astype(np.float16)
     tensors = {
         "codes": rng.integers(0, 2**32, (bits * columns // 32, n), dtype=np.uint32),
         "codebook": rng.integers(-127, 128, columns * 2**bits).astype(np.int8),
