@@ -160,7 +160,10 @@ def test_a_row_alone_has_the_same_result_in_any_family_with_any_threads(layer, s
             if accuracy_level == 4 and special is None:
                 np.testing.assert_array_equal(found[0], results["portable"][0], err_msg=family)
             elif np.isfinite(x).all():
-                assert (np.abs(found[0] - layer.reference(x)) / scale).max() < 1e-6, family
+                # In another order the tiny value has larger ones in its block.
+                int8 = accuracy_level == 4 and layer.tensors["order"].size > 0
+                expected = results["portable"][0] if int8 else layer.reference(x)
+                assert (np.abs(found[0] - expected) / scale).max() < 1e-6, family
             else:
                 assert not np.isfinite(found[0][(layer.weight[:, -1] != 0)[None]]).any(), family
 
