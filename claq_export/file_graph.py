@@ -99,8 +99,8 @@ def share_stacked_weights(captured: CapturedModel, own: Plan, plan: Plan, graph_
             continue
         rows = weight.detach().split([size for _, size in stack.parts])
         for (part, _), some in zip(stack.parts, rows, strict=True):
-            weight = nn.Parameter(some, requires_grad=False)
-            replace_tensor(captured.graph_module, sites[part].weight_target, weight)
+            parameter = nn.Parameter(some, requires_grad=False)
+            replace_tensor(captured.graph_module, sites[part].weight_target, parameter)
 
 
 def release_weights(captured: CapturedModel, plan: Plan) -> None:

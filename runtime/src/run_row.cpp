@@ -62,7 +62,7 @@ int64_t column_parts(const LayerView& layer) {
 void run_row(const Family& family, const LayerView& layer, claq_dtype dtype, bool int8, const void* x, void* y, const Host& host) {
   const int64_t outputs = layer.out_features, parts = column_parts(layer);
   const int64_t tiles = (outputs + kNarrowestTile - 1) / kNarrowestTile, stride = tiles * kNarrowestTile;
-  const int64_t converted = dtype == CLAQ_FLOAT32 ? 0 : std::max(layer.in_features, outputs);
+  const int64_t converted = dtype == CLAQ_FLOAT32 ? 0 : layer.in_features;
   const int64_t scaled_columns = !int8 || layer.outlier_ptr ? layer.columns : 0;
   const int64_t quantized_bytes = int8 ? layer.columns * family.activation_bytes : 0, quantized_blocks = int8 ? layer.blocks : 0;
   Workspace workspace(Workspace::bytes_for<float>(converted) + Workspace::bytes_for<float>(scaled_columns) +

@@ -62,10 +62,8 @@ def test_a_layer_takes_what_was_predicted() -> None:
     for name, case in cases.items():
         # Each in a process of its own: what an earlier one freed would be taken again, and not be seen.
         command = [sys.executable, "-c", MEASURE, json.dumps(case)]
-        environment = {
-            **os.environ,
-            "MKL_DISABLE_FAST_MM": "1",
-        }  # MKL would keep buffers of the first product it computes
+        # MKL would keep buffers of the first product it computes.
+        environment = {**os.environ, "MKL_DISABLE_FAST_MM": "1"}
         output = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True, env=environment).stdout
         predicted, measured = json.loads(output)
         assert measured <= 1.05 * predicted, name
