@@ -18,11 +18,13 @@ from .capture.precision import inputs_in_dtype
 from .deferred import is_deferred
 from .errors import CaptureError
 from .format.layer import TENSOR_NAMES, QuantizedLinear
-from .kernels import ops
+from .kernels.fused_ops import LAYER_OPERATORS
 from .passes import (
     AdditiveMasks,
+    FuseEpilogues,
     FuseSiblings,
     LastLogits,
+    Pass,
     PassContext,
     Pipeline,
     Plan,
@@ -80,7 +82,10 @@ def lower_file_graph(
         Pipeline([FuseSiblings(weights=False)]).run(captured.graph_module, context)
     sizes = {site.name: site.out_features for site in plan.sites}
     _check_same({name: layer.out_features for name, layer in layers.items()}, sizes, captured.task == CACHED_TASK)
-    Pipeline([ReplaceLinears(layers, accuracy_level), RemoveUnused()]).run(captured.graph_module, context)
+    lowering: list[Pass] = [ReplaceLinears(layers, accuracy_level)]
+    if captured.task == CACHED_TASK:
+        lowering.append(FuseEpilogues())
+    Pipeline([*lowering, RemoveUnused()]).run(captured.graph_module, context)
 
 
 def share_stacked_weights(captured: CapturedModel, own: Plan, plan: Plan, graph_module: fx.GraphModule) -> None:
@@ -149,7 +154,7 @@ def _format_tensors(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that fetch tensors of the claq format, whose dtypes are the format's."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.target in (ops.linear, ops.embedding):
+        if node.target in LAYER_OPERATORS:
             found.update(value for value in node.args[1 : 1 + len(TENSOR_NAMES)] if isinstance(value, fx.Node))
     return found
 

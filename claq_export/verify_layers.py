@@ -18,8 +18,8 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from .emit.function import DOMAIN
-from .emit.translation import INPUTS
+from .emit.function import DOMAIN, PRODUCTS
+from .emit.translation import ATTRIBUTES, INPUTS
 from .errors import VerificationError
 from .inputs import OnnxFile
 from .onnx_session import EXTERNAL_FOLDER, float32_arithmetic
@@ -41,7 +41,7 @@ def folding_bytes(model: onnx.ModelProto) -> int:
     return FOLDING_BYTES * sum(
         _attribute(node, "in_features") * _attribute(node, "out_features")
         for node in model.graph.node
-        if node.op_type == "ClaqMatMul"
+        if node.domain == DOMAIN and node.op_type in PRODUCTS
     )
 
 
@@ -72,14 +72,17 @@ def layer_outputs(
             given = random.standard_normal((_ROWS, _attribute(node, "in_features")), np.float32)
         for outputs in _parts(node):
             model = _alone(file, node, outputs)
+            feeds = {model.graph.input[0].name: given}
+            for residual in model.graph.input[1:]:
+                feeds[residual.name] = random.standard_normal((_ROWS, _attribute(node, "out_features")), np.float32)
             try:
                 start = time.perf_counter()
                 session = _session(model, path.parent, None)
                 seconds = time.perf_counter() - start
-                (stock,) = session.run(None, {node.input[0]: given})
+                stock = np.concatenate(session.run(None, feeds), -1)
                 del session
                 with float32_arithmetic():
-                    (native,) = _session(model, path.parent, library).run(None, {node.input[0]: given})
+                    native = np.concatenate(_session(model, path.parent, library).run(None, feeds), -1)
             except Exception as error:
                 # ONNX Runtime's exceptions share no base class but Exception.
                 raise VerificationError(
@@ -98,13 +101,17 @@ def _parts(node: onnx.NodeProto) -> list[range]:
 
 
 def _part(file: OnnxFile, node: onnx.NodeProto, outputs: range) -> tuple[onnx.NodeProto, list[onnx.TensorProto]]:
-    """A ``ClaqMatMul`` node of some of its outputs, and its tensors."""
-    own = onnx.NodeProto()
-    own.CopyFrom(node)
-    for attribute in own.attribute:
-        if attribute.name == "out_features":
-            attribute.i = len(outputs)
-    names = dict(zip(INPUTS, node.input, strict=True))
+    """Some outputs of the product of a node, as a ``ClaqMatMul``, and its tensors."""
+    attributes = {attribute.name: attribute.i for attribute in node.attribute if attribute.name in ATTRIBUTES}
+    own = helper.make_node(
+        "ClaqMatMul",
+        node.input[: len(INPUTS)],
+        node.output[:1],
+        node.name,
+        domain=DOMAIN,
+        **{**attributes, "out_features": len(outputs)},
+    )
+    names = dict(zip(INPUTS, own.input, strict=True))
     rows = slice(outputs.start, outputs.stop)
     values: dict[str, npt.NDArray[Any]] = {
         part: file.read(name) for part, name in names.items() if name in file.initializers
@@ -137,25 +144,25 @@ def _alone(file: OnnxFile, node: onnx.NodeProto, outputs: range) -> onnx.ModelPr
     node_alone = onnx.NodeProto()
     node_alone.CopyFrom(node)
     kind = TensorProto.INT64 if node.op_type == "ClaqGather" else TensorProto.FLOAT
-    initializers = []
+    initializers, fed = [], []
     for position, name in enumerate(node.input):
-        last = position == len(node.input) - 1
-        if last and (node.op_type == "ClaqGather" or name not in stored):
+        last = position == len(INPUTS) - 1
+        if position == 0 or position >= len(INPUTS):
+            fed.append(name)
+        elif last and (node.op_type == "ClaqGather" or name not in stored):
             # What says the type of rows, or a bias that is computed: none here.
             node_alone.input[position] = "empty"
             initializers.append(helper.make_tensor("empty", TensorProto.FLOAT, [0], []))
-        elif position:
-            if name not in stored:
-                raise VerificationError(
-                    f"input {name!r} of node {node.name!r} of {file.path} is not stored in the file"
-                )
+        elif name not in stored:
+            raise VerificationError(f"input {name!r} of node {node.name!r} of {file.path} is not stored in the file")
+        else:
             initializers.append(stored[name])
     shape: list[str | int | None] = [_ROWS] if kind == TensorProto.INT64 else [_ROWS, "features"]
     graph = helper.make_graph(
         [node_alone],
         "layer",
-        [helper.make_tensor_value_info(node.input[0], kind, shape)],
-        [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info(name, kind, shape) for name in fed],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in node.output],
         # The same tensor may stand at two places, as zero-length ones do.
         list({tensor.name: tensor for tensor in initializers}.values()),
     )

@@ -9,6 +9,7 @@ from .additive_masks import AdditiveMasks
 from .base import ContractError, Pass, PassContext, PassResult
 from .canonicalize_linears import CanonicalizeLinears
 from .fuse_attention import FuseAttention
+from .fuse_epilogues import FuseEpilogues
 from .fuse_rms_norm import FuseRmsNorm
 from .fuse_rotary import FuseRotary
 from .fuse_siblings import FuseSiblings
@@ -25,6 +26,7 @@ __all__ = [
     "CanonicalizeLinears",
     "ContractError",
     "FuseAttention",
+    "FuseEpilogues",
     "FuseRmsNorm",
     "FuseRotary",
     "FuseSiblings",

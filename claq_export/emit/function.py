@@ -1,7 +1,6 @@
-"""``ClaqMatMul`` and ``ClaqGather`` in standard ONNX operators: the model-local functions that let any ONNX runtime run a
-claq file.
+"""claq's operators in standard ONNX operators: the model-local functions that let any ONNX runtime run a claq file.
 
-Both decode the weight of ``docs/format.md``. Of ``ClaqMatMul`` all but the multiplication depends on constants, so ONNX
+All decode the weight of ``docs/format.md``. Of ``ClaqMatMul`` all but the multiplication depends on constants, so ONNX
 Runtime folds a layer into one dense MatMul when it creates a session. ``ClaqGather`` takes the code words of the rows that
 are asked for before it decodes, so that a vocabulary is never unpacked as a whole. Absent tensors have length zero; the
 bodies handle them with slices and scatters that then touch nothing, because a function cannot branch on the presence of
@@ -202,6 +201,139 @@ def ClaqMatMul(
 
 
 @script(_claq, default_opset=op)
+def ClaqMatMulAdd(
+    x,
+    codes,
+    codebook,
+    scale,
+    row_scale,
+    order,
+    outlier_ptr,
+    outlier_index,
+    outlier_value,
+    bias,
+    residual,
+    in_features: int,
+    out_features: int,
+    columns_4: int,
+    columns_3: int,
+    columns_2: int,
+    accuracy_level: int = 0,
+):
+    product = ClaqMatMul(
+        x,
+        codes,
+        codebook,
+        scale,
+        row_scale,
+        order,
+        outlier_ptr,
+        outlier_index,
+        outlier_value,
+        bias,
+        in_features=in_features,
+        out_features=out_features,
+        columns_4=columns_4,
+        columns_3=columns_3,
+        columns_2=columns_2,
+        accuracy_level=accuracy_level,
+    )
+    return op.Add(product, residual)
+
+
+@script(_claq, default_opset=op)
+def ClaqMatMulSwiGLU(
+    x,
+    codes,
+    codebook,
+    scale,
+    row_scale,
+    order,
+    outlier_ptr,
+    outlier_index,
+    outlier_value,
+    bias,
+    in_features: int,
+    out_features: int,
+    columns_4: int,
+    columns_3: int,
+    columns_2: int,
+    accuracy_level: int = 0,
+):
+    product = ClaqMatMul(
+        x,
+        codes,
+        codebook,
+        scale,
+        row_scale,
+        order,
+        outlier_ptr,
+        outlier_index,
+        outlier_value,
+        bias,
+        in_features=in_features,
+        out_features=out_features,
+        columns_4=columns_4,
+        columns_3=columns_3,
+        columns_2=columns_2,
+        accuracy_level=accuracy_level,
+    )
+    gate, up = op.Split(product, num_outputs=2, axis=-1)
+    return op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
+
+
+@script(_claq, default_opset=op)
+def ClaqMatMulSplit(
+    x,
+    codes,
+    codebook,
+    scale,
+    row_scale,
+    order,
+    outlier_ptr,
+    outlier_index,
+    outlier_value,
+    bias,
+    in_features: int,
+    out_features: int,
+    columns_4: int,
+    columns_3: int,
+    columns_2: int,
+    split_0: int,
+    split_1: int,
+    split_2: int,
+    accuracy_level: int = 0,
+):
+    product = ClaqMatMul(
+        x,
+        codes,
+        codebook,
+        scale,
+        row_scale,
+        order,
+        outlier_ptr,
+        outlier_index,
+        outlier_value,
+        bias,
+        in_features=in_features,
+        out_features=out_features,
+        columns_4=columns_4,
+        columns_3=columns_3,
+        columns_2=columns_2,
+        accuracy_level=accuracy_level,
+    )
+    one = op.Constant(value_ints=[1])
+    sizes = op.Concat(
+        op.Reshape(op.Constant(value_int=split_0), one),
+        op.Reshape(op.Constant(value_int=split_1), one),
+        op.Reshape(op.Constant(value_int=split_2), one),
+        axis=0,
+    )
+    first, second, third = op.Split(product, sizes, axis=-1)
+    return first, second, third
+
+
+@script(_claq, default_opset=op)
 def ClaqGather(
     indices,
     codes,
@@ -263,55 +395,71 @@ def ClaqGather(
     return op.CastLike(op.Reshape(op.Transpose(dense, perm=[1, 0]), shape, allowzero=1), like)
 
 
-@cache
-def claq_matmul_function() -> bytes:
-    """The function as a serialized ``onnx.FunctionProto`` of domain ``com.claq``, opset 18."""
-    return _self_contained(
-        ClaqMatMul, "y = x W^T + bias with W in the claq format, version 1 (docs/format.md), in standard operators."
-    )
+_FUNCTIONS = {
+    "ClaqMatMul": (ClaqMatMul, "y = x W^T + bias with W in the claq format, version 1 (docs/format.md)"),
+    "ClaqMatMulAdd": (
+        ClaqMatMulAdd,
+        "y = x W^T + bias + residual with W in the claq format, version 1 (docs/format.md)",
+    ),
+    "ClaqMatMulSwiGLU": (
+        ClaqMatMulSwiGLU,
+        "y = silu(gate) * up; gate and up are the halves of x W^T + bias, W in the claq format, version 1 (docs/format.md)",
+    ),
+    "ClaqMatMulSplit": (
+        ClaqMatMulSplit,
+        "Parts side by side of x W^T + bias with W in the claq format, version 1 (docs/format.md)",
+    ),
+    "ClaqGather": (ClaqGather, "Rows of a weight in the claq format, version 1 (docs/format.md)"),
+}
+
+PRODUCTS = tuple(name for name in _FUNCTIONS if name != "ClaqGather")
+"""Operators that multiply by a layer's weight; of all of them the first ten inputs are those of ``ClaqMatMul``."""
 
 
 @cache
-def claq_gather_function() -> bytes:
-    """The function as a serialized ``onnx.FunctionProto`` of domain ``com.claq``, opset 18."""
-    return _self_contained(
-        ClaqGather, "Rows of a weight in the claq format, version 1 (docs/format.md), in standard operators."
-    )
+def claq_function(operator: str) -> bytes:
+    """An operator's function as a serialized ``onnx.FunctionProto`` of domain ``com.claq``, opset 18."""
+    function, meaning = _FUNCTIONS[operator]
+    return _self_contained(function, f"{meaning}, in standard operators.")
 
 
 def functions_of(operators: Iterable[str]) -> list[onnx.FunctionProto]:
     """The functions that a model with nodes of these operators needs; ``ClaqMatMul`` is always among them."""
-    used = set(operators)
-    functions = [onnx.FunctionProto.FromString(claq_matmul_function())]
-    if "ClaqGather" in used:
-        functions.append(onnx.FunctionProto.FromString(claq_gather_function()))
-    return functions
+    used = {"ClaqMatMul", *operators}
+    return [onnx.FunctionProto.FromString(claq_function(name)) for name in _FUNCTIONS if name in used]
 
 
 def _self_contained(function, doc_string: str) -> bytes:
-    """``function`` with the body of :func:`ClaqDecode` in the place of its call, so that a file holds operators only."""
-    proto, callee = function.to_function_proto(), ClaqDecode.to_function_proto()
+    """``function`` with the bodies of claq's own functions in the place of their calls, so that a file holds operators only."""
+    callees = {callee.name: callee for callee in (f.to_function_proto() for f in (ClaqDecode, ClaqMatMul))}
+    proto = function.to_function_proto()
     proto.doc_string = doc_string
     nodes = list(proto.node)
-    position = next(i for i, node in enumerate(nodes) if node.op_type == callee.name)
-    call = nodes[position]
-    # Attributes are passed on under the same names, so references to them stay as they are.
-    assert all(attribute.ref_attr_name == attribute.name for attribute in call.attribute)
-    names = {**dict(zip(callee.input, call.input, strict=True)), **dict(zip(callee.output, call.output, strict=True))}
-    body = []
-    for inner in callee.node:
-        node = onnx.NodeProto()
-        node.CopyFrom(inner)
-        for field in (node.input, node.output):
-            renamed = [names.get(name, f"decode_{name}") if name else "" for name in field]
-            del field[:]
-            field.extend(renamed)
-        body.append(node)
+    while (position := next((i for i, node in enumerate(nodes) if node.op_type in callees), None)) is not None:
+        call = nodes[position]
+        # Attributes are passed on under the same names, so references to them stay as they are.
+        assert all(attribute.ref_attr_name == attribute.name for attribute in call.attribute)
+        nodes[position : position + 1] = _body(callees[call.op_type], call)
     del proto.node[:]
-    proto.node.extend([*nodes[:position], *body, *nodes[position + 1 :]])
+    proto.node.extend(nodes)
     for number, node in enumerate(proto.node):
         node.name = f"n{number}"
     others = [entry for entry in proto.opset_import if entry.domain != DOMAIN]
     del proto.opset_import[:]
     proto.opset_import.extend(others)
     return proto.SerializeToString(deterministic=True)
+
+
+def _body(callee: onnx.FunctionProto, call: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """The nodes of a function with the values of a call of it; others get the function's name in front."""
+    names = {**dict(zip(callee.input, call.input, strict=True)), **dict(zip(callee.output, call.output, strict=True))}
+    body = []
+    for inner in callee.node:
+        node = onnx.NodeProto()
+        node.CopyFrom(inner)
+        for field in (node.input, node.output):
+            renamed = [names.get(name, f"{callee.name}_{name}") if name else "" for name in field]
+            del field[:]
+            field.extend(renamed)
+        body.append(node)
+    return body

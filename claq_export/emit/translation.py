@@ -9,7 +9,7 @@ import onnx
 from onnxscript import values
 
 from claq_export.format.layer import TENSOR_NAMES
-from claq_export.kernels import ops
+from claq_export.kernels import fused_ops, ops
 
 from .function import DOMAIN, VERSION
 
@@ -25,11 +25,18 @@ GATHER_ATTRIBUTES = ("in_features", "out_features", "columns_4", "columns_3", "c
 ATTRIBUTES = (*GATHER_ATTRIBUTES, "accuracy_level")
 """Integer attributes of ``ClaqMatMul``."""
 
+ADD_INPUTS = (*INPUTS, "residual")
+"""Inputs of ``ClaqMatMulAdd`` in order."""
 
-def _schema(name: str, inputs: Sequence[str], attributes: Sequence[str]) -> onnx.defs.OpSchema:
+SPLIT_ATTRIBUTES = (*ATTRIBUTES, "split_0", "split_1", "split_2")
+"""Integer attributes of ``ClaqMatMulSplit``."""
+
+
+def _schema(name: str, inputs: Sequence[str], attributes: Sequence[str], outputs: int) -> onnx.defs.OpSchema:
     parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
     types = {
         "x": "T",
+        "residual": "T",
         "bias": "B",
         "indices": "S",
         "like": "T",
@@ -54,34 +61,52 @@ def _schema(name: str, inputs: Sequence[str], attributes: Sequence[str]) -> onnx
         DOMAIN,
         VERSION,
         inputs=[parameter(name, types.get(name, "tensor(float16)")) for name in inputs],
-        outputs=[parameter("y", "T")],
+        outputs=[parameter(f"y_{index}" if outputs > 1 else "y", "T") for index in range(outputs)],
         type_constraints=[constraint for constraint in constraints if constraint[0] in used],
         attributes=[attribute(name, onnx.defs.OpSchema.AttrType.INT, required=True) for name in attributes],
     )
 
 
-def _operator(name: str, inputs: Sequence[str], attributes: Sequence[str]) -> values.Op:
-    return values.Op(values.Opset(DOMAIN, VERSION), name, _schema(name, inputs, attributes))
+def _operator(name: str, inputs: Sequence[str], attributes: Sequence[str], outputs: int = 1) -> values.Op:
+    return values.Op(values.Opset(DOMAIN, VERSION), name, _schema(name, inputs, attributes, outputs))
 
 
 _claq_matmul = _operator("ClaqMatMul", INPUTS, ATTRIBUTES)
+_claq_matmul_add = _operator("ClaqMatMulAdd", ADD_INPUTS, ATTRIBUTES)
+_claq_matmul_swiglu = _operator("ClaqMatMulSwiGLU", INPUTS, ATTRIBUTES)
+_claq_matmul_split = _operator("ClaqMatMulSplit", INPUTS, SPLIT_ATTRIBUTES, outputs=3)
 _claq_gather = _operator("ClaqGather", GATHER_INPUTS, GATHER_ATTRIBUTES)
+
+
+def _layer_attributes(
+    in_features: int, out_features: int, columns: Sequence[int], accuracy_level: int
+) -> dict[str, int]:
+    return {
+        "in_features": in_features,
+        "out_features": out_features,
+        **{f"columns_{width}": count for width, count in zip((4, 3, 2), columns, strict=True)},
+        "accuracy_level": accuracy_level,
+    }
 
 
 def _translate_linear(*arguments: Any) -> Any:
     """Record one ``ClaqMatMul`` node; arguments as in the schema of ``claq::linear``."""
-    tensors = arguments[: len(INPUTS)]
-    in_features, out_features, columns, accuracy_level = arguments[len(INPUTS) :]
-    counts: Sequence[int] = columns
-    return _claq_matmul(
-        *tensors,
-        in_features=in_features,
-        out_features=out_features,
-        columns_4=counts[0],
-        columns_3=counts[1],
-        columns_2=counts[2],
-        accuracy_level=accuracy_level,
-    )
+    return _claq_matmul(*arguments[: len(INPUTS)], **_layer_attributes(*arguments[len(INPUTS) :]))
+
+
+def _translate_linear_add(*arguments: Any) -> Any:
+    *layer, residual = arguments
+    return _claq_matmul_add(*layer[: len(INPUTS)], residual, **_layer_attributes(*layer[len(INPUTS) :]))
+
+
+def _translate_linear_swiglu(*arguments: Any) -> Any:
+    return _claq_matmul_swiglu(*arguments[: len(INPUTS)], **_layer_attributes(*arguments[len(INPUTS) :]))
+
+
+def _translate_linear_split(*arguments: Any) -> Any:
+    *layer, parts = arguments
+    sizes = {f"split_{index}": size for index, size in enumerate(parts)}
+    return _claq_matmul_split(*layer[: len(INPUTS)], **_layer_attributes(*layer[len(INPUTS) :]), **sizes)
 
 
 def _translate_embedding(*arguments: Any) -> Any:
@@ -101,4 +126,10 @@ def _translate_embedding(*arguments: Any) -> Any:
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """``custom_translation_table`` for ``torch.onnx.export``: claq's operators and their translations."""
-    return {ops.linear: _translate_linear, ops.embedding: _translate_embedding}
+    return {
+        ops.linear: _translate_linear,
+        ops.embedding: _translate_embedding,
+        fused_ops.linear_add: _translate_linear_add,
+        fused_ops.linear_swiglu: _translate_linear_swiglu,
+        fused_ops.linear_split: _translate_linear_split,
+    }

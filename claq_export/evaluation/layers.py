@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..algorithm import measure
+from ..emit.function import PRODUCTS
 from ..errors import FormatError
 from ..format import metadata
 from ..format.checkpoint import load_checkpoint
@@ -21,7 +22,7 @@ from ..inputs import OnnxFile
 
 DOMAIN = "com.claq"
 
-OPERATORS: Mapping[str, slice] = dict.fromkeys(("ClaqMatMul", "ClaqGather"), slice(1, 1 + len(TENSOR_NAMES)))
+OPERATORS: Mapping[str, slice] = dict.fromkeys((*PRODUCTS, "ClaqGather"), slice(1, 1 + len(TENSOR_NAMES)))
 """Operators of :data:`DOMAIN` whose weight is compared, and which of their inputs are :data:`TENSOR_NAMES`."""
 
 _ROWS_AT_ONCE = 4096

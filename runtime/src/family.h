@@ -54,6 +54,9 @@ struct Family {
   // Conversions of contiguous elements for hosts that pass 16-bit activations.
   void (*half_to_float)(const uint16_t* from, float* to, int64_t count);
   void (*float_to_half)(const float* from, uint16_t* to, int64_t count);
+
+  // y[i] = silu(gate[i]) * up[i].
+  void (*swiglu)(const float* gate, const float* up, float* y, int64_t count);
 };
 
 // Bytes of scratch for one call of sums_*; the largest need of any family.

@@ -18,6 +18,7 @@ import claq_export
 from claq_export.capture.decoder import CACHED_TASK, capture_decoder
 from claq_export.capture.pretrained import load_pretrained
 from claq_export.cli import main
+from claq_export.emit.function import PRODUCTS
 from claq_export.errors import CaptureError, ConfigError, ModelError
 from claq_export.generation import Generator
 from claq_export.verify_layers import layer_outputs
@@ -79,13 +80,16 @@ def test_folder_is_complete(decoder_artifact: Path) -> None:
     assert operators.count("Attention") == 2
     assert operators.count("RotaryEmbedding") == 4
     assert operators.count("RMSNormalization") == 5
+    # Else a layer has its four linears, which split, gate and add to their own results.
+    assert [operators.count(name) for name in ("ClaqMatMulSplit", "ClaqMatMulSwiGLU", "ClaqMatMulAdd")] == [2, 2, 4]
+    assert not {"Split", "Sigmoid"} & set(operators)
     assert not {"Softmax", "ReduceMean", "Neg", "Transpose"} & set(operators)
     # Rotation and attention take what the linears write: all that is reshaped belongs to the mask.
     makers = {name: node.op_type for node in model.graph.node for name in node.output}
     for node in model.graph.node:
         if node.op_type in ("RotaryEmbedding", "Attention"):
             assert {makers[name] for name in node.input[: 3 if node.op_type == "Attention" else 1]} <= {
-                "Split",
+                "ClaqMatMulSplit",
                 "RotaryEmbedding",
             }
     assert {entry.key: entry.value for entry in model.metadata_props}["claq.task"] == CACHED_TASK
@@ -211,7 +215,7 @@ def test_each_layer_runs_alone_with_and_without_the_library(decoder_artifact: Pa
     nodes = [n for n in onnx.load(str(path), load_external_data=False).graph.node if n.domain == "com.claq"]
     found = list(layer_outputs(path, library))
     assert [name for name, *_ in found] == [node.name for node in nodes]
-    assert {node.op_type for node in nodes} == {"ClaqMatMul", "ClaqGather"}
+    assert {node.op_type for node in nodes} == {*PRODUCTS, "ClaqGather"}
     for _, stock, native, _ in found:
         assert stock.shape[0] == 3
         np.testing.assert_allclose(native, stock, atol=1e-5 * float(np.abs(stock).max()))

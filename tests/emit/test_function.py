@@ -137,9 +137,9 @@ def test_a_corrupted_layer_is_an_error_not_a_crash(name: str) -> None:
 def test_the_function_is_deterministic() -> None:
     from claq_export.emit import function
 
-    first = function.claq_matmul_function()
-    function.claq_matmul_function.cache_clear()
-    assert function.claq_matmul_function() == first
+    first = function.claq_function("ClaqMatMul")
+    function.claq_function.cache_clear()
+    assert function.claq_function("ClaqMatMul") == first
 
 
 def test_dense_weight_agrees_with_the_package() -> None:

@@ -126,6 +126,6 @@ def test_a_corrupted_table_is_an_error_not_a_crash(name: str) -> None:
 
 
 def test_the_function_is_deterministic() -> None:
-    first = function.claq_gather_function()
-    function.claq_gather_function.cache_clear()
-    assert function.claq_gather_function() == first
+    first = function.claq_function("ClaqGather")
+    function.claq_function.cache_clear()
+    assert function.claq_function("ClaqGather") == first

@@ -14,7 +14,7 @@ import onnxruntime
 import torch
 from onnx import helper, numpy_helper
 
-from claq_export.emit.function import DOMAIN, OPSET, VERSION, claq_gather_function, claq_matmul_function
+from claq_export.emit.function import DOMAIN, OPSET, VERSION, claq_function
 from claq_export.format.layer import QuantizedLinear
 
 OLD_PYTHON = os.environ.get("CLAQ_ORT120_PYTHON")
@@ -50,7 +50,7 @@ def one_layer_model(
     return helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
-        functions=[onnx.FunctionProto.FromString(claq_matmul_function())],
+        functions=[onnx.FunctionProto.FromString(claq_function("ClaqMatMul"))],
         ir_version=10,
     )
 
@@ -85,7 +85,7 @@ def table_model(
     return helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
-        functions=[onnx.FunctionProto.FromString(claq_gather_function())] if with_function else [],
+        functions=[onnx.FunctionProto.FromString(claq_function("ClaqGather"))] if with_function else [],
         ir_version=10,
     )
 

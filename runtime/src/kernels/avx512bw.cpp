@@ -1,6 +1,7 @@
 // AVX-512 without VBMI and VNNI: sixteen-entry byte shuffles merged under constant masks, and products of 16-bit pairs.
 #include "avx512_float.h"
 #include "avx512_int8.h"
+#include "swiglu.h"
 
 namespace claq {
 namespace {
@@ -91,6 +92,6 @@ struct Bw {
 }  // namespace
 
 const Family kAvx512Bw = {"avx512bw", supported, {60e9, 250e9}, {60e9, 60e9}, kRowsAtOnce, 1, prepare_row, prepare_tile, transpose,
-                          sums_int8<Bw>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half};
+                          sums_int8<Bw>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu};
 
 }  // namespace claq

@@ -3,6 +3,7 @@
 // activations: 64 weights in about four instructions at any width.
 #include "avx512_float.h"
 #include "avx512_int8.h"
+#include "swiglu.h"
 
 namespace claq {
 namespace {
@@ -69,6 +70,6 @@ struct Vnni {
 }  // namespace
 
 const Family kAvx512Vnni = {"avx512vnni", supported, {60e9, 250e9}, {60e9, 60e9}, kRowsAtOnce, 1, prepare_row, prepare_tile, transpose,
-                            sums_int8<Vnni>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half};
+                            sums_int8<Vnni>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu};
 
 }  // namespace claq

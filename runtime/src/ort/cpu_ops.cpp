@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "../epilogue.h"
 #include "../gather.h"
 #include "../run.h"
 #include "operator.h"
@@ -13,8 +14,10 @@ namespace {
 
 struct Kernel {
   Api api;
+  Operator kind;
   std::unique_ptr<claq_layer> layer;
   int32_t accuracy_level;
+  Outputs outputs;
 };
 
 // What the node says, unless the environment variable CLAQ_ACCURACY says otherwise for the whole process.
@@ -37,11 +40,13 @@ int32_t accuracy_level(const Api& api, const OrtKernelInfo* info) {
   return static_cast<int32_t>(value);
 }
 
-std::unique_ptr<Kernel> create(const Api& api, const OrtKernelInfo* info, bool gathers) {
+std::unique_ptr<Kernel> create(const Api& api, const OrtKernelInfo* info, Operator kind) {
   NodeLayer node;
-  read_layer(api, info, gathers, node);
-  auto kernel = std::make_unique<Kernel>(Kernel{api, nullptr, gathers ? 0 : accuracy_level(api, info)});
+  read_layer(api, info, kind, node);
+  const bool gathers = kind == Operator::kGather;
+  auto kernel = std::make_unique<Kernel>(Kernel{api, kind, nullptr, gathers ? 0 : accuracy_level(api, info), {}});
   kernel->layer = make_layer(node.desc);
+  if (!gathers) kernel->outputs = read_outputs(api, info, kind, kernel->layer->view.out_features);
   return kernel;
 }
 
@@ -60,12 +65,17 @@ struct SessionThreads {
 };
 
 void multiply(const Kernel& kernel, OrtKernelContext* context) {
-  const Api& api = kernel.api;
-  const LayerView& layer = kernel.layer->view;
-  const MatMulTensors tensors = matmul_tensors(api, context, layer.in_features, layer.out_features);
-  SessionThreads threads{&api, context, nullptr};
-  run(*kernel.layer, static_cast<claq_dtype>(tensors.type), kernel.accuracy_level, tensors.x, tensors.rows, tensors.y,
-      {SessionThreads::parallel_for, &threads, kAwakeTaskSeconds});
+  const claq_layer& layer = *kernel.layer;
+  const MatMulTensors t = matmul_tensors(kernel.api, context, kernel.kind, layer.view.in_features, kernel.outputs);
+  SessionThreads threads{&kernel.api, context, nullptr};
+  const Host host{SessionThreads::parallel_for, &threads, kAwakeTaskSeconds};
+  const auto dtype = static_cast<claq_dtype>(t.type);
+  switch (kernel.kind) {
+    case Operator::kMatMulAdd: run_add(layer, dtype, kernel.accuracy_level, t.x, t.rows, t.residual, t.y[0], host); break;
+    case Operator::kMatMulSplit: run_split(layer, dtype, kernel.accuracy_level, t.x, t.rows, kernel.outputs, t.y, host); break;
+    case Operator::kMatMulSwiGlu: run_swiglu(layer, dtype, kernel.accuracy_level, t.x, t.rows, t.y[0], host); break;
+    default: run(layer, dtype, kernel.accuracy_level, t.x, t.rows, t.y[0], host);
+  }
   check(threads.failure);
 }
 
@@ -84,20 +94,20 @@ void gather_rows(const Kernel& kernel, OrtKernelContext* context) {
   check(threads.failure);
 }
 
-TypedOp make_op(bool gathers, int first, int activation, int order, int outlier_index) {
-  TypedOp op = describe_op([](const CustomOp*) { return "CPUExecutionProvider"; }, gathers, first, activation, order, outlier_index);
+TypedOp make_op(Operator kind, int first, int activation, int order, int outlier_index) {
+  TypedOp op = describe_op([](const CustomOp*) { return "CPUExecutionProvider"; }, kind, first, activation, order, outlier_index);
   op.CreateKernelV2 = [](const CustomOp* self, const OrtApi* table, const OrtKernelInfo* info, void** out) {
     const Api api(table);
     *out = nullptr;
     return guarded(api, [&] {
       try {
-        *out = create(api, info, typed(self).gathers).release();
+        *out = create(api, info, typed(self).kind).release();
       } catch (const InvalidLayer& error) {
-        throw InvalidLayer(std::string(operator_name(self)) + " node '" + node_name(api, info) + "': " + error.what());
+        throw InvalidLayer(std::string(operator_name(typed(self).kind)) + " node '" + node_name(api, info) + "': " + error.what());
       }
     });
   };
-  if (gathers) {
+  if (kind == Operator::kGather) {
     op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
       const Kernel& self = *static_cast<const Kernel*>(kernel);
       return guarded(self.api, [&] { gather_rows(self, context); });
@@ -120,8 +130,8 @@ const std::vector<TypedOp>& cpu_ops() {
     for (const int activation : {kFloat32, kFloat16, kBfloat16}) {
       for (const int order : {kUint16, kInt32}) {
         for (const int outlier_index : {kUint16, kInt32}) {
-          list->push_back(make_op(false, activation, activation, order, outlier_index));
-          for (const int index : {kInt32, kInt64}) list->push_back(make_op(true, index, activation, order, outlier_index));
+          for (const Operator kind : kProducts) list->push_back(make_op(kind, activation, activation, order, outlier_index));
+          for (const int index : {kInt32, kInt64}) list->push_back(make_op(Operator::kGather, index, activation, order, outlier_index));
         }
       }
     }

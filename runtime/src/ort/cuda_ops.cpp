@@ -39,7 +39,7 @@ class Memory {
 
 cuda::Tensors tensors_of(const Api& api, const OrtKernelInfo* info, const TypedOp& op, Memory& memory) {
   NodeLayer node;
-  read_layer(api, info, op.gathers, node);
+  read_layer(api, info, op.kind, node);
   return cuda::Tensors(node.desc, static_cast<claq_dtype>(op.activation), memory.taker());
 }
 
@@ -51,7 +51,7 @@ class MatMul {
   const Api& api() const { return api_; }
 
   void compute(OrtKernelContext* context) const {
-    const MatMulTensors tensors = matmul_tensors(api_, context, layer_.in_features(), layer_.out_features());
+    const MatMulTensors tensors = matmul_tensors(api_, context, Operator::kMatMul, layer_.in_features(), {layer_.out_features(), -1, -1});
     void *stream = nullptr, *cublas = nullptr;
     check(api_.stream(context, &stream));
     if (OrtStatus* status = api_.resource(context, kCublasHandle, &cublas)) {
@@ -66,7 +66,7 @@ class MatMul {
     // The arena hands the memory out again only to work that the stream runs later.
     const auto free = [allocator](void* scratch) { allocator->Free(allocator, scratch); };
     const std::unique_ptr<void, decltype(free)> scratch(workspace, free);
-    layer_.run(tensors.x, tensors.rows, tensors.y, workspace, stream, cublas);
+    layer_.run(tensors.x, tensors.rows, tensors.y[0], workspace, stream, cublas);
   }
 
  private:
@@ -99,16 +99,16 @@ class Gather {
 const Api* newer_api = nullptr;
 
 template <class Kernel>
-TypedOp make_op(bool gathers, int first, int activation, int order, int outlier_index) {
+TypedOp make_op(Operator kind, int first, int activation, int order, int outlier_index) {
   TypedOp op =
-      describe_op([](const CustomOp*) { return "CUDAExecutionProvider"; }, gathers, first, activation, order, outlier_index);
+      describe_op([](const CustomOp*) { return "CUDAExecutionProvider"; }, kind, first, activation, order, outlier_index);
   op.CreateKernelV2 = [](const CustomOp* self, const OrtApi*, const OrtKernelInfo* info, void** out) {
     *out = nullptr;
     return guarded(*newer_api, [&] {
       try {
         *out = new Kernel(*newer_api, info, typed(self));
       } catch (const InvalidLayer& error) {
-        throw InvalidLayer(std::string(operator_name(self)) + " node '" + node_name(*newer_api, info) + "': " + error.what());
+        throw InvalidLayer(std::string(operator_name(typed(self).kind)) + " node '" + node_name(*newer_api, info) + "': " + error.what());
       }
     });
   };
@@ -129,8 +129,8 @@ const std::vector<TypedOp>& cuda_ops(const Api& api) {
     for (const int activation : {kFloat32, kFloat16, kBfloat16}) {
       for (const int order : {kUint16, kInt32}) {
         for (const int outlier_index : {kUint16, kInt32}) {
-          list->push_back(make_op<MatMul>(false, activation, activation, order, outlier_index));
-          for (const int index : {kInt32, kInt64}) list->push_back(make_op<Gather>(true, index, activation, order, outlier_index));
+          list->push_back(make_op<MatMul>(Operator::kMatMul, activation, activation, order, outlier_index));
+          for (const int index : {kInt32, kInt64}) list->push_back(make_op<Gather>(Operator::kGather, index, activation, order, outlier_index));
         }
       }
     }

@@ -28,7 +28,7 @@ int input_type(const TypedOp& op, size_t index) {
     case 5: return op.order;
     case 6: return kInt32;
     case 7: return op.outlier_index;
-    default: return op.activation;
+    default: return op.activation;  // bias or like, and a residual
   }
 }
 
@@ -58,7 +58,8 @@ std::string node_name(const Api& api, const OrtKernelInfo* info) {
   return name;
 }
 
-void read_layer(const Api& api, const OrtKernelInfo* info, bool gathers, NodeLayer& layer) {
+void read_layer(const Api& api, const OrtKernelInfo* info, Operator kind, NodeLayer& layer) {
+  const bool gathers = kind == Operator::kGather;
   claq_layer_desc& desc = layer.desc;
   auto& infos = layer.infos;
   desc.struct_size = sizeof desc;
@@ -91,23 +92,57 @@ void read_layer(const Api& api, const OrtKernelInfo* info, bool gathers, NodeLay
   }
 }
 
-MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, int64_t in_features, int64_t out_features) {
+Outputs read_outputs(const Api& api, const OrtKernelInfo* info, Operator kind, int64_t out_features) {
+  Outputs outputs{out_features, -1, -1};
+  if (kind == Operator::kMatMulSwiGlu) {
+    if (out_features % 2) throw InvalidLayer("out_features: is " + std::to_string(out_features) + ", expected an even number");
+    outputs[0] = out_features / 2;
+  } else if (kind == Operator::kMatMulSplit) {
+    int64_t rest = out_features;
+    for (int i = 0; i < kMostParts; ++i) {
+      const std::string name = "split_" + std::to_string(i);
+      outputs[i] = required_attribute(api, info, name.c_str());
+      // Each is compared with what is left, so that no sum can overflow.
+      if (outputs[i] < 0 || outputs[i] > rest || (i + 1 == kMostParts && outputs[i] != rest)) {
+        throw InvalidLayer(name + ": is " + std::to_string(outputs[i]) + ", expected parts of out_features = " +
+                           std::to_string(out_features));
+      }
+      rest -= outputs[i];
+    }
+  }
+  return outputs;
+}
+
+MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, Operator kind, int64_t in_features, const Outputs& outputs) {
   const OrtValue* x = nullptr;
   check(api.input(context, 0, &x));
   TensorInfo info = describe(api, x);
   if (info.shape.empty() || info.shape.back() != in_features) {
-    throw InvalidArgument("ClaqMatMul: x: the last dimension is " + (info.shape.empty() ? "missing" : std::to_string(info.shape.back())) +
+    throw InvalidArgument(std::string(operator_name(kind)) + ": x: the last dimension is " +
+                          (info.shape.empty() ? "missing" : std::to_string(info.shape.back())) +
                           ", expected in_features = " + std::to_string(in_features));
   }
-  int64_t rows = 1;
-  for (size_t i = 0; i + 1 < info.shape.size(); ++i) rows *= info.shape[i];
-  info.shape.back() = out_features;
-  OrtValue* y = nullptr;
-  check(api.output(context, 0, info.shape.data(), info.shape.size(), &y));
-  void *x_data = nullptr, *y_data = nullptr;
-  check(api.tensor_data(x, &x_data));
-  check(api.tensor_data(y, &y_data));
-  return {info.type, rows, x_data, y_data};
+  MatMulTensors tensors{info.type, 1, nullptr, nullptr, {}};
+  for (size_t i = 0; i + 1 < info.shape.size(); ++i) tensors.rows *= info.shape[i];
+  for (int i = 0; i < kMostParts && outputs[i] >= 0; ++i) {
+    info.shape.back() = outputs[i];
+    OrtValue* y = nullptr;
+    check(api.output(context, i, info.shape.data(), info.shape.size(), &y));
+    check(api.tensor_data(y, &tensors.y[i]));
+  }
+  void* data = nullptr;
+  if (kind == Operator::kMatMulAdd) {
+    const OrtValue* residual = nullptr;
+    check(api.input(context, kResidual, &residual));
+    if (describe(api, residual).shape != info.shape) {
+      throw InvalidArgument(std::string(operator_name(kind)) + ": residual: expected the shape of the result");
+    }
+    check(api.tensor_data(residual, &data));
+    tensors.residual = data;
+  }
+  check(api.tensor_data(x, &data));
+  tensors.x = data;
+  return tensors;
 }
 
 GatherTensors gather_tensors(const Api& api, OrtKernelContext* context, int64_t in_features) {
@@ -125,21 +160,29 @@ GatherTensors gather_tensors(const Api& api, OrtKernelContext* context, int64_t 
   return {info.type, count, index_data, y_data};
 }
 
-const char* operator_name(const CustomOp* op) { return typed(op).gathers ? "ClaqGather" : "ClaqMatMul"; }
+const char* operator_name(Operator kind) {
+  switch (kind) {
+    case Operator::kMatMulAdd: return "ClaqMatMulAdd";
+    case Operator::kMatMulSplit: return "ClaqMatMulSplit";
+    case Operator::kMatMulSwiGlu: return "ClaqMatMulSwiGLU";
+    case Operator::kGather: return "ClaqGather";
+    default: return "ClaqMatMul";
+  }
+}
 
-TypedOp describe_op(const char* (*provider)(const CustomOp*), bool gathers, int first, int activation, int order, int outlier_index) {
+TypedOp describe_op(const char* (*provider)(const CustomOp*), Operator kind, int first, int activation, int order, int outlier_index) {
   TypedOp op{};
   op.version = kOrtApiVersion;
-  op.gathers = gathers;
+  op.kind = kind;
   op.first = first;
   op.activation = activation;
   op.order = order;
   op.outlier_index = outlier_index;
-  op.GetName = operator_name;
+  op.GetName = [](const CustomOp* self) { return operator_name(typed(self).kind); };
   op.GetExecutionProviderType = provider;
-  op.GetInputTypeCount = [](const CustomOp*) { return kInputs; };
+  op.GetInputTypeCount = [](const CustomOp* self) { return typed(self).kind == Operator::kMatMulAdd ? kInputs + 1 : kInputs; };
   op.GetInputType = [](const CustomOp* self, size_t index) { return input_type(typed(self), index); };
-  op.GetOutputTypeCount = [](const CustomOp*) -> size_t { return 1; };
+  op.GetOutputTypeCount = [](const CustomOp* self) -> size_t { return typed(self).kind == Operator::kMatMulSplit ? kMostParts : 1; };
   op.GetOutputType = [](const CustomOp* self, size_t) { return typed(self).activation; };
   op.GetInputCharacteristic = [](const CustomOp*, size_t) -> int { return kRequired; };
   op.GetOutputCharacteristic = [](const CustomOp*, size_t) -> int { return kRequired; };

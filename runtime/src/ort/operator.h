@@ -1,5 +1,5 @@
-// What the operators com.claq::ClaqMatMul and com.claq::ClaqGather share on all devices: how ONNX Runtime is told of them, and
-// how a node's attributes and constant inputs become the descriptor of a layer.
+// What the operators of the domain com.claq share on all devices: how ONNX Runtime is told of them, and how a node's attributes
+// and constant inputs become the descriptor of a layer.
 #pragma once
 
 #include <array>
@@ -7,15 +7,23 @@
 #include <string>
 #include <vector>
 
+#include "../epilogue.h"
 #include "../exceptions.h"
 #include "../layer.h"
 #include "api.h"
 
 namespace claq::ort {
 
+enum class Operator { kMatMul, kMatMulAdd, kMatMulSplit, kMatMulSwiGlu, kGather };
+
+constexpr Operator kProducts[] = {Operator::kMatMul, Operator::kMatMulAdd, Operator::kMatMulSplit, Operator::kMatMulSwiGlu};
+
+// Inputs of a layer: the activations (of ClaqGather `indices`), its tensors, and the bias. Of ClaqGather the last is `like`: nothing
+// but a dtype, that of the result.
 constexpr size_t kInputs = 10;
-// Of ClaqGather the first input is `indices` and the last is `like`: nothing but a dtype, that of the result.
 constexpr size_t kLike = kInputs - 1;
+// Behind them ClaqMatMulAdd has what is added.
+constexpr size_t kResidual = kInputs;
 
 // A status of ONNX Runtime on its way through C++ frames.
 struct StatusError {
@@ -59,20 +67,28 @@ struct NodeLayer {
   std::array<TensorInfo, kInputs> infos;
 };
 
-// Throws InvalidLayer if an attribute is missing or an input is not constant. `gathers`: the node is a ClaqGather.
-void read_layer(const Api& api, const OrtKernelInfo* info, bool gathers, NodeLayer& layer);
+// Throws InvalidLayer if an attribute is missing or an input is not constant.
+void read_layer(const Api& api, const OrtKernelInfo* info, Operator kind, NodeLayer& layer);
 
 std::string node_name(const Api& api, const OrtKernelInfo* info);
 
-// Input x of a ClaqMatMul node at run time, and its output, which is made here.
+// The last dimension of each output of a node that multiplies; -1 where it has none.
+using Outputs = std::array<int64_t, kMostParts>;
+
+// Throws InvalidLayer if an attribute is missing, or does not fit the layer's number of outputs.
+Outputs read_outputs(const Api& api, const OrtKernelInfo* info, Operator kind, int64_t out_features);
+
+// Tensors of a node that multiplies at run time; the outputs are made here.
 struct MatMulTensors {
   int type;  // claq_dtype
   int64_t rows;
   const void* x;
-  void* y;
+  const void* residual;  // of ClaqMatMulAdd
+  std::array<void*, kMostParts> y;
 };
 
-MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, int64_t in_features, int64_t out_features);
+// Throws InvalidArgument if a shape does not fit.
+MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, Operator kind, int64_t in_features, const Outputs& outputs);
 
 // Input `indices` of a ClaqGather node at run time, and its output, which is made here.
 struct GatherTensors {
@@ -86,7 +102,7 @@ GatherTensors gather_tensors(const Api& api, OrtKernelContext* context, int64_t 
 
 // ONNX Runtime matches an operator by its input types, so there is one registration for each combination.
 struct TypedOp : CustomOp {
-  bool gathers;    // ClaqGather, else ClaqMatMul
+  Operator kind;
   int first;       // of `x` or `indices`
   int activation;  // of the result and of the last input
   int order;
@@ -95,10 +111,10 @@ struct TypedOp : CustomOp {
 
 inline const TypedOp& typed(const CustomOp* op) { return *static_cast<const TypedOp*>(op); }
 
-const char* operator_name(const CustomOp* op);
+const char* operator_name(Operator kind);
 
 // An operator without the functions that make, run and destroy a kernel.
-TypedOp describe_op(const char* (*provider)(const CustomOp*), bool gathers, int first, int activation, int order, int outlier_index);
+TypedOp describe_op(const char* (*provider)(const CustomOp*), Operator kind, int first, int activation, int order, int outlier_index);
 
 // The operators of each device, one for every combination of types; valid as long as the process.
 const std::vector<TypedOp>& cpu_ops();

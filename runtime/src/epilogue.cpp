@@ -1,0 +1,104 @@
+#include "epilogue.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "elements.h"
+#include "family.h"
+#include "run.h"
+#include "workspace.h"
+
+namespace claq {
+namespace {
+
+constexpr int64_t kMostProductRows = 256;     // of a product on its way into other arrays; `run` takes no more at a time either
+constexpr double kElementsPerSecond = 1e9;  // a rounded estimate, only used to decide into how many tasks to split
+
+size_t size_of(claq_dtype dtype) { return dtype == CLAQ_FLOAT32 ? sizeof(float) : sizeof(uint16_t); }
+
+// Runs body(first, last) over [0, rows), which hold `elements` elements.
+template <class Body>
+void for_each_stripe(const Host& host, int64_t rows, int64_t elements, Body body) {
+  const int64_t tasks = task_count(host, static_cast<double>(elements) / kElementsPerSecond, rows);
+  for_each(host, tasks, [&](int64_t task) { body(rows * task / tasks, rows * (task + 1) / tasks); });
+}
+
+// Calls use(first, count, product) with rows [first, first + count) of the product.
+template <class Use>
+void for_each_product(const claq_layer& layer, claq_dtype dtype, int32_t accuracy_level, const void* x, int64_t rows, const Host& host,
+                      Use use) {
+  const int64_t K = layer.view.in_features, N = layer.view.out_features;
+  const auto item = static_cast<int64_t>(size_of(dtype));
+  const int64_t most = std::min(rows, kMostProductRows);
+  Workspace workspace(static_cast<size_t>(most * N * item));
+  char* product = workspace.first<char>();
+  for (int64_t first = 0; first < rows; first += most) {
+    const int64_t count = std::min(most, rows - first);
+    run(layer, dtype, accuracy_level, static_cast<const char*>(x) + first * K * item, count, product, host);
+    use(first, count, product);
+  }
+}
+
+}  // namespace
+
+void run_split(const claq_layer& layer, claq_dtype dtype, int32_t accuracy_level, const void* x, int64_t rows,
+               const std::array<int64_t, kMostParts>& parts, const std::array<void*, kMostParts>& y, const Host& host) {
+  const int64_t N = layer.view.out_features;
+  const auto item = static_cast<int64_t>(size_of(dtype));
+  for_each_product(layer, dtype, accuracy_level, x, rows, host, [&](int64_t first, int64_t count, const char* product) {
+    for_each_stripe(host, count, count * N, [&](int64_t m0, int64_t m1) {
+      for (int64_t m = m0; m < m1; ++m) {
+        const char* from = product + m * N * item;
+        for (int i = 0; i < kMostParts; ++i) {
+          const int64_t bytes = parts[i] * item;
+          if (bytes) std::memcpy(static_cast<char*>(y[i]) + (first + m) * bytes, from, static_cast<size_t>(bytes));
+          from += bytes;
+        }
+      }
+    });
+  });
+}
+
+void run_swiglu(const claq_layer& layer, claq_dtype dtype, int32_t accuracy_level, const void* x, int64_t rows, void* y, const Host& host) {
+  const Family& family = *layer.family;
+  const int64_t half = layer.view.out_features / 2;
+  for_each_product(layer, dtype, accuracy_level, x, rows, host, [&](int64_t first, int64_t count, const char* product) {
+    for_each_stripe(host, count, count * half * 4, [&](int64_t m0, int64_t m1) {
+      Workspace workspace(dtype == CLAQ_FLOAT32 ? 0 : Workspace::bytes_for<float>(3 * half));
+      float* buffer = workspace.take<float>(3 * half);
+      for (int64_t m = m0; m < m1; ++m) {
+        const float* gate = load_row(family, dtype, product, 2 * m, half, buffer);
+        const float* up = load_row(family, dtype, product, 2 * m + 1, half, buffer + half);
+        const int64_t offset = (first + m) * half;
+        float* result = dtype == CLAQ_FLOAT32 ? static_cast<float*>(y) + offset : buffer + 2 * half;
+        family.swiglu(gate, up, result, half);
+        if (dtype != CLAQ_FLOAT32) store_row(family, dtype, result, half, y, offset);
+      }
+    });
+  });
+}
+
+void run_add(const claq_layer& layer, claq_dtype dtype, int32_t accuracy_level, const void* x, int64_t rows, const void* residual,
+             void* y, const Host& host) {
+  run(layer, dtype, accuracy_level, x, rows, y, host);
+  const Family& family = *layer.family;
+  const int64_t N = layer.view.out_features;
+  for_each_stripe(host, rows, rows * N, [&](int64_t m0, int64_t m1) {
+    if (dtype == CLAQ_FLOAT32) {
+      float* sum = static_cast<float*>(y);
+      const float* other = static_cast<const float*>(residual);
+      for (int64_t i = m0 * N; i < m1 * N; ++i) sum[i] += other[i];
+      return;
+    }
+    Workspace workspace(Workspace::bytes_for<float>(2 * N));
+    float* buffer = workspace.take<float>(2 * N);
+    for (int64_t m = m0; m < m1; ++m) {
+      load_row(family, dtype, y, m, N, buffer);
+      load_row(family, dtype, residual, m, N, buffer + N);
+      for (int64_t n = 0; n < N; ++n) buffer[n] += buffer[N + n];
+      store_row(family, dtype, buffer, N, y, m * N);
+    }
+  });
+}
+
+}  // namespace claq

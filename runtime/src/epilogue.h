@@ -1,0 +1,27 @@
+// What the fused operators do with the product of a layer: split its columns, gate one half with the other, add a residual.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "claq.h"
+#include "layer.h"
+#include "parallel.h"
+
+namespace claq {
+
+constexpr int kMostParts = 3;
+
+// y_i[rows, parts[i]] = columns of the product x W^T + b, one after another; `parts` add up to out_features, and of a part without
+// columns y_i is not touched. Throws as `run`.
+void run_split(const claq_layer& layer, claq_dtype dtype, int32_t accuracy_level, const void* x, int64_t rows,
+               const std::array<int64_t, kMostParts>& parts, const std::array<void*, kMostParts>& y, const Host& host);
+
+// y[rows, out_features / 2] = silu(first half of the product's columns) * second half; out_features is even. Throws as `run`.
+void run_swiglu(const claq_layer& layer, claq_dtype dtype, int32_t accuracy_level, const void* x, int64_t rows, void* y, const Host& host);
+
+// y[rows, out_features] = product + residual, of the same shape. Throws as `run`.
+void run_add(const claq_layer& layer, claq_dtype dtype, int32_t accuracy_level, const void* x, int64_t rows, const void* residual,
+             void* y, const Host& host);
+
+}  // namespace claq
