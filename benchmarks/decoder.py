@@ -5,8 +5,9 @@
 
 All runtimes take turns in one process, so that a busy machine slows them alike: compare the ratios. The peer
 ``MatMulNBits`` is the same graph with each claq layer replaced by ONNX Runtime's 4-bit operator (blocks of 32, accuracy
-level 4), made from the dequantized weight. llama.cpp runs where llama-cpp-python is installed and a file given. It computes
-the logits of a prompt's last token alone; with ``--last-logits`` the others do so too.
+level 4), made from the dequantized weight, and what claq's operators do beside multiplying by plain operators; sibling
+linears are stacked as in the artifact, or not, as most tools leave them. llama.cpp runs where llama-cpp-python is installed
+and a file given. It computes the logits of a prompt's last token alone; with ``--last-logits`` the others do so too.
 """
 
 from __future__ import annotations
@@ -60,39 +61,69 @@ def four_bit_blocks(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes[..., 0::2] | codes[..., 1::2] << 4, scale[..., 0].astype(np.float32)
 
 
-def as_nbits(folder: Path, target: Path) -> Path:
-    """The same graph with ``MatMulNBits`` in the place of every ``ClaqMatMul``."""
+def as_nbits(folder: Path, target: Path, stacked: bool) -> Path:
+    """The same graph with ``MatMulNBits`` and plain operators in the place of every product by a claq layer.
+
+    Args:
+        folder: the artifact.
+        target: file to write.
+        stacked: one product for sibling linears and a ``Split``, as claq has it; False: a product each.
+    """
     model = onnx.load(str(folder / "model.onnx"))
     layers = load_checkpoint(folder).layers
-    constants = {value.name: value for value in model.graph.initializer}
-    done: dict[str, tuple[str, str]] = {}
-    for node in model.graph.node:
-        if node.op_type != "ClaqMatMul":
-            continue
+    constants = {value.name: numpy_helper.to_array(value) for value in model.graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    done: set[str] = set()
+
+    def add(operator: str, inputs: list[str], outputs: list[str], **attributes: Any) -> list[str]:
+        nodes.append(onnx.helper.make_node(operator, inputs, outputs, f"{outputs[0]}.{operator}", **attributes))
+        return outputs
+
+    def constant(name: str, value: np.ndarray) -> str:
+        if name not in done:
+            done.add(name)
+            model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def product(node: onnx.NodeProto, rows: slice, part: str, output: str) -> str:
         layer = layers[node.name.split("#")[0]]
-        if node.name not in done:
-            codes, scale = four_bit_blocks(layer.dequantize(torch.float32).numpy())
-            names = (f"{node.name}.nbits", f"{node.name}.nbits_scale")
-            model.graph.initializer.extend(
-                [numpy_helper.from_array(codes, names[0]), numpy_helper.from_array(scale.reshape(-1), names[1])]
-            )
-            done[node.name] = names
-        bias = node.input[9]
-        has_bias = numpy_helper.to_array(constants[bias]).size > 0 if bias in constants else True
-        new = onnx.helper.make_node(
-            "MatMulNBits",
-            [node.input[0], *done[node.name], *(["", "", bias] if has_bias else [])],
-            list(node.output),
-            node.name,
-            domain="com.microsoft",
-            K=layer.in_features,
-            N=layer.out_features,
-            bits=4,
-            block_size=BLOCK,
-            accuracy_level=4,
-        )
-        node.CopyFrom(new)
-    used = {name for node in model.graph.node for name in node.input}
+        codes, scale = four_bit_blocks(layer.dequantize(torch.float32).numpy()[rows])
+        inputs = [node.input[0], constant(f"{part}.nbits", codes), constant(f"{part}.nbits_scale", scale.reshape(-1))]
+        bias = constants[node.input[9]]
+        if bias.size:
+            inputs += ["", "", constant(f"{part}.bias", bias[rows])]
+        attributes = {"K": layer.in_features, "N": len(codes), "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
+        return add("MatMulNBits", inputs, [output], domain="com.microsoft", **attributes)[0]
+
+    def parts_of(node: onnx.NodeProto, sizes: list[int], outputs: list[str]) -> list[str]:
+        if stacked:
+            whole = product(node, slice(None), node.name, f"{node.name}.product")
+            return add("Split", [whole, constant(f"{node.name}.sizes", np.array(sizes, np.int64))], outputs, axis=-1)
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        pieces = zip(starts, sizes, outputs, strict=True)
+        return [product(node, slice(start, start + size), name, name) for start, size, name in pieces]
+
+    for node in model.graph.node:
+        given = {attribute.name: attribute.i for attribute in node.attribute}
+        if node.op_type == "ClaqMatMul":
+            product(node, slice(None), node.name, node.output[0])
+        elif node.op_type == "ClaqMatMulAdd":
+            linear = product(node, slice(None), node.name, f"{node.name}.product")
+            add("Add", [linear, node.input[10]], [node.output[0]])
+        elif node.op_type == "ClaqMatMulSplit":
+            sizes = [given[f"split_{index}"] for index in range(3) if given[f"split_{index}"]]
+            parts_of(node, sizes, list(node.output[: len(sizes)]))
+        elif node.op_type == "ClaqMatMulSwiGLU":
+            half = given["out_features"] // 2
+            gate, up = parts_of(node, [half, half], [f"{node.name}.gate", f"{node.name}.up"])
+            (sigmoid,) = add("Sigmoid", [gate], [f"{node.name}.sigmoid"])
+            (activated,) = add("Mul", [gate, sigmoid], [f"{node.name}.silu"])
+            add("Mul", [activated, up], [node.output[0]])
+        else:
+            nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input}
     kept = [value for value in model.graph.initializer if value.name in used]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
@@ -244,9 +275,10 @@ def main() -> None:
             for name, level in (("int8", 4), ("fp32", 0))
         )
         try:
-            nbits = as_nbits(options.folder, Path(scratch) / "nbits.onnx")
+            stacked = as_nbits(options.folder, Path(scratch) / "stacked.onnx", True)
+            single = as_nbits(options.folder, Path(scratch) / "single.onnx", False)
             library = Path(claq_runtime.library_path())
-            paths = {"claq int8": int8, "claq fp32": fp32, "MatMulNBits": nbits}
+            paths = {"claq int8": int8, "claq fp32": fp32, "MatMulNBits": stacked, "MatMulNBits, not stacked": single}
             generators = {name: Generator(path, library, options.threads) for name, path in paths.items()}
             decode: dict[str, Run] = {}
             prefill: dict[str, Run] = {}

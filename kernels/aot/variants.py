@@ -14,6 +14,7 @@ from ..triton.activations import claq_quantize_activations, claq_scale_activatio
 from ..triton.dequantize import claq_add_outliers, claq_dequantize
 from ..triton.dispatch import Dispatch, GemmConfig, dispatch_for
 from ..triton.epilogue import claq_finish
+from ..triton.fused import claq_add, claq_swiglu, claq_take
 from ..triton.gather import claq_gather
 from ..triton.gemm import claq_gemm
 from ..triton.gemv import claq_gemv
@@ -274,9 +275,30 @@ def _gather(dispatch: Dispatch) -> Iterator[Variant]:
                 )
 
 
+def _fused() -> Iterator[Variant]:
+    elements = 1024
+    for dtype in DTYPES:
+        pointer = f"*{dtype}"
+        for name, kernel, pointers, integers in (
+            ("add", claq_add, ("y_ptr", "residual_ptr"), ("count",)),
+            ("swiglu", claq_swiglu, ("product_ptr", "y_ptr"), ("half",)),
+            ("take", claq_take, ("product_ptr", "y_ptr"), ("N", "first", "columns")),
+        ):
+            yield Variant(
+                name=f"{name}_{dtype}",
+                kernel=kernel,
+                signature={**dict.fromkeys(pointers, pointer), **_integers(*integers)},
+                constants={"ELEMENTS": elements},
+                num_warps=4,
+                tile=(elements, 0, 0),
+                multiples=(),
+                unaligned=pointers,
+            )
+
+
 def variants(target: int) -> list[Variant]:
     """All kernels for a compute capability (80, 90, ...), with the tile sizes of ``kernels/triton/dispatch.json``."""
     dispatch = dispatch_for(target // 10, target % 10)
     tiles = {config.vectors: config for config in dispatch.gemm}
     found = [*_gemv(dispatch), *(v for config in tiles.values() for v in _gemm(config))]
-    return [*found, *_activations(), *_finish(), *_dense(dispatch), *_gather(dispatch)]
+    return [*found, *_activations(), *_finish(), *_dense(dispatch), *_gather(dispatch), *_fused()]

@@ -102,8 +102,8 @@ def test_rows_are_looked_up(results: dict[str, Any], name: str) -> None:
 
 def test_nodes_of_the_cuda_provider_are_made_run_and_destroyed(results: dict[str, Any]) -> None:
     found = results["nodes"]
-    activations, widths, ids = 3, 2 * 2, 2
-    assert found["operators"] == activations * widths * (1 + ids)
+    activations, widths, products, ids = 3, 2 * 2, 4, 2
+    assert found["operators"] == activations * widths * (products + ids)
     assert (found["ClaqMatMul message"], found["ClaqGather message"]) == ("", "")
     assert found["ClaqMatMul error"] <= BOUNDS["float32"]
     assert found["ClaqGather equal"]
@@ -111,6 +111,30 @@ def test_nodes_of_the_cuda_provider_are_made_run_and_destroyed(results: dict[str
     for operator in ("ClaqMatMul", "ClaqGather"):
         message = f"{operator} node 'the node': order: element 0 is 99, expected 0 to 70 (the last means padding)"
         assert found[f"damaged {operator}"] == message
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("operator", "kernel"),
+    [
+        ("ClaqMatMulAdd", "add"),
+        ("ClaqMatMulSwiGLU", "swiglu"),
+        ("ClaqMatMulSplit", "take"),
+        ("ClaqMatMulSplit of two", "take"),
+    ],
+)
+def test_fused_nodes(results: dict[str, Any], dtype: str, operator: str, kernel: str) -> None:
+    found = results["nodes"]["fused"][dtype][operator]
+    assert found["message"] == ""
+    assert found["kernels"].split()[-1] == kernel
+    # The product and what is made of it are rounded, one after the other.
+    assert found["error"] <= 2 * BOUNDS.get(dtype, FLOAT16_BOUND)
+
+
+def test_fused_nodes_say_what_does_not_fit(results: dict[str, Any]) -> None:
+    found = results["nodes"]["fused"]["float32"]
+    assert found["odd message"].endswith("out_features: is 5, expected an even number")
+    assert found["short message"].endswith("split_2: is 0, expected parts of out_features = 2080")
 
 
 @pytest.mark.parametrize("case", ["many sessions", "many threads"])

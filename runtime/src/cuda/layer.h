@@ -22,8 +22,7 @@ class Layer {
   // Queues y[rows, N] = x[rows, K] W^T + b on the stream and returns. `blas` is a cublasHandle_t on that stream, or null.
   void run(const void* x, int64_t rows, void* y, void* workspace, Stream stream, void* blas) const;
 
-  int64_t in_features() const { return tensors_.in_features; }
-  int64_t out_features() const { return tensors_.out_features; }
+  const Tensors& tensors() const { return tensors_; }
 
  private:
   enum class Path { kFew, kTens, kDense };

@@ -33,9 +33,12 @@ inline float exponential(float x) {
   return p * power;
 }
 
-// y[i] = gate[i] / (1 + e^-gate[i]) * up[i]. What is not finite stays so.
+// y[i] = gate[i] / (1 + e^-gate[i]) * up[i]; gates below -88 count as -88, but for infinity, which gives a NaN as in the formula.
 void swiglu(const float* __restrict gate, const float* __restrict up, float* __restrict y, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) y[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+  for (int64_t i = 0; i < count; ++i) {
+    const float g = gate[i], bounded = g < -88.0f ? -88.0f : g, negative = g < 0.0f ? g : 0.0f;
+    y[i] = (bounded / (1.0f + exponential(-g)) + negative * 0.0f) * up[i];
+  }
 }
 
 }  // namespace

@@ -1,8 +1,10 @@
-// ClaqMatMul and ClaqGather on NVIDIA GPUs: the session's stream and memory around cuda::Layer and cuda::Table.
+// The operators on NVIDIA GPUs: the session's stream and memory around cuda::Layer, cuda::Table and what follows a product.
 #include <memory>
 #include <string>
+#include <variant>
 #include <vector>
 
+#include "../cuda/epilogue.h"
 #include "../cuda/layer.h"
 #include "../cuda/table.h"
 #include "operator.h"
@@ -43,36 +45,78 @@ cuda::Tensors tensors_of(const Api& api, const OrtKernelInfo* info, const TypedO
   return cuda::Tensors(node.desc, static_cast<claq_dtype>(op.activation), memory.taker());
 }
 
+constexpr size_t kAlignment = 256;  // of the parts of a node's scratch memory
+
+// What is done with a product.
+using Epilogue = std::variant<std::monostate, cuda::Add, cuda::SwiGlu, cuda::Take>;
+
+Epilogue make_epilogue(Operator kind, const cuda::Tensors& tensors) {
+  switch (kind) {
+    case Operator::kMatMulAdd: return cuda::Add(tensors);
+    case Operator::kMatMulSwiGlu: return cuda::SwiGlu(tensors);
+    case Operator::kMatMulSplit: return cuda::Take(tensors);
+    default: return {};
+  }
+}
+
 class MatMul {
  public:
   MatMul(const Api& api, const OrtKernelInfo* info, const TypedOp& op)
-      : api_(api), memory_(api, info), layer_(tensors_of(api, info, op, memory_), memory_.taker()) {}
+      : api_(api),
+        kind_(op.kind),
+        memory_(api, info),
+        layer_(tensors_of(api, info, op, memory_), memory_.taker()),
+        outputs_(read_outputs(api, info, op.kind, layer_.tensors().out_features)),
+        epilogue_(make_epilogue(op.kind, layer_.tensors())) {}
 
   const Api& api() const { return api_; }
 
   void compute(OrtKernelContext* context) const {
-    const MatMulTensors tensors = matmul_tensors(api_, context, Operator::kMatMul, layer_.in_features(), {layer_.out_features(), -1, -1});
+    const cuda::Tensors& layer = layer_.tensors();
+    const MatMulTensors tensors = matmul_tensors(api_, context, kind_, layer.in_features, outputs_);
     void *stream = nullptr, *cublas = nullptr;
     check(api_.stream(context, &stream));
     if (OrtStatus* status = api_.resource(context, kCublasHandle, &cublas)) {
       api_.release_status(status);  // an execution provider without cuBLAS: many rows take another kernel
       cublas = nullptr;
     }
-    const size_t bytes = layer_.workspace(tensors.rows, cublas != nullptr);
+    size_t bytes = layer_.workspace(tensors.rows, cublas != nullptr);
     if (bytes == 0) return;
+    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    // A product that is not the result lies behind the layer's own memory.
+    const bool apart = kind_ == Operator::kMatMulSwiGlu || kind_ == Operator::kMatMulSplit;
+    const size_t product_bytes = apart ? static_cast<size_t>(tensors.rows * layer.out_features) * cuda::size_of(layer.dtype) : 0;
     OrtAllocator* allocator = memory_.allocator();
     void* workspace = nullptr;
-    check(api_.scratch(context, allocator->Info(allocator), bytes, &workspace));
+    check(api_.scratch(context, allocator->Info(allocator), bytes + product_bytes, &workspace));
     // The arena hands the memory out again only to work that the stream runs later.
     const auto free = [allocator](void* scratch) { allocator->Free(allocator, scratch); };
     const std::unique_ptr<void, decltype(free)> scratch(workspace, free);
-    layer_.run(tensors.x, tensors.rows, tensors.y[0], workspace, stream, cublas);
+    void* product = apart ? static_cast<char*>(workspace) + bytes : tensors.y[0];
+    layer_.run(tensors.x, tensors.rows, product, workspace, stream, cublas);
+    finish(tensors, product, stream);
   }
 
  private:
+  void finish(const MatMulTensors& tensors, const void* product, void* stream) const {
+    const int64_t rows = tensors.rows, width = layer_.tensors().out_features;
+    if (const auto* add = std::get_if<cuda::Add>(&epilogue_)) add->run(tensors.residual, tensors.y[0], rows * width, stream);
+    if (const auto* swiglu = std::get_if<cuda::SwiGlu>(&epilogue_)) swiglu->run(product, rows, width / 2, tensors.y[0], stream);
+    if (const auto* take = std::get_if<cuda::Take>(&epilogue_)) {
+      int64_t first = 0;
+      for (int i = 0; i < kMostParts; ++i) {
+        take->run(product, rows, width, first, outputs_[i], tensors.y[i], stream);
+        first += outputs_[i];
+      }
+    }
+  }
+
   Api api_;
+  Operator kind_;
   Memory memory_;
   cuda::Layer layer_;
+  Outputs outputs_;
+  Epilogue epilogue_;
 };
 
 class Gather {
@@ -129,7 +173,7 @@ const std::vector<TypedOp>& cuda_ops(const Api& api) {
     for (const int activation : {kFloat32, kFloat16, kBfloat16}) {
       for (const int order : {kUint16, kInt32}) {
         for (const int outlier_index : {kUint16, kInt32}) {
-          list->push_back(make_op<MatMul>(Operator::kMatMul, activation, activation, order, outlier_index));
+          for (const Operator kind : kProducts) list->push_back(make_op<MatMul>(kind, activation, activation, order, outlier_index));
           for (const int index : {kInt32, kInt64}) list->push_back(make_op<Gather>(Operator::kGather, index, activation, order, outlier_index));
         }
       }

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ POINTERS = {
     "u16": torch.uint16,
 }
 TARGET = 80
+ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 # name, K, N, widths, rows, dtype, outliers, with order, bias, cuBLAS, kernels that must run
 CASES: list[tuple[Any, ...]] = [
@@ -207,17 +209,54 @@ def fake_tensor(tensor: torch.Tensor) -> FakeTensor:
 
 
 def run_node(
-    ort: ctypes.CDLL, operator: str, layer: Any, first: torch.Tensor, last: torch.Tensor, y: torch.Tensor
+    ort: ctypes.CDLL,
+    operator: str,
+    layer: Any,
+    first: torch.Tensor,
+    last: Sequence[torch.Tensor],
+    y: Sequence[torch.Tensor],
 ) -> str:
     """Run a node of the CUDA provider; returns the message of a failure, or nothing."""
-    tensors = [first, *(tensor.contiguous() for tensor in layer.tensors().values()), last]
-    attributes = (ctypes.c_int64 * 5)(layer.in_features, layer.out_features, *layer.columns)
+    tensors = [first, *(tensor.contiguous() for tensor in layer.tensors().values()), *last]
+    split = [part.shape[-1] for part in y] if operator == "ClaqMatMulSplit" else [0, 0, 0]
+    attributes = (ctypes.c_int64 * 8)(layer.in_features, layer.out_features, *layer.columns, *split)
     error = ctypes.create_string_buffer(512)
     status = ort.fake_ort_run(
-        operator.encode(), attributes, (FakeTensor * 10)(*map(fake_tensor, tensors)), ctypes.c_void_p(y.data_ptr()),
+        operator.encode(), attributes, len(tensors), (FakeTensor * len(tensors))(*map(fake_tensor, tensors)),
+        (ctypes.c_void_p * len(y))(*(part.data_ptr() or None for part in y)),
         ctypes.c_void_p(77), None, error, ctypes.c_size_t(len(error)),
     )  # fmt: skip
     return error.value.decode() if status else ""
+
+
+def fused(ort: ctypes.CDLL, gpu: Interpreter, dtype: torch.dtype) -> dict[str, Any]:
+    """The operators that do more than multiply: messages, errors relative to the largest value, kernels."""
+    # Of float32 some results take more than one of their kernel's blocks.
+    N, parts = (2080, [1400, 500, 180]) if dtype == torch.float32 else (44, [25, 12, 7])
+    layer = random_layer(33, N, (4,), outliers=0.03, seed=6)
+    x, bias = torch.randn(2, 1, 33).to(dtype), torch.randn(N).to(dtype)
+    product = x.double() @ dense_weight(layer).T + bias.double()
+    residual = torch.randn(2, 1, N).to(dtype)
+    gate, up = product.chunk(2, -1)
+    cases = {
+        "ClaqMatMulAdd": ([bias, residual], [product + residual.double()]),
+        "ClaqMatMulSwiGLU": ([bias], [torch.nn.functional.silu(gate) * up]),
+        "ClaqMatMulSplit": ([bias], list(product.split(parts, -1))),
+        "ClaqMatMulSplit of two": ([bias], list(product.split([parts[0], N - parts[0], 0], -1))),
+    }
+    found = {}
+    for name, (last, expected) in cases.items():
+        gpu.launched, gpu.failure = [], None
+        y = [torch.zeros_like(part, dtype=dtype) for part in expected]
+        message = run_node(ort, name.split()[0], layer, x, last, y)
+        if gpu.failure:
+            raise gpu.failure
+        wanted = torch.cat(expected, -1)
+        error = ((torch.cat(y, -1).double() - wanted).abs().max() / wanted.abs().max()).item()
+        found[name] = {"message": message, "error": error, "kernels": " ".join(dict.fromkeys(gpu.launched))}
+    found["odd message"] = run_node(ort, "ClaqMatMulSwiGLU", random_layer(33, 5, (4,), seed=1), x, [bias[:5]], [x])
+    found["short message"] = run_node(ort, "ClaqMatMulSplit", layer, x, [bias], [y[0], y[2], y[2]])
+    return found
 
 
 def nodes(library: ctypes.CDLL, ort: ctypes.CDLL, gpu: Interpreter) -> dict[str, Any]:
@@ -226,18 +265,19 @@ def nodes(library: ctypes.CDLL, ort: ctypes.CDLL, gpu: Interpreter) -> dict[str,
     layer = random_layer(70, 40, (4, 2), outliers=0.03, seed=5)
     gpu.launched, gpu.failure = [], None
     x, y = torch.randn(2, 3, 70, dtype=torch.float32), torch.zeros(2, 3, 40)
-    found["ClaqMatMul message"] = run_node(ort, "ClaqMatMul", layer, x, torch.zeros(0), y)
+    found["ClaqMatMul message"] = run_node(ort, "ClaqMatMul", layer, x, [torch.zeros(0)], [y])
     expected = x.double() @ dense_weight(layer).T
     found["ClaqMatMul error"] = ((y - expected).abs().max() / expected.abs().max()).item()
     ids, rows = torch.tensor([[3, -1], [39, 0]], dtype=torch.int32), torch.zeros(2, 2, 70, dtype=torch.float16)
-    found["ClaqGather message"] = run_node(ort, "ClaqGather", layer, ids, torch.zeros(0, dtype=torch.float16), rows)
+    found["ClaqGather message"] = run_node(ort, "ClaqGather", layer, ids, [torch.zeros(0, dtype=torch.float16)], [rows])
     found["ClaqGather equal"] = torch.equal(rows, layer.dequantize(torch.float16)[ids.long()])
     found["kernels"] = " ".join(dict.fromkeys(gpu.launched))
     damaged = dataclasses.replace(layer, order=torch.full_like(layer.order.int(), 99).to(layer.order.dtype))
     for operator, first, last in (("ClaqMatMul", x, torch.zeros(0)), ("ClaqGather", ids, torch.zeros(0))):
-        found[f"damaged {operator}"] = run_node(ort, operator, damaged, first, last, y)
+        found[f"damaged {operator}"] = run_node(ort, operator, damaged, first, [last], [y])
     if gpu.failure:
         raise gpu.failure
+    found["fused"] = {str(dtype).removeprefix("torch."): fused(ort, gpu, dtype) for dtype in ACTIVATIONS}
     return found
 
 

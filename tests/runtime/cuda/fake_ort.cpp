@@ -30,7 +30,7 @@ struct OrtKernelInfo {
 };
 struct OrtKernelContext {
   std::vector<OrtValue> inputs;
-  OrtValue output;
+  std::vector<OrtValue> outputs;
   void* stream;
   void* cublas;
 };
@@ -136,9 +136,9 @@ const OrtApi* table() {
         });
     put<OrtStatus*(OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**)>(
         slots, kKernelContextGetOutput,
-        [](OrtKernelContext* context, size_t, const int64_t* shape, size_t rank, OrtValue** out) -> OrtStatus* {
-          context->output.shape.assign(shape, shape + rank);
-          *out = &context->output;
+        [](OrtKernelContext* context, size_t index, const int64_t* shape, size_t rank, OrtValue** out) -> OrtStatus* {
+          context->outputs[index].shape.assign(shape, shape + rank);
+          *out = &context->outputs[index];
           return nullptr;
         });
     put<OrtStatus*(const OrtKernelContext*, void**)>(slots, kKernelContextGetGpuComputeStream,
@@ -191,21 +191,22 @@ int fake_ort_register(OrtStatus* (*register_ops)(OrtSessionOptions*, const OrtAp
   return count;
 }
 
-// Makes, runs and destroys one node of the CUDA provider: ten inputs, five attributes, the output's memory. Returns 0, or 1
-// with a message: of the node, or what it failed to give back.
-int fake_ort_run(const char* name, const int64_t* attributes, const FakeTensor* tensors, void* y, void* stream, void* cublas,
-                 char* error, size_t error_size) {
-  static const char* kNames[] = {"in_features", "out_features", "columns_4", "columns_3", "columns_2"};
+// Makes, runs and destroys one node of the CUDA provider: its inputs, the attributes of a layer and of a split, the memory of
+// each output. Returns 0, or 1 with a message: of the node, or what it failed to give back.
+int fake_ort_run(const char* name, const int64_t* attributes, int inputs, const FakeTensor* tensors, void* const* y, void* stream,
+                 void* cublas, char* error, size_t error_size) {
+  static const char* kNames[] = {"in_features", "out_features", "columns_4", "columns_3", "columns_2", "split_0", "split_1", "split_2"};
   OrtKernelInfo info;
-  for (int i = 0; i < 5; ++i) info.attributes[kNames[i]] = attributes[i];
-  for (int i = 0; i < 10; ++i) {
+  for (int i = 0; i < 8; ++i) info.attributes[kNames[i]] = attributes[i];
+  for (int i = 0; i < inputs; ++i) {
     const FakeTensor& tensor = tensors[i];
     info.inputs.push_back({tensor.data, tensor.type, {tensor.shape, tensor.shape + tensor.rank}});
   }
   const CustomOp* found = nullptr;
   for (const CustomOp* op : options.domain->ops) {
     bool fits = std::strcmp(op->GetName(op), name) == 0 && std::strcmp(op->GetExecutionProviderType(op), "CUDAExecutionProvider") == 0;
-    for (size_t i = 0; fits && i < op->GetInputTypeCount(op); ++i) fits = op->GetInputType(op, i) == info.inputs[i].type;
+    fits = fits && op->GetInputTypeCount(op) == info.inputs.size();
+    for (size_t i = 0; fits && i < info.inputs.size(); ++i) fits = op->GetInputType(op, i) == info.inputs[i].type;
     if (fits) found = op;
   }
   const auto fail = [&](const std::string& text) {
@@ -220,7 +221,8 @@ int fake_ort_run(const char* name, const int64_t* attributes, const FakeTensor* 
     return fail(held.empty() && allocators_asked_for == 0 ? text : text + " (and memory is left)");
   }
   const size_t before = held.size();
-  OrtKernelContext context{info.inputs, {y, found->GetOutputType(found, 0), {}}, stream, cublas};
+  OrtKernelContext context{info.inputs, {}, stream, cublas};
+  for (size_t i = 0; i < found->GetOutputTypeCount(found); ++i) context.outputs.push_back({y[i], found->GetOutputType(found, i), {}});
   OrtStatus* status = found->KernelComputeV2(kernel, &context);
   const std::string text = status ? status->message : "";
   delete status;

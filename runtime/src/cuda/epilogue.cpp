@@ -1,0 +1,39 @@
+#include "epilogue.h"
+
+#include "launch.h"
+
+namespace claq::cuda {
+namespace {
+
+const Kernel* load(const char* name, const Tensors& tensors) { return &Kernels::current().get(name + ("_" + tensors.type)); }
+
+}  // namespace
+
+Add::Add(const Tensors& tensors) : kernel_(load("add", tensors)) {}
+
+void Add::run(const void* residual, void* y, int64_t count, Stream stream) const {
+  if (count <= 0) return;
+  Launch(*kernel_, stream).pointer(y).pointer(residual).integer(count).over(divide_up(count, kernel_->record->tile[0]));
+}
+
+SwiGlu::SwiGlu(const Tensors& tensors) : kernel_(load("swiglu", tensors)) {}
+
+void SwiGlu::run(const void* product, int64_t rows, int64_t half, void* y, Stream stream) const {
+  if (rows <= 0) return;
+  Launch(*kernel_, stream).pointer(product).pointer(y).integer(half).over(rows, divide_up(half, kernel_->record->tile[0]));
+}
+
+Take::Take(const Tensors& tensors) : kernel_(load("take", tensors)) {}
+
+void Take::run(const void* product, int64_t rows, int64_t width, int64_t first, int64_t columns, void* y, Stream stream) const {
+  if (rows <= 0 || columns <= 0) return;
+  Launch(*kernel_, stream)
+      .pointer(product)
+      .pointer(y)
+      .integer(width)
+      .integer(first)
+      .integer(columns)
+      .over(rows, divide_up(columns, kernel_->record->tile[0]));
+}
+
+}  // namespace claq::cuda

@@ -1,0 +1,44 @@
+// What the fused operators do with the product of a layer in the memory of a GPU; the native twin of kernels/triton/fused.py.
+#pragma once
+
+#include <cstdint>
+
+#include "driver.h"
+#include "package.h"
+#include "tensors.h"
+
+namespace claq::cuda {
+
+// Kernels are loaded when one is made, so that a call takes no lock and can be captured in a CUDA graph. The constructors throw
+// Error if this device's package lacks the kernel; calls only queue.
+class Add {
+ public:
+  explicit Add(const Tensors& tensors);
+  // y[count] += residual[count].
+  void run(const void* residual, void* y, int64_t count, Stream stream) const;
+
+ private:
+  const Kernel* kernel_;
+};
+
+class SwiGlu {
+ public:
+  explicit SwiGlu(const Tensors& tensors);
+  // y[rows, half] = silu(product[rows, :half]) * product[rows, half:].
+  void run(const void* product, int64_t rows, int64_t half, void* y, Stream stream) const;
+
+ private:
+  const Kernel* kernel_;
+};
+
+class Take {
+ public:
+  explicit Take(const Tensors& tensors);
+  // y[rows, columns] = product[rows, first : first + columns], of `width` columns.
+  void run(const void* product, int64_t rows, int64_t width, int64_t first, int64_t columns, void* y, Stream stream) const;
+
+ private:
+  const Kernel* kernel_;
+};
+
+}  // namespace claq::cuda

@@ -1,0 +1,179 @@
+"""The operators that split, gate or add to their own product: against ClaqMatMul, their functions, and each other's families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from runtime_layers import NAMES, Layer, make_layer
+
+import claq_runtime
+from claq_export.emit.function import claq_function
+
+TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+FAMILIES = claq_runtime.kernels()
+
+
+def model_of(
+    operator: str,
+    layer: Layer,
+    kind: int = TensorProto.FLOAT,
+    *,
+    accuracy_level: int = 0,
+    split: tuple[int, int, int] | None = None,
+    with_function: bool = False,
+) -> bytes:
+    """A model of one node: ``x`` and, of ClaqMatMulAdd, ``residual``; outputs ``y0``, ``y1``, ... of any shape."""
+    attributes: dict[str, Any] = {**layer.attributes, "accuracy_level": accuracy_level}
+    if split is not None:
+        attributes |= {f"split_{index}": size for index, size in enumerate(split)}
+    fed = ["x", "residual"] if operator == "ClaqMatMulAdd" else ["x"]
+    made = ["y0", "y1", "y2"] if operator == "ClaqMatMulSplit" else ["y0"]
+    bias = helper.np_dtype_to_tensor_dtype(layer.tensors["bias"].dtype)
+    assert bias == kind
+    node = helper.make_node(operator, ["x", *NAMES, *fed[1:]], made, name="layer", domain="com.claq", **attributes)
+    graph = helper.make_graph(
+        [node],
+        "fused",
+        [helper.make_tensor_value_info(name, kind, None) for name in fed],
+        [helper.make_tensor_value_info(name, kind, None) for name in made],
+        [numpy_helper.from_array(value, name) for name, value in layer.tensors.items()],
+    )
+    functions = [onnx.FunctionProto.FromString(claq_function(operator))] if with_function else []
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid("com.claq", 1)]
+    return helper.make_model(graph, opset_imports=imports, functions=functions, ir_version=9).SerializeToString()
+
+
+def run(model: bytes, *, library: bool = True, **feeds: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    if library:
+        claq_runtime.register(options)
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, feeds)
+
+
+def random_inputs(
+    layer: Layer, rows: int, dtype: str, seed: int = 0
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+    """x, a residual, and the product by ClaqMatMul at accuracy_level 4."""
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(1, rows, layer.attributes["in_features"])).astype(dtype)
+    residual = random.normal(size=(1, rows, layer.attributes["out_features"])).astype(dtype)
+    (product,) = run(model_of("ClaqMatMul", layer, TYPES[dtype], accuracy_level=4), x=x)
+    return x, residual, product
+
+
+def with_bias(layer: Layer, dtype: str) -> Layer:
+    layer.tensors["bias"] = np.random.default_rng(3).normal(size=layer.attributes["out_features"]).astype(dtype)
+    return layer
+
+
+def silu(gate: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return gate / (1 + np.exp(-gate))
+
+
+# More than 240,000 weights: the columns of a row alone are shared out. More than 256 rows: several products.
+SIZES = [(70, 33), (1100, 300), (2, 5), (66, 96)]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rows", [1, 7, 130, 300])
+@pytest.mark.parametrize(("out_features", "in_features"), SIZES)
+def test_fused_is_the_product_and_what_follows(out_features: int, in_features: int, rows: int, dtype: str) -> None:
+    layer = with_bias(make_layer(out_features, in_features), dtype)
+    x, residual, product = random_inputs(layer, rows, dtype)
+    kind = TYPES[dtype]
+    (added,) = run(model_of("ClaqMatMulAdd", layer, kind, accuracy_level=4), x=x, residual=residual)
+    np.testing.assert_array_equal(added, (product.astype(np.float32) + residual.astype(np.float32)).astype(dtype))
+
+    for split in (
+        (out_features - out_features // 3, out_features // 3, 0),
+        (1, out_features // 2, out_features - 1 - out_features // 2),
+    ):
+        parts = run(model_of("ClaqMatMulSplit", layer, kind, accuracy_level=4, split=split), x=x)
+        assert [part.shape[-1] for part in parts] == list(split)
+        np.testing.assert_array_equal(np.concatenate(parts, -1), product)
+
+    (gated,) = run(model_of("ClaqMatMulSwiGLU", layer, kind, accuracy_level=4), x=x)
+    gate, up = np.split(product.astype(np.float64), 2, -1)
+    expected = silu(gate) * up
+    np.testing.assert_allclose(
+        gated, expected, rtol=4e-7 if dtype == "float32" else 6e-4, atol=1e-6 if dtype != "float32" else 1e-30
+    )
+
+
+@pytest.mark.parametrize("operator", ["ClaqMatMulAdd", "ClaqMatMulSwiGLU", "ClaqMatMulSplit"])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_the_function_computes_the_same(operator: str, rows: int) -> None:
+    layer = with_bias(make_layer(66, 96), "float32")
+    x, residual, _ = random_inputs(layer, rows, "float32")
+    split = (40, 20, 6) if operator == "ClaqMatMulSplit" else None
+    model = model_of(operator, layer, split=split, with_function=True)
+    feeds = {"x": x, "residual": residual} if operator == "ClaqMatMulAdd" else {"x": x}
+    stock, native = run(model, library=False, **feeds), run(model, **feeds)
+    assert len(stock) == len(native) == (3 if split else 1)
+    for one, other in zip(stock, native, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6 * float(np.abs(other).max()))
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "portable"])
+def test_families_gate_bit_for_bit(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    layer = with_bias(make_layer(1100, 300), "float32")
+    x = np.random.default_rng(1).normal(size=(1, 9, 300)).astype(np.float32) * 20
+    results = []
+    for name in ("portable", family):
+        monkeypatch.setenv("CLAQ_KERNEL", name)
+        results.append(run(model_of("ClaqMatMulSwiGLU", layer, accuracy_level=4), x=x)[0])
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gate_at_the_ends(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    monkeypatch.setenv("CLAQ_KERNEL", family)
+    finite = [0.0, -0.0, 1e-40, -1e-40, 1e-8, 20.0, -20.0, 86.9, -86.9, 88.5, -88.5, -103.0, 1e4, -1e4, 3e38, -3e38]
+    gates = np.array([*finite, np.inf, -np.inf, np.nan], np.float32)
+    layer = make_layer(2 * len(gates), 8)
+    # Of an x of zeros the product is the bias.
+    layer.tensors["bias"] = np.concatenate([gates, np.full_like(gates, 0.5)])
+    (y,) = run(model_of("ClaqMatMulSwiGLU", layer), x=np.zeros((1, 2, 8), np.float32))
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = (silu(gates.astype(np.float64)) * 0.5).astype(np.float32)
+    count = len(finite)
+    np.testing.assert_allclose(y[0, :, :count], np.broadcast_to(expected[:count], (2, count)), rtol=4e-7, atol=1e-34)
+    np.testing.assert_array_equal(y[0, :, count:], [[np.inf, np.nan, np.nan]] * 2)
+
+
+@pytest.mark.parametrize("operator", ["ClaqMatMulAdd", "ClaqMatMulSwiGLU", "ClaqMatMulSplit"])
+def test_no_rows(operator: str) -> None:
+    layer = with_bias(make_layer(50, 40), "float32")
+    empty = {"x": np.zeros((1, 0, 40), np.float32)}
+    if operator == "ClaqMatMulAdd":
+        empty["residual"] = np.zeros((1, 0, 50), np.float32)
+    split = (30, 20, 0) if operator == "ClaqMatMulSplit" else None
+    widths = [part.shape for part in run(model_of(operator, layer, split=split), **empty)]
+    wanted = {"ClaqMatMulAdd": [50], "ClaqMatMulSwiGLU": [25], "ClaqMatMulSplit": [30, 20, 0]}[operator]
+    assert widths == [(1, 0, width) for width in wanted]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    odd = with_bias(make_layer(51, 40), "float32")
+    with pytest.raises(Exception, match=r"ClaqMatMulSwiGLU node 'layer': out_features: is 51, expected an even number"):
+        run(model_of("ClaqMatMulSwiGLU", odd), x=np.zeros((1, 1, 40), np.float32))
+    for split, name in (((30, 20, 0), "split_2"), ((60, -9, 0), "split_0"), ((1 << 62, 1 << 62, 51), "split_0")):
+        with pytest.raises(
+            Exception, match=f"ClaqMatMulSplit node 'layer': {name}: is .*, expected parts of out_features = 51"
+        ):
+            run(model_of("ClaqMatMulSplit", odd, split=split), x=np.zeros((1, 1, 40), np.float32))
+    with pytest.raises(Exception, match="split_0: the attribute is missing"):
+        run(model_of("ClaqMatMulSplit", odd), x=np.zeros((1, 1, 40), np.float32))
+    x = np.zeros((1, 2, 40), np.float32)
+    for shape in ((1, 1, 51), (1, 2, 50), (2, 51)):
+        with pytest.raises(Exception, match="ClaqMatMulAdd: residual: expected the shape of the result"):
+            run(model_of("ClaqMatMulAdd", odd), x=x, residual=np.zeros(shape, np.float32))
+    with pytest.raises(Exception, match=r"ClaqMatMulAdd: x: the last dimension is 39, expected in_features = 40"):
+        run(model_of("ClaqMatMulAdd", odd), x=x[..., :39], residual=np.zeros((1, 2, 51), np.float32))
