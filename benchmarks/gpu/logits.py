@@ -2,8 +2,9 @@
 
     python benchmarks/gpu/logits.py --library libclaq.so [--provider CPUExecutionProvider]
 
-The model (embedding, causal attention, a tied output head) is quantized and exported here; nothing is downloaded. Every
-claq node must have run on the provider asked for, which ONNX Runtime's profile tells.
+The model (embedding, causal attention, a tied output head) is quantized and exported here; nothing is downloaded. One of its
+layers is then run by each of the fused operators beside its product in float64. Every claq node must have run on the
+provider asked for, which ONNX Runtime's profile tells.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import onnxruntime
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from torch.nn import functional
 
 import claq_export
+from claq_export.emit.function import DOMAIN, OPSET, PRODUCTS, VERSION
+from claq_export.format.checkpoint import load_checkpoint
+from claq_export.format.layer import QuantizedLinear
 
 VOCABULARY, WIDTH = 1000, 128
 
@@ -60,6 +65,54 @@ def claq_nodes(profile: str) -> dict[str, list[str]]:
     return {name: sorted(providers) for name, providers in sorted(found.items())}
 
 
+def fused_model(layer: QuantizedLinear) -> bytes:
+    """``x`` and ``residual`` through one node of each fused operator; five outputs."""
+    tensors = {name: tensor.numpy() for name, tensor in layer.tensors().items()} | {"bias": np.zeros(0, np.float32)}
+    third = layer.out_features // 3
+    split = {"split_0": third, "split_1": layer.out_features - third, "split_2": 0}
+    outputs = {
+        "ClaqMatMulAdd": ["added"],
+        "ClaqMatMulSwiGLU": ["gated"],
+        "ClaqMatMulSplit": ["first", "second", "none"],
+    }
+    nodes = [
+        helper.make_node(
+            operator,
+            ["x", *tensors, *(["residual"] if operator == "ClaqMatMulAdd" else [])],
+            names,
+            domain=DOMAIN,
+            **layer.attributes(),
+            **(split if operator == "ClaqMatMulSplit" else {}),
+        )
+        for operator, names in outputs.items()
+    ]
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for names in outputs.values() for name in names
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "fused",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "residual")],
+        values,
+        [numpy_helper.from_array(value, name) for name, value in tensors.items()],
+    )
+    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    return helper.make_model(graph, opset_imports=imports, ir_version=10).SerializeToString()
+
+
+def fused_error(session: onnxruntime.InferenceSession, layer: QuantizedLinear, rows: int) -> float:
+    """The largest error of any fused operator, relative to its largest value."""
+    random = np.random.default_rng(rows)
+    x = random.normal(size=(rows, layer.in_features)).astype(np.float32)
+    residual = random.normal(size=(rows, layer.out_features)).astype(np.float32)
+    product = x.astype(np.float64) @ layer.dequantize(torch.float32).numpy().T.astype(np.float64)
+    gate, up = np.split(product, 2, -1)
+    third = layer.out_features // 3
+    expected = [product + residual, gate / (1 + np.exp(-gate)) * up, product[:, :third], product[:, third:]]
+    found = session.run(None, {"x": x, "residual": residual})
+    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found[:4], expected, strict=True))
+
+
 def main() -> int:
     """The exit status is 1 where the logits differ or a node ran elsewhere."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,19 +133,28 @@ def main() -> int:
         axes = ({0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("tokens", max=512)},)
         claq_export.export(model, (batches[0],), path, config, dynamic_shapes=axes, verify=False)
         quantized = claq_export.load(folder, Small().eval().requires_grad_(False))
-        settings = onnxruntime.SessionOptions()
-        settings.register_custom_ops_library(options.library)
-        settings.enable_profiling = True
-        settings.profile_file_prefix = str(Path(folder) / "profile")
         providers = [options.provider, *(p for p in ("CPUExecutionProvider",) if p != options.provider)]
-        session = onnxruntime.InferenceSession(str(path), settings, providers=providers)
+
+        def open_session(model: str | bytes, name: str) -> onnxruntime.InferenceSession:
+            settings = onnxruntime.SessionOptions()
+            settings.register_custom_ops_library(options.library)
+            settings.enable_profiling = True
+            settings.profile_file_prefix = str(Path(folder) / name)
+            return onnxruntime.InferenceSession(model, settings, providers=providers)
+
+        session = open_session(str(path), "model")
         for batch, tokens in ((1, 1), (1, 7), (2, 24), (3, 60)):
             ids = torch.randint(0, VOCABULARY, (batch, tokens))
             got = session.run(None, {session.get_inputs()[0].name: ids.numpy()})[0]
             expected = quantized(ids).numpy()
             errors[f"{batch} x {tokens}"] = float(np.abs(got - expected).max() / np.abs(expected).max())
         nodes = claq_nodes(session.end_profiling())
-    right = max(errors.values()) <= 1e-4 and set(nodes) == {"ClaqGather", "ClaqMatMul"}
+        layer = load_checkpoint(Path(folder)).layers["up"]
+        session = open_session(fused_model(layer), "fused")
+        for rows in (1, 7, 130):
+            errors[f"fused, {rows} rows"] = fused_error(session, layer, rows)
+        nodes |= claq_nodes(session.end_profiling())
+    right = max(errors.values()) <= 1e-4 and set(nodes) == {"ClaqGather", *PRODUCTS}
     right = right and all(ran == [options.provider] for ran in nodes.values())
     print(json.dumps({"version": onnxruntime.__version__, "errors": errors, "nodes": nodes, "right": right}))
     return 0 if right else 1
