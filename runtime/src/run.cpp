@@ -19,8 +19,12 @@ namespace claq {
 namespace {
 
 constexpr int64_t kMostChunkRows = 256;
-constexpr int64_t kCachedSums = 6 * 1024;  // a task's tile of results, where there is a choice
-constexpr int64_t kRowSums = 12 * 1024;    // the same for one row of x: a long run of code words is worth more
+// A task's tile of results, where there is a choice. Of few rows of x long runs of code words are worth more than sums that stay
+// in the first-level cache.
+constexpr int64_t kCachedSums = 6 * 1024;
+constexpr int64_t kFewRowsSums = 32 * 1024;
+constexpr int64_t kRowSums = 12 * 1024;  // of one row
+constexpr int64_t kFewRows = 32;
 // With outliers the outputs that are computed together are this many: the more, the more often a tile of transposed activations
 // is used once it is cached; the fewer, the nearer are their sums when the outliers are added.
 constexpr int64_t kOutlierOutputs = 1024;
@@ -134,8 +138,9 @@ struct Scratch {
 void compute_rows(const Call& call, const Activations& activations, bool int8, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                   const Scratch& scratch) {
   const LayerView& layer = call.layer;
-  const int64_t tile = tile_length(m1 - m0, n1 - n0, layer.outlier_ptr ? (m1 - m0) * kOutlierOutputs : kCachedSums);
-  const int64_t part = tile_length(m1 - m0, tile, kCachedSums);
+  const int64_t sums = m1 - m0 <= kFewRows ? kFewRowsSums : kCachedSums;
+  const int64_t tile = tile_length(m1 - m0, n1 - n0, layer.outlier_ptr ? (m1 - m0) * kOutlierOutputs : sums);
+  const int64_t part = tile_length(m1 - m0, tile, sums);
   const auto kernel = int8 ? call.family.sums_int8 : call.family.sums_float;
   for (int64_t t0 = n0; t0 < n1; t0 += tile) {
     const int64_t t1 = std::min(n1, t0 + tile);
