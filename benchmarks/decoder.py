@@ -110,6 +110,11 @@ def as_nbits(folder: Path, target: Path, stacked: bool) -> Path:
         elif node.op_type == "ClaqMatMulAdd":
             linear = product(node, slice(None), node.name, f"{node.name}.product")
             add("Add", [linear, node.input[10]], [node.output[0]])
+        elif node.op_type == "ClaqMatMulAddNorm":
+            linear = product(node, slice(None), node.name, f"{node.name}.product")
+            epsilon = next(attribute.f for attribute in node.attribute if attribute.name == "epsilon")
+            (total,) = add("Add", [linear, node.input[10]], [node.output[0]])
+            add("RMSNormalization", [total, node.input[11]], [node.output[1]], axis=-1, epsilon=epsilon)
         elif node.op_type == "ClaqMatMulSplit":
             sizes = [given[f"split_{index}"] for index in range(3) if given[f"split_{index}"]]
             parts_of(node, sizes, list(node.output[: len(sizes)]))

@@ -147,7 +147,7 @@ def _alone(file: OnnxFile, node: onnx.NodeProto, outputs: range) -> onnx.ModelPr
     initializers, fed = [], []
     for position, name in enumerate(node.input):
         last = position == len(INPUTS) - 1
-        if position == 0 or position >= len(INPUTS):
+        if position == 0 or (position >= len(INPUTS) and name not in stored):
             fed.append(name)
         elif last and (node.op_type == "ClaqGather" or name not in stored):
             # What says the type of rows, or a bias that is computed: none here.

@@ -1,4 +1,4 @@
-"""Torch operators of a quantized linear together with what a decoder does to its result: split, gate, add a residual.
+"""Torch operators of a quantized linear together with what a decoder does to its result: split, gate, add, normalize.
 
 A pass puts them into the graph of a file; the emitter writes each as one ONNX node, so that ONNX Runtime runs one operator
 instead of two to five. In PyTorch each is ``claq::linear`` and the plain operators behind it, on every device.
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import ops
+from . import decoder_ops, ops
 
 _LAYER = (
     "Tensor x, Tensor codes, Tensor codebook, Tensor scale, Tensor row_scale, Tensor order, "
@@ -20,6 +20,10 @@ _LAYER = (
 
 _library = torch.library.Library("claq", "FRAGMENT")
 _library.define(f"linear_add({_LAYER}, Tensor residual) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    f"linear_add_norm({_LAYER}, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 _library.define(f"linear_swiglu({_LAYER}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(f"linear_split({_LAYER}, int[] parts) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -27,6 +31,12 @@ _library.define(f"linear_split({_LAYER}, int[] parts) -> (Tensor, Tensor, Tensor
 def _add(*arguments: Any) -> torch.Tensor:
     *layer, residual = arguments
     return ops.linear(*layer) + residual
+
+
+def _add_norm(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *layer, weight, epsilon = arguments
+    total = _add(*layer)
+    return total, decoder_ops.rms_norm(total, weight, epsilon)
 
 
 def _swiglu(*arguments: Any) -> torch.Tensor:
@@ -41,15 +51,20 @@ def _split(*arguments: Any) -> tuple[torch.Tensor, ...]:
 
 
 _library.impl("linear_add", _add, "CompositeExplicitAutograd")
+_library.impl("linear_add_norm", _add_norm, "CompositeExplicitAutograd")
 _library.impl("linear_swiglu", _swiglu, "CompositeExplicitAutograd")
 _library.impl("linear_split", _split, "CompositeExplicitAutograd")
 # Their bodies run on fake tensors as they are.
 torch.library.register_fake("claq::linear_add", _add, lib=_library)
+torch.library.register_fake("claq::linear_add_norm", _add_norm, lib=_library)
 torch.library.register_fake("claq::linear_swiglu", _swiglu, lib=_library)
 torch.library.register_fake("claq::linear_split", _split, lib=_library)
 
 linear_add = torch.ops.claq.linear_add.default
 """``claq::linear`` plus ``residual``, which has the shape and dtype of the result."""
+
+linear_add_norm = torch.ops.claq.linear_add_norm.default
+"""``claq::linear_add`` and the RMS normalization of its result (``claq::rms_norm`` with ``weight`` and ``epsilon``)."""
 
 linear_swiglu = torch.ops.claq.linear_swiglu.default
 """``silu(gate) * up`` of ``claq::linear``, whose result is ``gate`` and ``up`` side by side: ``[..., out_features / 2]``."""
@@ -57,5 +72,5 @@ linear_swiglu = torch.ops.claq.linear_swiglu.default
 linear_split = torch.ops.claq.linear_split.default
 """``claq::linear`` split at its last axis into three ``parts``, of which the last may be empty."""
 
-LAYER_OPERATORS = (ops.linear, ops.embedding, linear_add, linear_swiglu, linear_split)
+LAYER_OPERATORS = (ops.linear, ops.embedding, linear_add, linear_add_norm, linear_swiglu, linear_split)
 """Operators whose arguments 1 to 8 are the tensors of a quantized layer."""

@@ -1,4 +1,4 @@
-"""Lets a quantized linear do to its own result what else would take operators of their own: split, gate, add."""
+"""Lets a quantized linear do to its own result what else would take operators of their own: split, gate, add, normalize."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..kernels import fused_ops, ops
+from ..kernels import decoder_ops, fused_ops, ops
 from .base import Pass, PassContext, PassResult
 from .matching import Mismatch, shape_of, slice_bounds
 
@@ -22,7 +22,8 @@ class FuseEpilogues(Pass):
 
     - ``silu(gate) * up``, where ``gate`` and ``up`` are its two halves: ``claq::linear_swiglu``;
     - two or three parts side by side (``split``, ``chunk`` or slices that cover it): ``claq::linear_split``;
-    - an addition of a value of the same shape: ``claq::linear_add``.
+    - an addition of a value of the same shape: ``claq::linear_add``; if the sum is normalized by ``claq::rms_norm`` (and read
+      elsewhere or not), ``claq::linear_add_norm``.
 
     A row of a decoder passes so many small operators that running them, not their arithmetic, is what takes time.
     """
@@ -149,11 +150,33 @@ def _add(graph: fx.Graph, linear: fx.Node) -> str:
     others = [value for value in total.args if value is not linear]
     if len(others) != 1 or not isinstance(others[0], fx.Node) or not _alike(others[0], linear, total):
         raise Mismatch("what is added to its result is of another shape or type")
+    norm = next((node for node in total.users if _stored_norm(node, total)), None)
     with graph.inserting_before(total):
-        call = graph.call_function(fused_ops.linear_add, (*linear.args, others[0]))
-    call.meta = dict(total.meta)
-    total.replace_all_uses_with(call)
-    return "linear_add"
+        if norm is None:
+            call = graph.call_function(fused_ops.linear_add, (*linear.args, others[0]))
+            call.meta = dict(total.meta)
+            total.replace_all_uses_with(call)
+            return "linear_add"
+        stored, epsilon = norm.args[1:]
+        assert isinstance(stored, fx.Node)
+        weight = graph.get_attr(str(stored.target))  # the norm's own may stand behind the sum
+        weight.meta = dict(stored.meta)
+        call = graph.call_function(fused_ops.linear_add_norm, (*linear.args, others[0], weight, epsilon))
+        call.meta["val"] = (total.meta["val"], norm.meta["val"])
+        results = [graph.call_function(operator.getitem, (call, index)) for index in range(2)]
+    for old, new in ((total, results[0]), (norm, results[1])):
+        new.meta = dict(old.meta)
+        old.replace_all_uses_with(new)
+    return "linear_add_norm"
+
+
+def _stored_norm(node: fx.Node, total: fx.Node) -> bool:
+    """Whether a node is the normalization of a sum, by a weight of the same type that is stored."""
+    if node.target is not decoder_ops.rms_norm or node.args[0] is not total:
+        return False
+    weight = node.args[1]
+    value = weight.meta.get("val") if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+    return isinstance(value, torch.Tensor) and value.dtype == total.meta["val"].dtype
 
 
 def _alike(*nodes: fx.Node) -> bool:

@@ -30,6 +30,7 @@ from claq_export.format.checkpoint import load_checkpoint
 from claq_export.format.layer import QuantizedLinear
 
 VOCABULARY, WIDTH = 1000, 128
+EPSILON = 1e-5
 
 
 class Small(nn.Module):
@@ -66,23 +67,28 @@ def claq_nodes(profile: str) -> dict[str, list[str]]:
 
 
 def fused_model(layer: QuantizedLinear) -> bytes:
-    """``x`` and ``residual`` through one node of each fused operator; five outputs."""
+    """``x``, ``residual`` and ``norm_weight`` through one node of each fused operator; seven outputs."""
     tensors = {name: tensor.numpy() for name, tensor in layer.tensors().items()} | {"bias": np.zeros(0, np.float32)}
     third = layer.out_features // 3
-    split = {"split_0": third, "split_1": layer.out_features - third, "split_2": 0}
+    fed = {"ClaqMatMulAdd": ["residual"], "ClaqMatMulAddNorm": ["residual", "norm_weight"]}
+    own = {
+        "ClaqMatMulSplit": {"split_0": third, "split_1": layer.out_features - third, "split_2": 0},
+        "ClaqMatMulAddNorm": {"epsilon": EPSILON},
+    }
     outputs = {
         "ClaqMatMulAdd": ["added"],
+        "ClaqMatMulAddNorm": ["sum", "normalized"],
         "ClaqMatMulSwiGLU": ["gated"],
         "ClaqMatMulSplit": ["first", "second", "none"],
     }
     nodes = [
         helper.make_node(
             operator,
-            ["x", *tensors, *(["residual"] if operator == "ClaqMatMulAdd" else [])],
+            ["x", *tensors, *fed.get(operator, [])],
             names,
             domain=DOMAIN,
             **layer.attributes(),
-            **(split if operator == "ClaqMatMulSplit" else {}),
+            **own.get(operator, {}),
         )
         for operator, names in outputs.items()
     ]
@@ -92,7 +98,7 @@ def fused_model(layer: QuantizedLinear) -> bytes:
     graph = helper.make_graph(
         nodes,
         "fused",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "residual")],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "residual", "norm_weight")],
         values,
         [numpy_helper.from_array(value, name) for name, value in tensors.items()],
     )
@@ -108,9 +114,11 @@ def fused_error(session: onnxruntime.InferenceSession, layer: QuantizedLinear, r
     product = x.astype(np.float64) @ layer.dequantize(torch.float32).numpy().T.astype(np.float64)
     gate, up = np.split(product, 2, -1)
     third = layer.out_features // 3
-    expected = [product + residual, gate / (1 + np.exp(-gate)) * up, product[:, :third], product[:, third:]]
-    found = session.run(None, {"x": x, "residual": residual})
-    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found[:4], expected, strict=True))
+    total, weight = product + residual, random.normal(size=layer.out_features).astype(np.float32)
+    normalized = total / np.sqrt((total**2).mean(-1, keepdims=True) + EPSILON) * weight
+    expected = [total, total, normalized, gate / (1 + np.exp(-gate)) * up, product[:, :third], product[:, third:]]
+    found = session.run(None, {"x": x, "residual": residual, "norm_weight": weight})
+    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found[:6], expected, strict=True))
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 from onnxscript import opset18 as op
+from onnxscript import opset23 as op23
 from onnxscript import script, values
 
 DOMAIN = "com.claq"
@@ -241,6 +242,52 @@ def ClaqMatMulAdd(
     return op.Add(product, residual)
 
 
+@script(_claq, default_opset=op23)
+def ClaqMatMulAddNorm(
+    x,
+    codes,
+    codebook,
+    scale,
+    row_scale,
+    order,
+    outlier_ptr,
+    outlier_index,
+    outlier_value,
+    bias,
+    residual,
+    norm_weight,
+    in_features: int,
+    out_features: int,
+    columns_4: int,
+    columns_3: int,
+    columns_2: int,
+    epsilon: float,
+    accuracy_level: int = 0,
+):
+    product = ClaqMatMul(
+        x,
+        codes,
+        codebook,
+        scale,
+        row_scale,
+        order,
+        outlier_ptr,
+        outlier_index,
+        outlier_value,
+        bias,
+        in_features=in_features,
+        out_features=out_features,
+        columns_4=columns_4,
+        columns_3=columns_3,
+        columns_2=columns_2,
+        accuracy_level=accuracy_level,
+    )
+    total = op23.Add(product, residual)
+    # Decoders whose normalization is one operator are of opset 23, in which that is standard.
+    normalized = op23.RMSNormalization(total, norm_weight, axis=-1, epsilon=epsilon)
+    return total, normalized
+
+
 @script(_claq, default_opset=op)
 def ClaqMatMulSwiGLU(
     x,
@@ -400,6 +447,10 @@ _FUNCTIONS = {
     "ClaqMatMulAdd": (
         ClaqMatMulAdd,
         "y = x W^T + bias + residual with W in the claq format, version 1 (docs/format.md)",
+    ),
+    "ClaqMatMulAddNorm": (
+        ClaqMatMulAddNorm,
+        "Sum and its RMS normalization of x W^T + bias + residual with W in the claq format, version 1 (docs/format.md)",
     ),
     "ClaqMatMulSwiGLU": (
         ClaqMatMulSwiGLU,

@@ -28,6 +28,9 @@ ATTRIBUTES = (*GATHER_ATTRIBUTES, "accuracy_level")
 ADD_INPUTS = (*INPUTS, "residual")
 """Inputs of ``ClaqMatMulAdd`` in order."""
 
+NORM_INPUTS = (*ADD_INPUTS, "norm_weight")
+"""Inputs of ``ClaqMatMulAddNorm`` in order; it has the attributes of ``ClaqMatMul`` and the float ``epsilon``."""
+
 SPLIT_ATTRIBUTES = (*ATTRIBUTES, "split_0", "split_1", "split_2")
 """Integer attributes of ``ClaqMatMulSplit``."""
 
@@ -37,6 +40,7 @@ def _schema(name: str, inputs: Sequence[str], attributes: Sequence[str], outputs
     types = {
         "x": "T",
         "residual": "T",
+        "norm_weight": "T",
         "bias": "B",
         "indices": "S",
         "like": "T",
@@ -56,6 +60,8 @@ def _schema(name: str, inputs: Sequence[str], attributes: Sequence[str], outputs
         ("J", indices, "dtype of outlier_index"),
     ]
     used = {types.get(name) for name in inputs}
+    kind = onnx.defs.OpSchema.AttrType
+    kinds = {"epsilon": kind.FLOAT}
     return onnx.defs.OpSchema(
         name,
         DOMAIN,
@@ -63,7 +69,7 @@ def _schema(name: str, inputs: Sequence[str], attributes: Sequence[str], outputs
         inputs=[parameter(name, types.get(name, "tensor(float16)")) for name in inputs],
         outputs=[parameter(f"y_{index}" if outputs > 1 else "y", "T") for index in range(outputs)],
         type_constraints=[constraint for constraint in constraints if constraint[0] in used],
-        attributes=[attribute(name, onnx.defs.OpSchema.AttrType.INT, required=True) for name in attributes],
+        attributes=[attribute(name, kinds.get(name, kind.INT), required=True) for name in attributes],
     )
 
 
@@ -73,6 +79,7 @@ def _operator(name: str, inputs: Sequence[str], attributes: Sequence[str], outpu
 
 _claq_matmul = _operator("ClaqMatMul", INPUTS, ATTRIBUTES)
 _claq_matmul_add = _operator("ClaqMatMulAdd", ADD_INPUTS, ATTRIBUTES)
+_claq_matmul_add_norm = _operator("ClaqMatMulAddNorm", NORM_INPUTS, (*ATTRIBUTES, "epsilon"), outputs=2)
 _claq_matmul_swiglu = _operator("ClaqMatMulSwiGLU", INPUTS, ATTRIBUTES)
 _claq_matmul_split = _operator("ClaqMatMulSplit", INPUTS, SPLIT_ATTRIBUTES, outputs=3)
 _claq_gather = _operator("ClaqGather", GATHER_INPUTS, GATHER_ATTRIBUTES)
@@ -97,6 +104,12 @@ def _translate_linear(*arguments: Any) -> Any:
 def _translate_linear_add(*arguments: Any) -> Any:
     *layer, residual = arguments
     return _claq_matmul_add(*layer[: len(INPUTS)], residual, **_layer_attributes(*layer[len(INPUTS) :]))
+
+
+def _translate_linear_add_norm(*arguments: Any) -> Any:
+    *layer, residual, weight, epsilon = arguments
+    attributes = _layer_attributes(*layer[len(INPUTS) :])
+    return _claq_matmul_add_norm(*layer[: len(INPUTS)], residual, weight, **attributes, epsilon=epsilon)
 
 
 def _translate_linear_swiglu(*arguments: Any) -> Any:
@@ -130,6 +143,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.linear: _translate_linear,
         ops.embedding: _translate_embedding,
         fused_ops.linear_add: _translate_linear_add,
+        fused_ops.linear_add_norm: _translate_linear_add_norm,
         fused_ops.linear_swiglu: _translate_linear_swiglu,
         fused_ops.linear_split: _translate_linear_split,
     }

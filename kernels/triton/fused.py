@@ -14,6 +14,35 @@ def claq_add(y_ptr, residual_ptr, count, ELEMENTS: tl.constexpr):
     tl.store(y_ptr + i, total.to(y_ptr.dtype.element_ty), mask=i < count)
 
 
+@triton.jit(do_not_specialize=["epsilon_bits"])
+def claq_add_norm(y_ptr, residual_ptr, weight_ptr, normalized_ptr, columns, epsilon_bits, ELEMENTS: tl.constexpr):
+    """``y[m] += residual[m]``, and its RMS normalization ``y[m] / sqrt(mean(y[m]²) + epsilon) * weight``. Grid ``(M,)``.
+
+    Args:
+        y_ptr, residual_ptr, normalized_ptr: ``[M, columns]``.
+        weight_ptr: ``[columns]``.
+        epsilon_bits: the bits of epsilon, an fp32.
+    """
+    at = tl.program_id(0).to(tl.int64) * columns
+    squares = tl.zeros([ELEMENTS], tl.float32)
+    for start in range(0, columns, ELEMENTS):
+        i = start + tl.arange(0, ELEMENTS)
+        total = tl.load(y_ptr + at + i, mask=i < columns, other=0.0).to(tl.float32)
+        total += tl.load(residual_ptr + at + i, mask=i < columns, other=0.0).to(tl.float32)
+        rounded = total.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + at + i, rounded, mask=i < columns)
+        # What is normalized is the sum as it is rounded.
+        squares += rounded.to(tl.float32) * rounded.to(tl.float32)
+    epsilon = tl.cast(epsilon_bits, tl.int32).to(tl.float32, bitcast=True)
+    scale = tl.rsqrt(tl.sum(squares, 0) / columns + epsilon)
+    # A thread reads what it has written itself.
+    for start in range(0, columns, ELEMENTS):
+        i = start + tl.arange(0, ELEMENTS)
+        total = tl.load(y_ptr + at + i, mask=i < columns, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + i, mask=i < columns, other=0.0).to(tl.float32)
+        tl.store(normalized_ptr + at + i, (total * scale * weight).to(y_ptr.dtype.element_ty), mask=i < columns)
+
+
 @triton.jit
 def claq_swiglu(product_ptr, y_ptr, half, ELEMENTS: tl.constexpr):
     """``y[m, i] = silu(product[m, i]) * product[m, half + i]``, in fp32. Grid ``(M, ceil(half / ELEMENTS))``.

@@ -1,6 +1,7 @@
 #include "epilogue.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "elements.h"
@@ -37,6 +38,21 @@ void for_each_product(const claq_layer& layer, claq_dtype dtype, int32_t accurac
     run(layer, dtype, accuracy_level, static_cast<const char*>(x) + first * K * item, count, product, host);
     use(first, count, product);
   }
+}
+
+void normalize(const float* x, const float* weight, float epsilon, int64_t count, float* y) {
+  // In lanes, so that the compiler can vectorize the sum.
+  constexpr int kLanes = 16;
+  float lanes[kLanes] = {};
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) lanes[j] += x[i + j] * x[i + j];
+  }
+  for (int64_t i = whole; i < count; ++i) lanes[i - whole] += x[i] * x[i];
+  float sum = 0;
+  for (const float lane : lanes) sum += lane;
+  const float scale = 1.0f / std::sqrt(sum / static_cast<float>(count) + epsilon);
+  for (int64_t i = 0; i < count; ++i) y[i] = x[i] * scale * weight[i];
 }
 
 }  // namespace
@@ -79,24 +95,27 @@ void run_swiglu(const claq_layer& layer, claq_dtype dtype, int32_t accuracy_leve
 }
 
 void run_add(const claq_layer& layer, claq_dtype dtype, int32_t accuracy_level, const void* x, int64_t rows, const void* residual,
-             void* y, const Host& host) {
+             const Norm& norm, void* y, const Host& host) {
   run(layer, dtype, accuracy_level, x, rows, y, host);
   const Family& family = *layer.family;
   const int64_t N = layer.view.out_features;
-  for_each_stripe(host, rows, rows * N, [&](int64_t m0, int64_t m1) {
-    if (dtype == CLAQ_FLOAT32) {
-      float* sum = static_cast<float*>(y);
-      const float* other = static_cast<const float*>(residual);
-      for (int64_t i = m0 * N; i < m1 * N; ++i) sum[i] += other[i];
-      return;
-    }
-    Workspace workspace(Workspace::bytes_for<float>(2 * N));
-    float* buffer = workspace.take<float>(2 * N);
+  const bool wide = dtype == CLAQ_FLOAT32;
+  for_each_stripe(host, rows, rows * N * (norm.weight ? 2 : 1), [&](int64_t m0, int64_t m1) {
+    Workspace workspace(wide ? 0 : Workspace::bytes_for<float>(N) * 3);
+    float* buffer = workspace.take<float>(N);
+    float* other = workspace.take<float>(N);
+    const float* weight = norm.weight ? load_row(family, dtype, norm.weight, 0, N, workspace.take<float>(N)) : nullptr;
     for (int64_t m = m0; m < m1; ++m) {
-      load_row(family, dtype, y, m, N, buffer);
-      load_row(family, dtype, residual, m, N, buffer + N);
-      for (int64_t n = 0; n < N; ++n) buffer[n] += buffer[N + n];
-      store_row(family, dtype, buffer, N, y, m * N);
+      const float* added = load_row(family, dtype, residual, m, N, other);
+      float* sum = wide ? static_cast<float*>(y) + m * N : buffer;
+      if (!wide) load_row(family, dtype, y, m, N, sum);
+      for (int64_t n = 0; n < N; ++n) sum[n] += added[n];
+      if (!wide) store_row(family, dtype, sum, N, y, m * N);
+      if (!weight) continue;
+      if (!wide) load_row(family, dtype, y, m, N, sum);  // what is normalized is the sum as it is rounded
+      float* normalized = wide ? static_cast<float*>(norm.normalized) + m * N : other;
+      normalize(sum, weight, norm.epsilon, N, normalized);
+      if (!wide) store_row(family, dtype, normalized, N, norm.normalized, m * N);
     }
   });
 }

@@ -1,4 +1,5 @@
-// What the fused operators do with the product of a layer: split its columns, gate one half with the other, add a residual.
+// What the fused operators do with the product of a layer: split its columns, gate one half with the other, add a residual and
+// normalize the sum.
 #pragma once
 
 #include <array>
@@ -20,8 +21,15 @@ void run_split(const claq_layer& layer, claq_dtype dtype, int32_t accuracy_level
 // y[rows, out_features / 2] = silu(first half of the product's columns) * second half; out_features is even. Throws as `run`.
 void run_swiglu(const claq_layer& layer, claq_dtype dtype, int32_t accuracy_level, const void* x, int64_t rows, void* y, const Host& host);
 
-// y[rows, out_features] = product + residual, of the same shape. Throws as `run`.
+// RMS normalization of a sum: normalized = sum / sqrt(mean(sum^2) + epsilon) * weight, over rows of out_features.
+struct Norm {
+  const void* weight;  // [out_features], of the type of x; null: no normalization
+  float epsilon;
+  void* normalized;
+};
+
+// y[rows, out_features] = product + residual, of the same shape, and its normalization. Throws as `run`.
 void run_add(const claq_layer& layer, claq_dtype dtype, int32_t accuracy_level, const void* x, int64_t rows, const void* residual,
-             void* y, const Host& host);
+             const Norm& norm, void* y, const Host& host);
 
 }  // namespace claq

@@ -9,11 +9,12 @@ import torch
 from quantized_layers import random_layer
 from torch import fx, nn
 
-from claq_export.kernels import fused_ops, ops
+from claq_export.kernels import decoder_ops, fused_ops, ops
 from claq_export.modules import ClaqLinear
 from claq_export.passes import FuseEpilogues, PassContext, Pipeline
 
 HIDDEN, STACK = 24, 40
+FUSED = ("linear_add", "linear_add_norm", "linear_swiglu", "linear_split")
 
 
 def linear(in_features: int, out_features: int, seed: int = 0, bias: bool = False) -> ClaqLinear:
@@ -44,7 +45,7 @@ def fused(module: nn.Module, x: torch.Tensor) -> tuple[fx.GraphModule, Counter[s
         torch.testing.assert_close(graph(value), module(value))
     names = {
         ops.linear: "linear",
-        **{getattr(fused_ops, name): name for name in ("linear_add", "linear_swiglu", "linear_split")},
+        **{getattr(fused_ops, name): name for name in FUSED},
     }
     return graph, Counter(names[node.target] for node in graph.graph.nodes if node.target in names)
 
@@ -129,3 +130,27 @@ class Parallel(nn.Module):
 def test_branches_are_added_in_order() -> None:
     _, found = fused(Parallel(), torch.randn(2, 3, HIDDEN))
     assert found == {"linear": 1, "linear_add": 1}
+
+
+class Normalized(nn.Module):
+    """A residual sum that is normalized and goes on."""
+
+    def __init__(self, weight: object = None) -> None:
+        super().__init__()
+        self.linear = linear(HIDDEN, HIDDEN, 1)
+        self.weight = nn.Parameter(torch.rand(HIDDEN))
+        self.made = weight
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x + self.linear(x)
+        weight = self.weight if self.made is None else self.made(self.weight, x)  # type: ignore[operator]
+        return decoder_ops.rms_norm(total, weight, 1e-5), total * 2
+
+
+def test_normalized_sums() -> None:
+    assert fused(Normalized(), torch.randn(2, 3, HIDDEN))[1] == {"linear_add_norm": 1}
+
+
+@pytest.mark.parametrize("made", [lambda weight, _: weight + 1, lambda _, x: x[0, 0]], ids=["computed", "given"])
+def test_weights_that_are_not_stored_stay_outside(made: object) -> None:
+    assert fused(Normalized(made), torch.randn(2, 3, HIDDEN))[1] == {"linear_add": 1}

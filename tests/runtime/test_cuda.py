@@ -102,7 +102,7 @@ def test_rows_are_looked_up(results: dict[str, Any], name: str) -> None:
 
 def test_nodes_of_the_cuda_provider_are_made_run_and_destroyed(results: dict[str, Any]) -> None:
     found = results["nodes"]
-    activations, widths, products, ids = 3, 2 * 2, 4, 2
+    activations, widths, products, ids = 3, 2 * 2, 5, 2
     assert found["operators"] == activations * widths * (products + ids)
     assert (found["ClaqMatMul message"], found["ClaqGather message"]) == ("", "")
     assert found["ClaqMatMul error"] <= BOUNDS["float32"]
@@ -118,6 +118,7 @@ def test_nodes_of_the_cuda_provider_are_made_run_and_destroyed(results: dict[str
     ("operator", "kernel"),
     [
         ("ClaqMatMulAdd", "add"),
+        ("ClaqMatMulAddNorm", "addnorm"),
         ("ClaqMatMulSwiGLU", "swiglu"),
         ("ClaqMatMulSplit", "take"),
         ("ClaqMatMulSplit of two", "take"),

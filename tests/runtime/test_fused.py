@@ -13,10 +13,12 @@ from onnx import TensorProto, helper, numpy_helper
 from runtime_layers import NAMES, Layer, make_layer
 
 import claq_runtime
-from claq_export.emit.function import claq_function
+from claq_export.emit.function import PRODUCTS, claq_function
 
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+EPSILON = 1e-5
 FAMILIES = claq_runtime.kernels()
+FUSED = [name for name in PRODUCTS if name != "ClaqMatMul"]
 
 
 def model_of(
@@ -28,12 +30,14 @@ def model_of(
     split: tuple[int, int, int] | None = None,
     with_function: bool = False,
 ) -> bytes:
-    """A model of one node: ``x`` and, of ClaqMatMulAdd, ``residual``; outputs ``y0``, ``y1``, ... of any shape."""
+    """A model of one node: ``x`` and, where it takes them, ``residual`` and ``norm_weight``; outputs ``y0``, ``y1``, ..."""
     attributes: dict[str, Any] = {**layer.attributes, "accuracy_level": accuracy_level}
     if split is not None:
         attributes |= {f"split_{index}": size for index, size in enumerate(split)}
-    fed = ["x", "residual"] if operator == "ClaqMatMulAdd" else ["x"]
-    made = ["y0", "y1", "y2"] if operator == "ClaqMatMulSplit" else ["y0"]
+    fed = ["x", *{"ClaqMatMulAdd": ["residual"], "ClaqMatMulAddNorm": ["residual", "norm_weight"]}.get(operator, [])]
+    made = [f"y{index}" for index in range({"ClaqMatMulSplit": 3, "ClaqMatMulAddNorm": 2}.get(operator, 1))]
+    if operator == "ClaqMatMulAddNorm":
+        attributes["epsilon"] = EPSILON
     bias = helper.np_dtype_to_tensor_dtype(layer.tensors["bias"].dtype)
     assert bias == kind
     node = helper.make_node(operator, ["x", *NAMES, *fed[1:]], made, name="layer", domain="com.claq", **attributes)
@@ -45,7 +49,10 @@ def model_of(
         [numpy_helper.from_array(value, name) for name, value in layer.tensors.items()],
     )
     functions = [onnx.FunctionProto.FromString(claq_function(operator))] if with_function else []
-    imports = [helper.make_opsetid("", 18), helper.make_opsetid("com.claq", 1)]
+    imports = [
+        helper.make_opsetid("", 23 if operator == "ClaqMatMulAddNorm" else 18),
+        helper.make_opsetid("com.claq", 1),
+    ]
     return helper.make_model(graph, opset_imports=imports, functions=functions, ir_version=9).SerializeToString()
 
 
@@ -73,6 +80,10 @@ def with_bias(layer: Layer, dtype: str) -> Layer:
     return layer
 
 
+def rms_norm(x: npt.NDArray[np.float64], weight: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPSILON) * weight
+
+
 def silu(gate: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return gate / (1 + np.exp(-gate))
 
@@ -91,6 +102,13 @@ def test_fused_is_the_product_and_what_follows(out_features: int, in_features: i
     (added,) = run(model_of("ClaqMatMulAdd", layer, kind, accuracy_level=4), x=x, residual=residual)
     np.testing.assert_array_equal(added, (product.astype(np.float32) + residual.astype(np.float32)).astype(dtype))
 
+    weight = np.random.default_rng(5).normal(size=out_features).astype(dtype)
+    feeds = {"x": x, "residual": residual, "norm_weight": weight}
+    total, normalized = run(model_of("ClaqMatMulAddNorm", layer, kind, accuracy_level=4), **feeds)
+    np.testing.assert_array_equal(total, added)
+    tolerance = {"rtol": 1e-6, "atol": 1e-7} if dtype == "float32" else {"rtol": 6e-4, "atol": 1e-6}
+    np.testing.assert_allclose(normalized, rms_norm(added.astype(np.float64), weight), **tolerance)
+
     for split in (
         (out_features - out_features // 3, out_features // 3, 0),
         (1, out_features // 2, out_features - 1 - out_features // 2),
@@ -107,16 +125,18 @@ def test_fused_is_the_product_and_what_follows(out_features: int, in_features: i
     )
 
 
-@pytest.mark.parametrize("operator", ["ClaqMatMulAdd", "ClaqMatMulSwiGLU", "ClaqMatMulSplit"])
+@pytest.mark.parametrize("operator", FUSED)
 @pytest.mark.parametrize("rows", [1, 7])
 def test_the_function_computes_the_same(operator: str, rows: int) -> None:
     layer = with_bias(make_layer(66, 96), "float32")
     x, residual, _ = random_inputs(layer, rows, "float32")
     split = (40, 20, 6) if operator == "ClaqMatMulSplit" else None
     model = model_of(operator, layer, split=split, with_function=True)
-    feeds = {"x": x, "residual": residual} if operator == "ClaqMatMulAdd" else {"x": x}
+    weight = np.random.default_rng(5).normal(size=66).astype(np.float32)
+    fed = {"ClaqMatMulAdd": {"residual": residual}, "ClaqMatMulAddNorm": {"residual": residual, "norm_weight": weight}}
+    feeds = {"x": x, **fed.get(operator, {})}
     stock, native = run(model, library=False, **feeds), run(model, **feeds)
-    assert len(stock) == len(native) == (3 if split else 1)
+    assert len(stock) == len(native) == {"ClaqMatMulSplit": 3, "ClaqMatMulAddNorm": 2}.get(operator, 1)
     for one, other in zip(stock, native, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-6 * float(np.abs(other).max()))
 
@@ -148,15 +168,22 @@ def test_gate_at_the_ends(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     np.testing.assert_array_equal(y[0, :, count:], [[np.inf, np.nan, np.nan]] * 2)
 
 
-@pytest.mark.parametrize("operator", ["ClaqMatMulAdd", "ClaqMatMulSwiGLU", "ClaqMatMulSplit"])
+@pytest.mark.parametrize("operator", FUSED)
 def test_no_rows(operator: str) -> None:
     layer = with_bias(make_layer(50, 40), "float32")
     empty = {"x": np.zeros((1, 0, 40), np.float32)}
-    if operator == "ClaqMatMulAdd":
+    if operator in ("ClaqMatMulAdd", "ClaqMatMulAddNorm"):
         empty["residual"] = np.zeros((1, 0, 50), np.float32)
+    if operator == "ClaqMatMulAddNorm":
+        empty["norm_weight"] = np.ones(50, np.float32)
     split = (30, 20, 0) if operator == "ClaqMatMulSplit" else None
     widths = [part.shape for part in run(model_of(operator, layer, split=split), **empty)]
-    wanted = {"ClaqMatMulAdd": [50], "ClaqMatMulSwiGLU": [25], "ClaqMatMulSplit": [30, 20, 0]}[operator]
+    wanted = {
+        "ClaqMatMulAdd": [50],
+        "ClaqMatMulAddNorm": [50, 50],
+        "ClaqMatMulSwiGLU": [25],
+        "ClaqMatMulSplit": [30, 20, 0],
+    }[operator]
     assert widths == [(1, 0, width) for width in wanted]
 
 
@@ -177,3 +204,19 @@ def test_what_does_not_fit_is_refused() -> None:
             run(model_of("ClaqMatMulAdd", odd), x=x, residual=np.zeros(shape, np.float32))
     with pytest.raises(Exception, match=r"ClaqMatMulAdd: x: the last dimension is 39, expected in_features = 40"):
         run(model_of("ClaqMatMulAdd", odd), x=x[..., :39], residual=np.zeros((1, 2, 51), np.float32))
+    feeds = {"residual": np.zeros((1, 2, 51), np.float32), "norm_weight": np.zeros(50, np.float32)}
+    with pytest.raises(Exception, match="ClaqMatMulAddNorm: norm_weight: expected one value for each output"):
+        run(model_of("ClaqMatMulAddNorm", odd), x=x, **feeds)
+    for epsilon, problem in (
+        (None, "the attribute is missing"),
+        (-1.0, "is -1.000000, expected"),
+        (np.nan, "is -?nan, expected"),
+    ):
+        model = onnx.ModelProto.FromString(model_of("ClaqMatMulAddNorm", odd))
+        (attribute,) = (entry for entry in model.graph.node[0].attribute if entry.name == "epsilon")
+        if epsilon is None:
+            model.graph.node[0].attribute.remove(attribute)
+        else:
+            attribute.f = epsilon
+        with pytest.raises(Exception, match=f"ClaqMatMulAddNorm node 'layer': epsilon: {problem}"):
+            run(model.SerializeToString(), x=x)

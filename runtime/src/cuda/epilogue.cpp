@@ -1,5 +1,7 @@
 #include "epilogue.h"
 
+#include <cstring>
+
 #include "launch.h"
 
 namespace claq::cuda {
@@ -14,6 +16,23 @@ Add::Add(const Tensors& tensors) : kernel_(load("add", tensors)) {}
 void Add::run(const void* residual, void* y, int64_t count, Stream stream) const {
   if (count <= 0) return;
   Launch(*kernel_, stream).pointer(y).pointer(residual).integer(count).over(divide_up(count, kernel_->record->tile[0]));
+}
+
+AddNorm::AddNorm(const Tensors& tensors, float epsilon) : kernel_(load("addnorm", tensors)) {
+  std::memcpy(&epsilon_bits_, &epsilon, sizeof epsilon_bits_);
+}
+
+void AddNorm::run(const void* residual, const void* weight, void* y, void* normalized, int64_t rows, int64_t width,
+                  Stream stream) const {
+  if (rows <= 0) return;
+  Launch(*kernel_, stream)
+      .pointer(y)
+      .pointer(residual)
+      .pointer(weight)
+      .pointer(normalized)
+      .integer(width)
+      .integer(epsilon_bits_)
+      .over(rows);
 }
 
 SwiGlu::SwiGlu(const Tensors& tensors) : kernel_(load("swiglu", tensors)) {}

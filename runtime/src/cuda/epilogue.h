@@ -21,6 +21,17 @@ class Add {
   const Kernel* kernel_;
 };
 
+class AddNorm {
+ public:
+  AddNorm(const Tensors& tensors, float epsilon);
+  // y[rows, width] += residual, and normalized = y / sqrt(mean(y^2) + epsilon) * weight[width] of each row.
+  void run(const void* residual, const void* weight, void* y, void* normalized, int64_t rows, int64_t width, Stream stream) const;
+
+ private:
+  const Kernel* kernel_;
+  int32_t epsilon_bits_;  // as the kernel takes it: launches have pointers and integers
+};
+
 class SwiGlu {
  public:
   explicit SwiGlu(const Tensors& tensors);

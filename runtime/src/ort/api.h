@@ -59,6 +59,7 @@ enum Slot : int {
   kGetDimensionsCount = 61,
   kGetDimensions = 62,
   kGetTensorTypeAndShape = 65,
+  kKernelInfoGetAttributeFloat = 85,
   kKernelInfoGetAttributeInt64 = 86,
   kKernelContextGetInput = 90,
   kKernelContextGetOutput = 91,
@@ -142,6 +143,9 @@ class Api {
     call<void(OrtTensorTypeAndShapeInfo*)>(kReleaseTensorTypeAndShapeInfo)(info);
   }
 
+  OrtStatus* attribute(const OrtKernelInfo* info, const char* name, float* out) const {
+    return call<OrtStatus*(const OrtKernelInfo*, const char*, float*)>(kKernelInfoGetAttributeFloat)(info, name, out);
+  }
   OrtStatus* attribute(const OrtKernelInfo* info, const char* name, int64_t* out) const {
     return call<OrtStatus*(const OrtKernelInfo*, const char*, int64_t*)>(kKernelInfoGetAttributeInt64)(info, name, out);
   }

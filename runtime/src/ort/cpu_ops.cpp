@@ -18,6 +18,7 @@ struct Kernel {
   std::unique_ptr<claq_layer> layer;
   int32_t accuracy_level;
   Outputs outputs;
+  float epsilon;
 };
 
 // What the node says, unless the environment variable CLAQ_ACCURACY says otherwise for the whole process.
@@ -44,9 +45,10 @@ std::unique_ptr<Kernel> create(const Api& api, const OrtKernelInfo* info, Operat
   NodeLayer node;
   read_layer(api, info, kind, node);
   const bool gathers = kind == Operator::kGather;
-  auto kernel = std::make_unique<Kernel>(Kernel{api, kind, nullptr, gathers ? 0 : accuracy_level(api, info), {}});
+  auto kernel = std::make_unique<Kernel>(Kernel{api, kind, nullptr, gathers ? 0 : accuracy_level(api, info), {}, 0});
   kernel->layer = make_layer(node.desc);
   if (!gathers) kernel->outputs = read_outputs(api, info, kind, kernel->layer->view.out_features);
+  if (kind == Operator::kMatMulAddNorm) kernel->epsilon = read_epsilon(api, info);
   return kernel;
 }
 
@@ -71,7 +73,10 @@ void multiply(const Kernel& kernel, OrtKernelContext* context) {
   const Host host{SessionThreads::parallel_for, &threads, kAwakeTaskSeconds};
   const auto dtype = static_cast<claq_dtype>(t.type);
   switch (kernel.kind) {
-    case Operator::kMatMulAdd: run_add(layer, dtype, kernel.accuracy_level, t.x, t.rows, t.residual, t.y[0], host); break;
+    case Operator::kMatMulAdd:
+    case Operator::kMatMulAddNorm:
+      run_add(layer, dtype, kernel.accuracy_level, t.x, t.rows, t.residual, {t.norm_weight, kernel.epsilon, t.y[1]}, t.y[0], host);
+      break;
     case Operator::kMatMulSplit: run_split(layer, dtype, kernel.accuracy_level, t.x, t.rows, kernel.outputs, t.y, host); break;
     case Operator::kMatMulSwiGlu: run_swiglu(layer, dtype, kernel.accuracy_level, t.x, t.rows, t.y[0], host); break;
     default: run(layer, dtype, kernel.accuracy_level, t.x, t.rows, t.y[0], host);

@@ -48,11 +48,12 @@ cuda::Tensors tensors_of(const Api& api, const OrtKernelInfo* info, const TypedO
 constexpr size_t kAlignment = 256;  // of the parts of a node's scratch memory
 
 // What is done with a product.
-using Epilogue = std::variant<std::monostate, cuda::Add, cuda::SwiGlu, cuda::Take>;
+using Epilogue = std::variant<std::monostate, cuda::Add, cuda::AddNorm, cuda::SwiGlu, cuda::Take>;
 
-Epilogue make_epilogue(Operator kind, const cuda::Tensors& tensors) {
+Epilogue make_epilogue(const Api& api, const OrtKernelInfo* info, Operator kind, const cuda::Tensors& tensors) {
   switch (kind) {
     case Operator::kMatMulAdd: return cuda::Add(tensors);
+    case Operator::kMatMulAddNorm: return cuda::AddNorm(tensors, read_epsilon(api, info));
     case Operator::kMatMulSwiGlu: return cuda::SwiGlu(tensors);
     case Operator::kMatMulSplit: return cuda::Take(tensors);
     default: return {};
@@ -67,7 +68,7 @@ class MatMul {
         memory_(api, info),
         layer_(tensors_of(api, info, op, memory_), memory_.taker()),
         outputs_(read_outputs(api, info, op.kind, layer_.tensors().out_features)),
-        epilogue_(make_epilogue(op.kind, layer_.tensors())) {}
+        epilogue_(make_epilogue(api, info, op.kind, layer_.tensors())) {}
 
   const Api& api() const { return api_; }
 
@@ -101,6 +102,9 @@ class MatMul {
   void finish(const MatMulTensors& tensors, const void* product, void* stream) const {
     const int64_t rows = tensors.rows, width = layer_.tensors().out_features;
     if (const auto* add = std::get_if<cuda::Add>(&epilogue_)) add->run(tensors.residual, tensors.y[0], rows * width, stream);
+    if (const auto* norm = std::get_if<cuda::AddNorm>(&epilogue_)) {
+      norm->run(tensors.residual, tensors.norm_weight, tensors.y[0], tensors.y[1], rows, width, stream);
+    }
     if (const auto* swiglu = std::get_if<cuda::SwiGlu>(&epilogue_)) swiglu->run(product, rows, width / 2, tensors.y[0], stream);
     if (const auto* take = std::get_if<cuda::Take>(&epilogue_)) {
       int64_t first = 0;

@@ -28,7 +28,7 @@ int input_type(const TypedOp& op, size_t index) {
     case 5: return op.order;
     case 6: return kInt32;
     case 7: return op.outlier_index;
-    default: return op.activation;  // bias or like, and a residual
+    default: return op.activation;  // bias or like, a residual, the weight of a normalization
   }
 }
 
@@ -93,7 +93,7 @@ void read_layer(const Api& api, const OrtKernelInfo* info, Operator kind, NodeLa
 }
 
 Outputs read_outputs(const Api& api, const OrtKernelInfo* info, Operator kind, int64_t out_features) {
-  Outputs outputs{out_features, -1, -1};
+  Outputs outputs{out_features, kind == Operator::kMatMulAddNorm ? out_features : -1, -1};
   if (kind == Operator::kMatMulSwiGlu) {
     if (out_features % 2) throw InvalidLayer("out_features: is " + std::to_string(out_features) + ", expected an even number");
     outputs[0] = out_features / 2;
@@ -113,6 +113,16 @@ Outputs read_outputs(const Api& api, const OrtKernelInfo* info, Operator kind, i
   return outputs;
 }
 
+float read_epsilon(const Api& api, const OrtKernelInfo* info) {
+  float value = 0;
+  if (OrtStatus* status = api.attribute(info, "epsilon", &value)) {
+    api.release_status(status);
+    throw InvalidLayer("epsilon: the attribute is missing, expected a float");
+  }
+  if (!(value >= 0) || value > 1) throw InvalidLayer("epsilon: is " + std::to_string(value) + ", expected a number from 0 to 1");
+  return value;
+}
+
 MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, Operator kind, int64_t in_features, const Outputs& outputs) {
   const OrtValue* x = nullptr;
   check(api.input(context, 0, &x));
@@ -122,7 +132,7 @@ MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, Operator
                           (info.shape.empty() ? "missing" : std::to_string(info.shape.back())) +
                           ", expected in_features = " + std::to_string(in_features));
   }
-  MatMulTensors tensors{info.type, 1, nullptr, nullptr, {}};
+  MatMulTensors tensors{info.type, 1, nullptr, nullptr, nullptr, {}};
   for (size_t i = 0; i + 1 < info.shape.size(); ++i) tensors.rows *= info.shape[i];
   for (int i = 0; i < kMostParts && outputs[i] >= 0; ++i) {
     info.shape.back() = outputs[i];
@@ -131,14 +141,16 @@ MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, Operator
     check(api.tensor_data(y, &tensors.y[i]));
   }
   void* data = nullptr;
-  if (kind == Operator::kMatMulAdd) {
-    const OrtValue* residual = nullptr;
-    check(api.input(context, kResidual, &residual));
-    if (describe(api, residual).shape != info.shape) {
-      throw InvalidArgument(std::string(operator_name(kind)) + ": residual: expected the shape of the result");
-    }
-    check(api.tensor_data(residual, &data));
-    tensors.residual = data;
+  const auto other = [&](size_t input, const std::vector<int64_t>& shape, const char* message) {
+    const OrtValue* value = nullptr;
+    check(api.input(context, input, &value));
+    if (describe(api, value).shape != shape) throw InvalidArgument(std::string(operator_name(kind)) + message);
+    check(api.tensor_data(value, &data));
+    return data;
+  };
+  if (input_count(kind) > kResidual) tensors.residual = other(kResidual, info.shape, ": residual: expected the shape of the result");
+  if (input_count(kind) > kNormWeight) {
+    tensors.norm_weight = other(kNormWeight, {outputs[0]}, ": norm_weight: expected one value for each output");
   }
   check(api.tensor_data(x, &data));
   tensors.x = data;
@@ -163,11 +175,20 @@ GatherTensors gather_tensors(const Api& api, OrtKernelContext* context, int64_t 
 const char* operator_name(Operator kind) {
   switch (kind) {
     case Operator::kMatMulAdd: return "ClaqMatMulAdd";
+    case Operator::kMatMulAddNorm: return "ClaqMatMulAddNorm";
     case Operator::kMatMulSplit: return "ClaqMatMulSplit";
     case Operator::kMatMulSwiGlu: return "ClaqMatMulSwiGLU";
     case Operator::kGather: return "ClaqGather";
     default: return "ClaqMatMul";
   }
+}
+
+size_t input_count(Operator kind) {
+  return kind == Operator::kMatMulAddNorm ? kNormWeight + 1 : kind == Operator::kMatMulAdd ? kResidual + 1 : kInputs;
+}
+
+size_t output_count(Operator kind) {
+  return kind == Operator::kMatMulSplit ? kMostParts : kind == Operator::kMatMulAddNorm ? 2 : 1;
 }
 
 TypedOp describe_op(const char* (*provider)(const CustomOp*), Operator kind, int first, int activation, int order, int outlier_index) {
@@ -180,9 +201,9 @@ TypedOp describe_op(const char* (*provider)(const CustomOp*), Operator kind, int
   op.outlier_index = outlier_index;
   op.GetName = [](const CustomOp* self) { return operator_name(typed(self).kind); };
   op.GetExecutionProviderType = provider;
-  op.GetInputTypeCount = [](const CustomOp* self) { return typed(self).kind == Operator::kMatMulAdd ? kInputs + 1 : kInputs; };
+  op.GetInputTypeCount = [](const CustomOp* self) { return input_count(typed(self).kind); };
   op.GetInputType = [](const CustomOp* self, size_t index) { return input_type(typed(self), index); };
-  op.GetOutputTypeCount = [](const CustomOp* self) -> size_t { return typed(self).kind == Operator::kMatMulSplit ? kMostParts : 1; };
+  op.GetOutputTypeCount = [](const CustomOp* self) { return output_count(typed(self).kind); };
   op.GetOutputType = [](const CustomOp* self, size_t) { return typed(self).activation; };
   op.GetInputCharacteristic = [](const CustomOp*, size_t) -> int { return kRequired; };
   op.GetOutputCharacteristic = [](const CustomOp*, size_t) -> int { return kRequired; };

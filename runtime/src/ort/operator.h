@@ -14,16 +14,21 @@
 
 namespace claq::ort {
 
-enum class Operator { kMatMul, kMatMulAdd, kMatMulSplit, kMatMulSwiGlu, kGather };
+enum class Operator { kMatMul, kMatMulAdd, kMatMulAddNorm, kMatMulSplit, kMatMulSwiGlu, kGather };
 
-constexpr Operator kProducts[] = {Operator::kMatMul, Operator::kMatMulAdd, Operator::kMatMulSplit, Operator::kMatMulSwiGlu};
+constexpr Operator kProducts[] = {Operator::kMatMul, Operator::kMatMulAdd, Operator::kMatMulAddNorm, Operator::kMatMulSplit,
+                                   Operator::kMatMulSwiGlu};
 
 // Inputs of a layer: the activations (of ClaqGather `indices`), its tensors, and the bias. Of ClaqGather the last is `like`: nothing
 // but a dtype, that of the result.
 constexpr size_t kInputs = 10;
 constexpr size_t kLike = kInputs - 1;
-// Behind them ClaqMatMulAdd has what is added.
+// Behind them ClaqMatMulAdd and ClaqMatMulAddNorm have what is added, the latter also the weight of the normalization.
 constexpr size_t kResidual = kInputs;
+constexpr size_t kNormWeight = kInputs + 1;
+
+size_t input_count(Operator kind);
+size_t output_count(Operator kind);
 
 // A status of ONNX Runtime on its way through C++ frames.
 struct StatusError {
@@ -78,12 +83,16 @@ using Outputs = std::array<int64_t, kMostParts>;
 // Throws InvalidLayer if an attribute is missing, or does not fit the layer's number of outputs.
 Outputs read_outputs(const Api& api, const OrtKernelInfo* info, Operator kind, int64_t out_features);
 
+// Of ClaqMatMulAddNorm. Throws InvalidLayer if it is missing or not positive.
+float read_epsilon(const Api& api, const OrtKernelInfo* info);
+
 // Tensors of a node that multiplies at run time; the outputs are made here.
 struct MatMulTensors {
   int type;  // claq_dtype
   int64_t rows;
   const void* x;
-  const void* residual;  // of ClaqMatMulAdd
+  const void* residual;     // null where there is none
+  const void* norm_weight;  // likewise
   std::array<void*, kMostParts> y;
 };
 

@@ -236,10 +236,13 @@ def fused(ort: ctypes.CDLL, gpu: Interpreter, dtype: torch.dtype) -> dict[str, A
     layer = random_layer(33, N, (4,), outliers=0.03, seed=6)
     x, bias = torch.randn(2, 1, 33).to(dtype), torch.randn(N).to(dtype)
     product = x.double() @ dense_weight(layer).T + bias.double()
-    residual = torch.randn(2, 1, N).to(dtype)
+    residual, weight = torch.randn(2, 1, N).to(dtype), torch.rand(N).to(dtype)
+    total = product + residual.double()
+    normalized = total / (total.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
     gate, up = product.chunk(2, -1)
     cases = {
-        "ClaqMatMulAdd": ([bias, residual], [product + residual.double()]),
+        "ClaqMatMulAdd": ([bias, residual], [total]),
+        "ClaqMatMulAddNorm": ([bias, residual, weight], [total, normalized]),
         "ClaqMatMulSwiGLU": ([bias], [torch.nn.functional.silu(gate) * up]),
         "ClaqMatMulSplit": ([bias], list(product.split(parts, -1))),
         "ClaqMatMulSplit of two": ([bias], list(product.split([parts[0], N - parts[0], 0], -1))),

@@ -117,6 +117,11 @@ const OrtApi* table() {
           *out = found->second;
           return nullptr;
         });
+    put<OrtStatus*(const OrtKernelInfo*, const char*, float*)>(slots, kKernelInfoGetAttributeFloat,
+                                                               [](const OrtKernelInfo*, const char*, float* out) -> OrtStatus* {
+                                                                 *out = 1e-5f;
+                                                                 return nullptr;
+                                                               });
     put<OrtStatus*(const OrtKernelInfo*, char*, size_t*)>(slots, kKernelInfoGetNodeName,
                                                           [](const OrtKernelInfo*, char* out, size_t* size) -> OrtStatus* {
                                                             std::snprintf(out, *size, "the node");
