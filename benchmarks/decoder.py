@@ -115,9 +115,16 @@ def as_nbits(folder: Path, target: Path, stacked: bool) -> Path:
             epsilon = next(attribute.f for attribute in node.attribute if attribute.name == "epsilon")
             (total,) = add("Add", [linear, node.input[10]], [node.output[0]])
             add("RMSNormalization", [total, node.input[11]], [node.output[1]], axis=-1, epsilon=epsilon)
-        elif node.op_type == "ClaqMatMulSplit":
+        elif node.op_type in ("ClaqMatMulSplit", "ClaqMatMulRotary"):
             sizes = [given[f"split_{index}"] for index in range(3) if given[f"split_{index}"]]
-            parts_of(node, sizes, list(node.output[: len(sizes)]))
+            names = list(node.output[: len(sizes)])
+            if node.op_type == "ClaqMatMulSplit":
+                parts_of(node, sizes, names)
+                continue
+            pieces = parts_of(node, sizes, [f"{node.name}.{index}" for index in range(2)] + names[2:])
+            for index in range(2):
+                settings = {"num_heads": given[f"heads_{index}"], "rotary_embedding_dim": given["rotary_dim"]}
+                add("RotaryEmbedding", [pieces[index], *node.input[10:12]], [names[index]], **settings)
         elif node.op_type == "ClaqMatMulSwiGLU":
             half = given["out_features"] // 2
             gate, up = parts_of(node, [half, half], [f"{node.name}.gate", f"{node.name}.up"])

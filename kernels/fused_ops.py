@@ -26,6 +26,10 @@ _library.define(
 )
 _library.define(f"linear_swiglu({_LAYER}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(f"linear_split({_LAYER}, int[] parts) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    f"linear_rotary({_LAYER}, int[] parts, Tensor cos, Tensor sin, int heads, int kv_heads) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 def _add(*arguments: Any) -> torch.Tensor:
@@ -50,14 +54,22 @@ def _split(*arguments: Any) -> tuple[torch.Tensor, ...]:
     return tuple(part.clone() for part in ops.linear(*layer).split(parts, -1))
 
 
+def _rotary(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    *layer, cos, sin, heads, kv_heads = arguments
+    first, second, third = _split(*layer)
+    return decoder_ops.rotary(first, cos, sin, heads), decoder_ops.rotary(second, cos, sin, kv_heads), third
+
+
 _library.impl("linear_add", _add, "CompositeExplicitAutograd")
 _library.impl("linear_add_norm", _add_norm, "CompositeExplicitAutograd")
 _library.impl("linear_swiglu", _swiglu, "CompositeExplicitAutograd")
+_library.impl("linear_rotary", _rotary, "CompositeExplicitAutograd")
 _library.impl("linear_split", _split, "CompositeExplicitAutograd")
 # Their bodies run on fake tensors as they are.
 torch.library.register_fake("claq::linear_add", _add, lib=_library)
 torch.library.register_fake("claq::linear_add_norm", _add_norm, lib=_library)
 torch.library.register_fake("claq::linear_swiglu", _swiglu, lib=_library)
+torch.library.register_fake("claq::linear_rotary", _rotary, lib=_library)
 torch.library.register_fake("claq::linear_split", _split, lib=_library)
 
 linear_add = torch.ops.claq.linear_add.default
@@ -72,5 +84,8 @@ linear_swiglu = torch.ops.claq.linear_swiglu.default
 linear_split = torch.ops.claq.linear_split.default
 """``claq::linear`` split at its last axis into three ``parts``, of which the last may be empty."""
 
-LAYER_OPERATORS = (ops.linear, ops.embedding, linear_add, linear_add_norm, linear_swiglu, linear_split)
+linear_rotary = torch.ops.claq.linear_rotary.default
+"""``claq::linear_split`` whose first two parts get rotary positions (``claq::rotary`` with ``heads`` and ``kv_heads``)."""
+
+LAYER_OPERATORS = (ops.linear, ops.embedding, linear_add, linear_add_norm, linear_swiglu, linear_split, linear_rotary)
 """Operators whose arguments 1 to 8 are the tensors of a quantized layer."""

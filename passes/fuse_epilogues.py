@@ -1,4 +1,5 @@
-"""Lets a quantized linear do to its own result what else would take operators of their own: split, gate, add, normalize."""
+"""Lets a quantized linear do to its own result what else would take operators of their own: split, turn, gate, add,
+normalize."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class FuseEpilogues(Pass):
     """Rewrites a ``claq::linear`` whose result has one use, of three kinds.
 
     - ``silu(gate) * up``, where ``gate`` and ``up`` are its two halves: ``claq::linear_swiglu``;
-    - two or three parts side by side (``split``, ``chunk`` or slices that cover it): ``claq::linear_split``;
+    - two or three parts side by side (``split``, ``chunk`` or slices that cover it): ``claq::linear_split``; if ``claq::rotary``
+      turns the first two of three by the same angles, and nothing else reads them, ``claq::linear_rotary``;
     - an addition of a value of the same shape: ``claq::linear_add``; if the sum is normalized by ``claq::rms_norm`` (and read
       elsewhere or not), ``claq::linear_add_norm``.
 
@@ -29,7 +31,7 @@ class FuseEpilogues(Pass):
     """
 
     name = "fuse_epilogues"
-    doc = "Lets quantized linears split, gate or add to their own results."
+    doc = "Lets quantized linears split, turn, gate, add to or normalize their own results."
 
     def run(self, gm: fx.GraphModule, context: PassContext) -> PassResult:
         counts: dict[str, int] = {}
@@ -63,15 +65,37 @@ def _split(graph: fx.Graph, linear: fx.Node) -> str:
         return "linear_swiglu"
     sizes += [0] * (_MOST_PARTS - len(sizes))
     value = linear.meta["val"]
+    turned = _turned(linear, [uses for _, uses in parts])
     with graph.inserting_before(linear):
-        call = graph.call_function(fused_ops.linear_split, (*linear.args, sizes))
+        if turned:
+            angles, heads = turned[0].args[1:3], [node.args[3] for node in turned]
+            call = graph.call_function(fused_ops.linear_rotary, (*linear.args, sizes, *angles, *heads))
+        else:
+            call = graph.call_function(fused_ops.linear_split, (*linear.args, sizes))
         call.meta["val"] = tuple(value.new_empty((*value.shape[:-1], size)) for size in sizes)
         for index, (_, uses) in enumerate(parts):
             piece = graph.call_function(operator.getitem, (call, index))
             piece.meta["val"] = call.meta["val"][index]
-            for use in uses:
+            for use in [turned[index]] if index < len(turned) else uses:
                 use.replace_all_uses_with(piece)
-    return "linear_split"
+    return "linear_rotary" if turned else "linear_split"
+
+
+def _turned(linear: fx.Node, parts: list[list[fx.Node]]) -> list[fx.Node]:
+    """The nodes that turn the first two of three parts, by angles that are known where the product is made; else none."""
+    if len(parts) != _MOST_PARTS or any(len(uses) != 1 or len(uses[0].users) != 1 for uses in parts[:2]):
+        return []
+    first, second = (next(iter(uses[0].users)) for uses in parts[:2])
+    if (
+        first.target is not decoder_ops.rotary
+        or second.target is not decoder_ops.rotary
+        or first.args[1:3] != second.args[1:3]
+    ):
+        return []
+    order = {node: index for index, node in enumerate(linear.graph.nodes)}
+    if any(order[angle] > order[linear] for angle in first.args[1:3] if isinstance(angle, fx.Node)):
+        return []
+    return [first, second]
 
 
 def _parts(linear: fx.Node) -> list[tuple[int, list[fx.Node]]]:

@@ -67,12 +67,18 @@ def claq_nodes(profile: str) -> dict[str, list[str]]:
 
 
 def fused_model(layer: QuantizedLinear) -> bytes:
-    """``x``, ``residual`` and ``norm_weight`` through one node of each fused operator; seven outputs."""
+    """One node of each fused operator on the same layer; the last output of a split is empty."""
     tensors = {name: tensor.numpy() for name, tensor in layer.tensors().items()} | {"bias": np.zeros(0, np.float32)}
     third = layer.out_features // 3
-    fed = {"ClaqMatMulAdd": ["residual"], "ClaqMatMulAddNorm": ["residual", "norm_weight"]}
+    split = {"split_0": third, "split_1": layer.out_features - third, "split_2": 0}
+    fed = {
+        "ClaqMatMulAdd": ["residual"],
+        "ClaqMatMulAddNorm": ["residual", "norm_weight"],
+        "ClaqMatMulRotary": ["cos", "sin"],
+    }
     own = {
-        "ClaqMatMulSplit": {"split_0": third, "split_1": layer.out_features - third, "split_2": 0},
+        "ClaqMatMulSplit": split,
+        "ClaqMatMulRotary": {**split, "heads_0": 2, "heads_1": 2, "rotary_dim": 4},
         "ClaqMatMulAddNorm": {"epsilon": EPSILON},
     }
     outputs = {
@@ -80,6 +86,7 @@ def fused_model(layer: QuantizedLinear) -> bytes:
         "ClaqMatMulAddNorm": ["sum", "normalized"],
         "ClaqMatMulSwiGLU": ["gated"],
         "ClaqMatMulSplit": ["first", "second", "none"],
+        "ClaqMatMulRotary": ["query", "key", "nothing"],
     }
     nodes = [
         helper.make_node(
@@ -98,7 +105,10 @@ def fused_model(layer: QuantizedLinear) -> bytes:
     graph = helper.make_graph(
         nodes,
         "fused",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "residual", "norm_weight")],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+            for name in ("x", "residual", "norm_weight", "cos", "sin")
+        ],
         values,
         [numpy_helper.from_array(value, name) for name, value in tensors.items()],
     )
@@ -116,9 +126,28 @@ def fused_error(session: onnxruntime.InferenceSession, layer: QuantizedLinear, r
     third = layer.out_features // 3
     total, weight = product + residual, random.normal(size=layer.out_features).astype(np.float32)
     normalized = total / np.sqrt((total**2).mean(-1, keepdims=True) + EPSILON) * weight
-    expected = [total, total, normalized, gate / (1 + np.exp(-gate)) * up, product[:, :third], product[:, third:]]
-    found = session.run(None, {"x": x, "residual": residual, "norm_weight": weight})
-    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found[:6], expected, strict=True))
+    cos, sin = (random.normal(size=(rows, 2)).astype(np.float32) for _ in range(2))
+
+    def turned(part: np.ndarray) -> np.ndarray:
+        heads = part.reshape(rows, 2, -1)
+        first, second, rest = heads[..., :2], heads[..., 2:4], heads[..., 4:]
+        c, s = cos[:, None], sin[:, None]
+        return np.concatenate([first * c - second * s, second * c + first * s, rest], -1).reshape(rows, -1)
+
+    left, right = product[:, :third], product[:, third:]
+    expected = {
+        "added": total,
+        "sum": total,
+        "normalized": normalized,
+        "gated": gate / (1 + np.exp(-gate)) * up,
+        "first": left,
+        "second": right,
+        "query": turned(left),
+        "key": turned(right),
+    }
+    feeds = {"x": x, "residual": residual, "norm_weight": weight, "cos": cos, "sin": sin}
+    found = dict(zip(expected, session.run(list(expected), feeds), strict=True))
+    return max(float(np.abs(found[name] - value).max() / np.abs(value).max()) for name, value in expected.items())
 
 
 def main() -> int:

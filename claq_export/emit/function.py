@@ -380,6 +380,64 @@ def ClaqMatMulSplit(
     return first, second, third
 
 
+@script(_claq, default_opset=op23)
+def ClaqMatMulRotary(
+    x,
+    codes,
+    codebook,
+    scale,
+    row_scale,
+    order,
+    outlier_ptr,
+    outlier_index,
+    outlier_value,
+    bias,
+    cos,
+    sin,
+    in_features: int,
+    out_features: int,
+    columns_4: int,
+    columns_3: int,
+    columns_2: int,
+    split_0: int,
+    split_1: int,
+    split_2: int,
+    heads_0: int,
+    heads_1: int,
+    rotary_dim: int,
+    accuracy_level: int = 0,
+):
+    product = ClaqMatMul(
+        x,
+        codes,
+        codebook,
+        scale,
+        row_scale,
+        order,
+        outlier_ptr,
+        outlier_index,
+        outlier_value,
+        bias,
+        in_features=in_features,
+        out_features=out_features,
+        columns_4=columns_4,
+        columns_3=columns_3,
+        columns_2=columns_2,
+        accuracy_level=accuracy_level,
+    )
+    one = op23.Constant(value_ints=[1])
+    sizes = op23.Concat(
+        op23.Reshape(op23.Constant(value_int=split_0), one),
+        op23.Reshape(op23.Constant(value_int=split_1), one),
+        op23.Reshape(op23.Constant(value_int=split_2), one),
+        axis=0,
+    )
+    first, second, third = op23.Split(product, sizes, axis=-1)
+    query = op23.RotaryEmbedding(first, cos, sin, num_heads=heads_0, rotary_embedding_dim=rotary_dim)
+    key = op23.RotaryEmbedding(second, cos, sin, num_heads=heads_1, rotary_embedding_dim=rotary_dim)
+    return query, key, third
+
+
 @script(_claq, default_opset=op)
 def ClaqGather(
     indices,
@@ -459,6 +517,10 @@ _FUNCTIONS = {
     "ClaqMatMulSplit": (
         ClaqMatMulSplit,
         "Parts side by side of x W^T + bias with W in the claq format, version 1 (docs/format.md)",
+    ),
+    "ClaqMatMulRotary": (
+        ClaqMatMulRotary,
+        "Parts of x W^T + bias, the first two with rotary positions; W in the claq format, version 1 (docs/format.md)",
     ),
     "ClaqGather": (ClaqGather, "Rows of a weight in the claq format, version 1 (docs/format.md)"),
 }

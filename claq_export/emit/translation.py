@@ -31,8 +31,14 @@ ADD_INPUTS = (*INPUTS, "residual")
 NORM_INPUTS = (*ADD_INPUTS, "norm_weight")
 """Inputs of ``ClaqMatMulAddNorm`` in order; it has the attributes of ``ClaqMatMul`` and the float ``epsilon``."""
 
+ROTARY_INPUTS = (*INPUTS, "cos", "sin")
+"""Inputs of ``ClaqMatMulRotary`` in order."""
+
 SPLIT_ATTRIBUTES = (*ATTRIBUTES, "split_0", "split_1", "split_2")
 """Integer attributes of ``ClaqMatMulSplit``."""
+
+ROTARY_ATTRIBUTES = (*SPLIT_ATTRIBUTES, "heads_0", "heads_1", "rotary_dim")
+"""Integer attributes of ``ClaqMatMulRotary``."""
 
 
 def _schema(name: str, inputs: Sequence[str], attributes: Sequence[str], outputs: int) -> onnx.defs.OpSchema:
@@ -41,6 +47,8 @@ def _schema(name: str, inputs: Sequence[str], attributes: Sequence[str], outputs
         "x": "T",
         "residual": "T",
         "norm_weight": "T",
+        "cos": "T",
+        "sin": "T",
         "bias": "B",
         "indices": "S",
         "like": "T",
@@ -82,6 +90,7 @@ _claq_matmul_add = _operator("ClaqMatMulAdd", ADD_INPUTS, ATTRIBUTES)
 _claq_matmul_add_norm = _operator("ClaqMatMulAddNorm", NORM_INPUTS, (*ATTRIBUTES, "epsilon"), outputs=2)
 _claq_matmul_swiglu = _operator("ClaqMatMulSwiGLU", INPUTS, ATTRIBUTES)
 _claq_matmul_split = _operator("ClaqMatMulSplit", INPUTS, SPLIT_ATTRIBUTES, outputs=3)
+_claq_matmul_rotary = _operator("ClaqMatMulRotary", ROTARY_INPUTS, ROTARY_ATTRIBUTES, outputs=3)
 _claq_gather = _operator("ClaqGather", GATHER_INPUTS, GATHER_ATTRIBUTES)
 
 
@@ -122,6 +131,22 @@ def _translate_linear_split(*arguments: Any) -> Any:
     return _claq_matmul_split(*layer[: len(INPUTS)], **_layer_attributes(*layer[len(INPUTS) :]), **sizes)
 
 
+def _translate_linear_rotary(*arguments: Any) -> Any:
+    *layer, parts, cos, sin, heads, kv_heads = arguments
+    sizes = {f"split_{index}": size for index, size in enumerate(parts)}
+    rotated = 2 * int(cos.shape[-1])
+    return _claq_matmul_rotary(
+        *layer[: len(INPUTS)],
+        cos,
+        sin,
+        **_layer_attributes(*layer[len(INPUTS) :]),
+        **sizes,
+        heads_0=heads,
+        heads_1=kv_heads,
+        rotary_dim=rotated if rotated < parts[0] // heads else 0,
+    )
+
+
 def _translate_embedding(*arguments: Any) -> Any:
     """Record one ``ClaqGather`` node; arguments as in the schema of ``claq::embedding``."""
     tensors = arguments[: len(GATHER_INPUTS)]
@@ -145,5 +170,6 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         fused_ops.linear_add: _translate_linear_add,
         fused_ops.linear_add_norm: _translate_linear_add_norm,
         fused_ops.linear_swiglu: _translate_linear_swiglu,
+        fused_ops.linear_rotary: _translate_linear_rotary,
         fused_ops.linear_split: _translate_linear_split,
     }

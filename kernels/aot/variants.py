@@ -14,7 +14,7 @@ from ..triton.activations import claq_quantize_activations, claq_scale_activatio
 from ..triton.dequantize import claq_add_outliers, claq_dequantize
 from ..triton.dispatch import Dispatch, GemmConfig, dispatch_for
 from ..triton.epilogue import claq_finish
-from ..triton.fused import claq_add, claq_add_norm, claq_swiglu, claq_take
+from ..triton.fused import claq_add, claq_add_norm, claq_swiglu, claq_take, claq_turn
 from ..triton.gather import claq_gather
 from ..triton.gemm import claq_gemm
 from ..triton.gemv import claq_gemv
@@ -288,6 +288,12 @@ def _fused() -> Iterator[Variant]:
                 ("columns", "epsilon_bits"),
             ),
             ("swiglu", claq_swiglu, ("product_ptr", "y_ptr"), ("half",)),
+            (
+                "turn",
+                claq_turn,
+                ("product_ptr", "cos_ptr", "sin_ptr", "y_ptr"),
+                ("N", "first", "columns", "head", "half"),
+            ),
             ("take", claq_take, ("product_ptr", "y_ptr"), ("N", "first", "columns")),
         ):
             yield Variant(

@@ -72,3 +72,31 @@ def claq_take(product_ptr, y_ptr, N, first, columns, ELEMENTS: tl.constexpr):
     i = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
     value = tl.load(product_ptr + m * N + first + i, mask=i < columns)
     tl.store(y_ptr + m * columns + i, value, mask=i < columns)
+
+
+@triton.jit(do_not_specialize=["first"])
+def claq_turn(product_ptr, cos_ptr, sin_ptr, y_ptr, N, first, columns, head, half, ELEMENTS: tl.constexpr):
+    """Columns ``first .. first + columns - 1`` of the product, heads of ``head`` values, with rotary positions.
+
+    Of each head the first ``2 * half`` values are turned, value i together with value ``i + half``; the rest stay.
+    Grid ``(M, ceil(columns / ELEMENTS))``.
+
+    Args:
+        product_ptr: ``[M, N]``.
+        cos_ptr, sin_ptr: ``[M, half]``.
+        y_ptr: ``[M, columns]``.
+    """
+    m = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
+    place = i % head
+    inside = i < columns
+    turned = inside & (place < 2 * half)
+    lower = place < half
+    row = product_ptr + m * N + first
+    value = tl.load(row + i, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(row + tl.where(lower, i + half, i - half), mask=turned, other=0.0).to(tl.float32)
+    angle = m * half + tl.where(lower, place, place - half)
+    cos = tl.load(cos_ptr + angle, mask=turned, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + angle, mask=turned, other=0.0).to(tl.float32)
+    y = value * cos + tl.where(lower, -other, other) * sin
+    tl.store(y_ptr + m * columns + i, y.to(y_ptr.dtype.element_ty), mask=inside)

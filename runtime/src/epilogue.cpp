@@ -40,6 +40,14 @@ void for_each_product(const claq_layer& layer, claq_dtype dtype, int32_t accurac
   }
 }
 
+void turn(const float* head, const float* cos, const float* sin, int64_t half, int64_t length, float* y) {
+  for (int64_t i = 0; i < half; ++i) {
+    y[i] = head[i] * cos[i] - head[half + i] * sin[i];
+    y[half + i] = head[half + i] * cos[i] + head[i] * sin[i];
+  }
+  for (int64_t i = 2 * half; i < length; ++i) y[i] = head[i];
+}
+
 void normalize(const float* x, const float* weight, float epsilon, int64_t count, float* y) {
   // In lanes, so that the compiler can vectorize the sum.
   constexpr int kLanes = 16;
@@ -58,17 +66,36 @@ void normalize(const float* x, const float* weight, float epsilon, int64_t count
 }  // namespace
 
 void run_split(const claq_layer& layer, claq_dtype dtype, int32_t accuracy_level, const void* x, int64_t rows,
-               const std::array<int64_t, kMostParts>& parts, const std::array<void*, kMostParts>& y, const Host& host) {
-  const int64_t N = layer.view.out_features;
+               const std::array<int64_t, kMostParts>& parts, const Rotary& rotary, const std::array<void*, kMostParts>& y,
+               const Host& host) {
+  const Family& family = *layer.family;
+  const int64_t N = layer.view.out_features, half = rotary.half;
   const auto item = static_cast<int64_t>(size_of(dtype));
+  const bool wide = dtype == CLAQ_FLOAT32;
   for_each_product(layer, dtype, accuracy_level, x, rows, host, [&](int64_t first, int64_t count, const char* product) {
     for_each_stripe(host, count, count * N, [&](int64_t m0, int64_t m1) {
+      const bool converts = !wide && rotary.cos;
+      Workspace workspace(converts ? 2 * Workspace::bytes_for<float>(N) + 2 * Workspace::bytes_for<float>(half) : 0);
+      float* row = workspace.take<float>(converts ? N : 0);
+      float* turned = workspace.take<float>(converts ? N : 0);
+      float* cos_buffer = workspace.take<float>(converts ? half : 0);
+      float* sin_buffer = workspace.take<float>(converts ? half : 0);
       for (int64_t m = m0; m < m1; ++m) {
-        const char* from = product + m * N * item;
-        for (int i = 0; i < kMostParts; ++i) {
-          const int64_t bytes = parts[i] * item;
-          if (bytes) std::memcpy(static_cast<char*>(y[i]) + (first + m) * bytes, from, static_cast<size_t>(bytes));
-          from += bytes;
+        const float* values = rotary.cos ? load_row(family, dtype, product, m, N, row) : nullptr;
+        const float* cos = rotary.cos ? load_row(family, dtype, rotary.cos, first + m, half, cos_buffer) : nullptr;
+        const float* sin = rotary.cos ? load_row(family, dtype, rotary.sin, first + m, half, sin_buffer) : nullptr;
+        int64_t column = 0;
+        for (int i = 0; i < kMostParts; column += parts[i], ++i) {
+          const int64_t length = parts[i], offset = (first + m) * length;
+          if (length == 0) continue;
+          if (!cos || i >= static_cast<int>(rotary.heads.size())) {
+            std::memcpy(static_cast<char*>(y[i]) + offset * item, product + (m * N + column) * item, static_cast<size_t>(length * item));
+            continue;
+          }
+          float* to = wide ? static_cast<float*>(y[i]) + offset : turned;
+          const int64_t head = length / rotary.heads[static_cast<size_t>(i)];
+          for (int64_t h = 0; h < length; h += head) turn(values + column + h, cos, sin, half, head, to + h);
+          if (!wide) store_row(family, dtype, to, length, y[i], offset);
         }
       }
     });

@@ -78,20 +78,20 @@ def test_folder_is_complete(decoder_artifact: Path) -> None:
     assert axes == ["batch", 2, "past_sequence", 16]
     operators = [node.op_type for node in model.graph.node]
     assert operators.count("Attention") == 2
-    assert operators.count("RotaryEmbedding") == 4
-    # Else a layer has its four linears, which split, gate, add to and normalize their own results.
+    # Else a layer has its four linears, which split, turn, gate, add to and normalize their own results.
     assert operators.count("RMSNormalization") == 1
-    assert [operators.count(name) for name in ("ClaqMatMulSplit", "ClaqMatMulSwiGLU", "ClaqMatMulAddNorm")] == [2, 2, 4]
-    assert not {"Split", "Sigmoid"} & set(operators)
+    assert [operators.count(name) for name in ("ClaqMatMulRotary", "ClaqMatMulSwiGLU", "ClaqMatMulAddNorm")] == [
+        2,
+        2,
+        4,
+    ]
+    assert not {"Split", "Sigmoid", "RotaryEmbedding"} & set(operators)
     assert not {"Softmax", "ReduceMean", "Neg", "Transpose"} & set(operators)
-    # Rotation and attention take what the linears write: all that is reshaped belongs to the mask.
+    # Attention takes what the linears write: all that is reshaped belongs to the mask.
     makers = {name: node.op_type for node in model.graph.node for name in node.output}
     for node in model.graph.node:
-        if node.op_type in ("RotaryEmbedding", "Attention"):
-            assert {makers[name] for name in node.input[: 3 if node.op_type == "Attention" else 1]} <= {
-                "ClaqMatMulSplit",
-                "RotaryEmbedding",
-            }
+        if node.op_type == "Attention":
+            assert {makers[name] for name in node.input[:3]} == {"ClaqMatMulRotary"}
     assert {entry.key: entry.value for entry in model.metadata_props}["claq.task"] == CACHED_TASK
 
     genai = json.loads((decoder_artifact / "genai_config.json").read_text())
@@ -215,7 +215,7 @@ def test_each_layer_runs_alone_with_and_without_the_library(decoder_artifact: Pa
     nodes = [n for n in onnx.load(str(path), load_external_data=False).graph.node if n.domain == "com.claq"]
     found = list(layer_outputs(path, library))
     assert [name for name, *_ in found] == [node.name for node in nodes]
-    assert {node.op_type for node in nodes} == {*PRODUCTS, "ClaqGather"} - {"ClaqMatMulAdd"}
+    assert {node.op_type for node in nodes} == {*PRODUCTS, "ClaqGather"} - {"ClaqMatMulAdd", "ClaqMatMulSplit"}
     for _, stock, native, _ in found:
         assert stock.shape[0] == 3
         np.testing.assert_allclose(native, stock, atol=1e-5 * float(np.abs(stock).max()))

@@ -14,7 +14,7 @@ from claq_export.modules import ClaqLinear
 from claq_export.passes import FuseEpilogues, PassContext, Pipeline
 
 HIDDEN, STACK = 24, 40
-FUSED = ("linear_add", "linear_add_norm", "linear_swiglu", "linear_split")
+FUSED = ("linear_add", "linear_add_norm", "linear_swiglu", "linear_split", "linear_rotary")
 
 
 def linear(in_features: int, out_features: int, seed: int = 0, bias: bool = False) -> ClaqLinear:
@@ -154,3 +154,41 @@ def test_normalized_sums() -> None:
 @pytest.mark.parametrize("made", [lambda weight, _: weight + 1, lambda _, x: x[0, 0]], ids=["computed", "given"])
 def test_weights_that_are_not_stored_stay_outside(made: object) -> None:
     assert fused(Normalized(made), torch.randn(2, 3, HIDDEN))[1] == {"linear_add": 1}
+
+
+class Turned(nn.Module):
+    """Queries and keys with rotary positions, and values; what becomes of them is the test's."""
+
+    def __init__(self, how: object, partial: bool = False) -> None:
+        super().__init__()
+        self.linear = linear(HIDDEN, STACK)
+        self.angles = nn.Linear(HIDDEN, 2 if partial else 4, bias=False)
+        self.how = how
+
+    def forward(self, x: torch.Tensor) -> object:
+        angles = self.angles(x)
+        cos, sin = angles.cos(), angles.sin()
+        return self.how(self.linear(x).split([24, 8, 8], -1), cos, sin)  # type: ignore[operator]
+
+
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> torch.Tensor:
+    return decoder_ops.rotary(x, cos, sin, heads)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_turned_parts(partial: bool) -> None:
+    module = Turned(lambda p, cos, sin: (turn(p[0], cos, sin, 3), turn(p[1], cos, sin, 1), p[2] + 1), partial)
+    assert fused(module, torch.randn(2, 3, HIDDEN))[1] == {"linear_rotary": 1}
+
+
+NOT_TURNED = {
+    "read elsewhere": lambda p, cos, sin: (turn(p[0], cos, sin, 3), turn(p[1], cos, sin, 1), p[2], p[0] * 2),
+    "other angles": lambda p, cos, sin: (turn(p[0], cos, sin, 3), turn(p[1], sin, cos, 1), p[2]),
+    "queries alone": lambda p, cos, sin: (turn(p[0], cos, sin, 3), p[1], p[2]),
+    "later angles": lambda p, cos, sin: (turn(p[0], cos * 2, sin, 3), turn(p[1], cos * 2, sin, 1), p[2]),
+}
+
+
+@pytest.mark.parametrize("how", NOT_TURNED)
+def test_parts_that_are_split_alone(how: str) -> None:
+    assert fused(Turned(NOT_TURNED[how]), torch.randn(2, 3, HIDDEN))[1] == {"linear_split": 1}

@@ -102,7 +102,7 @@ def test_rows_are_looked_up(results: dict[str, Any], name: str) -> None:
 
 def test_nodes_of_the_cuda_provider_are_made_run_and_destroyed(results: dict[str, Any]) -> None:
     found = results["nodes"]
-    activations, widths, products, ids = 3, 2 * 2, 5, 2
+    activations, widths, products, ids = 3, 2 * 2, 6, 2
     assert found["operators"] == activations * widths * (products + ids)
     assert (found["ClaqMatMul message"], found["ClaqGather message"]) == ("", "")
     assert found["ClaqMatMul error"] <= BOUNDS["float32"]
@@ -121,6 +121,7 @@ def test_nodes_of_the_cuda_provider_are_made_run_and_destroyed(results: dict[str
         ("ClaqMatMulAddNorm", "addnorm"),
         ("ClaqMatMulSwiGLU", "swiglu"),
         ("ClaqMatMulSplit", "take"),
+        ("ClaqMatMulRotary", "take"),
         ("ClaqMatMulSplit of two", "take"),
     ],
 )
@@ -128,6 +129,7 @@ def test_fused_nodes(results: dict[str, Any], dtype: str, operator: str, kernel:
     found = results["nodes"]["fused"][dtype][operator]
     assert found["message"] == ""
     assert found["kernels"].split()[-1] == kernel
+    assert ("turn" in found["kernels"].split()) == (operator == "ClaqMatMulRotary")
     # The product and what is made of it are rounded, one after the other.
     assert found["error"] <= 2 * BOUNDS.get(dtype, FLOAT16_BOUND)
 

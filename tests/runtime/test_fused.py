@@ -16,7 +16,14 @@ import claq_runtime
 from claq_export.emit.function import PRODUCTS, claq_function
 
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+FED = {
+    "ClaqMatMulAdd": ["residual"],
+    "ClaqMatMulAddNorm": ["residual", "norm_weight"],
+    "ClaqMatMulRotary": ["cos", "sin"],
+}
+OUTPUTS = {"ClaqMatMulAddNorm": 2, "ClaqMatMulSplit": 3, "ClaqMatMulRotary": 3}
 EPSILON = 1e-5
+ROTARY_DIM = 4
 FAMILIES = claq_runtime.kernels()
 FUSED = [name for name in PRODUCTS if name != "ClaqMatMul"]
 
@@ -28,14 +35,17 @@ def model_of(
     *,
     accuracy_level: int = 0,
     split: tuple[int, int, int] | None = None,
+    heads: tuple[int, int] = (1, 1),
     with_function: bool = False,
 ) -> bytes:
-    """A model of one node: ``x`` and, where it takes them, ``residual`` and ``norm_weight``; outputs ``y0``, ``y1``, ..."""
+    """A model of one node: ``x`` and what it takes beside; outputs ``y0``, ``y1``, ..."""
     attributes: dict[str, Any] = {**layer.attributes, "accuracy_level": accuracy_level}
     if split is not None:
         attributes |= {f"split_{index}": size for index, size in enumerate(split)}
-    fed = ["x", *{"ClaqMatMulAdd": ["residual"], "ClaqMatMulAddNorm": ["residual", "norm_weight"]}.get(operator, [])]
-    made = [f"y{index}" for index in range({"ClaqMatMulSplit": 3, "ClaqMatMulAddNorm": 2}.get(operator, 1))]
+    fed = ["x", *FED.get(operator, [])]
+    made = [f"y{index}" for index in range(OUTPUTS.get(operator, 1))]
+    if operator == "ClaqMatMulRotary":
+        attributes |= {"heads_0": heads[0], "heads_1": heads[1], "rotary_dim": ROTARY_DIM}
     if operator == "ClaqMatMulAddNorm":
         attributes["epsilon"] = EPSILON
     bias = helper.np_dtype_to_tensor_dtype(layer.tensors["bias"].dtype)
@@ -50,7 +60,7 @@ def model_of(
     )
     functions = [onnx.FunctionProto.FromString(claq_function(operator))] if with_function else []
     imports = [
-        helper.make_opsetid("", 23 if operator == "ClaqMatMulAddNorm" else 18),
+        helper.make_opsetid("", 23 if operator in ("ClaqMatMulAddNorm", "ClaqMatMulRotary") else 18),
         helper.make_opsetid("com.claq", 1),
     ]
     return helper.make_model(graph, opset_imports=imports, functions=functions, ir_version=9).SerializeToString()
@@ -82,6 +92,16 @@ def with_bias(layer: Layer, dtype: str) -> Layer:
 
 def rms_norm(x: npt.NDArray[np.float64], weight: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPSILON) * weight
+
+
+def rotate(
+    x: npt.NDArray[np.float64], cos: npt.NDArray[Any], sin: npt.NDArray[Any], heads: int
+) -> npt.NDArray[np.float64]:
+    half = cos.shape[-1]
+    split = x.reshape(*x.shape[:-1], heads, -1)
+    first, second, rest = split[..., :half], split[..., half : 2 * half], split[..., 2 * half :]
+    c, s = cos[..., None, :], sin[..., None, :]
+    return np.concatenate([first * c - second * s, second * c + first * s, rest], -1).reshape(x.shape)
 
 
 def silu(gate: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -117,6 +137,18 @@ def test_fused_is_the_product_and_what_follows(out_features: int, in_features: i
         assert [part.shape[-1] for part in parts] == list(split)
         np.testing.assert_array_equal(np.concatenate(parts, -1), product)
 
+    if out_features > 60:
+        split, heads = (40, 20, out_features - 60), (4, 2)
+        cos, sin = (
+            np.random.default_rng(seed).normal(size=(1, rows, ROTARY_DIM // 2)).astype(dtype) for seed in (6, 7)
+        )
+        model = model_of("ClaqMatMulRotary", layer, kind, accuracy_level=4, split=split, heads=heads)
+        query, key, value = run(model, x=x, cos=cos, sin=sin)
+        wide = product.astype(np.float64)
+        np.testing.assert_allclose(query, rotate(wide[..., :40], cos, sin, 4), rtol=1e-3, atol=tolerance["rtol"] * 10)
+        np.testing.assert_allclose(key, rotate(wide[..., 40:60], cos, sin, 2), rtol=1e-3, atol=tolerance["rtol"] * 10)
+        np.testing.assert_array_equal(value, product[..., 60:])
+
     (gated,) = run(model_of("ClaqMatMulSwiGLU", layer, kind, accuracy_level=4), x=x)
     gate, up = np.split(product.astype(np.float64), 2, -1)
     expected = silu(gate) * up
@@ -130,13 +162,14 @@ def test_fused_is_the_product_and_what_follows(out_features: int, in_features: i
 def test_the_function_computes_the_same(operator: str, rows: int) -> None:
     layer = with_bias(make_layer(66, 96), "float32")
     x, residual, _ = random_inputs(layer, rows, "float32")
-    split = (40, 20, 6) if operator == "ClaqMatMulSplit" else None
-    model = model_of(operator, layer, split=split, with_function=True)
-    weight = np.random.default_rng(5).normal(size=66).astype(np.float32)
-    fed = {"ClaqMatMulAdd": {"residual": residual}, "ClaqMatMulAddNorm": {"residual": residual, "norm_weight": weight}}
-    feeds = {"x": x, **fed.get(operator, {})}
+    split = (40, 20, 6) if OUTPUTS.get(operator) == 3 else None
+    model = model_of(operator, layer, split=split, heads=(4, 2), with_function=True)
+    random = np.random.default_rng(5)
+    given = {"x": x, "residual": residual, "norm_weight": random.normal(size=66).astype(np.float32)}
+    given |= {name: random.normal(size=(1, rows, ROTARY_DIM // 2)).astype(np.float32) for name in ("cos", "sin")}
+    feeds = {name: given[name] for name in ("x", *FED.get(operator, []))}
     stock, native = run(model, library=False, **feeds), run(model, **feeds)
-    assert len(stock) == len(native) == {"ClaqMatMulSplit": 3, "ClaqMatMulAddNorm": 2}.get(operator, 1)
+    assert len(stock) == len(native) == OUTPUTS.get(operator, 1)
     for one, other in zip(stock, native, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-6 * float(np.abs(other).max()))
 
@@ -171,18 +204,17 @@ def test_gate_at_the_ends(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
 @pytest.mark.parametrize("operator", FUSED)
 def test_no_rows(operator: str) -> None:
     layer = with_bias(make_layer(50, 40), "float32")
-    empty = {"x": np.zeros((1, 0, 40), np.float32)}
-    if operator in ("ClaqMatMulAdd", "ClaqMatMulAddNorm"):
-        empty["residual"] = np.zeros((1, 0, 50), np.float32)
-    if operator == "ClaqMatMulAddNorm":
-        empty["norm_weight"] = np.ones(50, np.float32)
-    split = (30, 20, 0) if operator == "ClaqMatMulSplit" else None
+    given = {"residual": np.zeros((1, 0, 50), np.float32), "norm_weight": np.ones(50, np.float32)}
+    given |= {name: np.zeros((1, 0, 2), np.float32) for name in ("cos", "sin")}
+    empty = {"x": np.zeros((1, 0, 40), np.float32)} | {name: given[name] for name in FED.get(operator, [])}
+    split = (30, 20, 0) if OUTPUTS.get(operator) == 3 else None
     widths = [part.shape for part in run(model_of(operator, layer, split=split), **empty)]
     wanted = {
         "ClaqMatMulAdd": [50],
         "ClaqMatMulAddNorm": [50, 50],
         "ClaqMatMulSwiGLU": [25],
         "ClaqMatMulSplit": [30, 20, 0],
+        "ClaqMatMulRotary": [30, 20, 0],
     }[operator]
     assert widths == [(1, 0, width) for width in wanted]
 
@@ -220,3 +252,21 @@ def test_what_does_not_fit_is_refused() -> None:
             attribute.f = epsilon
         with pytest.raises(Exception, match=f"ClaqMatMulAddNorm node 'layer': epsilon: {problem}"):
             run(model.SerializeToString(), x=x)
+
+
+def test_rotations_that_do_not_fit_are_refused() -> None:
+    layer = make_layer(66, 40)
+    x, angles = np.zeros((2, 3, 40), np.float32), np.zeros((2, 3, 2), np.float32)
+    for heads, problem in (
+        ((3, 2), "heads_0: is 3, expected a divisor of split_0 = 40"),
+        ((4, 0), "heads_1: is 0, expected"),
+    ):
+        with pytest.raises(Exception, match=f"ClaqMatMulRotary node 'layer': {problem}"):
+            run(model_of("ClaqMatMulRotary", layer, split=(40, 20, 6), heads=heads), x=x, cos=angles, sin=angles)
+    model = model_of("ClaqMatMulRotary", layer, split=(40, 20, 6), heads=(4, 5))
+    with pytest.raises(Exception, match="ClaqMatMulRotary: cos: expected a row for each row of x"):
+        run(model, x=x, cos=angles[:1], sin=angles)
+    with pytest.raises(Exception, match="ClaqMatMulRotary: sin: expected the shape of cos"):
+        run(model, x=x, cos=angles, sin=angles[..., :1])
+    with pytest.raises(Exception, match="ClaqMatMulRotary: cos: turns 6 values of heads of 4"):
+        run(model, x=x, cos=np.zeros((2, 3, 3), np.float32), sin=np.zeros((2, 3, 3), np.float32))

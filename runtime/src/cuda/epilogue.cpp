@@ -55,4 +55,22 @@ void Take::run(const void* product, int64_t rows, int64_t width, int64_t first, 
       .over(rows, divide_up(columns, kernel_->record->tile[0]));
 }
 
+Turn::Turn(const Tensors& tensors) : kernel_(load("turn", tensors)) {}
+
+void Turn::run(const void* product, int64_t rows, int64_t width, int64_t first, int64_t columns, const void* cos, const void* sin,
+               int64_t head, int64_t half, void* y, Stream stream) const {
+  if (rows <= 0 || columns <= 0) return;
+  Launch(*kernel_, stream)
+      .pointer(product)
+      .pointer(cos)
+      .pointer(sin)
+      .pointer(y)
+      .integer(width)
+      .integer(first)
+      .integer(columns)
+      .integer(head)
+      .integer(half)
+      .over(rows, divide_up(columns, kernel_->record->tile[0]));
+}
+
 }  // namespace claq::cuda

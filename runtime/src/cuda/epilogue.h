@@ -52,4 +52,15 @@ class Take {
   const Kernel* kernel_;
 };
 
+class Turn {
+ public:
+  explicit Turn(const Tensors& tensors);
+  // The same of heads of `head` values, turned by cos and sin [rows, half]: value i of a head together with value i + half.
+  void run(const void* product, int64_t rows, int64_t width, int64_t first, int64_t columns, const void* cos, const void* sin,
+           int64_t head, int64_t half, void* y, Stream stream) const;
+
+ private:
+  const Kernel* kernel_;
+};
+
 }  // namespace claq::cuda

@@ -19,6 +19,7 @@ struct Kernel {
   int32_t accuracy_level;
   Outputs outputs;
   float epsilon;
+  std::array<int64_t, 2> heads;
 };
 
 // What the node says, unless the environment variable CLAQ_ACCURACY says otherwise for the whole process.
@@ -45,10 +46,11 @@ std::unique_ptr<Kernel> create(const Api& api, const OrtKernelInfo* info, Operat
   NodeLayer node;
   read_layer(api, info, kind, node);
   const bool gathers = kind == Operator::kGather;
-  auto kernel = std::make_unique<Kernel>(Kernel{api, kind, nullptr, gathers ? 0 : accuracy_level(api, info), {}, 0});
+  auto kernel = std::make_unique<Kernel>(Kernel{api, kind, nullptr, gathers ? 0 : accuracy_level(api, info), {}, 0, {}});
   kernel->layer = make_layer(node.desc);
   if (!gathers) kernel->outputs = read_outputs(api, info, kind, kernel->layer->view.out_features);
   if (kind == Operator::kMatMulAddNorm) kernel->epsilon = read_epsilon(api, info);
+  if (kind == Operator::kMatMulRotary) kernel->heads = read_heads(api, info, kernel->outputs);
   return kernel;
 }
 
@@ -68,7 +70,7 @@ struct SessionThreads {
 
 void multiply(const Kernel& kernel, OrtKernelContext* context) {
   const claq_layer& layer = *kernel.layer;
-  const MatMulTensors t = matmul_tensors(kernel.api, context, kernel.kind, layer.view.in_features, kernel.outputs);
+  const MatMulTensors t = matmul_tensors(kernel.api, context, kernel.kind, layer.view.in_features, kernel.outputs, kernel.heads);
   SessionThreads threads{&kernel.api, context, nullptr};
   const Host host{SessionThreads::parallel_for, &threads, kAwakeTaskSeconds};
   const auto dtype = static_cast<claq_dtype>(t.type);
@@ -77,7 +79,10 @@ void multiply(const Kernel& kernel, OrtKernelContext* context) {
     case Operator::kMatMulAddNorm:
       run_add(layer, dtype, kernel.accuracy_level, t.x, t.rows, t.residual, {t.norm_weight, kernel.epsilon, t.y[1]}, t.y[0], host);
       break;
-    case Operator::kMatMulSplit: run_split(layer, dtype, kernel.accuracy_level, t.x, t.rows, kernel.outputs, t.y, host); break;
+    case Operator::kMatMulRotary:
+    case Operator::kMatMulSplit:
+      run_split(layer, dtype, kernel.accuracy_level, t.x, t.rows, kernel.outputs, t.rotary, t.y, host);
+      break;
     case Operator::kMatMulSwiGlu: run_swiglu(layer, dtype, kernel.accuracy_level, t.x, t.rows, t.y[0], host); break;
     default: run(layer, dtype, kernel.accuracy_level, t.x, t.rows, t.y[0], host);
   }

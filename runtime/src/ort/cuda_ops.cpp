@@ -47,11 +47,19 @@ cuda::Tensors tensors_of(const Api& api, const OrtKernelInfo* info, const TypedO
 
 constexpr size_t kAlignment = 256;  // of the parts of a node's scratch memory
 
-// What is done with a product.
-using Epilogue = std::variant<std::monostate, cuda::Add, cuda::AddNorm, cuda::SwiGlu, cuda::Take>;
+// Two parts are turned, the third is taken as it is.
+struct Rotation {
+  cuda::Turn turn;
+  cuda::Take take;
+  std::array<int64_t, 2> heads;
+};
 
-Epilogue make_epilogue(const Api& api, const OrtKernelInfo* info, Operator kind, const cuda::Tensors& tensors) {
+// What is done with a product.
+using Epilogue = std::variant<std::monostate, cuda::Add, cuda::AddNorm, cuda::SwiGlu, cuda::Take, Rotation>;
+
+Epilogue make_epilogue(const Api& api, const OrtKernelInfo* info, Operator kind, const cuda::Tensors& tensors, const Outputs& outputs) {
   switch (kind) {
+    case Operator::kMatMulRotary: return Rotation{cuda::Turn(tensors), cuda::Take(tensors), read_heads(api, info, outputs)};
     case Operator::kMatMulAdd: return cuda::Add(tensors);
     case Operator::kMatMulAddNorm: return cuda::AddNorm(tensors, read_epsilon(api, info));
     case Operator::kMatMulSwiGlu: return cuda::SwiGlu(tensors);
@@ -68,13 +76,15 @@ class MatMul {
         memory_(api, info),
         layer_(tensors_of(api, info, op, memory_), memory_.taker()),
         outputs_(read_outputs(api, info, op.kind, layer_.tensors().out_features)),
-        epilogue_(make_epilogue(api, info, op.kind, layer_.tensors())) {}
+        epilogue_(make_epilogue(api, info, op.kind, layer_.tensors(), outputs_)) {}
 
   const Api& api() const { return api_; }
 
   void compute(OrtKernelContext* context) const {
     const cuda::Tensors& layer = layer_.tensors();
-    const MatMulTensors tensors = matmul_tensors(api_, context, kind_, layer.in_features, outputs_);
+    const auto* rotation = std::get_if<Rotation>(&epilogue_);
+    const MatMulTensors tensors =
+        matmul_tensors(api_, context, kind_, layer.in_features, outputs_, rotation ? rotation->heads : std::array<int64_t, 2>{});
     void *stream = nullptr, *cublas = nullptr;
     check(api_.stream(context, &stream));
     if (OrtStatus* status = api_.resource(context, kCublasHandle, &cublas)) {
@@ -85,7 +95,7 @@ class MatMul {
     if (bytes == 0) return;
     bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
     // A product that is not the result lies behind the layer's own memory.
-    const bool apart = kind_ == Operator::kMatMulSwiGlu || kind_ == Operator::kMatMulSplit;
+    const bool apart = kind_ == Operator::kMatMulSwiGlu || kind_ == Operator::kMatMulSplit || kind_ == Operator::kMatMulRotary;
     const size_t product_bytes = apart ? static_cast<size_t>(tensors.rows * layer.out_features) * cuda::size_of(layer.dtype) : 0;
     OrtAllocator* allocator = memory_.allocator();
     void* workspace = nullptr;
@@ -106,11 +116,17 @@ class MatMul {
       norm->run(tensors.residual, tensors.norm_weight, tensors.y[0], tensors.y[1], rows, width, stream);
     }
     if (const auto* swiglu = std::get_if<cuda::SwiGlu>(&epilogue_)) swiglu->run(product, rows, width / 2, tensors.y[0], stream);
-    if (const auto* take = std::get_if<cuda::Take>(&epilogue_)) {
-      int64_t first = 0;
-      for (int i = 0; i < kMostParts; ++i) {
+    const auto* rotation = std::get_if<Rotation>(&epilogue_);
+    const cuda::Take* take = rotation ? &rotation->take : std::get_if<cuda::Take>(&epilogue_);
+    if (!take) return;
+    int64_t first = 0;
+    for (size_t i = 0; i < kMostParts; first += outputs_[i], ++i) {
+      if (rotation && i < rotation->heads.size()) {
+        const Rotary& rotary = tensors.rotary;
+        rotation->turn.run(product, rows, width, first, outputs_[i], rotary.cos, rotary.sin, outputs_[i] / rotary.heads[i], rotary.half,
+                           tensors.y[i], stream);
+      } else {
         take->run(product, rows, width, first, outputs_[i], tensors.y[i], stream);
-        first += outputs_[i];
       }
     }
   }

@@ -28,7 +28,7 @@ int input_type(const TypedOp& op, size_t index) {
     case 5: return op.order;
     case 6: return kInt32;
     case 7: return op.outlier_index;
-    default: return op.activation;  // bias or like, a residual, the weight of a normalization
+    default: return op.activation;  // bias or like, and what fused operators take behind it
   }
 }
 
@@ -97,7 +97,7 @@ Outputs read_outputs(const Api& api, const OrtKernelInfo* info, Operator kind, i
   if (kind == Operator::kMatMulSwiGlu) {
     if (out_features % 2) throw InvalidLayer("out_features: is " + std::to_string(out_features) + ", expected an even number");
     outputs[0] = out_features / 2;
-  } else if (kind == Operator::kMatMulSplit) {
+  } else if (kind == Operator::kMatMulSplit || kind == Operator::kMatMulRotary) {
     int64_t rest = out_features;
     for (int i = 0; i < kMostParts; ++i) {
       const std::string name = "split_" + std::to_string(i);
@@ -123,7 +123,21 @@ float read_epsilon(const Api& api, const OrtKernelInfo* info) {
   return value;
 }
 
-MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, Operator kind, int64_t in_features, const Outputs& outputs) {
+std::array<int64_t, 2> read_heads(const Api& api, const OrtKernelInfo* info, const Outputs& outputs) {
+  std::array<int64_t, 2> heads{};
+  for (size_t i = 0; i < heads.size(); ++i) {
+    const std::string name = "heads_" + std::to_string(i);
+    heads[i] = required_attribute(api, info, name.c_str());
+    if (heads[i] < 1 || outputs[i] % heads[i]) {
+      throw InvalidLayer(name + ": is " + std::to_string(heads[i]) + ", expected a divisor of split_" + std::to_string(i) + " = " +
+                         std::to_string(outputs[i]));
+    }
+  }
+  return heads;
+}
+
+MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, Operator kind, int64_t in_features, const Outputs& outputs,
+                             const std::array<int64_t, 2>& heads) {
   const OrtValue* x = nullptr;
   check(api.input(context, 0, &x));
   TensorInfo info = describe(api, x);
@@ -132,7 +146,7 @@ MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, Operator
                           (info.shape.empty() ? "missing" : std::to_string(info.shape.back())) +
                           ", expected in_features = " + std::to_string(in_features));
   }
-  MatMulTensors tensors{info.type, 1, nullptr, nullptr, nullptr, {}};
+  MatMulTensors tensors{info.type, 1, nullptr, nullptr, nullptr, {}, {}};
   for (size_t i = 0; i + 1 < info.shape.size(); ++i) tensors.rows *= info.shape[i];
   for (int i = 0; i < kMostParts && outputs[i] >= 0; ++i) {
     info.shape.back() = outputs[i];
@@ -148,8 +162,25 @@ MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, Operator
     check(api.tensor_data(value, &data));
     return data;
   };
-  if (input_count(kind) > kResidual) tensors.residual = other(kResidual, info.shape, ": residual: expected the shape of the result");
-  if (input_count(kind) > kNormWeight) {
+  if (kind == Operator::kMatMulRotary) {
+    const OrtValue* cos = nullptr;
+    check(api.input(context, kCos, &cos));
+    const TensorInfo angles = describe(api, cos);
+    info.shape.back() = angles.shape.empty() ? 0 : angles.shape.back();
+    const int64_t half = info.shape.back();
+    for (size_t i = 0; i < heads.size(); ++i) {
+      if (2 * half > outputs[i] / heads[i]) {
+        throw InvalidArgument(std::string(operator_name(kind)) + ": cos: turns " + std::to_string(2 * half) + " values of heads of " +
+                              std::to_string(outputs[i] / heads[i]));
+      }
+    }
+    tensors.rotary = {other(kCos, info.shape, ": cos: expected a row for each row of x"),
+                      other(kSin, info.shape, ": sin: expected the shape of cos"), half, heads};
+  }
+  if (kind == Operator::kMatMulAdd || kind == Operator::kMatMulAddNorm) {
+    tensors.residual = other(kResidual, info.shape, ": residual: expected the shape of the result");
+  }
+  if (kind == Operator::kMatMulAddNorm) {
     tensors.norm_weight = other(kNormWeight, {outputs[0]}, ": norm_weight: expected one value for each output");
   }
   check(api.tensor_data(x, &data));
@@ -176,6 +207,7 @@ const char* operator_name(Operator kind) {
   switch (kind) {
     case Operator::kMatMulAdd: return "ClaqMatMulAdd";
     case Operator::kMatMulAddNorm: return "ClaqMatMulAddNorm";
+    case Operator::kMatMulRotary: return "ClaqMatMulRotary";
     case Operator::kMatMulSplit: return "ClaqMatMulSplit";
     case Operator::kMatMulSwiGlu: return "ClaqMatMulSwiGLU";
     case Operator::kGather: return "ClaqGather";
@@ -184,11 +216,21 @@ const char* operator_name(Operator kind) {
 }
 
 size_t input_count(Operator kind) {
-  return kind == Operator::kMatMulAddNorm ? kNormWeight + 1 : kind == Operator::kMatMulAdd ? kResidual + 1 : kInputs;
+  switch (kind) {
+    case Operator::kMatMulAdd: return kResidual + 1;
+    case Operator::kMatMulAddNorm: return kNormWeight + 1;
+    case Operator::kMatMulRotary: return kSin + 1;
+    default: return kInputs;
+  }
 }
 
 size_t output_count(Operator kind) {
-  return kind == Operator::kMatMulSplit ? kMostParts : kind == Operator::kMatMulAddNorm ? 2 : 1;
+  switch (kind) {
+    case Operator::kMatMulAddNorm: return 2;
+    case Operator::kMatMulRotary:
+    case Operator::kMatMulSplit: return kMostParts;
+    default: return 1;
+  }
 }
 
 TypedOp describe_op(const char* (*provider)(const CustomOp*), Operator kind, int first, int activation, int order, int outlier_index) {

@@ -14,10 +14,10 @@
 
 namespace claq::ort {
 
-enum class Operator { kMatMul, kMatMulAdd, kMatMulAddNorm, kMatMulSplit, kMatMulSwiGlu, kGather };
+enum class Operator { kMatMul, kMatMulAdd, kMatMulAddNorm, kMatMulRotary, kMatMulSplit, kMatMulSwiGlu, kGather };
 
-constexpr Operator kProducts[] = {Operator::kMatMul, Operator::kMatMulAdd, Operator::kMatMulAddNorm, Operator::kMatMulSplit,
-                                   Operator::kMatMulSwiGlu};
+constexpr Operator kProducts[] = {Operator::kMatMul, Operator::kMatMulAdd, Operator::kMatMulAddNorm, Operator::kMatMulRotary,
+                                   Operator::kMatMulSplit, Operator::kMatMulSwiGlu};
 
 // Inputs of a layer: the activations (of ClaqGather `indices`), its tensors, and the bias. Of ClaqGather the last is `like`: nothing
 // but a dtype, that of the result.
@@ -26,6 +26,9 @@ constexpr size_t kLike = kInputs - 1;
 // Behind them ClaqMatMulAdd and ClaqMatMulAddNorm have what is added, the latter also the weight of the normalization.
 constexpr size_t kResidual = kInputs;
 constexpr size_t kNormWeight = kInputs + 1;
+// Those of ClaqMatMulRotary.
+constexpr size_t kCos = kInputs;
+constexpr size_t kSin = kInputs + 1;
 
 size_t input_count(Operator kind);
 size_t output_count(Operator kind);
@@ -86,6 +89,9 @@ Outputs read_outputs(const Api& api, const OrtKernelInfo* info, Operator kind, i
 // Of ClaqMatMulAddNorm. Throws InvalidLayer if it is missing or not positive.
 float read_epsilon(const Api& api, const OrtKernelInfo* info);
 
+// Heads of the two parts that ClaqMatMulRotary turns. Throws InvalidLayer if an attribute is missing or does not fit the parts.
+std::array<int64_t, 2> read_heads(const Api& api, const OrtKernelInfo* info, const Outputs& outputs);
+
 // Tensors of a node that multiplies at run time; the outputs are made here.
 struct MatMulTensors {
   int type;  // claq_dtype
@@ -93,11 +99,13 @@ struct MatMulTensors {
   const void* x;
   const void* residual;     // null where there is none
   const void* norm_weight;  // likewise
+  Rotary rotary;
   std::array<void*, kMostParts> y;
 };
 
 // Throws InvalidArgument if a shape does not fit.
-MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, Operator kind, int64_t in_features, const Outputs& outputs);
+MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, Operator kind, int64_t in_features, const Outputs& outputs,
+                             const std::array<int64_t, 2>& heads);
 
 // Input `indices` of a ClaqGather node at run time, and its output, which is made here.
 struct GatherTensors {

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from quantized_layers import dense_weight, random_layer
 
+from claq_export.kernels import decoder_ops
 from claq_export.kernels.aot.compile import CompiledKernel
 from claq_export.kernels.aot.package import write_package
 from claq_export.kernels.aot.variants import Variant, variants
@@ -36,6 +37,7 @@ POINTERS = {
     "u16": torch.uint16,
 }
 TARGET = 80
+HEADS = (4, 2)
 ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 # name, K, N, widths, rows, dtype, outliers, with order, bias, cuBLAS, kernels that must run
@@ -218,8 +220,8 @@ def run_node(
 ) -> str:
     """Run a node of the CUDA provider; returns the message of a failure, or nothing."""
     tensors = [first, *(tensor.contiguous() for tensor in layer.tensors().values()), *last]
-    split = [part.shape[-1] for part in y] if operator == "ClaqMatMulSplit" else [0, 0, 0]
-    attributes = (ctypes.c_int64 * 8)(layer.in_features, layer.out_features, *layer.columns, *split)
+    split = [part.shape[-1] for part in y] if len(y) == 3 else [0, 0, 0]
+    attributes = (ctypes.c_int64 * 10)(layer.in_features, layer.out_features, *layer.columns, *split, *HEADS)
     error = ctypes.create_string_buffer(512)
     status = ort.fake_ort_run(
         operator.encode(), attributes, len(tensors), (FakeTensor * len(tensors))(*map(fake_tensor, tensors)),
@@ -240,10 +242,17 @@ def fused(ort: ctypes.CDLL, gpu: Interpreter, dtype: torch.dtype) -> dict[str, A
     total = product + residual.double()
     normalized = total / (total.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
     gate, up = product.chunk(2, -1)
+    cos, sin = torch.randn(2, 1, 2).to(dtype), torch.randn(2, 1, 2).to(dtype)
+    query, key, value = product.split([1200, 800, 80] if N > 44 else [20, 12, 12], -1)
     cases = {
         "ClaqMatMulAdd": ([bias, residual], [total]),
         "ClaqMatMulAddNorm": ([bias, residual, weight], [total, normalized]),
         "ClaqMatMulSwiGLU": ([bias], [torch.nn.functional.silu(gate) * up]),
+        "ClaqMatMulRotary": (
+            [bias, cos, sin],
+            [decoder_ops.rotary(part, cos.double(), sin.double(), heads) for part, heads in ((query, 4), (key, 2))]
+            + [value],
+        ),
         "ClaqMatMulSplit": ([bias], list(product.split(parts, -1))),
         "ClaqMatMulSplit of two": ([bias], list(product.split([parts[0], N - parts[0], 0], -1))),
     }
