@@ -66,29 +66,42 @@ def layer_outputs(
     for node in file.model.graph.node:
         if node.domain != DOMAIN:
             continue
-        if node.op_type == "ClaqGather":
-            given: npt.NDArray[Any] = random.integers(0, _attribute(node, "out_features"), _ROWS)
-        else:
-            given = random.standard_normal((_ROWS, _attribute(node, "in_features")), np.float32)
+        given = _random_inputs(node, random)
         for outputs in _parts(node):
             model = _alone(file, node, outputs)
-            feeds = {model.graph.input[0].name: given}
-            for residual in model.graph.input[1:]:
-                feeds[residual.name] = random.standard_normal((_ROWS, _attribute(node, "out_features")), np.float32)
+            feeds = {value.name: given[value.name] for value in model.graph.input}
             try:
                 start = time.perf_counter()
                 session = _session(model, path.parent, None)
                 seconds = time.perf_counter() - start
-                stock = np.concatenate(session.run(None, feeds), -1)
+                stock = _flat(session.run(None, feeds))
                 del session
                 with float32_arithmetic():
-                    native = np.concatenate(_session(model, path.parent, library).run(None, feeds), -1)
+                    native = _flat(_session(model, path.parent, library).run(None, feeds))
             except Exception as error:
                 # ONNX Runtime's exceptions share no base class but Exception.
                 raise VerificationError(
                     f"ONNX Runtime {ort.__version__} refuses node {node.name!r} of {path}: {error}"
                 ) from error
             yield node.name, stock, native, seconds
+
+
+def _random_inputs(node: onnx.NodeProto, random: np.random.Generator) -> dict[str, npt.NDArray[Any]]:
+    """Values for all inputs of a node that the graph may compute, by their names: a batch of one, or indices."""
+    if node.op_type == "ClaqGather":
+        return {node.input[0]: random.integers(0, _attribute(node, "out_features"), _ROWS)}
+    shapes = {0: (_ROWS, _attribute(node, "in_features"))}
+    if node.op_type in ("ClaqMatMulAdd", "ClaqMatMulAddNorm"):
+        shapes[len(INPUTS)] = (_ROWS, _attribute(node, "out_features"))
+    if node.op_type == "ClaqMatMulRotary":
+        rotated = _attribute(node, "rotary_dim") or _attribute(node, "split_0") // _attribute(node, "heads_0")
+        shapes |= dict.fromkeys((len(INPUTS), len(INPUTS) + 1), (_ROWS, rotated // 2))
+    return {node.input[at]: random.standard_normal((1, *shape), np.float32) for at, shape in shapes.items()}
+
+
+def _flat(results: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+    """The results of a node side by side, a row for each of its input."""
+    return np.concatenate([result.reshape(_ROWS, result.shape[-1]) for result in results], -1)
 
 
 def _parts(node: onnx.NodeProto) -> list[range]:
@@ -157,11 +170,10 @@ def _alone(file: OnnxFile, node: onnx.NodeProto, outputs: range) -> onnx.ModelPr
             raise VerificationError(f"input {name!r} of node {node.name!r} of {file.path} is not stored in the file")
         else:
             initializers.append(stored[name])
-    shape: list[str | int | None] = [_ROWS] if kind == TensorProto.INT64 else [_ROWS, "features"]
     graph = helper.make_graph(
         [node_alone],
         "layer",
-        [helper.make_tensor_value_info(name, kind, shape) for name in fed],
+        [helper.make_tensor_value_info(name, kind, None) for name in fed],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in node.output],
         # The same tensor may stand at two places, as zero-length ones do.
         list({tensor.name: tensor for tensor in initializers}.values()),

@@ -20,6 +20,7 @@ size_t size_of(claq_dtype dtype) { return dtype == CLAQ_FLOAT32 ? sizeof(float) 
 // Runs body(first, last) over [0, rows), which hold `elements` elements.
 template <class Body>
 void for_each_stripe(const Host& host, int64_t rows, int64_t elements, Body body) {
+  if (rows == 0) return;
   const int64_t tasks = task_count(host, static_cast<double>(elements) / kElementsPerSecond, rows);
   for_each(host, tasks, [&](int64_t task) { body(rows * task / tasks, rows * (task + 1) / tasks); });
 }
