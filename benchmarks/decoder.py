@@ -184,11 +184,13 @@ Run = Callable[[], list[float]]
 
 
 def interleaved(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """What each run returns (seconds a step), sorted; runs take turns, the first turn warms up."""
+    """What each run returns (seconds a step), sorted; runs take turns, each turn begins with another, the first warms up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
     for turn in range(rounds + 1):
-        for name, run in runs.items():
-            seconds = run()
+        first = turn % len(names)
+        for name in (*names[first:], *names[:first]):
+            seconds = runs[name]()
             if turn:
                 times[name] += seconds
     return {name: sorted(values) for name, values in times.items()}

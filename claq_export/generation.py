@@ -124,7 +124,7 @@ class Generator:
             start = time.perf_counter()
             logits, past = self.step(np.array([new], np.int64), length, past)
             length += len(new)
-            token = _pick(logits[0, -1].astype(np.float64), temperature, top_p, random)
+            token = _pick(logits[0, -1], temperature, top_p, random)
             elapsed = time.perf_counter() - start
             if self.timing.new_tokens == 0:
                 self.timing.prefill_seconds = elapsed
@@ -174,10 +174,11 @@ class Generator:
         return logits.numpy(), state
 
 
-def _pick(logits: npt.NDArray[np.float64], temperature: float, top_p: float, random: np.random.Generator) -> int:
+def _pick(logits: npt.NDArray[Any], temperature: float, top_p: float, random: np.random.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
-    scores = np.exp((logits - logits.max()) / temperature)
+    wide = logits.astype(np.float64)
+    scores = np.exp((wide - wide.max()) / temperature)
     order = np.argsort(-scores)
     shares = scores[order] / scores.sum()
     kept = int(np.searchsorted(shares.cumsum(), top_p)) + 1
