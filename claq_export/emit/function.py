@@ -239,7 +239,8 @@ def ClaqMatMulAdd(
         columns_2=columns_2,
         accuracy_level=accuracy_level,
     )
-    return op.Add(product, residual)
+    # What follows the product is computed in float32, as ONNX Runtime has few kernels for bfloat16 on the CPU.
+    return op.CastLike(op.Add(op.Cast(product, to=_FLOAT), op.Cast(residual, to=_FLOAT)), x)
 
 
 @script(_claq, default_opset=op23)
@@ -282,10 +283,12 @@ def ClaqMatMulAddNorm(
         columns_2=columns_2,
         accuracy_level=accuracy_level,
     )
-    total = op23.Add(product, residual)
+    total = op23.CastLike(op23.Add(op23.Cast(product, to=_FLOAT), op23.Cast(residual, to=_FLOAT)), x)
     # Decoders whose normalization is one operator are of opset 23, in which that is standard.
-    normalized = op23.RMSNormalization(total, norm_weight, axis=-1, epsilon=epsilon)
-    return total, normalized
+    normalized = op23.RMSNormalization(
+        op23.Cast(total, to=_FLOAT), op23.Cast(norm_weight, to=_FLOAT), axis=-1, epsilon=epsilon
+    )
+    return total, op23.CastLike(normalized, x)
 
 
 @script(_claq, default_opset=op)
@@ -325,8 +328,8 @@ def ClaqMatMulSwiGLU(
         columns_2=columns_2,
         accuracy_level=accuracy_level,
     )
-    gate, up = op.Split(product, num_outputs=2, axis=-1)
-    return op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
+    gate, up = op.Split(op.Cast(product, to=_FLOAT), num_outputs=2, axis=-1)
+    return op.CastLike(op.Mul(op.Mul(gate, op.Sigmoid(gate)), up), x)
 
 
 @script(_claq, default_opset=op)
@@ -376,8 +379,8 @@ def ClaqMatMulSplit(
         op.Reshape(op.Constant(value_int=split_2), one),
         axis=0,
     )
-    first, second, third = op.Split(product, sizes, axis=-1)
-    return first, second, third
+    first, second, third = op.Split(op.Cast(product, to=_FLOAT), sizes, axis=-1)
+    return op.CastLike(first, x), op.CastLike(second, x), op.CastLike(third, x)
 
 
 @script(_claq, default_opset=op23)
@@ -432,10 +435,12 @@ def ClaqMatMulRotary(
         op23.Reshape(op23.Constant(value_int=split_2), one),
         axis=0,
     )
-    first, second, third = op23.Split(product, sizes, axis=-1)
-    query = op23.RotaryEmbedding(first, cos, sin, num_heads=heads_0, rotary_embedding_dim=rotary_dim)
-    key = op23.RotaryEmbedding(second, cos, sin, num_heads=heads_1, rotary_embedding_dim=rotary_dim)
-    return query, key, third
+    first, second, third = op23.Split(op23.Cast(product, to=_FLOAT), sizes, axis=-1)
+    wide_cos = op23.Cast(cos, to=_FLOAT)
+    wide_sin = op23.Cast(sin, to=_FLOAT)
+    query = op23.RotaryEmbedding(first, wide_cos, wide_sin, num_heads=heads_0, rotary_embedding_dim=rotary_dim)
+    key = op23.RotaryEmbedding(second, wide_cos, wide_sin, num_heads=heads_1, rotary_embedding_dim=rotary_dim)
+    return op23.CastLike(query, x), op23.CastLike(key, x), op23.CastLike(third, x)
 
 
 @script(_claq, default_opset=op)

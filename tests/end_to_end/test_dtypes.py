@@ -57,7 +57,8 @@ def test_graph_and_folder_are_of_the_dtype(decoder: Path) -> None:
         integer = value.name in ("input_ids", "attention_mask", "position_ids")
         assert value.type.tensor_type.elem_type == (TensorProto.INT64 if integer else narrow), value.name
     operators = [node.op_type for node in model.graph.node]
-    assert (operators.count("Attention"), operators.count("RMSNormalization")) == (2, 5)
+    normalizations = operators.count("RMSNormalization") + operators.count("ClaqMatMulAddNorm")
+    assert (operators.count("Attention"), normalizations) == (2, 5)
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     assert types["model.norm.weight"] == narrow
     # Angles of rotary positions are computed in float32 and rounded once.
