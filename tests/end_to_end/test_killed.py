@@ -25,7 +25,7 @@ def test_killed_at_random_moments(model, seconds):
         [sys.executable, PROGRAM, "--model", model, "--seconds", str(seconds), "--seed", str(os.getpid())],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     counts = json.loads(result.stdout.splitlines()[-1])
