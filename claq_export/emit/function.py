@@ -18,7 +18,7 @@ from functools import cache
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from onnxscript import opset18 as op
 from onnxscript import opset23 as op23
 from onnxscript import script, values
@@ -201,90 +201,18 @@ def ClaqMatMul(
     return op.CastLike(op.Add(product, offset), x)
 
 
+# What the fused operators do with the product. They compute in float32, as ONNX Runtime has few kernels for bfloat16 on the
+# CPU; `x` gives the type of the results. Rotation and normalization are standard in opset 23, that of decoders that have them.
+
+
 @script(_claq, default_opset=op)
-def ClaqMatMulAdd(
-    x,
-    codes,
-    codebook,
-    scale,
-    row_scale,
-    order,
-    outlier_ptr,
-    outlier_index,
-    outlier_value,
-    bias,
-    residual,
-    in_features: int,
-    out_features: int,
-    columns_4: int,
-    columns_3: int,
-    columns_2: int,
-    accuracy_level: int = 0,
-):
-    product = ClaqMatMul(
-        x,
-        codes,
-        codebook,
-        scale,
-        row_scale,
-        order,
-        outlier_ptr,
-        outlier_index,
-        outlier_value,
-        bias,
-        in_features=in_features,
-        out_features=out_features,
-        columns_4=columns_4,
-        columns_3=columns_3,
-        columns_2=columns_2,
-        accuracy_level=accuracy_level,
-    )
-    # What follows the product is computed in float32, as ONNX Runtime has few kernels for bfloat16 on the CPU.
+def AddEpilogue(product, x, residual):
     return op.CastLike(op.Add(op.Cast(product, to=_FLOAT), op.Cast(residual, to=_FLOAT)), x)
 
 
 @script(_claq, default_opset=op23)
-def ClaqMatMulAddNorm(
-    x,
-    codes,
-    codebook,
-    scale,
-    row_scale,
-    order,
-    outlier_ptr,
-    outlier_index,
-    outlier_value,
-    bias,
-    residual,
-    norm_weight,
-    in_features: int,
-    out_features: int,
-    columns_4: int,
-    columns_3: int,
-    columns_2: int,
-    epsilon: float,
-    accuracy_level: int = 0,
-):
-    product = ClaqMatMul(
-        x,
-        codes,
-        codebook,
-        scale,
-        row_scale,
-        order,
-        outlier_ptr,
-        outlier_index,
-        outlier_value,
-        bias,
-        in_features=in_features,
-        out_features=out_features,
-        columns_4=columns_4,
-        columns_3=columns_3,
-        columns_2=columns_2,
-        accuracy_level=accuracy_level,
-    )
+def AddNormEpilogue(product, x, residual, norm_weight, epsilon: float):
     total = op23.CastLike(op23.Add(op23.Cast(product, to=_FLOAT), op23.Cast(residual, to=_FLOAT)), x)
-    # Decoders whose normalization is one operator are of opset 23, in which that is standard.
     normalized = op23.RMSNormalization(
         op23.Cast(total, to=_FLOAT), op23.Cast(norm_weight, to=_FLOAT), axis=-1, epsilon=epsilon
     )
@@ -292,86 +220,13 @@ def ClaqMatMulAddNorm(
 
 
 @script(_claq, default_opset=op)
-def ClaqMatMulSwiGLU(
-    x,
-    codes,
-    codebook,
-    scale,
-    row_scale,
-    order,
-    outlier_ptr,
-    outlier_index,
-    outlier_value,
-    bias,
-    in_features: int,
-    out_features: int,
-    columns_4: int,
-    columns_3: int,
-    columns_2: int,
-    accuracy_level: int = 0,
-):
-    product = ClaqMatMul(
-        x,
-        codes,
-        codebook,
-        scale,
-        row_scale,
-        order,
-        outlier_ptr,
-        outlier_index,
-        outlier_value,
-        bias,
-        in_features=in_features,
-        out_features=out_features,
-        columns_4=columns_4,
-        columns_3=columns_3,
-        columns_2=columns_2,
-        accuracy_level=accuracy_level,
-    )
+def SwiGLUEpilogue(product, x):
     gate, up = op.Split(op.Cast(product, to=_FLOAT), num_outputs=2, axis=-1)
     return op.CastLike(op.Mul(op.Mul(gate, op.Sigmoid(gate)), up), x)
 
 
 @script(_claq, default_opset=op)
-def ClaqMatMulSplit(
-    x,
-    codes,
-    codebook,
-    scale,
-    row_scale,
-    order,
-    outlier_ptr,
-    outlier_index,
-    outlier_value,
-    bias,
-    in_features: int,
-    out_features: int,
-    columns_4: int,
-    columns_3: int,
-    columns_2: int,
-    split_0: int,
-    split_1: int,
-    split_2: int,
-    accuracy_level: int = 0,
-):
-    product = ClaqMatMul(
-        x,
-        codes,
-        codebook,
-        scale,
-        row_scale,
-        order,
-        outlier_ptr,
-        outlier_index,
-        outlier_value,
-        bias,
-        in_features=in_features,
-        out_features=out_features,
-        columns_4=columns_4,
-        columns_3=columns_3,
-        columns_2=columns_2,
-        accuracy_level=accuracy_level,
-    )
+def SplitEpilogue(product, x, split_0: int, split_1: int, split_2: int):
     one = op.Constant(value_ints=[1])
     sizes = op.Concat(
         op.Reshape(op.Constant(value_int=split_0), one),
@@ -384,63 +239,19 @@ def ClaqMatMulSplit(
 
 
 @script(_claq, default_opset=op23)
-def ClaqMatMulRotary(
-    x,
-    codes,
-    codebook,
-    scale,
-    row_scale,
-    order,
-    outlier_ptr,
-    outlier_index,
-    outlier_value,
-    bias,
-    cos,
-    sin,
-    in_features: int,
-    out_features: int,
-    columns_4: int,
-    columns_3: int,
-    columns_2: int,
-    split_0: int,
-    split_1: int,
-    split_2: int,
-    heads_0: int,
-    heads_1: int,
-    rotary_dim: int,
-    accuracy_level: int = 0,
+def RotaryEpilogue(
+    product, x, cos, sin, split_0: int, split_1: int, split_2: int, heads_0: int, heads_1: int, rotary_dim: int
 ):
-    product = ClaqMatMul(
-        x,
-        codes,
-        codebook,
-        scale,
-        row_scale,
-        order,
-        outlier_ptr,
-        outlier_index,
-        outlier_value,
-        bias,
-        in_features=in_features,
-        out_features=out_features,
-        columns_4=columns_4,
-        columns_3=columns_3,
-        columns_2=columns_2,
-        accuracy_level=accuracy_level,
-    )
-    one = op23.Constant(value_ints=[1])
-    sizes = op23.Concat(
-        op23.Reshape(op23.Constant(value_int=split_0), one),
-        op23.Reshape(op23.Constant(value_int=split_1), one),
-        op23.Reshape(op23.Constant(value_int=split_2), one),
-        axis=0,
-    )
-    first, second, third = op23.Split(op23.Cast(product, to=_FLOAT), sizes, axis=-1)
+    first, second, third = SplitEpilogue(product, x, split_0=split_0, split_1=split_1, split_2=split_2)
     wide_cos = op23.Cast(cos, to=_FLOAT)
     wide_sin = op23.Cast(sin, to=_FLOAT)
-    query = op23.RotaryEmbedding(first, wide_cos, wide_sin, num_heads=heads_0, rotary_embedding_dim=rotary_dim)
-    key = op23.RotaryEmbedding(second, wide_cos, wide_sin, num_heads=heads_1, rotary_embedding_dim=rotary_dim)
-    return op23.CastLike(query, x), op23.CastLike(key, x), op23.CastLike(third, x)
+    query = op23.RotaryEmbedding(
+        op23.Cast(first, to=_FLOAT), wide_cos, wide_sin, num_heads=heads_0, rotary_embedding_dim=rotary_dim
+    )
+    key = op23.RotaryEmbedding(
+        op23.Cast(second, to=_FLOAT), wide_cos, wide_sin, num_heads=heads_1, rotary_embedding_dim=rotary_dim
+    )
+    return op23.CastLike(query, x), op23.CastLike(key, x), third
 
 
 @script(_claq, default_opset=op)
@@ -505,53 +316,57 @@ def ClaqGather(
     return op.CastLike(op.Reshape(op.Transpose(dense, perm=[1, 0]), shape, allowzero=1), like)
 
 
-_FUNCTIONS = {
-    "ClaqMatMul": (ClaqMatMul, "y = x W^T + bias with W in the claq format, version 1 (docs/format.md)"),
-    "ClaqMatMulAdd": (
-        ClaqMatMulAdd,
-        "y = x W^T + bias + residual with W in the claq format, version 1 (docs/format.md)",
-    ),
-    "ClaqMatMulAddNorm": (
-        ClaqMatMulAddNorm,
-        "Sum and its RMS normalization of x W^T + bias + residual with W in the claq format, version 1 (docs/format.md)",
-    ),
-    "ClaqMatMulSwiGLU": (
-        ClaqMatMulSwiGLU,
-        "y = silu(gate) * up; gate and up are the halves of x W^T + bias, W in the claq format, version 1 (docs/format.md)",
-    ),
-    "ClaqMatMulSplit": (
-        ClaqMatMulSplit,
-        "Parts side by side of x W^T + bias with W in the claq format, version 1 (docs/format.md)",
-    ),
-    "ClaqMatMulRotary": (
-        ClaqMatMulRotary,
-        "Parts of x W^T + bias, the first two with rotary positions; W in the claq format, version 1 (docs/format.md)",
-    ),
-    "ClaqGather": (ClaqGather, "Rows of a weight in the claq format, version 1 (docs/format.md)"),
+_FORMAT = "W in the claq format, version 1 (docs/format.md)"
+
+# Of each operator what follows the product, if it multiplies by W, and its meaning.
+_OPERATORS = {
+    "ClaqMatMul": (None, "y = x W^T + bias"),
+    "ClaqMatMulAdd": (AddEpilogue, "y = x W^T + bias + residual"),
+    "ClaqMatMulAddNorm": (AddNormEpilogue, "x W^T + bias + residual and its RMS normalization"),
+    "ClaqMatMulSwiGLU": (SwiGLUEpilogue, "y = silu(gate) * up; gate and up are the halves of x W^T + bias"),
+    "ClaqMatMulSplit": (SplitEpilogue, "Parts side by side of x W^T + bias"),
+    "ClaqMatMulRotary": (RotaryEpilogue, "Parts of x W^T + bias, the first two with rotary positions"),
+    "ClaqGather": (None, "Rows of W"),
 }
 
-PRODUCTS = tuple(name for name in _FUNCTIONS if name != "ClaqGather")
+PRODUCTS = tuple(name for name in _OPERATORS if name != "ClaqGather")
 """Operators that multiply by a layer's weight; of all of them the first ten inputs are those of ``ClaqMatMul``."""
 
 
 @cache
 def claq_function(operator: str) -> bytes:
     """An operator's function as a serialized ``onnx.FunctionProto`` of domain ``com.claq``, opset 18."""
-    function, meaning = _FUNCTIONS[operator]
-    return _self_contained(function, f"{meaning}, in standard operators.")
+    epilogue, meaning = _OPERATORS[operator]
+    proto = (ClaqGather if operator == "ClaqGather" else ClaqMatMul).to_function_proto()
+    if epilogue is not None:
+        _append(proto, epilogue.to_function_proto())
+    proto.name = operator
+    proto.doc_string = f"{meaning}; {_FORMAT}, in standard operators."
+    return _self_contained(proto)
 
 
 def functions_of(operators: Iterable[str]) -> list[onnx.FunctionProto]:
     """The functions that a model with nodes of these operators needs; ``ClaqMatMul`` is always among them."""
     used = {"ClaqMatMul", *operators}
-    return [onnx.FunctionProto.FromString(claq_function(name)) for name in _FUNCTIONS if name in used]
+    return [onnx.FunctionProto.FromString(claq_function(name)) for name in _OPERATORS if name in used]
 
 
-def _self_contained(function, doc_string: str) -> bytes:
-    """``function`` with the bodies of claq's own functions in the place of their calls, so that a file holds operators only."""
-    callees = {callee.name: callee for callee in (f.to_function_proto() for f in (ClaqDecode, ClaqMatMul))}
-    proto = function.to_function_proto()
-    proto.doc_string = doc_string
+def _append(proto: onnx.FunctionProto, epilogue: onnx.FunctionProto) -> None:
+    """Let a function that multiplies go on with an epilogue, whose inputs are the product, ``x`` and inputs of its own."""
+    own = epilogue.input[2:]
+    results = [f"y_{index}" for index in range(len(epilogue.output))]
+    call = helper.make_node(epilogue.name, [proto.output[0], proto.input[0], *own], results)
+    proto.input.extend(own)
+    proto.node.extend(_body(epilogue, call))
+    proto.attribute.extend(epilogue.attribute)
+    del proto.output[:], proto.opset_import[:]
+    proto.output.extend(results)
+    proto.opset_import.extend(epilogue.opset_import)
+
+
+def _self_contained(proto: onnx.FunctionProto) -> bytes:
+    """A function with the bodies of claq's own functions in the place of their calls, so that a file holds operators only."""
+    callees = {callee.name: callee for callee in (f.to_function_proto() for f in (ClaqDecode, SplitEpilogue))}
     nodes = list(proto.node)
     while (position := next((i for i, node in enumerate(nodes) if node.op_type in callees), None)) is not None:
         call = nodes[position]
