@@ -8,6 +8,9 @@ All runtimes take turns in one process, so that a busy machine slows them alike:
 level 4), made from the dequantized weight, and what claq's operators do beside multiplying by plain operators; sibling
 linears are stacked as in the artifact, or not, as most tools leave them. llama.cpp runs where llama-cpp-python is installed
 and a file given. It computes the logits of a prompt's last token alone; with ``--last-logits`` the others do so too.
+
+All read copies of their files that were written in one go: Linux keeps a file in memory in the pieces it was written in,
+and weights that are mapped in pages of 4 KiB are read more slowly than those in pages of megabytes.
 """
 
 from __future__ import annotations
@@ -39,6 +42,13 @@ from claq_export.modules import ClaqLinear
 from claq_export.onnx_session import float32_arithmetic
 
 BLOCK = 32
+
+
+def written_at_once(source: Path, folder: Path) -> Path:
+    """A copy of a file in ``folder``, in memory in pages as large as the file system has."""
+    target = folder / source.name
+    target.write_bytes(source.read_bytes())
+    return target
 
 
 def with_accuracy(source: Path, target: Path, level: int) -> Path:
@@ -140,7 +150,10 @@ def as_nbits(folder: Path, target: Path, stacked: bool) -> Path:
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
     model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
-    onnx.save(model, str(target), save_as_external_data=True, location=f"{target.name}.data")
+    with tempfile.TemporaryDirectory(dir=target.parent) as pieces:
+        onnx.save(model, f"{pieces}/{target.name}", save_as_external_data=True, location=f"{target.name}.data")
+        for file in Path(pieces).iterdir():
+            written_at_once(file, target.parent)
     return target
 
 
@@ -211,11 +224,11 @@ def each(values: Iterable[object]) -> list[float]:
     return times
 
 
-def llama_runs(path: str, prompt: list[int], long: list[int], count: int, threads: int) -> tuple[Run, Run]:
+def llama_runs(path: Path, prompt: list[int], long: list[int], count: int, threads: int) -> tuple[Run, Run]:
     """Decode and prefill of llama.cpp, in seconds a step, as functions."""
     from llama_cpp import Llama, llama_get_logits_ith
 
-    model = Llama(path, n_ctx=1024, n_threads=threads, n_threads_batch=threads, n_batch=len(long), verbose=False)
+    model = Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, n_batch=len(long), verbose=False)
 
     def likeliest() -> int:
         # As the other runtimes are asked for it; llama.cpp's chain of samplers would take longer.
@@ -262,7 +275,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the long prompt")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--gguf", nargs="*", default=[], help="llama.cpp files of the same model")
+    parser.add_argument("--gguf", nargs="*", type=Path, default=[], help="llama.cpp files of the same model")
     parser.add_argument("--skip-agreement", action="store_true", help="timings only")
     parser.add_argument("--note", default="", help="written into the results")
     parser.add_argument("--json", type=Path)
@@ -284,44 +297,45 @@ def main() -> None:
         results["agreement"] = agreement(options.folder, prompt, options.new_tokens, options.threads)
         print(json.dumps(results["agreement"]))
     with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        for file in filter(Path.is_file, options.folder.iterdir()):
+            written_at_once(file, work)
         int8, fp32 = (
-            with_accuracy(options.folder / "model.onnx", options.folder / f".{name}.onnx", level)
+            with_accuracy(work / "model.onnx", work / f"{name}.onnx", level)
             for name, level in (("int8", 4), ("fp32", 0))
         )
-        try:
-            stacked = as_nbits(options.folder, Path(scratch) / "stacked.onnx", True)
-            single = as_nbits(options.folder, Path(scratch) / "single.onnx", False)
-            library = Path(claq_runtime.library_path())
-            paths = {"claq int8": int8, "claq fp32": fp32, "MatMulNBits": stacked, "MatMulNBits, not stacked": single}
-            generators = {name: Generator(path, library, options.threads) for name, path in paths.items()}
-            decode: dict[str, Run] = {}
-            prefill: dict[str, Run] = {}
-            for name, generator in generators.items():
+        stacked = as_nbits(options.folder, work / "stacked.onnx", True)
+        single = as_nbits(options.folder, work / "single.onnx", False)
+        library = Path(claq_runtime.library_path())
+        paths = {"claq int8": int8, "claq fp32": fp32, "MatMulNBits": stacked, "MatMulNBits, not stacked": single}
+        generators = {name: Generator(path, library, options.threads) for name, path in paths.items()}
+        decode: dict[str, Run] = {}
+        prefill: dict[str, Run] = {}
+        for name, generator in generators.items():
 
-                def run_decode(generator: Generator = generator) -> list[float]:
-                    return each(generator.tokens(prompt, options.new_tokens))[1:]
+            def run_decode(generator: Generator = generator) -> list[float]:
+                return each(generator.tokens(prompt, options.new_tokens))[1:]
 
-                def run_prefill(generator: Generator = generator) -> list[float]:
-                    return each(generator.tokens(draw, 1))
+            def run_prefill(generator: Generator = generator) -> list[float]:
+                return each(generator.tokens(draw, 1))
 
-                decode[name], prefill[name] = run_decode, run_prefill
-            for path in options.gguf:
-                name = f"llama.cpp {Path(path).stem}"
-                results[f"bytes of {name}"] = Path(path).stat().st_size
-                decode[name], prefill[name] = llama_runs(path, prompt, draw, options.new_tokens, options.threads)
-            steps, prompts = interleaved(decode, options.rounds), interleaved(prefill, max(options.rounds, 5))
-            results["decode_tokens_per_second"] = {
-                name: {"median": 1 / statistics.median(times), "fastest tenth": 1 / fastest_tenth(times)}
-                for name, times in steps.items()
-            }
-            results["prefill_seconds"] = {
-                name: {"median": statistics.median(times), "fastest": times[0]} for name, times in prompts.items()
-            }
-            for name in ("claq int8", "MatMulNBits"):
-                results[f"operators of {name}"] = operator_times(paths[name], prompt, 32, options.threads)
-        finally:
-            int8.unlink()
-            fp32.unlink()
+            decode[name], prefill[name] = run_decode, run_prefill
+        for path in options.gguf:
+            name = f"llama.cpp {path.stem}"
+            results[f"bytes of {name}"] = path.stat().st_size
+            decode[name], prefill[name] = llama_runs(
+                written_at_once(path, work), prompt, draw, options.new_tokens, options.threads
+            )
+        steps, prompts = interleaved(decode, options.rounds), interleaved(prefill, max(options.rounds, 5))
+        results["decode_tokens_per_second"] = {
+            name: {"median": 1 / statistics.median(times), "fastest tenth": 1 / fastest_tenth(times)}
+            for name, times in steps.items()
+        }
+        results["prefill_seconds"] = {
+            name: {"median": statistics.median(times), "fastest": times[0]} for name, times in prompts.items()
+        }
+        for name in ("claq int8", "MatMulNBits"):
+            results[f"operators of {name}"] = operator_times(paths[name], prompt, 32, options.threads)
     rates, seconds = results["decode_tokens_per_second"], results["prefill_seconds"]
     print(f"\n{'':26} tokens/s: median, of MatMulNBits; fastest tenth, of MatMulNBits    prefill: median, fastest")
     for name, rate in rates.items():

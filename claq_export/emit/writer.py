@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 
 from claq_export.deferred import is_deferred, materialize
-from claq_export.format.files import StagedFiles
+from claq_export.format.files import StagedFiles, open_for_weights
 
 INLINE_BELOW = 1024
 """Tensors smaller than this many bytes stay inside ``model.onnx``."""
@@ -105,7 +105,7 @@ def write_model(model: ir.Model, functions: list[onnx.FunctionProto], path: Path
     with StagedFiles(path.parent) as files:
         if any(_is_external(value) for value in model.graph.initializers.values()):
             staged = files.stage(f"{path.name}.data")
-            with staged.open("wb") as data:
+            with open_for_weights(staged) as data:
                 offsets, digest = _write_external(model, data)
             data_path = files.rename(staged, f"{path.name}.{digest}.data")
             _refer_to(model, data_path.name, offsets)

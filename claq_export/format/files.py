@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from ..errors import OutputError
+
+_WRITTEN_AT_ONCE = 8 << 20
 
 
 @contextmanager
@@ -29,6 +32,18 @@ def _flush(path: Path, flags: int = 0) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_for_weights(path: Path) -> BinaryIO:
+    """Open a file of weights for writing, in pieces of megabytes however small its tensors are.
+
+    Linux keeps a written file in memory in the pieces it was written in. Written tensor by tensor, SmolLM2's 71 MB lay in
+    pages of 4 KiB, and one processor read them, mapped, at five sixths of the speed of 2 MiB pages (docs/runtime.md).
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    return path.open("wb", buffering=_WRITTEN_AT_ONCE)
 
 
 def check_writable(out: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from ..deferred import logical_bytes, materialize
 from ..inputs.safetensors_file import DTYPES
+from .files import open_for_weights
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
@@ -43,7 +44,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
         position += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    with path.open("wb") as file:
+    with open_for_weights(path) as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for name in names:
