@@ -137,8 +137,9 @@ def test_families(config: object, norms: int, rotations: int, attentions: int) -
     assert torch.ops.aten.scaled_dot_product_attention.default not in targets
     if isinstance(config, MistralConfig):
         # Projections write heads last, rotation and attention read them so: nothing is turned or reshaped between them.
+        # (Before the first normalization stand the angles, which some versions of transformers transpose.)
         turned = {torch.ops.aten.unflatten.int, torch.ops.aten.flatten.using_ints, torch.ops.aten.transpose.int}
-        assert not turned.intersection(targets)
+        assert not turned.intersection(targets[targets.index(decoder_ops.rms_norm) :])
     for inputs, expected in zip(samples, before, strict=True):
         for have, want in zip(captured.run(inputs), expected, strict=True):
             torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
