@@ -86,7 +86,8 @@ def test_folder_is_complete(decoder_artifact: Path) -> None:
         4,
     ]
     assert not {"Split", "Sigmoid", "RotaryEmbedding"} & set(operators)
-    assert not {"Softmax", "ReduceMean", "Neg", "Transpose"} & set(operators)
+    assert not {"Softmax", "ReduceMean", "Neg"} & set(operators)
+    assert operators.count("Transpose") <= 1  # of the angles, in some versions of transformers
     # Attention takes what the linears write: all that is reshaped belongs to the mask.
     makers = {name: node.op_type for node in model.graph.node for name in node.output}
     for node in model.graph.node:

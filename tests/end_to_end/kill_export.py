@@ -84,7 +84,7 @@ def everything_is_large() -> None:
     claq_export.compiler.predict_resources = without_room
 
 
-def campaign(kind: str, seconds: float, seed: int, folder: Path) -> dict[str, float]:
+def campaign(kind: str, seconds: float, seed: int, most_kills: int, folder: Path) -> dict[str, float]:
     """Rounds of killed exports for about ``seconds``; raises AssertionError at the first violation."""
     import torch
     from tiny_models import save_tiny_bert, save_tiny_llama, sentences, shard
@@ -147,9 +147,11 @@ def campaign(kind: str, seconds: float, seed: int, folder: Path) -> dict[str, fl
             (out / name).write_bytes(content)
         log.unlink(missing_ok=True)
         finished = False
-        while not finished:
-            # Now and then nobody kills, or a slow machine would never come to an end.
-            delay = rng.uniform(0, 1.1 * duration) if rng.random() < 0.9 else None
+        for kills_left in itertools.count(most_kills, -1):
+            if finished:
+                break
+            # Now and then nobody kills, and nobody after so many: a slow machine would never come to an end.
+            delay = rng.uniform(0, 1.1 * duration) if kills_left > 0 and rng.random() < 0.9 else None
             finished = in_child(lambda: export(out, config, work), delay)  # noqa: B023
             counts["kills"] += not finished
             found = contents(out)
@@ -178,9 +180,14 @@ def main() -> None:
     parser.add_argument("--model", choices=("module", "bert", "sharded"), default="module")
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--most-kills", type=int, default=8, help="in a round")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        print(json.dumps(campaign(options.model, options.seconds, options.seed, Path(scratch) / "campaign")))
+        print(
+            json.dumps(
+                campaign(options.model, options.seconds, options.seed, options.most_kills, Path(scratch) / "campaign")
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ PROGRAM = Path(__file__).with_name("kill_export.py")
 @pytest.mark.parametrize(("model", "seconds"), [("module", 15), ("sharded", 20)])
 def test_killed_at_random_moments(model, seconds):
     result = subprocess.run(
-        [sys.executable, PROGRAM, "--model", model, "--seconds", str(seconds), "--seed", str(os.getpid())],
+        [sys.executable, PROGRAM, "--model", model, f"--seconds={seconds}", f"--seed={os.getpid()}", "--most-kills=4"],
         capture_output=True,
         text=True,
         timeout=900,
