@@ -38,7 +38,7 @@ def open_for_weights(path: Path) -> BinaryIO:
     """Open a file of weights for writing, in pieces of megabytes however small its tensors are.
 
     Linux keeps a written file in memory in the pieces it was written in. Written tensor by tensor, SmolLM2's 71 MB lay in
-    pages of 4 KiB, and one processor read them, mapped, at five sixths of the speed of 2 MiB pages (docs/runtime.md).
+    pages of 4 KiB, and decoding took 2 to 7 % longer than from larger ones (docs/runtime.md).
 
     Raises:
         OSError: it cannot be opened.
