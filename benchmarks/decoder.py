@@ -298,7 +298,7 @@ def main() -> None:
         print(json.dumps(results["agreement"]))
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        for file in filter(Path.is_file, options.folder.iterdir()):
+        for file in options.folder.glob("model.onnx*"):
             written_at_once(file, work)
         int8, fp32 = (
             with_accuracy(work / "model.onnx", work / f"{name}.onnx", level)

@@ -58,7 +58,7 @@ def main() -> None:
         for name, write in writers.items():
             folders[name] = Path(scratch) / name.replace(" ", "-")
             folders[name].mkdir()
-            for file in filter(Path.is_file, options.folder.iterdir()):
+            for file in options.folder.glob("model.onnx*"):
                 write(file, folders[name])
         for threads in options.threads:
             library = Path(claq_runtime.library_path())

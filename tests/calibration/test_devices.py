@@ -135,7 +135,7 @@ def test_the_artifact_does_not_depend_on_the_number_of_devices(
     def noted(call):
         def wrapper(*args, **kwargs):
             threads.add(threading.current_thread().name)
-            if len(threads - {"MainThread"}) > 1:
+            if len(threads) > 2:
                 two_workers.set()
             elif threading.current_thread() is not threading.main_thread():
                 # A worker that is done at once may be given the next piece too: hold the first until another has begun.
@@ -150,7 +150,7 @@ def test_the_artifact_does_not_depend_on_the_number_of_devices(
     alone = export(tmp_path / "one", ("cpu",), **settings)
     assert threads == {"MainThread"}
     together = export(tmp_path / "three", ("cpu", "cpu", "cpu"), **settings)
-    assert two_workers.is_set()
+    assert len(threads) > 2  # the main thread and at least two workers
     assert alone == together
 
 

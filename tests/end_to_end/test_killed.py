@@ -25,7 +25,7 @@ def test_killed_at_random_moments(model, seconds):
         [sys.executable, PROGRAM, "--model", model, f"--seconds={seconds}", f"--seed={os.getpid()}", "--most-kills=4"],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=400,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     counts = json.loads(result.stdout.splitlines()[-1])
