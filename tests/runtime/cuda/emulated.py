@@ -233,6 +233,7 @@ def run_node(
 
 def fused(ort: ctypes.CDLL, gpu: Interpreter, dtype: torch.dtype) -> dict[str, Any]:
     """The operators that do more than multiply: messages, errors relative to the largest value, kernels."""
+    torch.manual_seed(0)
     # Of float32 some results take more than one of their kernel's blocks.
     N, parts = (2080, [1400, 500, 180]) if dtype == torch.float32 else (44, [25, 12, 7])
     layer = random_layer(33, N, (4,), outliers=0.03, seed=6)
@@ -273,6 +274,7 @@ def fused(ort: ctypes.CDLL, gpu: Interpreter, dtype: torch.dtype) -> dict[str, A
 
 def nodes(library: ctypes.CDLL, ort: ctypes.CDLL, gpu: Interpreter) -> dict[str, Any]:
     """The operators of the CUDA provider, made, run and destroyed as ONNX Runtime does it."""
+    torch.manual_seed(0)
     found: dict[str, Any] = {"operators": ort.fake_ort_register(library.RegisterCustomOps)}
     layer = random_layer(70, 40, (4, 2), outliers=0.03, seed=5)
     gpu.launched, gpu.failure = [], None
