@@ -67,6 +67,7 @@ extern const Family kPortable;
 extern const Family kAvx2;
 extern const Family kAvxVnni;
 extern const Family kAvx512Bw;
+extern const Family kAvx512BwVnni;
 extern const Family kAvx512Vnni;
 #endif
 #if defined(__aarch64__)

@@ -67,7 +67,7 @@ def test_address_and_undefined_behaviour(tmp_path):
 def test_avx512_kernels_without_avx512(tmp_path):
     """The kernels' intrinsics as plain C++, every access to memory under AddressSanitizer."""
     emulated = f"-DCLAQ_EMULATED_AVX512={ROOT / 'tests/runtime/emulated_avx512'}"
-    assert "avx512vnni avx512bw" in check_with("address,undefined", tmp_path, emulated)
+    assert "avx512vnni avx512bwvnni avx512bw" in check_with("address,undefined", tmp_path, emulated)
 
 
 @needs_cmake

@@ -2,7 +2,9 @@
 //
 //   load_table<kWidth>(table, group), step<kWidth>(words, i), decode<kWidth, second>(words, step, i, entries): centroids of 16
 //     outputs and the four columns of group group_of(i, second), as bytes; `step` is what both groups of a step share;
-//   weights(decoded), activation(four), begin(correction), dot(sum, weights, activation): the arithmetic.
+//   weights(decoded), activation(four), begin(correction), dot(sum, weights, activation): the arithmetic;
+//   kRowVectors: vectors of outputs side by side for a row alone; kTileRows, kTileVectors: a register tile of the panels;
+//   kShallowRows: up to how many rows panels are shallow (below).
 #pragma once
 
 #include "avx512_common.h"
@@ -120,13 +122,13 @@ CLAQ_INLINE void stream_step(const uint32_t* codes, int64_t row_stride, __mmask1
   add_block<kRows, kVectors>(dot, scale, sums, stride);
 }
 
-template <int kRows>
-constexpr int kStreamVectors = kRows == 1 ? 1 : kRows <= 4 ? 4 : 2;
+template <class Isa, int kRows>
+constexpr int kStreamVectors = kRows == 1 ? Isa::kRowVectors : kRows <= 4 ? 4 : 2;
 
 template <class Isa, int kWidth, int kRows>
 void stream_segment(const LayerView& layer, const Segment& segment, const PackedPlace& place, int64_t n0, int64_t n1, float* sums,
                     int64_t stride) {
-  constexpr int kVectors = kStreamVectors<kRows>;
+  constexpr int kVectors = kStreamVectors<Isa, kRows>;
   const int64_t row_stride = layer.out_features;
   for (int64_t b = 0; b < segment.blocks; ++b) {
     const int64_t block = segment.first_block + b;
@@ -160,18 +162,28 @@ void stream(const LayerView& layer, const PackedPlace& place, int64_t n0, int64_
   }
 }
 
-// ---- more rows: a panel of outputs is decoded and multiplied by tiles of rows, 48 outputs at a time
+// ---- more rows: a panel of outputs is decoded and multiplied by tiles of rows, Isa::kTileVectors vectors of outputs at a time
 
-constexpr int kPanelVectors = 3;           // of a tile; its sums are kVectors * kTileRows registers
-constexpr int kPanelParts = 16;           // blocks times tiles of a panel: 24 KiB, for the first-level cache
-constexpr int64_t kPanelSums = 2 * 1024;  // sums that a panel may work on: it is deep, so that they are seldom loaded and stored
+constexpr int kPanelBytes = 24 * 1024;    // for the first-level cache
+constexpr int64_t kPanelSums = 2 * 1024;  // sums that a deep panel may work on, so that they are seldom loaded and stored
+constexpr int kShallowBlocks = 4;
 
+template <class Isa>
+constexpr int kPanelParts = kPanelBytes / (kGroupsPerBlock * 64 * Isa::kTileVectors);  // blocks times tiles of a panel
+
+// `later`: code words to fetch meanwhile, or null.
 template <class Isa, int kWidth, int kVectors>
 CLAQ_INLINE void decode_tile(const typename Isa::Table (&entries)[kGroupsPerBlock], const uint32_t* codes, int64_t row_stride,
-                             int64_t count, uint8_t* panel) {
+                             int64_t count, const uint32_t* later, uint8_t* panel) {
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     __m512i words[kWidth];
+    if (later) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kWidth; ++i) {
+        _mm_prefetch(reinterpret_cast<const char*>(later + i * row_stride + 16 * v), _MM_HINT_T0);
+      }
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < kWidth; ++i) {
       words[i] = load_words<true>(codes + i * row_stride + 16 * v, first_lanes(count - 16 * v));
@@ -189,7 +201,14 @@ CLAQ_INLINE void decode_tile(const typename Isa::Table (&entries)[kGroupsPerBloc
 // The stripe of outputs [n0, n1) and the blocks [first_block, first_block + blocks) that a panel holds, tile after tile.
 struct PanelPlace {
   int64_t first_block, blocks, n0, n1;
+  bool fetch_below;  // while it is decoded, fetch the code words of as many blocks below it
 };
+
+// How many vectors the next tile of `left` outputs has.
+template <int kMost>
+inline int64_t vectors_of(int64_t left) {
+  return left > 16 * (kMost - 1) ? kMost : (left + 15) / 16;
+}
 
 // The row of `codes` at which a block begins; that of the last one's end, too.
 inline int64_t code_row(const LayerView& layer, int64_t block) {
@@ -207,18 +226,17 @@ void decode_block(const LayerView& layer, const Segment& segment, int64_t block,
   for (int g = 0; g < kGroupsPerBlock; ++g) entries[g] = Isa::template load_table<kWidth>(table, g);
   const int64_t stride = layer.out_features;
   const uint32_t* codes = layer.codes + (segment.first_row + b * kWidth) * stride;
-  for (int64_t n = place.n0; n < place.n1; n += 16 * kPanelVectors) {
-    const int64_t tile = (n - place.n0) / (16 * kPanelVectors);
-    uint8_t* to = panel + tile * place.blocks * kPanelVectors * kGroupsPerBlock * 64;
+  const uint32_t* below = place.fetch_below ? codes + place.blocks * kWidth * stride : nullptr;
+  constexpr int kTileVectors = Isa::kTileVectors;
+  for (int64_t n = place.n0; n < place.n1; n += 16 * kTileVectors) {
+    const int64_t tile = (n - place.n0) / (16 * kTileVectors);
+    uint8_t* to = panel + tile * place.blocks * kTileVectors * kGroupsPerBlock * 64;
     const int64_t left = place.n1 - n;
-    const auto decode = [&](auto vectors) {
+    for_tail<kTileVectors>(vectors_of<kTileVectors>(left), [&](auto vectors) {
       constexpr int kVectors = decltype(vectors)::kValue;
-      decode_tile<Isa, kWidth, kVectors>(entries, codes + n, stride, left,
+      decode_tile<Isa, kWidth, kVectors>(entries, codes + n, stride, left, below ? below + n : nullptr,
                                          to + (block - place.first_block) * kGroupsPerBlock * kVectors * 64);
-    };
-    if (left > 32) decode(Constant<3>{});
-    else if (left > 16) decode(Constant<2>{});
-    else decode(Constant<1>{});
+    });
   }
 }
 
@@ -238,12 +256,13 @@ void decode_panel(const LayerView& layer, const PanelPlace& place, uint8_t* pane
 }
 
 // Fetches the code words of one tile of a panel, while another is multiplied: all at once they would keep the decoder waiting.
+template <class Isa>
 inline void fetch_tile(const LayerView& layer, const PanelPlace& place, int64_t n) {
   const int64_t first = code_row(layer, place.first_block), last = code_row(layer, place.first_block + place.blocks);
   for (int64_t row = first; row < last; ++row) {
     const uint32_t* words = layer.codes + row * layer.out_features + n;
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) _mm_prefetch(reinterpret_cast<const char*>(words + 16 * v), _MM_HINT_T0);
+    for (int v = 0; v < Isa::kTileVectors; ++v) _mm_prefetch(reinterpret_cast<const char*>(words + 16 * v), _MM_HINT_T0);
   }
 }
 
@@ -321,30 +340,53 @@ void multiply_rows(const LayerView& layer, const Activations& activations, int64
 }
 
 template <class Isa>
-void panel_sums(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums,
-                int64_t stride, uint8_t* panel) {
-  constexpr int64_t kTile = 16 * kPanelVectors;
-  // Few rows: wide and shallow, because decoding dominates and wants long rows of codes. Many: narrow and deep.
+void multiply_panel_tile(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, const PanelPlace& place,
+                         int64_t n, const uint8_t* part, float* sums, int64_t stride) {
+  for_tail<Isa::kTileVectors>(vectors_of<Isa::kTileVectors>(place.n1 - n), [&](auto vectors) {
+    multiply_rows<Isa, decltype(vectors)::kValue>(layer, activations, m0, m1, place, part, sums, stride);
+  });
+}
+
+// Few rows: one tile of outputs after the other over a few blocks, then the blocks below. Rows of code words are read in long
+// runs, which decoding waits for least.
+template <class Isa>
+void shallow_panel_sums(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+                        float* sums, int64_t stride, uint8_t* panel) {
+  constexpr int64_t kTile = 16 * Isa::kTileVectors;
+  for (int64_t block = 0; block < layer.blocks; block += kShallowBlocks) {
+    const int64_t left = layer.blocks - block, blocks = left < kShallowBlocks ? left : kShallowBlocks;
+    const bool fetch = layer.fetch_ahead && left >= 2 * kShallowBlocks;
+    for (int64_t n = n0; n < n1; n += kTile) {
+      const PanelPlace place{block, blocks, n, n1 - n < kTile ? n1 : n + kTile, fetch};
+      decode_panel<Isa>(layer, place, panel);
+      multiply_panel_tile<Isa>(layer, activations, m0, m1, place, n, panel, sums + n - n0, stride);
+    }
+  }
+}
+
+// More rows: panels of several tiles, narrow and deep if there are many.
+template <class Isa>
+void deep_panel_sums(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+                     float* sums, int64_t stride, uint8_t* panel) {
+  constexpr int64_t kTile = 16 * Isa::kTileVectors, kParts = kPanelParts<Isa>;
   int64_t tiles = kPanelSums / (m1 - m0) / kTile;
-  tiles = tiles < 1 ? 1 : tiles > kPanelParts ? kPanelParts : tiles;
-  const int64_t depth = kPanelParts / tiles;
+  tiles = tiles < 1 ? 1 : tiles > kParts ? kParts : tiles;
+  const int64_t depth = kParts / tiles;
   for (int64_t n = n0; n < n1; n += tiles * kTile) {
-    PanelPlace place{0, 0, n, n1 - n < tiles * kTile ? n1 : n + tiles * kTile};
+    PanelPlace place{0, 0, n, n1 - n < tiles * kTile ? n1 : n + tiles * kTile, false};
     for (; place.first_block < layer.blocks; place.first_block += place.blocks) {
       const int64_t left = layer.blocks - place.first_block;
       place.blocks = left < depth ? left : depth;
       decode_panel<Isa>(layer, place, panel);
       // The next panel is below this one, or the top of the next stripe.
       const int64_t below = left - place.blocks;
-      const PanelPlace next = below > 0 ? PanelPlace{place.first_block + place.blocks, below < depth ? below : depth, n, place.n1}
-                                        : PanelPlace{0, layer.blocks < depth ? layer.blocks : depth, n + tiles * kTile, n1};
+      const PanelPlace next = below > 0
+                                  ? PanelPlace{place.first_block + place.blocks, below < depth ? below : depth, n, place.n1, false}
+                                  : PanelPlace{0, layer.blocks < depth ? layer.blocks : depth, n + tiles * kTile, n1, false};
       for (int64_t t = n; t < place.n1; t += kTile) {
-        if (next.n0 + t - n < next.n1) fetch_tile(layer, next, next.n0 + t - n);
-        const uint8_t* part = panel + (t - n) / kTile * place.blocks * kPanelVectors * kGroupsPerBlock * 64;
-        float* to = sums + t - n0;
-        if (place.n1 - t > 32) multiply_rows<Isa, 3>(layer, activations, m0, m1, place, part, to, stride);
-        else if (place.n1 - t > 16) multiply_rows<Isa, 2>(layer, activations, m0, m1, place, part, to, stride);
-        else multiply_rows<Isa, 1>(layer, activations, m0, m1, place, part, to, stride);
+        if (next.n0 + t - n < next.n1) fetch_tile<Isa>(layer, next, next.n0 + t - n);
+        const uint8_t* part = panel + (t - n) / kTile * place.blocks * Isa::kTileVectors * kGroupsPerBlock * 64;
+        multiply_panel_tile<Isa>(layer, activations, m0, m1, place, t, part, sums + t - n0, stride);
       }
     }
   }
@@ -355,7 +397,8 @@ void sums_int8(const LayerView& layer, const Activations& activations, int64_t m
                int64_t stride, void* scratch) {
   clear_sums(m1 - m0, n1 - n0, sums, stride);
   if (m1 - m0 > kPackedRows) {
-    return panel_sums<Isa>(layer, activations, m0, m1, n0, n1, sums, stride, static_cast<uint8_t*>(scratch));
+    const auto panel_sums = m1 - m0 <= Isa::kShallowRows ? shallow_panel_sums<Isa> : deep_panel_sums<Isa>;
+    return panel_sums(layer, activations, m0, m1, n0, n1, sums, stride, static_cast<uint8_t*>(scratch));
   }
   const PackedPlace place = packed_place(layer, activations, m0);
   for_tail<kPackedRows>(place.rows, [&](auto rows) { stream<Isa, decltype(rows)::kValue>(layer, place, n0, n1, sums, stride); });

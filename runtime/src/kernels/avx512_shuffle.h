@@ -1,0 +1,75 @@
+// Decoding without VBMI: sixteen-entry byte shuffles, one for each column of 4 bits, each merged under a constant mask.
+#pragma once
+
+#include "avx512_common.h"
+
+namespace claq {
+namespace {
+
+// What `Isa` of avx512_int8.h needs of a decoder. `kFlip` is xored onto each entry: 0 leaves centroid + 128, -128 makes it signed.
+template <int kFlip>
+struct ShuffleDecoder {
+  using Table = const uint8_t*;
+
+  // Tables stay in memory; `decode` takes the sixteen bytes that each shuffle needs.
+  template <int kWidth>
+  static const uint8_t* load_table(const uint8_t* table, int group) {
+    return table + ((4 * group) << kWidth);
+  }
+
+  static __m512i entries(const uint8_t* table, int part) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table + 16 * part));
+    return _mm512_broadcast_i32x4(kFlip ? _mm_xor_si128(bytes, _mm_set1_epi8(kFlip)) : bytes);
+  }
+
+  template <int kWidth>
+  struct Step {
+    __m512i at_bit_2[2];
+  };
+
+  // At 3 bits: the third bits of the columns of groups i and i + 4, each at bit 2 of its column's byte.
+  template <int kWidth, class Words>
+  static Step<kWidth> step(const Words& words, int i) {
+    if constexpr (kWidth == 3) {
+      const __m512i spread[2] = {
+          _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13)),
+          _mm512_broadcast_i32x4(_mm_setr_epi8(2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15))};
+      Step<kWidth> result;
+      for (int h = 0; h < 2; ++h) {
+        const __m512i bytes = _mm512_shuffle_epi8(words[2], spread[h]);
+        // Four bits a byte, one for each i: bytes 0 and 2 have theirs in the low half, 1 and 3 in the high half.
+        const __m512i even = _mm512_srli_epi16(_mm512_slli_epi16(bytes, 2), i), odd = _mm512_srli_epi16(bytes, 2 + i);
+        result.at_bit_2[h] = _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaau, even, odd);
+      }
+      return result;
+    }
+    return {};
+  }
+
+  template <int kWidth, int kSecond, class Words>
+  static __m512i decode(const Words& words, const Step<kWidth>& step, int i, const uint8_t* table) {
+    if constexpr (kWidth == 4) {
+      const __m512i codes = kSecond ? _mm512_srli_epi32(words[i], 4) : words[i];
+      const __m512i index = _mm512_and_si512(codes, _mm512_set1_epi8(15));
+      __m512i bytes = _mm512_shuffle_epi8(entries(table, 0), index);
+      bytes = _mm512_mask_shuffle_epi8(bytes, 0x2222222222222222u, entries(table, 1), index);
+      bytes = _mm512_mask_shuffle_epi8(bytes, 0x4444444444444444u, entries(table, 2), index);
+      return _mm512_mask_shuffle_epi8(bytes, 0x8888888888888888u, entries(table, 3), index);
+    } else {
+      const __m512i low = _mm512_srli_epi32(words[kSecond], 2 * i);
+      if constexpr (kWidth == 2) {
+        const __m512i index = _mm512_ternarylogic_epi32(low, _mm512_set1_epi8(3), _mm512_set1_epi32(0x0c080400), 0xea);
+        return _mm512_shuffle_epi8(entries(table, 0), index);
+      } else {
+        const __m512i third = _mm512_and_si512(step.at_bit_2[kSecond], _mm512_set1_epi8(4));
+        const __m512i code = _mm512_ternarylogic_epi32(low, _mm512_set1_epi8(3), third, 0xea);
+        const __m512i index = _mm512_or_si512(code, _mm512_set1_epi32(0x08000800));
+        return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(entries(table, 0), index), 0xccccccccccccccccu, entries(table, 1),
+                                        index);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace claq

@@ -1,0 +1,31 @@
+// AVX-512 with VNNI and without VBMI (Cascade Lake): sixteen-entry byte shuffles merged under constant masks, dot products.
+#include "avx512_float.h"
+#include "avx512_int8.h"
+#include "avx512_shuffle.h"
+#include "swiglu.h"
+
+namespace claq {
+namespace {
+
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+
+struct BwVnni : ShuffleDecoder<0> {
+  using Weights = __m512i;  // centroids + 128, hence the correction that a sum begins with
+  using Activation = __m512i;
+  static constexpr int kRowVectors = 4, kTileRows = 4, kTileVectors = 3, kShallowRows = 48;
+
+  static __m512i begin(int32_t correction) { return _mm512_set1_epi32(correction); }
+  static Weights weights(__m512i decoded) { return decoded; }
+  static Activation activation(const int8_t* four) { return broadcast_four(four); }
+  static __m512i dot(__m512i sum, Weights w, Activation x) { return _mm512_dpbusd_epi32(sum, w, x); }
+};
+
+}  // namespace
+
+const Family kAvx512BwVnni = {"avx512bwvnni", supported, {60e9, 250e9}, {60e9, 60e9}, kRowsAtOnce, 1, prepare_row, prepare_tile, transpose,
+                              sums_int8<BwVnni>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu};
+
+}  // namespace claq
