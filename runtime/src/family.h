@@ -13,6 +13,9 @@ struct Speed {
   double weights, products;
 };
 
+// A task's results that stay in the first-level cache.
+constexpr int64_t kCachedSums = 6 * 1024;
+
 struct Family {
   const char* name;
   bool (*supported)();
@@ -21,6 +24,7 @@ struct Family {
 
   int64_t tile_rows;         // rows of x that prepare_tile and transpose take at a time
   int64_t activation_bytes;  // of `activations.quantized` for each row and stored column
+  int64_t float_sums;        // of many rows of x: what sums_float is called for at most, at least kCachedSums
 
   // Fills row `row` of `activations.scaled` (if not null) from x, and if `quantize` is set that of the int8 parts. Returns
   // false if the row needs float32 arithmetic: a value is not finite, or a block too small for a normal scale; such blocks
@@ -44,7 +48,8 @@ struct Family {
   void (*sums_float)(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                      float* sums, int64_t stride, void* scratch);
 
-  // Adds the outliers of those output rows to `sums`, from `scaled` if there is no `transposed`.
+  // Adds the outliers of those output rows to `sums`, from `scaled` if there is no `transposed`. With int8 parts `transposed` may
+  // be multiplied by 0 where an output has no outlier: rows that are not finite are then without a meaning.
   void (*add_outliers)(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0,
                        int64_t n1, float* sums, int64_t stride);
 

@@ -21,7 +21,6 @@ namespace {
 constexpr int64_t kMostChunkRows = 256;
 // A task's tile of results, where there is a choice. Of few rows of x long runs of code words are worth more than sums that stay
 // in the first-level cache.
-constexpr int64_t kCachedSums = 6 * 1024;
 constexpr int64_t kFewRowsSums = 32 * 1024;
 constexpr int64_t kRowSums = 12 * 1024;  // of one row
 constexpr int64_t kFewRows = 32;
@@ -138,7 +137,7 @@ struct Scratch {
 void compute_rows(const Call& call, const Activations& activations, bool int8, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                   const Scratch& scratch) {
   const LayerView& layer = call.layer;
-  const int64_t sums = m1 - m0 <= kFewRows ? kFewRowsSums : kCachedSums;
+  const int64_t sums = m1 - m0 <= kFewRows ? kFewRowsSums : int8 ? kCachedSums : call.family.float_sums;
   const int64_t tile = tile_length(m1 - m0, n1 - n0, layer.outlier_ptr ? (m1 - m0) * kOutlierOutputs : sums);
   const int64_t part = tile_length(m1 - m0, tile, sums);
   const auto kernel = int8 ? call.family.sums_int8 : call.family.sums_float;
@@ -166,11 +165,15 @@ void compute(const Call& call, const Activations& activations, const uint8_t* ex
   scratch.kernel = workspace.take<char>(kScratchBytes);
   scratch.sums = workspace.take<float>(kMostSums);
   scratch.finished = workspace.take<float>(kLongestTile);
-  if (call.int8) compute_rows(call, activations, true, 0, activations.rows, n0, n1, scratch);
+  Activations floats = activations;
+  if (call.int8) {
+    compute_rows(call, activations, true, 0, activations.rows, n0, n1, scratch);
+    floats.transposed = nullptr;  // see Family::add_outliers
+  }
   for (int64_t m0 = 0; m0 < activations.rows;) {
     int64_t m1 = m0 + 1;
     while (m1 < activations.rows && exact[m1] == exact[m0]) ++m1;
-    if (exact[m0]) compute_rows(call, activations, false, m0, m1, n0, n1, scratch);
+    if (exact[m0]) compute_rows(call, floats, false, m0, m1, n0, n1, scratch);
     m0 = m1;
   }
 }

@@ -266,8 +266,17 @@ CLAQ_INLINE __m256 load_eight(const float* from, const Index* at) {
   return _mm256_set_m128(high, low);
 }
 
+// The values of up to eight entries from i of an output whose last is before `end`, zeros behind them: where eight entries of
+// any output follow, kernels multiply eight columns by them. Jumps over those of other outputs would be mispredicted in every
+// output, as the number of its entries is not to be foretold.
+CLAQ_INLINE __m256 values_before(const LayerView& layer, int32_t i, int32_t end) {
+  const int32_t count = end - i < kOutlierLanes ? end - i : kOutlierLanes;
+  return outlier_values(layer, i, static_cast<__mmask8>((1u << count) - 1u));
+}
+
 template <class Index>
 inline void add_outliers_of_row(const LayerView& layer, const Index* columns, const float* scaled, int64_t n0, int64_t n1, float* sums) {
+  const int32_t entries = layer.outlier_ptr[layer.out_features];
   for (int64_t n = n0; n < n1; ++n) {
     int32_t i = layer.outlier_ptr[n];
     const int32_t end = layer.outlier_ptr[n + 1];
@@ -277,9 +286,10 @@ inline void add_outliers_of_row(const LayerView& layer, const Index* columns, co
       lanes = _mm256_fmadd_ps(outlier_values(layer, i, 0xff), load_eight(scaled, columns + i), lanes);
     }
     if (i < end) {
-      // Lanes without an entry add 0 * 0. No jump depends on how many there are: it would be mispredicted in every row.
       const auto mask = static_cast<__mmask8>((1u << (end - i)) - 1u);
-      const __m256 x = _mm256_mmask_i32gather_ps(_mm256_setzero_ps(), mask, outlier_columns(layer, i, mask), scaled, 4);
+      const __m256 x = i + kOutlierLanes <= entries
+                           ? _mm256_maskz_mov_ps(mask, load_eight(scaled, columns + i))
+                           : _mm256_mmask_i32gather_ps(_mm256_setzero_ps(), mask, outlier_columns(layer, i, mask), scaled, 4);
       lanes = _mm256_fmadd_ps(outlier_values(layer, i, mask), x, lanes);
     }
     sums[n - n0] += add_by_halves(lanes);
@@ -293,65 +303,98 @@ template <>
 struct Line<4> {
   using Type = __m128;
   static CLAQ_INLINE Type load(const float* from) { return _mm_load_ps(from); }
-  static CLAQ_INLINE Type same(float value) { return _mm_set1_ps(value); }
+  static CLAQ_INLINE Type zero() { return _mm_setzero_ps(); }
+  static CLAQ_INLINE Type same(const float* value) { return _mm_broadcast_ss(value); }
   static CLAQ_INLINE Type add(Type a, Type b) { return _mm_add_ps(a, b); }
   static CLAQ_INLINE Type multiply_add(Type a, Type b, Type c) { return _mm_fmadd_ps(a, b, c); }
-  static CLAQ_INLINE void store(float* to, Type value) { _mm_store_ps(to, value); }
+  // rows[m][i] = outputs[i][m] of four outputs.
+  static CLAQ_INLINE void transpose(const Type (&outputs)[4], __m128 (&rows)[4]) {
+    for (int i = 0; i < 4; ++i) rows[i] = outputs[i];
+    _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
+  }
 };
 template <>
 struct Line<8> {
   using Type = __m256;
   static CLAQ_INLINE Type load(const float* from) { return _mm256_load_ps(from); }
-  static CLAQ_INLINE Type same(float value) { return _mm256_set1_ps(value); }
+  static CLAQ_INLINE Type zero() { return _mm256_setzero_ps(); }
+  static CLAQ_INLINE Type same(const float* value) { return _mm256_broadcast_ss(value); }
   static CLAQ_INLINE Type add(Type a, Type b) { return _mm256_add_ps(a, b); }
   static CLAQ_INLINE Type multiply_add(Type a, Type b, Type c) { return _mm256_fmadd_ps(a, b, c); }
-  static CLAQ_INLINE void store(float* to, Type value) { _mm256_store_ps(to, value); }
+  static CLAQ_INLINE void transpose(const Type (&outputs)[4], __m128 (&rows)[8]) {
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = _mm256_castps256_ps128(outputs[i]);
+      rows[i + 4] = _mm256_extractf128_ps(outputs[i], 1);
+    }
+    _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
+    _MM_TRANSPOSE4_PS(rows[4], rows[5], rows[6], rows[7]);
+  }
 };
 
-// All rows of x are in one narrow line of each column.
+// The outliers of output n for all rows of x, which are in one narrow line of each column.
+template <int kRows, class Index>
+CLAQ_INLINE typename Line<kRows>::Type outliers_of_lines(const LayerView& layer, const Index* columns, const float* transposed,
+                                                         int32_t entries, int64_t n) {
+  using L = Line<kRows>;
+  int32_t i = layer.outlier_ptr[n];
+  const int32_t end = layer.outlier_ptr[n + 1];
+  typename L::Type lanes[kOutlierLanes];
+#pragma GCC unroll 8
+  for (int j = 0; j < kOutlierLanes; ++j) lanes[j] = L::zero();
+  alignas(32) float values[kOutlierLanes];
+  const auto add = [&](int j) {
+    const float* line = transposed + static_cast<int64_t>(columns[i + j]) * kRows;
+    lanes[j] = L::multiply_add(L::same(values + j), L::load(line), lanes[j]);
+  };
+  for (; i < end && i + kOutlierLanes <= entries; i += kOutlierLanes) {
+    _mm256_store_ps(values, values_before(layer, i, end));
+#pragma GCC unroll 8
+    for (int j = 0; j < kOutlierLanes; ++j) add(j);
+  }
+  if (i < end) {  // of the last outputs
+    _mm256_store_ps(values, values_before(layer, i, end));
+    const int left = end - i;
+#pragma GCC unroll 8
+    for (int j = 0; j < kOutlierLanes - 1; ++j) {
+      if (j < left) add(j);
+    }
+  }
+#pragma GCC unroll 3
+  for (int width = kOutlierLanes / 2; width > 0; width /= 2) {
+#pragma GCC unroll 4
+    for (int j = 0; j < width; ++j) lanes[j] = L::add(lanes[j], lanes[j + width]);
+  }
+  return lanes[0];
+}
+
 template <int kRows, class Index>
 inline void add_outliers_of_lines(const LayerView& layer, const Index* columns, const Activations& activations, int64_t m0, int64_t m1,
                                   int64_t n0, int64_t n1, float* sums, int64_t stride) {
   using L = Line<kRows>;
-  for (int64_t n = n0; n < n1; ++n) {
-    int32_t i = layer.outlier_ptr[n];
-    const int32_t end = layer.outlier_ptr[n + 1];
-    if (i == end) continue;
-    typename L::Type lanes[kOutlierLanes];
-#pragma GCC unroll 8
-    for (int j = 0; j < kOutlierLanes; ++j) lanes[j] = L::same(0.0f);
-    alignas(32) float values[kOutlierLanes];
-    const auto add = [&](int32_t at, int j) {
-      const float* line = activations.transposed + static_cast<int64_t>(columns[at + j]) * kRows;
-      lanes[j] = L::multiply_add(L::same(values[j]), L::load(line), lanes[j]);
-    };
-    for (; i + kOutlierLanes <= end; i += kOutlierLanes) {
-      _mm256_store_ps(values, outlier_values(layer, i, 0xff));
-#pragma GCC unroll 8
-      for (int j = 0; j < kOutlierLanes; ++j) add(i, j);
+  const int32_t entries = layer.outlier_ptr[layer.out_features];
+  for (int64_t n = n0; n < n1; n += 4) {
+    typename L::Type results[4];
+    for (int i = 0; i < 4; ++i) {
+      results[i] = n + i < n1 ? outliers_of_lines<kRows>(layer, columns, activations.transposed, entries, n + i) : L::zero();
     }
-    const int left = end - i;
-    _mm256_store_ps(values, outlier_values(layer, i, static_cast<__mmask8>((1u << left) - 1u)));
+    __m128 rows[kRows];
+    L::transpose(results, rows);
 #pragma GCC unroll 8
-    for (int j = 0; j < kOutlierLanes - 1; ++j) {
-      if (j < left) add(i, j);
+    for (int m = 0; m < kRows; ++m) {
+      if (m < m0 || m >= m1) continue;
+      float* sum = sums + (m - m0) * stride + n - n0;
+      _mm_storeu_ps(sum, _mm_add_ps(_mm_loadu_ps(sum), rows[m]));
     }
-#pragma GCC unroll 3
-    for (int width = kOutlierLanes / 2; width > 0; width /= 2) {
-#pragma GCC unroll 4
-      for (int j = 0; j < width; ++j) lanes[j] = L::add(lanes[j], lanes[j + width]);
-    }
-    alignas(32) float result[kRows];
-    L::store(result, lanes[0]);
-    for (int64_t m = m0; m < m1; ++m) sums[(m - m0) * stride + n - n0] += result[m];
   }
 }
 
-// The outliers of one output for kTiles * 16 rows of x: each is a fused multiply-add with kTiles lines of `transposed`.
-template <int kTiles, class Index>
+// The outliers of one output for kTiles * 16 rows of x: each is a fused multiply-add with kTiles lines of `transposed`. Without
+// kFinite no product of 0 and infinity may be added.
+template <bool kFinite, int kTiles, class Index>
 inline void outliers_of_output(const LayerView& layer, const Index* columns, const float* transposed, int64_t n,
                                __m512 (&result)[kTiles]) {
-  const int32_t begin = layer.outlier_ptr[n], end = layer.outlier_ptr[n + 1];
+  int32_t i = layer.outlier_ptr[n];
+  const int32_t end = layer.outlier_ptr[n + 1], entries = layer.outlier_ptr[layer.out_features];
   __m512 lanes[kTiles][kOutlierLanes];
 #pragma GCC unroll 2
   for (int t = 0; t < kTiles; ++t) {
@@ -359,7 +402,7 @@ inline void outliers_of_output(const LayerView& layer, const Index* columns, con
     for (int j = 0; j < kOutlierLanes; ++j) lanes[t][j] = _mm512_setzero_ps();
   }
   alignas(32) float values[kOutlierLanes];
-  const auto add = [&](int32_t i, int j) {
+  const auto add = [&](int j) {
     const float* line = transposed + static_cast<int64_t>(columns[i + j]) * kRowsAtOnce;
     const __m512 value = _mm512_set1_ps(values[j]);
 #pragma GCC unroll 2
@@ -367,23 +410,23 @@ inline void outliers_of_output(const LayerView& layer, const Index* columns, con
       lanes[t][j] = _mm512_fmadd_ps(value, _mm512_loadu_ps(line + t * kRowsAtOnce * layer.columns), lanes[t][j]);
     }
   };
-  int32_t i = begin;
-  for (; i + kOutlierLanes <= end; i += kOutlierLanes) {
-    _mm256_store_ps(values, outlier_values(layer, i, 0xff));
+  while (kFinite ? i < end && i + kOutlierLanes <= entries : i + kOutlierLanes <= end) {
+    _mm256_store_ps(values, values_before(layer, i, end));
 #pragma GCC unroll 8
-    for (int j = 0; j < kOutlierLanes; ++j) add(i, j);
+    for (int j = 0; j < kOutlierLanes; ++j) add(j);
+    i += kOutlierLanes;
   }
-  const int left = end - i;
-  _mm256_store_ps(values, outlier_values(layer, i, static_cast<__mmask8>((1u << left) - 1u)));
-  switch (left) {
-    case 7: add(i, 6); [[fallthrough]];
-    case 6: add(i, 5); [[fallthrough]];
-    case 5: add(i, 4); [[fallthrough]];
-    case 4: add(i, 3); [[fallthrough]];
-    case 3: add(i, 2); [[fallthrough]];
-    case 2: add(i, 1); [[fallthrough]];
-    case 1: add(i, 0); [[fallthrough]];
-    default: break;
+  if (i < end) {
+    _mm256_store_ps(values, values_before(layer, i, end));
+    switch (end - i) {
+      case 7: add(6); [[fallthrough]];
+      case 6: add(5); [[fallthrough]];
+      case 5: add(4); [[fallthrough]];
+      case 4: add(3); [[fallthrough]];
+      case 3: add(2); [[fallthrough]];
+      case 2: add(1); [[fallthrough]];
+      default: add(0);
+    }
   }
 #pragma GCC unroll 2
   for (int t = 0; t < kTiles; ++t) {
@@ -397,7 +440,7 @@ inline void outliers_of_output(const LayerView& layer, const Index* columns, con
 }
 
 // Rows [m, last) of x, which are rows [lane, ...) of the first of kTiles tiles.
-template <int kTiles, class Index>
+template <bool kFinite, int kTiles, class Index>
 inline void add_outliers_of_tiles(const LayerView& layer, const Index* columns, const Activations& activations, int64_t m,
                                   int64_t last, int64_t n0, int64_t n1, float* sums, int64_t stride) {
   const int64_t tile = m / kRowsAtOnce;
@@ -408,7 +451,7 @@ inline void add_outliers_of_tiles(const LayerView& layer, const Index* columns, 
     for (int i = 0; i < 16; ++i) {
       __m512 result[kTiles];
       for (auto& value : result) value = _mm512_setzero_ps();
-      if (i < count) outliers_of_output<kTiles>(layer, columns, transposed, n + i, result);
+      if (i < count) outliers_of_output<kFinite, kTiles>(layer, columns, transposed, n + i, result);
       for (int t = 0; t < kTiles; ++t) results[t][i] = result[t];
     }
     for (int t = 0; t < kTiles; ++t) {
@@ -432,6 +475,8 @@ inline void add_outliers_with(const LayerView& layer, const Index* columns, cons
   if (activations.transposed && activations.line_rows == 8) {
     return add_outliers_of_lines<8>(layer, columns, activations, m0, m1, n0, n1, sums, stride);
   }
+  // Of two tiles the columns of other outputs take longer than jumps over them.
+  const auto one_tile = activations.quantized ? add_outliers_of_tiles<true, 1, Index> : add_outliers_of_tiles<false, 1, Index>;
   for (int64_t m = m0; m < m1;) {
     float* to = sums + (m - m0) * stride;
     const int64_t next = (m / kRowsAtOnce + 1) * kRowsAtOnce;
@@ -439,11 +484,11 @@ inline void add_outliers_with(const LayerView& layer, const Index* columns, cons
       add_outliers_of_row(layer, columns, activations.scaled + m * activations.stride, n0, n1, to);
       ++m;
     } else if (next >= m1) {
-      add_outliers_of_tiles<1>(layer, columns, activations, m, m1, n0, n1, to, stride);
+      one_tile(layer, columns, activations, m, m1, n0, n1, to, stride);
       m = m1;
     } else {
       const int64_t last = next + kRowsAtOnce < m1 ? next + kRowsAtOnce : m1;
-      add_outliers_of_tiles<2>(layer, columns, activations, m, last, n0, n1, to, stride);
+      add_outliers_of_tiles<false, 2>(layer, columns, activations, m, last, n0, n1, to, stride);
       m = last;
     }
   }

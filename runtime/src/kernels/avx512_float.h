@@ -114,7 +114,12 @@ inline void row_segment(const LayerView& layer, const Segment& segment, const fl
 
 // ---- several rows of x: a panel of kVectors * 16 outputs is decoded and multiplied by tiles of rows
 
-constexpr int kFloatPanelBlocks = 4;
+// Blocks of a panel: of many rows x is larger than a cache, so that many outputs are taken before its next columns; sums are loaded
+// and stored once a panel.
+constexpr int64_t kFewFloatRows = 32;
+constexpr int64_t kFewFloatBlocks = 4;
+constexpr int64_t kManyFloatBlocks = 12;
+constexpr int64_t kWideFloatSums = 128 * 1024;
 
 template <int kWidth, int kVectors, int... kColumn>
 inline void decode_float_block(const uint8_t* table, const uint32_t* codes, int64_t row_stride, const __mmask16 (&masks)[kVectors],
@@ -180,21 +185,18 @@ inline void multiply_float_tile(const float* x, int64_t x_stride, const float* p
 }
 
 template <int kVectors>
-inline void float_panel(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n, int64_t n1,
-                        float* sums, int64_t stride, float* panel) {
-  for (int64_t block = 0; block < layer.blocks; block += kFloatPanelBlocks) {
-    const int64_t blocks = layer.blocks - block < kFloatPanelBlocks ? layer.blocks - block : kFloatPanelBlocks;
-    decode_float_panel<kVectors>(layer, block, blocks, n, n1, panel);
-    int64_t m = m0;
-    const auto tile = [&](auto rows) {
-      constexpr int kRows = decltype(rows)::kValue;
-      multiply_float_tile<kRows, kVectors>(activations.scaled + m * activations.stride + block * kBlock, activations.stride,
-                                           panel, blocks * kBlock, sums + (m - m0) * stride, stride);
-      m += kRows;
-    };
-    while (m1 - m >= 8) tile(Constant<8>{});
-    for_tail<7>(m1 - m, tile);
-  }
+inline void float_panel(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t block, int64_t blocks,
+                        int64_t n, int64_t n1, float* sums, int64_t stride, float* panel) {
+  decode_float_panel<kVectors>(layer, block, blocks, n, n1, panel);
+  int64_t m = m0;
+  const auto tile = [&](auto rows) {
+    constexpr int kRows = decltype(rows)::kValue;
+    multiply_float_tile<kRows, kVectors>(activations.scaled + m * activations.stride + block * kBlock, activations.stride, panel,
+                                         blocks * kBlock, sums + (m - m0) * stride, stride);
+    m += kRows;
+  };
+  while (m1 - m >= 8) tile(Constant<8>{});
+  for_tail<7>(m1 - m, tile);
 }
 
 inline void sums_float(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
@@ -215,12 +217,16 @@ inline void sums_float(const LayerView& layer, const Activations& activations, i
     return;
   }
   float* panel = static_cast<float*>(scratch);
-  for (int64_t n = n0; n < n1; n += 48) {
-    const int64_t left = n1 - n;
-    float* tile = sums + n - n0;
-    if (left > 32) float_panel<3>(layer, activations, m0, m1, n, n1, tile, stride, panel);
-    else if (left > 16) float_panel<2>(layer, activations, m0, m1, n, n1, tile, stride, panel);
-    else float_panel<1>(layer, activations, m0, m1, n, n1, tile, stride, panel);
+  const int64_t depth = m1 - m0 <= kFewFloatRows ? kFewFloatBlocks : kManyFloatBlocks;
+  for (int64_t block = 0; block < layer.blocks; block += depth) {
+    const int64_t blocks = layer.blocks - block < depth ? layer.blocks - block : depth;
+    for (int64_t n = n0; n < n1; n += 48) {
+      const int64_t left = n1 - n;
+      float* tile = sums + n - n0;
+      if (left > 32) float_panel<3>(layer, activations, m0, m1, block, blocks, n, n1, tile, stride, panel);
+      else if (left > 16) float_panel<2>(layer, activations, m0, m1, block, blocks, n, n1, tile, stride, panel);
+      else float_panel<1>(layer, activations, m0, m1, block, blocks, n, n1, tile, stride, panel);
+    }
   }
 }
 

@@ -69,7 +69,7 @@ struct Vnni {
 
 }  // namespace
 
-const Family kAvx512Vnni = {"avx512vnni", supported, {60e9, 250e9}, {60e9, 60e9}, kRowsAtOnce, 1, prepare_row, prepare_tile, transpose,
+const Family kAvx512Vnni = {"avx512vnni", supported, {60e9, 250e9}, {60e9, 60e9}, kRowsAtOnce, 1, kWideFloatSums, prepare_row, prepare_tile, transpose,
                             sums_int8<Vnni>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu};
 
 }  // namespace claq
