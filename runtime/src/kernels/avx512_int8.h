@@ -3,8 +3,8 @@
 //   load_table<kWidth>(table, group), step<kWidth>(words, i), decode<kWidth, second>(words, step, i, entries): centroids of 16
 //     outputs and the four columns of group group_of(i, second), as bytes; `step` is what both groups of a step share;
 //   weights(decoded), activation(four), begin(correction), dot(sum, weights, activation): the arithmetic;
-//   kRowVectors: vectors of outputs side by side for a row alone; kTileRows, kTileVectors: a register tile of the panels;
-//   kShallowRows: up to how many rows panels are shallow (below).
+//   rows_ahead(width): how many rows of code words ahead they are fetched for a few rows of x; kRowVectors: vectors of outputs side by
+//   side for a row alone; kTileRows, kTileVectors: a register tile of the panels; kShallowRows: up to how many rows panels are shallow (below).
 #pragma once
 
 #include "avx512_common.h"
@@ -13,9 +13,6 @@ namespace claq {
 namespace {
 
 inline __m512i broadcast_four(const int8_t* values) { return _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(values)); }
-
-// How many blocks ahead code words are fetched.
-constexpr int kBlocksAhead = 2;
 
 // The groups that come out of `words` at step i of 0..3.
 template <int kWidth>
@@ -137,7 +134,7 @@ void stream_segment(const LayerView& layer, const Segment& segment, const Packed
     const float* scale = place.scale + block * kRows;
     const int32_t* correction = place.correction + block * kRows;
     const uint32_t* codes = layer.codes + (segment.first_row + b * kWidth) * row_stride;
-    const uint32_t* later = layer.fetch_ahead ? codes + kBlocksAhead * kWidth * row_stride : codes;
+    const uint32_t* later = layer.fetch_ahead ? codes + Isa::rows_ahead(kWidth) * row_stride : codes;
     int64_t n = n0;
     for (; n + 16 * kVectors <= n1; n += 16 * kVectors) {
       stream_step<Isa, kWidth, kRows, kVectors, false>(codes + n, row_stride, 0xffff, later + n, operands, scale, correction,
