@@ -148,6 +148,9 @@ inline F32 mm512_mask_i32gather_ps(const F32& old, __mmask16 m, const Int& index
 inline __m256 mm256_mmask_i32gather_ps(__m256 old, __mmask8 m, __m256i index, const float* p, int scale) { float result[8]; int32_t at[8]; std::memcpy(result, &old, sizeof old); std::memcpy(at, &index, sizeof index);
   for (int i = 0; i < 8; ++i) if (m >> i & 1) std::memcpy(&result[i], reinterpret_cast<const char*>(p) + static_cast<int64_t>(at[i]) * scale, sizeof(float));
   return part_of<__m256>(result, 0); }
+inline __m256 mm256_maskz_mov_ps(__mmask8 m, __m256 v) { float result[8]; std::memcpy(result, &v, sizeof v);
+  for (int i = 0; i < 8; ++i) if (!(m >> i & 1)) result[i] = 0;
+  return part_of<__m256>(result, 0); }
 inline void mm256_i32scatter_epi32(void* p, __m256i index, __m256i v, int scale) { int32_t at[8], from[8]; std::memcpy(at, &index, sizeof index); std::memcpy(from, &v, sizeof v);
   for (int i = 0; i < 8; ++i) std::memcpy(static_cast<char*>(p) + static_cast<int64_t>(at[i]) * scale, &from[i], sizeof(int32_t)); }
 inline F32 mm512_add_ps(const F32& a, const F32& b) {
@@ -405,6 +408,8 @@ inline int32_t mm512_reduce_add_epi32(const Int& a) {
 #define _mm512_mask_i32gather_ps emulated::mm512_mask_i32gather_ps
 #undef _mm256_mmask_i32gather_ps
 #define _mm256_mmask_i32gather_ps emulated::mm256_mmask_i32gather_ps
+#undef _mm256_maskz_mov_ps
+#define _mm256_maskz_mov_ps emulated::mm256_maskz_mov_ps
 #undef _mm256_i32scatter_epi32
 #define _mm256_i32scatter_epi32 emulated::mm256_i32scatter_epi32
 #undef _mm512_add_ps
