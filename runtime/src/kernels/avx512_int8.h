@@ -3,8 +3,8 @@
 //   load_table<kWidth>(table, group), step<kWidth>(words, i), decode<kWidth, second>(words, step, i, entries): centroids of 16
 //     outputs and the four columns of group group_of(i, second), as bytes; `step` is what both groups of a step share;
 //   weights(decoded), activation(four), begin(correction), dot(sum, weights, activation): the arithmetic;
-//   rows_ahead(width): how many rows of code words ahead they are fetched for a few rows of x; kRowVectors: vectors of outputs side by
-//   side for a row alone; kTileRows, kTileVectors: a register tile of the panels; kShallowRows: up to how many rows panels are shallow (below).
+//   rows_ahead(width): how many rows of code words ahead they are fetched for a few rows of x; kRowVectors, few_rows_vectors(width):
+//   vectors of outputs side by side for a row alone and for two to four; kTileRows, kTileVectors: a register tile of the panels; kShallowRows: up to how many rows panels are shallow (below).
 #pragma once
 
 #include "avx512_common.h"
@@ -119,13 +119,13 @@ CLAQ_INLINE void stream_step(const uint32_t* codes, int64_t row_stride, __mmask1
   add_block<kRows, kVectors>(dot, scale, sums, stride);
 }
 
-template <class Isa, int kRows>
-constexpr int kStreamVectors = kRows == 1 ? Isa::kRowVectors : kRows <= 4 ? 4 : 2;
+template <class Isa, int kWidth, int kRows>
+constexpr int kStreamVectors = kRows == 1 ? Isa::kRowVectors : kRows <= 4 ? Isa::few_rows_vectors(kWidth) : 2;
 
 template <class Isa, int kWidth, int kRows>
 void stream_segment(const LayerView& layer, const Segment& segment, const PackedPlace& place, int64_t n0, int64_t n1, float* sums,
                     int64_t stride) {
-  constexpr int kVectors = kStreamVectors<Isa, kRows>;
+  constexpr int kVectors = kStreamVectors<Isa, kWidth, kRows>;
   const int64_t row_stride = layer.out_features;
   for (int64_t b = 0; b < segment.blocks; ++b) {
     const int64_t block = segment.first_block + b;

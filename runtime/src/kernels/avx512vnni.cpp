@@ -18,6 +18,7 @@ struct Vnni {
   using Weights = __m512i;  // centroids + 128, hence the correction that a sum begins with
   using Activation = __m512i;
   static constexpr int rows_ahead(int width) { return 2 * width; }
+  static constexpr int few_rows_vectors(int) { return 4; }
   static constexpr int kRowVectors = 1, kTileRows = 4, kTileVectors = 3, kShallowRows = 0;
 
   static __m512i begin(int32_t correction) { return _mm512_set1_epi32(correction); }
