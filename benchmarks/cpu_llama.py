@@ -1,6 +1,6 @@
 """ClaqMatMul against ggml's (llama.cpp's) matrix product with Q4_K and Q2_K weights, same shapes, interleaved in one run.
 
-    python benchmarks/cpu_llama.py --ggml BUILD       # folder with libggml-base.so and libggml-cpu.so
+    python benchmarks/cpu_llama.py --ggml BUILD       # folder with libggml-base.so and libggml-cpu.so; writes cpu_llama_KERNEL.md
     # where that comes from: pip download llama-cpp-python --no-deps --no-binary :all:, unpack, and in vendor/llama.cpp/ggml
     # cmake -B BUILD -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DGGML_OPENMP=OFF && cmake --build BUILD --target ggml
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from cpu_matmul import ROWS, SHAPES, build_session, cpu_name
+from cpu_matmul import ROWS, SHAPES, build_session, cpu_name, kernel_name
 
 import claq_runtime
 
@@ -156,9 +156,9 @@ def report(document: dict) -> str:
         "# ClaqMatMul and ggml (llama.cpp)",
         "",
         f"Written by `benchmarks/cpu_llama.py` on {document['date']}: {document['cpu']}, load average "
-        f"{document['load']:.1f} at the start, one thread, claq-runtime {document['claq_runtime']} (int8), "
-        f"{document['ggml']}. Time of ClaqMatMul divided by ggml's; below 1 claq is faster. "
-        "Shapes whose in_features are no multiple of 256 do not exist as K-quants.",
+        f"{document['load']:.1f} at the start, one thread, claq-runtime {document['claq_runtime']} "
+        f"(int8, kernels {document['kernel']}), {document['ggml']}. Time of ClaqMatMul divided by ggml's; below 1 claq is "
+        "faster. Shapes whose in_features are no multiple of 256 do not exist as K-quants.",
     ]
     for bits, (name, _) in TYPES.items():
         lines += ["", f"## {bits} bits against {name}", ""]
@@ -189,6 +189,7 @@ def main() -> None:
         "cpu": cpu_name(),
         "load": os.getloadavg()[0],
         "claq_runtime": claq_runtime.__version__,
+        "kernel": kernel_name(),
         "ggml": arguments.name,
         "rows": [int(m) for m in arguments.rows.split(",")],
         "results": [],
@@ -198,8 +199,8 @@ def main() -> None:
         if arguments.out != "-":
             folder = Path(arguments.out)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "cpu_llama.json").write_text(json.dumps(document, indent=1) + "\n")
-            (folder / "cpu_llama.md").write_text(report(document))
+            (folder / f"cpu_llama_{kernel_name()}.json").write_text(json.dumps(document, indent=1) + "\n")
+            (folder / f"cpu_llama_{kernel_name()}.md").write_text(report(document))
 
 
 if __name__ == "__main__":

@@ -168,6 +168,11 @@ def copy_bandwidth(threads: int) -> float:
     return best
 
 
+def kernel_name() -> str:
+    """The family of kernels that is measured; reports of different machines are told apart by it."""
+    return os.environ.get("CLAQ_KERNEL") or claq_runtime.kernels()[0]
+
+
 def cpu_name() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):
@@ -330,7 +335,7 @@ def main() -> None:
         "load": os.getloadavg()[0],
         "onnxruntime": onnxruntime.__version__,
         "claq_runtime": claq_runtime.__version__,
-        "kernel": os.environ.get("CLAQ_KERNEL") or claq_runtime.kernels()[0],
+        "kernel": kernel_name(),
         "rows": rows,
         "threads": threads,
         "copy_bandwidth": {str(t): bandwidth[t] for t in threads},
