@@ -31,11 +31,12 @@ struct Family {
   // are quantized to zeros.
   bool (*prepare_row)(const LayerView& layer, const float* x, Activations& activations, int64_t row, bool quantize);
 
-  // The same for rows [first, first + tile_rows) of int8 arithmetic, or to the last row if that is nearer: fills the int8 parts
-  // and `transposed` (if not null). `first` is a multiple of tile_rows, `x` points to each row, `features` is room for
-  // [in_features][tile_rows], and `exact[i]` is set to 1 for a row that needs float32 arithmetic, else to 0. Null: the family does without.
-  void (*prepare_tile)(const LayerView& layer, const float* const* x, Activations& activations, int64_t first, float* features,
-                       uint8_t* exact);
+  // The same for rows [first, first + tile_rows) of int8 arithmetic, or to the last row if that is nearer, and blocks [first_block,
+  // last_block) of the columns (all, unless the layer's order is the identity): fills the int8 parts and `transposed` (if not null).
+  // `first` is a multiple of tile_rows, `x` points to each row, `features` is room for [in_features][tile_rows], and `exact[i]` is set
+  // to 1 for a row that needs float32 arithmetic because of these blocks, else to 0. Null: the family does without.
+  void (*prepare_tile)(const LayerView& layer, const float* const* x, Activations& activations, int64_t first, int64_t first_block,
+                       int64_t last_block, float* features, uint8_t* exact);
 
   // Fills tile `tile` of `activations.transposed` from `scaled`; null: the family does without.
   void (*transpose)(const LayerView& layer, Activations& activations, int64_t tile);

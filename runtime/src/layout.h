@@ -30,6 +30,11 @@ constexpr int column_of_position(int width, int position) {
   return width == 4 ? 8 * (group / 2) + 2 * byte + group % 2 : 16 * (group / 4) + 4 * byte + group % 4;
 }
 
+// A range of input features or of blocks.
+struct Range {
+  int64_t begin, end;
+};
+
 // One bit-width's run of blocks.
 struct Segment {
   int width;
@@ -62,6 +67,18 @@ struct LayerView {
   bool lowest_centroid;  // some centroid is -128, which has no negative in a byte
   bool fetch_ahead;      // the codes are not in a cache; see run.cpp
 };
+
+// The features that prepare_tile needs for blocks [first_block, last_block).
+static inline Range features_of(const LayerView& layer, int64_t first_block, int64_t last_block) {
+  if (!layer.identity_order) return {0, layer.in_features};
+  const int64_t end = last_block * kBlock;
+  return {first_block * kBlock, end < layer.in_features ? end : layer.in_features};
+}
+
+static inline Range overlap(const Segment& segment, int64_t first_block, int64_t last_block) {
+  const int64_t end = segment.first_block + segment.blocks;
+  return {segment.first_block > first_block ? segment.first_block : first_block, end < last_block ? end : last_block};
+}
 
 // A chunk of rows of x, gathered into stored order and scaled, and for int8 arithmetic quantized a block at a time.
 // Parts that a run does not need are null.

@@ -92,25 +92,36 @@ void for_each_row(const Call& call, const Host& host, int64_t rows, Body body) {
 // Rows from which on int8 activations are made by tiles of rows.
 constexpr int64_t kFewestTiledRows = 4;
 
-// The same for int8 by tiles of rows, and `transposed` if it is not null.
+// The same for int8 by tiles of rows, and `transposed` if it is not null. Where there are more threads than tiles, each tile's columns
+// are shared out; `exact` has room for kMostColumnParts numbers a row.
+constexpr int64_t kMostColumnParts = 8;
+constexpr int64_t kFewestPartBlocks = 4;
+
 void prepare_tiles(const Call& call, const Host& host, Activations& activations, uint8_t* exact) {
-  const int64_t length = call.layer.in_features, rows = activations.rows, tile_rows = call.family.tile_rows;
+  const LayerView& layer = call.layer;
+  const int64_t length = layer.in_features, rows = activations.rows, tile_rows = call.family.tile_rows;
   const int64_t tiles = (rows + tile_rows - 1) / tile_rows;
-  const int64_t tasks = task_count(host, static_cast<double>(rows * call.layer.columns) / kActivationsPerSecond, tiles);
+  const int64_t most_parts = layer.identity_order ? std::clamp<int64_t>(layer.blocks / kFewestPartBlocks, 1, kMostColumnParts) : 1;
+  const int64_t tasks = task_count(host, static_cast<double>(rows * layer.columns) / kActivationsPerSecond, tiles * most_parts);
+  const int64_t parts = std::min(most_parts, (tasks + tiles - 1) / tiles), units = tiles * parts;
   for_each(host, tasks, [&](int64_t task) {
     const size_t tile_bytes = Workspace::bytes_for<float>(tile_rows * length);
     Workspace workspace(tile_bytes + (call.dtype == CLAQ_FLOAT32 ? 0 : tile_bytes));
     float* features = workspace.take<float>(tile_rows * length);
     float* buffer = call.dtype == CLAQ_FLOAT32 ? nullptr : workspace.take<float>(tile_rows * length);
-    for (int64_t tile = tiles * task / tasks; tile < tiles * (task + 1) / tasks; ++tile) {
+    for (int64_t unit = units * task / tasks; unit < units * (task + 1) / tasks; ++unit) {
       const float* x[kMostTileRows];
-      const int64_t first = tile * tile_rows, count = std::min(tile_rows, rows - first);
+      const int64_t part = unit % parts, first = unit / parts * tile_rows, count = std::min(tile_rows, rows - first);
       for (int64_t i = 0; i < count; ++i) {
         x[i] = load_row(call.family, call.dtype, call.x, call.first_row + first + i, length, buffer ? buffer + i * length : nullptr);
       }
-      call.family.prepare_tile(call.layer, x, activations, first, features, exact + first);
+      call.family.prepare_tile(layer, x, activations, first, layer.blocks * part / parts, layer.blocks * (part + 1) / parts, features,
+                               exact + part * rows + first);
     }
   });
+  for (int64_t part = 1; part < parts; ++part) {
+    for (int64_t m = 0; m < rows; ++m) exact[m] |= exact[part * rows + m];
+  }
 }
 
 void transpose(const Call& call, const Host& host, Activations& activations) {
@@ -213,13 +224,13 @@ void run(const claq_layer& handle, claq_dtype dtype, int32_t accuracy_level, con
   const int64_t transposed_elements = transposes ? transposed_rows * layer.columns : 0;
   Workspace workspace(Workspace::bytes_for<float>(scaled_elements) + Workspace::bytes_for<float>(transposed_elements) +
                       Workspace::bytes_for<int8_t>(quantized_elements) + Workspace::bytes_for<float>(block_elements) +
-                      Workspace::bytes_for<int32_t>(block_elements) + Workspace::bytes_for<uint8_t>(chunk));
+                      Workspace::bytes_for<int32_t>(block_elements) + Workspace::bytes_for<uint8_t>(chunk * kMostColumnParts));
   float* scaled = workspace.take<float>(scaled_elements);
   float* transposed = workspace.take<float>(transposed_elements);
   activations.quantized = workspace.take<int8_t>(quantized_elements);
   activations.block_scale = workspace.take<float>(block_elements);
   activations.block_correction = workspace.take<int32_t>(block_elements);
-  uint8_t* exact = workspace.take<uint8_t>(chunk);
+  uint8_t* exact = workspace.take<uint8_t>(chunk * kMostColumnParts);
 
   const double weights = static_cast<double>(layer.columns) * static_cast<double>(layer.out_features);
   const Speed& speed = call.int8 ? call.family.int8 : call.family.float32;

@@ -187,6 +187,23 @@ def test_one_row_left_over_by_tiles_and_by_chunks(family, rows):
     np.testing.assert_array_equal(NativeLayer(layer, family).run(x, accuracy_level=4), expected)
 
 
+@pytest.mark.parametrize("family", FAST)
+@pytest.mark.parametrize("rows", [4, 12, 20])
+@pytest.mark.parametrize("outliers", [0.0, 0.01])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_threads_share_out_the_columns_of_a_few_rows(family, rows, outliers, dtype):
+    """With one thread a row's int8 form is made at once, with more in parts; special values may be in any of them."""
+    layer = make_layer(40, 12_010, {4: 6016, 3: 4000, 2: 2016}, outliers=outliers)
+    x = activations(rows, layer, 1).astype(dtype)
+    native = NativeLayer(layer, family)
+    np.testing.assert_array_equal(native.run(x, accuracy_level=4, threads=4), native.run(x, accuracy_level=4))
+    x[1, 5], x[2, 12_009] = np.inf, np.nan
+    y, alone = native.run(x, accuracy_level=4, threads=4), native.run(x, accuracy_level=4)
+    np.testing.assert_array_equal(y, alone)
+    assert not np.isfinite(y[1:3]).any()
+    assert np.isfinite(y[3:]).all()
+
+
 def test_environment_chooses_the_family(monkeypatch):
     layer = make_layer(10, 32)
     assert NativeLayer(layer).kernel == FAMILIES[0]

@@ -185,12 +185,13 @@ CLAQ_INLINE __m256i step_lanes(const __m256i (&rounded)[4], int step_of_group) {
 }
 
 // Lanes are rows of x here: gathering is loading lines of the transposed rows, and nothing is summed across lanes.
-inline void prepare_tile(const LayerView& layer, const float* const* x, Activations& activations, int64_t first, float* features,
-                         uint8_t* exact) {
+inline void prepare_tile(const LayerView& layer, const float* const* x, Activations& activations, int64_t first, int64_t first_block,
+                         int64_t last_block, float* features, uint8_t* exact) {
   const int64_t left = activations.rows - first;
   const int count = left < kRowsAtOnce ? static_cast<int>(left) : kRowsAtOnce;
-  for (int64_t k = 0; k < layer.in_features; k += 8) {
-    const int64_t present = layer.in_features - k;
+  const Range needed = features_of(layer, first_block, last_block);
+  for (int64_t k = needed.begin; k < needed.end; k += 8) {
+    const int64_t present = needed.end - k;
     __m256 lines[8];
     for (int i = 0; i < 8; ++i) {
       lines[i] = i >= count ? _mm256_setzero_ps()
@@ -213,7 +214,8 @@ inline void prepare_tile(const LayerView& layer, const float* const* x, Activati
   alignas(32) float block[kBlock][kRowsAtOnce];
   for (int s = 0; s < layer.segment_count; ++s) {
     const Segment& segment = layer.segments[s];
-    for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+    const Range blocks = overlap(segment, first_block, last_block);
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
       __m256i bits = _mm256_setzero_si256();
       for (int i = 0; i < kBlock; ++i) {
         const int64_t p = b * kBlock + i;

@@ -161,16 +161,17 @@ inline void transpose(const LayerView& layer, Activations& activations, int64_t 
 inline __m512i select_bits(int32_t mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi32(_mm512_set1_epi32(mask), a, b, 0xca); }
 
 // Lanes are rows of x here: gathering is loading lines of the transposed rows, and nothing is summed across lanes.
-inline void prepare_tile(const LayerView& layer, const float* const* x, Activations& activations, int64_t first, float* features,
-                         uint8_t* exact) {
+inline void prepare_tile(const LayerView& layer, const float* const* x, Activations& activations, int64_t first, int64_t first_block,
+                         int64_t last_block, float* features, uint8_t* exact) {
   const int64_t left = activations.rows - first;
   const int count = left < kRowsAtOnce ? static_cast<int>(left) : static_cast<int>(kRowsAtOnce);
-  for (int64_t k = 0; k < layer.in_features; k += 16) {
-    const __mmask16 present = first_lanes(layer.in_features - k);
+  const Range needed = features_of(layer, first_block, last_block);
+  for (int64_t k = needed.begin; k < needed.end; k += 16) {
+    const __mmask16 present = first_lanes(needed.end - k);
     __m512 lines[16];
     for (int i = 0; i < 16; ++i) lines[i] = i < count ? _mm512_maskz_loadu_ps(present, x[i] + k) : _mm512_setzero_ps();
     transpose_16x16(lines);
-    for (int i = 0; i < 16 && k + i < layer.in_features; ++i) _mm512_store_ps(features + (k + i) * kRowsAtOnce, lines[i]);
+    for (int i = 0; i < 16 && k + i < needed.end; ++i) _mm512_store_ps(features + (k + i) * kRowsAtOnce, lines[i]);
   }
   // Two packed tiles; without rows for a second one nothing is stored there, and it must only not be a null pointer.
   const PackedPlace place = packed_place(layer, activations, first);
@@ -183,7 +184,8 @@ inline void prepare_tile(const LayerView& layer, const float* const* x, Activati
   alignas(64) float block[kBlock][kRowsAtOnce];
   for (int s = 0; s < layer.segment_count; ++s) {
     const Segment& segment = layer.segments[s];
-    for (int64_t b = segment.first_block; b < segment.first_block + segment.blocks; ++b) {
+    const Range blocks = overlap(segment, first_block, last_block);
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
       __m512i bits = _mm512_setzero_si512();
       for (int i = 0; i < kBlock; ++i) {
         const int64_t p = b * kBlock + i;
