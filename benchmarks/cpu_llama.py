@@ -199,8 +199,8 @@ def main() -> None:
         if arguments.out != "-":
             folder = Path(arguments.out)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"cpu_llama_{kernel_name()}.json").write_text(json.dumps(document, indent=1) + "\n")
-            (folder / f"cpu_llama_{kernel_name()}.md").write_text(report(document))
+            (folder / f"cpu_llama_{document['kernel']}.json").write_text(json.dumps(document, indent=1) + "\n")
+            (folder / f"cpu_llama_{document['kernel']}.md").write_text(report(document))
 
 
 if __name__ == "__main__":

@@ -112,11 +112,13 @@ void prepare_tiles(const Call& call, const Host& host, Activations& activations,
     for (int64_t unit = units * task / tasks; unit < units * (task + 1) / tasks; ++unit) {
       const float* x[kMostTileRows];
       const int64_t part = unit % parts, first = unit / parts * tile_rows, count = std::min(tile_rows, rows - first);
+      const Range blocks{layer.blocks * part / parts, layer.blocks * (part + 1) / parts};
+      const Range needed = features_of(layer, blocks.begin, blocks.end);
       for (int64_t i = 0; i < count; ++i) {
-        x[i] = load_row(call.family, call.dtype, call.x, call.first_row + first + i, length, buffer ? buffer + i * length : nullptr);
+        x[i] = load_row(call.family, call.dtype, call.x, call.first_row + first + i, length, needed,
+                        buffer ? buffer + i * length : nullptr);
       }
-      call.family.prepare_tile(layer, x, activations, first, layer.blocks * part / parts, layer.blocks * (part + 1) / parts, features,
-                               exact + part * rows + first);
+      call.family.prepare_tile(layer, x, activations, first, blocks.begin, blocks.end, features, exact + part * rows + first);
     }
   });
   for (int64_t part = 1; part < parts; ++part) {

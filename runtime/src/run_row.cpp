@@ -31,10 +31,11 @@ Slice slice(const Family& family, const LayerView& whole, const Activations& act
   layer.segment_count = 0;
   for (int s = 0; s < whole.segment_count; ++s) {
     const Segment& segment = whole.segments[s];
-    const int64_t from = std::max(first, segment.first_block), to = std::min(first + count, segment.first_block + segment.blocks);
-    if (from >= to) continue;
-    const int64_t skipped = from - segment.first_block;
-    layer.segments[layer.segment_count++] = {segment.width, from - first, to - from, segment.first_row + skipped * segment.width,
+    const Range blocks = overlap(segment, first, first + count);
+    if (blocks.begin >= blocks.end) continue;
+    const int64_t skipped = blocks.begin - segment.first_block;
+    layer.segments[layer.segment_count++] = {segment.width, blocks.begin - first, blocks.end - blocks.begin,
+                                             segment.first_row + skipped * segment.width,
                                              segment.table_offset + ((skipped * kBlock) << segment.width)};
   }
   const int64_t column = first * kBlock;

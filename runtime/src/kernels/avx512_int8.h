@@ -4,7 +4,8 @@
 //     outputs and the four columns of group group_of(i, second), as bytes; `step` is what both groups of a step share;
 //   weights(decoded), activation(four), begin(correction), dot(sum, weights, activation): the arithmetic;
 //   rows_ahead(width): how many rows of code words ahead they are fetched for a few rows of x; kRowVectors, few_rows_vectors(width):
-//   vectors of outputs side by side for a row alone and for two to four; kTileRows, kTileVectors: a register tile of the panels; kShallowRows: up to how many rows panels are shallow (below).
+//     vectors of outputs side by side for a row alone and for two to four;
+//   kTileRows, kTileVectors: a register tile of the panels; kShallowRows: up to how many rows panels are shallow (below).
 #pragma once
 
 #include "avx512_common.h"
