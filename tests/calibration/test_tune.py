@@ -135,13 +135,15 @@ def test_a_trained_model_comes_closer_to_the_original() -> None:
 
     model = open_model(str(STORIES), causal=True)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.full((12, 1), 1)
+    # 32 texts, of which 4 are held out: which tokens are drawn hangs on the last bits of the logits, that is on the
+    # processor, and one held-out text alone may well get worse.
+    tokens = torch.full((32, 1), 1)
     for _ in range(39):
         likely = model.logits(tokens)[:, -1].softmax(-1)
         tokens = torch.cat([tokens, torch.multinomial(likely, 1, generator=generator)], 1)
     captured, _ = capture(STORIES, task="text-generation")
     batches = [captured.inputs_from_tokens(row[None]) for row in tokens]
-    config = Config(bits=2, calibration=batches, samples=12)
+    config = Config(bits=2, calibration=batches, samples=32)
     compilation = Compilation(captured, config, ProgressReporter(quiet=True))
     compilation.quantize_sites()
     result = compilation.tune(settings=TuneSettings(steps=20, check=10, samples=2, rate=5e-3))
