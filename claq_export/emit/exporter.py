@@ -27,6 +27,7 @@ from claq_export.deferred import is_deferred
 from claq_export.errors import CaptureError
 from claq_export.format.files import check_target
 
+from .activations import activation_translations
 from .decoder import decoder_translations, settle_decoder
 from .function import DOMAIN, OPSET, functions_of
 from .translation import translation_table
@@ -208,7 +209,7 @@ def _translate(program: torch.export.ExportedProgram) -> ir.Model:
             program,
             dynamo=True,
             opset_version=OPSET,
-            custom_translation_table=translation_table() | decoder_translations(),
+            custom_translation_table=translation_table() | decoder_translations() | activation_translations(),
             optimize=False,
             verbose=False,
         )
