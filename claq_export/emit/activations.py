@@ -28,7 +28,7 @@ def _translate_gelu(x: Any, approximate: str = "none") -> Any:
     return op.Mul(op.Mul(x, _constant(0.5, x)), raised)
 
 
-def _constant(value: float, x: Any) -> ir.Tensor:
+def _constant(value: float, x: Any) -> ir.TensorProtocol:
     return ir.tensor(value, dtype=x.dtype)
 
 
