@@ -37,9 +37,10 @@ struct ShuffleDecoder {
       Step<kWidth> result;
       for (int h = 0; h < 2; ++h) {
         const __m512i bytes = _mm512_shuffle_epi8(words[2], spread[h]);
-        // Four bits a byte, one for each i: bytes 0 and 2 have theirs in the low half, 1 and 3 in the high half.
-        const __m512i even = _mm512_srli_epi16(_mm512_slli_epi16(bytes, 2), i), odd = _mm512_srli_epi16(bytes, 2 + i);
-        result.at_bit_2[h] = _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaau, even, odd);
+        // Four bits a byte, one for each i: bytes 0 and 2 have theirs in the low half, 1 and 3 in the high half. All but the
+        // last shift is the same for every i.
+        const __m512i aligned = _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaau, _mm512_slli_epi16(bytes, 2), _mm512_srli_epi16(bytes, 2));
+        result.at_bit_2[h] = _mm512_srli_epi16(aligned, i);
       }
       return result;
     }
@@ -61,9 +62,8 @@ struct ShuffleDecoder {
         const __m512i index = _mm512_ternarylogic_epi32(low, _mm512_set1_epi8(3), _mm512_set1_epi32(0x0c080400), 0xea);
         return _mm512_shuffle_epi8(entries(table, 0), index);
       } else {
-        const __m512i third = _mm512_and_si512(step.at_bit_2[kSecond], _mm512_set1_epi8(4));
-        const __m512i code = _mm512_ternarylogic_epi32(low, _mm512_set1_epi8(3), third, 0xea);
-        const __m512i index = _mm512_or_si512(code, _mm512_set1_epi32(0x08000800));
+        const __m512i codes = _mm512_ternarylogic_epi32(_mm512_set1_epi8(3), low, step.at_bit_2[kSecond], 0xca);
+        const __m512i index = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi8(7), _mm512_set1_epi32(0x08000800), 0xea);
         return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(entries(table, 0), index), 0xccccccccccccccccu, entries(table, 1),
                                         index);
       }
