@@ -43,7 +43,7 @@ from .file_graph import lower_file_graph, plan_file_graph, release_weights, shar
 from .format import metadata
 from .format.checkpoint import quantized_stacks, save_checkpoint
 from .format.files import check_writable
-from .passes import Pass, PassContext, Pipeline, Plan, RemoveUnused, ReplaceLinears, planning_pipeline
+from .passes import FuseEpilogues, Pass, PassContext, Pipeline, Plan, RemoveUnused, ReplaceLinears, planning_pipeline
 from .passes.select_linears import layer_name
 from .preflight import Preflight, predict_resources
 from .process_memory import collect_garbage
@@ -354,9 +354,11 @@ class Compilation:
 
     def _lower(self) -> None:
         layers = {name: done.layer for name, done in self.sites.items()}
-        lowering: list[Pass] = [ReplaceLinears(layers, self.config.accuracy_level), RemoveUnused()]
+        lowering: list[Pass] = [ReplaceLinears(layers, self.config.accuracy_level)]
+        if self._file_plan is None:  # this graph goes into the file
+            lowering.append(FuseEpilogues())
         assert self._context is not None
-        Pipeline(lowering).run(self.captured.graph_module, self._context)
+        Pipeline([*lowering, RemoveUnused()]).run(self.captured.graph_module, self._context)
         if self._file_plan is not None:
             assert self.captured.file_graph is not None
             lower_file_graph(self.captured.file_graph, self._file_plan, layers, self.config.accuracy_level)

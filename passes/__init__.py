@@ -10,6 +10,7 @@ from .base import ContractError, Pass, PassContext, PassResult
 from .canonicalize_linears import CanonicalizeLinears
 from .fuse_attention import FuseAttention
 from .fuse_epilogues import FuseEpilogues
+from .fuse_gelu import FuseGelu
 from .fuse_rms_norm import FuseRmsNorm
 from .fuse_rotary import FuseRotary
 from .fuse_siblings import FuseSiblings
@@ -27,6 +28,7 @@ __all__ = [
     "ContractError",
     "FuseAttention",
     "FuseEpilogues",
+    "FuseGelu",
     "FuseRmsNorm",
     "FuseRotary",
     "FuseSiblings",
@@ -68,6 +70,7 @@ def planning_pipeline(
     """The passes from a captured graph to a plan in the context; arguments as :class:`SelectLinears`'s."""
     passes: list[Pass] = [
         RemoveNoops(),
+        FuseGelu(),
         CanonicalizeLinears(),
         RemoveUnused(),
         SelectLinears(include, exclude, predicted_bytes, embeddings=embeddings, heads=heads, weight_bytes=weight_bytes),

@@ -27,9 +27,10 @@ from claq_export.deferred import is_deferred
 from claq_export.errors import CaptureError
 from claq_export.format.files import check_target
 
-from .activations import activation_translations
 from .decoder import decoder_translations, settle_decoder
 from .function import DOMAIN, OPSET, functions_of
+from .fused_forms import fused_forms
+from .shapes import settle_reshapes
 from .translation import translation_table
 from .writer import write_model
 
@@ -209,7 +210,7 @@ def _translate(program: torch.export.ExportedProgram) -> ir.Model:
             program,
             dynamo=True,
             opset_version=OPSET,
-            custom_translation_table=translation_table() | decoder_translations() | activation_translations(),
+            custom_translation_table=translation_table() | decoder_translations() | fused_forms(),
             optimize=False,
             verbose=False,
         )
@@ -230,6 +231,7 @@ def _reason(error: BaseException) -> str:
 def _tidy(model: ir.Model) -> None:
     """Fold small constants, apply the exporter's standard rewrites, and drop what only the exporter needs."""
     common_passes.InlinePass()(model)
+    settle_reshapes(model)
     _name_transposed_weights(model)
     onnxscript.optimizer.fold_constants(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
     onnxscript.rewriter.rewrite(model)
