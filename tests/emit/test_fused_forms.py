@@ -56,9 +56,6 @@ def test_gelu_is_one_operator(approximate: str, tmp_path: Path) -> None:
     assert optimized(emit_gelu(approximate, tmp_path)) == Counter({FORMS[approximate]: 1, "Add": 1})
 
 
-@pytest.mark.parametrize(
-    "level", [ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL]
-)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("approximate", FORMS)
 def test_values_of_gelu(approximate: str, dtype: torch.dtype, bound: float, tmp_path: Path) -> None:

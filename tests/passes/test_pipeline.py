@@ -13,6 +13,7 @@ from claq_export.capture import capture_module
 from claq_export.passes import (
     CanonicalizeLinears,
     ContractError,
+    FuseGelu,
     FuseSiblings,
     Pass,
     PassContext,
@@ -47,6 +48,7 @@ def test_order_is_readable():
     lines = str(planning_pipeline()).splitlines()
     assert [line.split(":")[0].split(". ")[1] for line in lines] == [
         "remove_noops",
+        "fuse_gelu",
         "canonicalize_linears",
         "remove_unused",
         "select_linears",
@@ -56,7 +58,7 @@ def test_order_is_readable():
 
 
 @pytest.mark.parametrize(
-    "kind", [RemoveNoops, CanonicalizeLinears, RemoveUnused, SelectLinears, FuseSiblings, ReplaceLinears]
+    "kind", [RemoveNoops, FuseGelu, CanonicalizeLinears, RemoveUnused, SelectLinears, FuseSiblings, ReplaceLinears]
 )
 def test_every_pass_says_what_it_does(kind):
     assert kind.name.islower()
@@ -68,7 +70,7 @@ def test_records_log_and_dumps(captured, tmp_path, caplog):
     with caplog.at_level(logging.DEBUG, logger="claq_export.passes.pipeline"):
         records = planning_pipeline(dump_dir=tmp_path / "dump").run(captured.graph_module, PassContext())
     names = [record.name for record in records]
-    assert [record.modified for record in records] == [False, True, False, False, True]
+    assert [record.modified for record in records] == [False, False, True, False, False, True]
     assert records[-1].nodes_after == len(captured.graph_module.graph.nodes)
     assert all(after.nodes_before == before.nodes_after for before, after in itertools.pairwise(records))
     assert any("a + b -> a+b" in note for note in records[-1].notes)
