@@ -20,6 +20,7 @@ struct Kernel {
   Outputs outputs;
   float epsilon;
   std::array<int64_t, 2> heads;
+  const void* norm_weight;
 };
 
 // What the node says, unless the environment variable CLAQ_ACCURACY says otherwise for the whole process.
@@ -46,10 +47,13 @@ std::unique_ptr<Kernel> create(const Api& api, const OrtKernelInfo* info, Operat
   NodeLayer node;
   read_layer(api, info, kind, node);
   const bool gathers = kind == Operator::kGather;
-  auto kernel = std::make_unique<Kernel>(Kernel{api, kind, nullptr, gathers ? 0 : accuracy_level(api, info), {}, 0, {}});
+  auto kernel = std::make_unique<Kernel>(Kernel{api, kind, nullptr, gathers ? 0 : accuracy_level(api, info), {}, 0, {}, nullptr});
   kernel->layer = make_layer(node.desc);
   if (!gathers) kernel->outputs = read_outputs(api, info, kind, kernel->layer->view.out_features);
-  if (kind == Operator::kMatMulAddNorm) kernel->epsilon = read_epsilon(api, info);
+  if (kind == Operator::kMatMulAddNorm) {
+    kernel->epsilon = read_epsilon(api, info);
+    kernel->norm_weight = constant_norm_weight(api, info, kernel->outputs[0]);
+  }
   if (kind == Operator::kMatMulRotary) kernel->heads = read_heads(api, info, kernel->outputs);
   return kernel;
 }
@@ -70,7 +74,8 @@ struct SessionThreads {
 
 void multiply(const Kernel& kernel, OrtKernelContext* context) {
   const claq_layer& layer = *kernel.layer;
-  const MatMulTensors t = matmul_tensors(kernel.api, context, kernel.kind, layer.view.in_features, kernel.outputs, kernel.heads);
+  const MatMulTensors t = matmul_tensors(kernel.api, context, kernel.kind, layer.view.in_features, kernel.outputs, kernel.heads,
+                                         kernel.norm_weight);
   SessionThreads threads{&kernel.api, context, nullptr};
   const Host host{SessionThreads::parallel_for, &threads, kAwakeTaskSeconds};
   const auto dtype = static_cast<claq_dtype>(t.type);

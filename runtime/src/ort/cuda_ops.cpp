@@ -84,7 +84,8 @@ class MatMul {
     const cuda::Tensors& layer = layer_.tensors();
     const auto* rotation = std::get_if<Rotation>(&epilogue_);
     const MatMulTensors tensors =
-        matmul_tensors(api_, context, kind_, layer.in_features, outputs_, rotation ? rotation->heads : std::array<int64_t, 2>{});
+        matmul_tensors(api_, context, kind_, layer.in_features, outputs_, rotation ? rotation->heads : std::array<int64_t, 2>{},
+                       nullptr);
     void *stream = nullptr, *cublas = nullptr;
     check(api_.stream(context, &stream));
     if (OrtStatus* status = api_.resource(context, kCublasHandle, &cublas)) {

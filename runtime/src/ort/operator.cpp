@@ -87,7 +87,7 @@ void read_layer(const Api& api, const OrtKernelInfo* info, Operator kind, NodeLa
     static constexpr int64_t kNoShape = 0;
     if (infos[i].shape.empty()) tensors[i]->shape = &kNoShape;
   }
-  if (gathers && infos[kLike].shape != std::vector<int64_t>{0}) {
+  if (gathers && infos[kLike].shape != Shape{0}) {
     throw InvalidLayer("like: expected a tensor of one dimension of length 0, it only gives the dtype of the result");
   }
 }
@@ -123,6 +123,16 @@ float read_epsilon(const Api& api, const OrtKernelInfo* info) {
   return value;
 }
 
+const void* constant_norm_weight(const Api& api, const OrtKernelInfo* info, int64_t out_features) {
+  int is_constant = 0;
+  const OrtValue* value = nullptr;
+  check(api.constant_input(info, kNormWeight, &is_constant, &value));
+  if (!is_constant || !value || describe(api, value).shape != Shape{out_features}) return nullptr;
+  void* data = nullptr;
+  check(api.tensor_data(value, &data));
+  return data;
+}
+
 std::array<int64_t, 2> read_heads(const Api& api, const OrtKernelInfo* info, const Outputs& outputs) {
   std::array<int64_t, 2> heads{};
   for (size_t i = 0; i < heads.size(); ++i) {
@@ -137,7 +147,7 @@ std::array<int64_t, 2> read_heads(const Api& api, const OrtKernelInfo* info, con
 }
 
 MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, Operator kind, int64_t in_features, const Outputs& outputs,
-                             const std::array<int64_t, 2>& heads) {
+                             const std::array<int64_t, 2>& heads, const void* norm_weight) {
   const OrtValue* x = nullptr;
   check(api.input(context, 0, &x));
   TensorInfo info = describe(api, x);
@@ -155,7 +165,7 @@ MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, Operator
     check(api.tensor_data(y, &tensors.y[i]));
   }
   void* data = nullptr;
-  const auto other = [&](size_t input, const std::vector<int64_t>& shape, const char* message) {
+  const auto other = [&](size_t input, const Shape& shape, const char* message) {
     const OrtValue* value = nullptr;
     check(api.input(context, input, &value));
     if (describe(api, value).shape != shape) throw InvalidArgument(std::string(operator_name(kind)) + message);
@@ -181,7 +191,8 @@ MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, Operator
     tensors.residual = other(kResidual, info.shape, ": residual: expected the shape of the result");
   }
   if (kind == Operator::kMatMulAddNorm) {
-    tensors.norm_weight = other(kNormWeight, {outputs[0]}, ": norm_weight: expected one value for each output");
+    tensors.norm_weight = norm_weight ? norm_weight
+                                      : other(kNormWeight, {outputs[0]}, ": norm_weight: expected one value for each output");
   }
   check(api.tensor_data(x, &data));
   tensors.x = data;

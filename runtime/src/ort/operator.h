@@ -2,8 +2,10 @@
 // and constant inputs become the descriptor of a layer.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <exception>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -62,9 +64,46 @@ OrtStatus* guarded(const Api& api, Body body) noexcept {
   }
 }
 
+// The sizes of a tensor, without memory of its own: an operator of a decoding step reads three of them in every run.
+class Shape {
+ public:
+  static constexpr size_t kMostAxes = 16;
+
+  Shape() = default;
+  Shape(std::initializer_list<int64_t> sizes) {
+    for (const int64_t size : sizes) push_back(size);
+  }
+  // Throws InvalidArgument for more than kMostAxes.
+  void resize(size_t axes) {
+    if (axes > kMostAxes) {
+      throw InvalidArgument("a tensor has " + std::to_string(axes) + " axes, expected at most " + std::to_string(kMostAxes));
+    }
+    axes_ = axes;
+  }
+  void push_back(int64_t size) {
+    resize(axes_ + 1);
+    back() = size;
+  }
+  size_t size() const { return axes_; }
+  bool empty() const { return axes_ == 0; }
+  int64_t* data() { return sizes_; }
+  const int64_t* data() const { return sizes_; }
+  const int64_t* begin() const { return sizes_; }
+  const int64_t* end() const { return sizes_ + axes_; }
+  int64_t& operator[](size_t axis) { return sizes_[axis]; }
+  int64_t& back() { return sizes_[axes_ - 1]; }
+  int64_t back() const { return sizes_[axes_ - 1]; }
+  bool operator==(const Shape& other) const { return std::equal(begin(), end(), other.begin(), other.end()); }
+  bool operator!=(const Shape& other) const { return !(*this == other); }
+
+ private:
+  size_t axes_ = 0;
+  int64_t sizes_[kMostAxes];
+};
+
 struct TensorInfo {
   int type = kUndefined;
-  std::vector<int64_t> shape;
+  Shape shape;
 };
 
 TensorInfo describe(const Api& api, const OrtValue* value);
@@ -89,6 +128,9 @@ Outputs read_outputs(const Api& api, const OrtKernelInfo* info, Operator kind, i
 // Of ClaqMatMulAddNorm. Throws InvalidLayer if it is missing or not positive.
 float read_epsilon(const Api& api, const OrtKernelInfo* info);
 
+// The data of ClaqMatMulAddNorm's norm_weight if it is constant and fits; else null, and each run looks at it.
+const void* constant_norm_weight(const Api& api, const OrtKernelInfo* info, int64_t out_features);
+
 // Heads of the two parts that ClaqMatMulRotary turns. Throws InvalidLayer if an attribute is missing or does not fit the parts.
 std::array<int64_t, 2> read_heads(const Api& api, const OrtKernelInfo* info, const Outputs& outputs);
 
@@ -103,9 +145,9 @@ struct MatMulTensors {
   std::array<void*, kMostParts> y;
 };
 
-// Throws InvalidArgument if a shape does not fit.
+// `norm_weight`: what constant_norm_weight found. Throws InvalidArgument if a shape does not fit.
 MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, Operator kind, int64_t in_features, const Outputs& outputs,
-                             const std::array<int64_t, 2>& heads);
+                             const std::array<int64_t, 2>& heads, const void* norm_weight);
 
 // Input `indices` of a ClaqGather node at run time, and its output, which is made here.
 struct GatherTensors {
