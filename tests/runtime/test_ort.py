@@ -173,6 +173,23 @@ def test_wrong_last_dimension_is_refused():
         make_session(model).run(None, {"x": np.zeros((1, 1, 41), np.float32)})
 
 
+@pytest.mark.parametrize("axes", [16, 17])
+def test_many_axes(axes):
+    layer = make_layer(50, 40)
+    model = make_model(layer)
+    for value in (model.graph.input[0], model.graph.output[0]):
+        del value.type.tensor_type.shape.dim[:-1]
+        for _ in range(axes - 1):
+            value.type.tensor_type.shape.dim.insert(0, onnx.TensorShapeProto.Dimension(dim_value=1))
+    session = make_session(model)
+    x = np.ones((1,) * (axes - 1) + (40,), np.float32)
+    if axes > 16:
+        with pytest.raises(Exception, match="a tensor has 17 axes, expected at most 16"):
+            session.run(None, {"x": x})
+    else:
+        assert session.run(None, {"x": x})[0].shape == (1,) * 15 + (50,)
+
+
 def test_bad_accuracy_level_is_refused():
     with pytest.raises(Exception, match="accuracy_level: is 3, expected 0, 1 or 4"):
         make_session(make_model(make_layer(50, 40), accuracy_level=3))
