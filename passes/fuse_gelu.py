@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from .base import Pass, PassContext, PassResult
-from .matching import Mismatch, operand
+from .matching import Mismatch, only_user, operand
 
 _aten = torch.ops.aten
 _LINEAR = math.sqrt(2 / math.pi)
@@ -47,7 +47,7 @@ class FuseGelu(Pass):
 
 def _match(tanh: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The node to replace, and x."""
-    raised = _only_user(tanh)
+    raised = only_user(tanh)
     if (
         raised.target is not _aten.add.Tensor
         or raised.kwargs
@@ -80,15 +80,9 @@ def _is_one(value: object) -> bool:
     return isinstance(value, (int, float)) and value == 1
 
 
-def _only_user(node: fx.Node) -> fx.Node:
-    if len(node.users) != 1:
-        raise Mismatch(f"{node.name} is used {len(node.users)} times")
-    return next(iter(node.users))
-
-
 def _product(node: fx.Node) -> tuple[fx.Node, fx.Node | float]:
     """The product that a node goes into, and by what it is multiplied."""
-    user = _only_user(node)
+    user = only_user(node)
     if user.target is not _aten.mul.Tensor:
         raise Mismatch("it is not multiplied")
     other = user.args[1] if user.args[0] is node else user.args[0]

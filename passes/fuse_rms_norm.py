@@ -9,7 +9,7 @@ from torch import fx
 
 from ..kernels import decoder_ops
 from .base import Pass, PassContext, PassResult
-from .matching import Mismatch, operand, shape_of, skip_casts
+from .matching import Mismatch, only_user, operand, shape_of, skip_casts
 
 _aten = torch.ops.aten
 
@@ -56,12 +56,12 @@ def _match(rsqrt: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float]:
     if not square and not (power.target is _aten.mul.Tensor and power.args[0] is power.args[1]):
         raise Mismatch("the mean is not of squares")
     x: Any = power.args[0]
-    scaled = _only_user(rsqrt)
+    scaled = only_user(rsqrt)
     if scaled.target is not _aten.mul.Tensor or x not in scaled.args:
         raise Mismatch("the root does not scale what the mean is taken of")
     node = scaled
     while True:
-        user = _only_user(node)
+        user = only_user(node)
         if user.target is _aten.mul.Tensor:
             break
         if skip_casts(user) is skip_casts(node):
@@ -76,12 +76,6 @@ def _match(rsqrt: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float]:
     if _dtype(source) != _dtype(result):
         raise Mismatch(f"it turns {_dtype(source)} into {_dtype(result)}")
     return result, source, weight, float(epsilon)
-
-
-def _only_user(node: fx.Node) -> fx.Node:
-    if len(node.users) != 1:
-        raise Mismatch(f"{node.name} is used {len(node.users)} times")
-    return next(iter(node.users))
 
 
 def _dtype(node: fx.Node) -> torch.dtype:

@@ -30,6 +30,17 @@ def operand(node: fx.Node, index: int, target: Any, reason: str) -> fx.Node:
     return value
 
 
+def only_user(node: fx.Node) -> fx.Node:
+    """The one node that reads a node's value.
+
+    Raises:
+        Mismatch: there are more, or none.
+    """
+    if len(node.users) != 1:
+        raise Mismatch(f"{node.name} is used {len(node.users)} times")
+    return next(iter(node.users))
+
+
 def shape_of(node: object) -> tuple[Any, ...]:
     """Sizes of a node's value, numbers or symbols.
 

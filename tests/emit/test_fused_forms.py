@@ -125,9 +125,8 @@ def test_attention_is_few_operators(mask: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_position_that_may_look_at_nothing_stays_finite(dtype: torch.dtype, tmp_path: Path) -> None:
-    session = ort.InferenceSession(emit_attention("bool", dtype, None, tmp_path), providers=["CPUExecutionProvider"])
     inputs = attention_inputs("bool", dtype)
     inputs["x"] *= 8
     inputs["mask"][0, 0, 3] = False
-    (found,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
-    assert np.isfinite(found).all()
+    for found in results(emit_attention("bool", dtype, None, tmp_path), inputs):
+        assert np.isfinite(found).all()
