@@ -1,4 +1,5 @@
-"""Attention to a cache in ONNX Runtime: ``Attention`` of opset 23 and ``GroupQueryAttention``, its cache copied or in place.
+"""Attention to a cache: ``ClaqCachedAttention`` of claq-runtime beside ONNX Runtime's ``Attention`` of opset 23 and
+``GroupQueryAttention``, whose cache is copied or in place.
 
     python benchmarks/attention_operators.py [--threads 2] [--out -]
 
@@ -16,6 +17,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,12 +25,14 @@ import onnxruntime as ort
 from cpu_matmul import cpu_name
 from onnx import TensorProto, helper
 
+import claq_runtime
+
 HEADS, KV_HEADS, SIZE, LAYERS, CAPACITY = 9, 3, 64, 8, 2048
 LENGTHS = ((1, 16), (1, 64), (1, 512), (1, 2000), (512, 0))
 """New tokens and cached tokens."""
 
 
-def model(grouped: bool) -> onnx.ModelProto:
+def model(kind: str) -> onnx.ModelProto:
     """Attentions in a row, each with a cache of its own; keys and values are the same for all."""
 
     def value(name: str, *shape: str | int, kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
@@ -39,7 +43,7 @@ def model(grouped: bool) -> onnx.ModelProto:
         value("k", 1, "s", KV_HEADS * SIZE),
         value("v", 1, "s", KV_HEADS * SIZE),
     ]
-    if grouped:
+    if kind == "GroupQueryAttention":
         inputs += [value("seqlens", 1, kind=TensorProto.INT32), value("total", kind=TensorProto.INT32)]
     else:
         inputs.append(value("mask", 1, 1, "s", "t"))
@@ -49,16 +53,17 @@ def model(grouped: bool) -> onnx.ModelProto:
         inputs += [value(name, 1, KV_HEADS, "p", SIZE) for name in past]
         outputs += [value(name, 1, KV_HEADS, "t", SIZE) for name in present]
         result = [f"y{layer}", *present]
-        if grouped:
-            operands = [query, "k", "v", *past, "seqlens", "total"]
-            settings = {"domain": "com.microsoft", "num_heads": HEADS, "kv_num_heads": KV_HEADS}
-            nodes.append(helper.make_node("GroupQueryAttention", operands, result, **settings))
-        else:
+        operands = [query, "k", "v", *past, "seqlens", "total"]
+        settings: dict[str, Any] = {"domain": "com.microsoft", "num_heads": HEADS, "kv_num_heads": KV_HEADS}
+        if kind != "GroupQueryAttention":
             operands = [query, "k", "v", "mask", *past]
-            nodes.append(helper.make_node("Attention", operands, result, q_num_heads=HEADS, kv_num_heads=KV_HEADS))
+            settings = {"q_num_heads": HEADS, "kv_num_heads": KV_HEADS, "scale": SIZE**-0.5}
+            if kind == "ClaqCachedAttention":
+                settings["domain"] = "com.claq"
+        nodes.append(helper.make_node(kind, operands, result, **settings))
         query = result[0]
     outputs.append(value(query, 1, "s", HEADS * SIZE))
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1), helper.make_opsetid("com.claq", 1)]
     graph = helper.make_graph(nodes, "attention", inputs, outputs)
     return helper.make_model(graph, opset_imports=opsets, ir_version=11)
 
@@ -75,7 +80,7 @@ def step(session: ort.InferenceSession, new: int, cached: int, shared: bool) -> 
     names = {value.name for value in session.get_inputs()}
     if "mask" in names:
         later = np.arange(cached + new)[None] > np.arange(cached, cached + new)[:, None]
-        binding.bind_cpu_input("mask", np.where(later, np.float32(-1e30), np.float32(0))[None, None])
+        binding.bind_cpu_input("mask", np.where(later, np.finfo(np.float32).min / 2, np.float32(0))[None, None])
     else:
         binding.bind_cpu_input("seqlens", np.array([cached + new - 1], np.int32))
         binding.bind_cpu_input("total", np.array(cached + new, np.int32))
@@ -101,10 +106,15 @@ def measure(threads: int, seconds: float) -> list[str]:
     """Rows of the table."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    plain, grouped = (ort.InferenceSession(model(kind).SerializeToString(), options) for kind in (False, True))
+    claq_runtime.register(options)
+    claq, plain, grouped = (
+        ort.InferenceSession(model(kind).SerializeToString(), options)
+        for kind in ("ClaqCachedAttention", "Attention", "GroupQueryAttention")
+    )
     rows = []
     for new, cached in LENGTHS:
         runs = {
+            "ClaqCachedAttention": step(claq, new, cached, False),
             "Attention": step(plain, new, cached, False),
             "GroupQueryAttention": step(grouped, new, cached, False),
             "GroupQueryAttention, in place": step(grouped, new, cached, True),
@@ -135,14 +145,14 @@ def main() -> None:
     rows = measure(options.threads, options.seconds)
     text = "\n".join(
         [
-            "# Attention operators of ONNX Runtime",
+            "# Attention operators",
             "",
             f"Written by `benchmarks/attention_operators.py` on {datetime.date.today().isoformat()}: {cpu_name()}, ONNX "
             f"Runtime {ort.__version__}, {options.threads} threads, load average {load:.0f} at the start. Time of a "
             "layer, tenth percentile.",
             "",
-            "| new, cached tokens | Attention (opset 23) | GroupQueryAttention | GroupQueryAttention, cache in place |",
-            "|---|---|---|---|",
+            "| new, cached tokens | ClaqCachedAttention | Attention (opset 23) | GroupQueryAttention | the same, cache in place |",
+            "|---|---|---|---|---|",
             *rows,
             "",
         ]

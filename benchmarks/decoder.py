@@ -5,8 +5,9 @@
 
 All runtimes take turns in one process, so that a busy machine slows them alike: compare the ratios. The peer
 ``MatMulNBits`` is the same graph with each claq layer replaced by ONNX Runtime's 4-bit operator (blocks of 32, accuracy
-level 4), made from the dequantized weight, and what claq's operators do beside multiplying by plain operators; sibling
-linears are stacked as in the artifact, or not, as most tools leave them. llama.cpp runs where llama-cpp-python is installed
+level 4), made from the dequantized weight, and what claq's operators do beside multiplying by plain operators, attention
+included; sibling linears are stacked as in the artifact, or not, as most tools leave them. The third such graph keeps claq's
+attention: what it and claq differ in is the linears. llama.cpp runs where llama-cpp-python is installed
 and a file given. It computes the logits of a prompt's last token alone; with ``--last-logits`` the others do so too.
 
 All read copies of their files that were written in one go: Linux keeps a file in memory in the pieces it was written in,
@@ -36,6 +37,7 @@ from onnx import numpy_helper
 
 import claq_export
 import claq_runtime
+from claq_export.emit.function import ATTENTION
 from claq_export.format.checkpoint import load_checkpoint
 from claq_export.generation import Generator
 from claq_export.modules import ClaqLinear
@@ -71,13 +73,14 @@ def four_bit_blocks(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes[..., 0::2] | codes[..., 1::2] << 4, scale[..., 0].astype(np.float32)
 
 
-def as_nbits(folder: Path, target: Path, stacked: bool) -> Path:
+def as_nbits(folder: Path, target: Path, stacked: bool, keep_attention: bool = False) -> Path:
     """The same graph with ``MatMulNBits`` and plain operators in the place of every product by a claq layer.
 
     Args:
         folder: the artifact.
         target: file to write.
         stacked: one product for sibling linears and a ``Split``, as claq has it; False: a product each.
+        keep_attention: claq's operator; False: ``Attention`` of ONNX Runtime.
     """
     model = onnx.load(str(folder / "model.onnx"))
     layers = load_checkpoint(folder).layers
@@ -141,6 +144,9 @@ def as_nbits(folder: Path, target: Path, stacked: bool) -> Path:
             (sigmoid,) = add("Sigmoid", [gate], [f"{node.name}.sigmoid"])
             (activated,) = add("Mul", [gate, sigmoid], [f"{node.name}.silu"])
             add("Mul", [activated, up], [node.output[0]])
+        elif node.op_type == ATTENTION and not keep_attention:
+            settings = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+            add("Attention", list(node.input), list(node.output), **settings)
         else:
             nodes.append(node)
     del model.graph.node[:]
@@ -306,8 +312,15 @@ def main() -> None:
         )
         stacked = as_nbits(options.folder, work / "stacked.onnx", True)
         single = as_nbits(options.folder, work / "single.onnx", False)
+        kept = as_nbits(options.folder, work / "kept.onnx", True, keep_attention=True)
         library = Path(claq_runtime.library_path())
-        paths = {"claq int8": int8, "claq fp32": fp32, "MatMulNBits": stacked, "MatMulNBits, not stacked": single}
+        paths = {
+            "claq int8": int8,
+            "claq fp32": fp32,
+            "MatMulNBits": stacked,
+            "MatMulNBits, not stacked": single,
+            "MatMulNBits, claq's attention": kept,
+        }
         generators = {name: Generator(path, library, options.threads) for name, path in paths.items()}
         decode: dict[str, Run] = {}
         prefill: dict[str, Run] = {}
@@ -337,11 +350,11 @@ def main() -> None:
         for name in ("claq int8", "MatMulNBits"):
             results[f"operators of {name}"] = operator_times(paths[name], prompt, 32, options.threads)
     rates, seconds = results["decode_tokens_per_second"], results["prefill_seconds"]
-    print(f"\n{'':26} tokens/s: median, of MatMulNBits; fastest tenth, of MatMulNBits    prefill: median, fastest")
+    print(f"\n{'':30} tokens/s: median, of MatMulNBits; fastest tenth, of MatMulNBits    prefill: median, fastest")
     for name, rate in rates.items():
         shares = {kind: rate[kind] / rates["MatMulNBits"][kind] for kind in rate}
         print(
-            f"{name:26} {rate['median']:16.1f} {shares['median']:15.2f} {rate['fastest tenth']:15.1f} "
+            f"{name:30} {rate['median']:16.1f} {shares['median']:15.2f} {rate['fastest tenth']:15.1f} "
             f"{shares['fastest tenth']:15.2f} {seconds[name]['median']:19.3f} s {seconds[name]['fastest']:.3f} s"
         )
     for name in ("claq int8", "MatMulNBits"):

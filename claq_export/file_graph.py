@@ -24,7 +24,6 @@ from .passes import (
     FuseEpilogues,
     FuseSiblings,
     LastLogits,
-    Pass,
     PassContext,
     Pipeline,
     Plan,
@@ -82,10 +81,8 @@ def lower_file_graph(
         Pipeline([FuseSiblings(weights=False)]).run(captured.graph_module, context)
     sizes = {site.name: site.out_features for site in plan.sites}
     _check_same({name: layer.out_features for name, layer in layers.items()}, sizes, captured.task == CACHED_TASK)
-    lowering: list[Pass] = [ReplaceLinears(layers, accuracy_level)]
-    if captured.task == CACHED_TASK:
-        lowering.append(FuseEpilogues())
-    Pipeline([*lowering, RemoveUnused()]).run(captured.graph_module, context)
+    lowering = Pipeline([ReplaceLinears(layers, accuracy_level), FuseEpilogues(), RemoveUnused()])
+    lowering.run(captured.graph_module, context)
 
 
 def share_stacked_weights(captured: CapturedModel, own: Plan, plan: Plan, graph_module: fx.GraphModule) -> None:

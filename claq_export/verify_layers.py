@@ -18,7 +18,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from .emit.function import DOMAIN, PRODUCTS
+from .emit.function import DOMAIN, LAYER_OPERATORS, PRODUCTS
 from .emit.translation import ATTRIBUTES, INPUTS
 from .errors import VerificationError
 from .inputs import OnnxFile
@@ -48,7 +48,7 @@ def folding_bytes(model: onnx.ModelProto) -> int:
 def layer_outputs(
     path: Path, library: Path
 ) -> Iterator[tuple[str, npt.NDArray[np.float32], npt.NDArray[np.float32], float]]:
-    """Run each node of claq alone, in float32 arithmetic; a large one as several, each with a part of its outputs.
+    """Run each node that holds a layer alone, in float32 arithmetic; a large one as several, each with a part of its outputs.
 
     Args:
         path: the model file.
@@ -64,7 +64,7 @@ def layer_outputs(
     file = OnnxFile(path, VerificationError)
     random = np.random.default_rng(0)
     for node in file.model.graph.node:
-        if node.domain != DOMAIN:
+        if node.domain != DOMAIN or node.op_type not in LAYER_OPERATORS:
             continue
         given = _random_inputs(node, random)
         for outputs in _parts(node):

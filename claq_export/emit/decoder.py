@@ -1,4 +1,8 @@
-"""Decoder operators in the file: ``claq::rms_norm`` and its kin become the ONNX operators of opset 23."""
+"""Decoder operators in the file: ``claq::rms_norm`` and its kin become the ONNX operators of opset 23.
+
+Attention in float32 becomes ``com.claq::ClaqCachedAttention``, whose function is the ONNX operator: claq-runtime has a kernel for
+the CPU. In 16 bits, which is for GPUs, it is the ONNX operator itself.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from onnxscript import values
 
 from claq_export.kernels import decoder_ops
 
+from .function import ATTENTION, DOMAIN
+
 OPSET = 23
 """First version of the default ONNX domain with these operators."""
 
@@ -20,23 +26,25 @@ _DOMAIN = "claq.decoder"
 _FLOAT, _INT = onnx.defs.OpSchema.AttrType.FLOAT, onnx.defs.OpSchema.AttrType.INT
 
 
-def _operator(name: str, inputs: int, outputs: int, **attributes: Any) -> values.Op:
+def _operator(name: str, inputs: int, outputs: int, domain: str = _DOMAIN, **attributes: Any) -> values.Op:
     parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
     schema = onnx.defs.OpSchema(
         name,
-        _DOMAIN,
+        domain,
         1,
         inputs=[parameter(f"input_{index}", "T") for index in range(inputs)],
         outputs=[parameter(f"output_{index}", "T") for index in range(outputs)],
         type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "")],
         attributes=[attribute(key, kind, required=True) for key, kind in attributes.items()],
     )
-    return values.Op(values.Opset(_DOMAIN, 1), name, schema)
+    return values.Op(values.Opset(domain, 1), name, schema)
 
 
 _rms_norm = _operator("RMSNormalization", 2, 1, axis=_INT, epsilon=_FLOAT)
 _rotary = _operator("RotaryEmbedding", 3, 1, num_heads=_INT, rotary_embedding_dim=_INT)
-_attention = _operator("Attention", 6, 3, q_num_heads=_INT, kv_num_heads=_INT, scale=_FLOAT)
+_HEADS = {"q_num_heads": _INT, "kv_num_heads": _INT, "scale": _FLOAT}
+_attention = _operator("Attention", 6, 3, **_HEADS)
+_claq_attention = _operator(ATTENTION, 6, 3, DOMAIN, **_HEADS)
 
 
 def _translate_rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
@@ -51,7 +59,8 @@ def _translate_rotary(x: Any, cos: Any, sin: Any, num_heads: int) -> Any:
 
 def _translate_attention(*arguments: Any) -> Any:
     query, key, value, mask, past_key, past_value, num_heads, kv_heads, scale = arguments
-    return _attention(
+    attention = _claq_attention if query.dtype == ir.DataType.FLOAT else _attention
+    return attention(
         query, key, value, mask, past_key, past_value, q_num_heads=num_heads, kv_num_heads=kv_heads, scale=scale
     )
 
@@ -76,6 +85,7 @@ def settle_decoder(model: ir.Model) -> bool:
             node.domain = ""
             node.version = None
             found = True
+        found = found or node.op_type == ATTENTION  # its function is of that version
     model.opset_imports.pop(_DOMAIN, None)
     if found:
         model.opset_imports[""] = OPSET

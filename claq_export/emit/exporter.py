@@ -26,9 +26,10 @@ import claq_export
 from claq_export.deferred import is_deferred
 from claq_export.errors import CaptureError
 from claq_export.format.files import check_target
+from claq_export.passes import AdditiveMasks, PassContext
 
 from .decoder import decoder_translations, settle_decoder
-from .function import DOMAIN, OPSET, functions_of
+from .function import DOMAIN, LAYER_OPERATORS, OPSET, functions_of
 from .fused_forms import fused_forms
 from .shapes import settle_reshapes
 from .translation import translation_table
@@ -185,6 +186,7 @@ def _exported_program(
     except Exception as error:
         raise CaptureError(f"the quantized graph cannot be exported: {_reason(error)}") from error
     _settle_strides(program.graph)
+    AdditiveMasks().run(program.graph_module, PassContext())
     return program
 
 
@@ -356,10 +358,10 @@ def _name_axes(model: ir.Model, axes: Mapping[str, Mapping[int, Any]]) -> None:
 
 
 def _name_layers(model: ir.Model) -> list[str]:
-    """Name each node of claq after its layer: the name of its codes without ``.codes``, later uses numbered."""
+    """Name each node that holds a layer after it: the name of its codes without ``.codes``, later uses numbered."""
     layers: list[str] = []
     for node in model.graph:
-        if node.domain == DOMAIN:
+        if node.domain == DOMAIN and node.op_type in LAYER_OPERATORS:
             codes = node.inputs[1]
             assert codes is not None
             if codes.name and codes.name.endswith(".codes"):

@@ -316,10 +316,28 @@ def ClaqGather(
     return op.CastLike(op.Reshape(op.Transpose(dense, perm=[1, 0]), shape, allowzero=1), like)
 
 
+@script(_claq, default_opset=op23)
+def ClaqCachedAttention(
+    query, key, value, mask, past_key, past_value, q_num_heads: int, kv_num_heads: int, scale: float
+):
+    y, present_key, present_value = op23.Attention(
+        query,
+        key,
+        value,
+        mask,
+        past_key,
+        past_value,
+        q_num_heads=q_num_heads,
+        kv_num_heads=kv_num_heads,
+        scale=scale,
+    )
+    return y, present_key, present_value
+
+
 _FORMAT = "W in the claq format, version 1 (docs/format.md)"
 
-# Of each operator what follows the product, if it multiplies by W, and its meaning.
-_OPERATORS = {
+# Of each operator that holds a layer what follows the product, if it multiplies by W, and its meaning.
+_LAYERS = {
     "ClaqMatMul": (None, "y = x W^T + bias"),
     "ClaqMatMulAdd": (AddEpilogue, "y = x W^T + bias + residual"),
     "ClaqMatMulAddNorm": (AddNormEpilogue, "x W^T + bias + residual and its RMS normalization"),
@@ -329,14 +347,24 @@ _OPERATORS = {
     "ClaqGather": (None, "Rows of W"),
 }
 
-PRODUCTS = tuple(name for name in _OPERATORS if name != "ClaqGather")
+PRODUCTS = tuple(name for name in _LAYERS if name != "ClaqGather")
 """Operators that multiply by a layer's weight; of all of them the first ten inputs are those of ``ClaqMatMul``."""
+
+LAYER_OPERATORS = tuple(_LAYERS)
+"""Operators that hold a layer: inputs 1 to 8 are its tensors."""
+
+ATTENTION = "ClaqCachedAttention"
+"""``Attention`` of opset 23 in float32 with a cache: queries, keys, values (heads last), a mask to add, the past; none optional."""
 
 
 @cache
 def claq_function(operator: str) -> bytes:
-    """An operator's function as a serialized ``onnx.FunctionProto`` of domain ``com.claq``, opset 18."""
-    epilogue, meaning = _OPERATORS[operator]
+    """An operator's function as a serialized ``onnx.FunctionProto`` of domain ``com.claq``, opset 18, where needed 23."""
+    if operator == ATTENTION:
+        proto = ClaqCachedAttention.to_function_proto()
+        proto.doc_string = "Attention to a cache, and the longer cache, in standard operators."
+        return _self_contained(proto)
+    epilogue, meaning = _LAYERS[operator]
     proto = (ClaqGather if operator == "ClaqGather" else ClaqMatMul).to_function_proto()
     if epilogue is not None:
         _append(proto, epilogue.to_function_proto())
@@ -348,7 +376,7 @@ def claq_function(operator: str) -> bytes:
 def functions_of(operators: Iterable[str]) -> list[onnx.FunctionProto]:
     """The functions that a model with nodes of these operators needs; ``ClaqMatMul`` is always among them."""
     used = {"ClaqMatMul", *operators}
-    return [onnx.FunctionProto.FromString(claq_function(name)) for name in _OPERATORS if name in used]
+    return [onnx.FunctionProto.FromString(claq_function(name)) for name in (*_LAYERS, ATTENTION) if name in used]
 
 
 def _append(proto: onnx.FunctionProto, epilogue: onnx.FunctionProto) -> None:

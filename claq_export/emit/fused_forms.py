@@ -41,10 +41,11 @@ def _translate_attention(
 ) -> Any:
     """``aten.scaled_dot_product_attention``. The exporter turns keys in three dimensions, which keeps ONNX Runtime from
     joining that with the transposition before it, and looks for NaNs in every weight, though a mask of finite numbers
-    makes none.
+    (``AdditiveMasks`` makes such of boolean ones) makes none.
     """
     width = query.shape[-1]
-    if is_causal or dropout_p or enable_gqa or not isinstance(width, int):
+    bool_mask = attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL
+    if is_causal or dropout_p or enable_gqa or bool_mask or not isinstance(width, int):
         return nn.aten_scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
@@ -52,9 +53,6 @@ def _translate_attention(
     root = _constant(math.sqrt(1 / math.sqrt(width) if scale is None else scale), query)
     scores = op.MatMul(op.Mul(query, root), op.Mul(op.Transpose(key, perm=[0, 1, 3, 2]), root))
     if attn_mask is not None:
-        if attn_mask.dtype == ir.DataType.BOOL:
-            # Half the lowest number: a score added to it is finite.
-            attn_mask = op.Where(attn_mask, _constant(0, query), _constant(query.dtype.min / 2, query))
         scores = op.Add(scores, attn_mask)
     return op.MatMul(op.Softmax(scores, axis=-1), value)
 

@@ -12,6 +12,8 @@ def settle_reshapes(model: ir.Model) -> None:
     The exporter reads each dynamic axis from an input and joins the axes to a shape before every reshape: three to five small
     operators each time, which count where a model reads one sentence.
     """
+    taken = {value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    taken |= {value.name for node in ir.traversal.RecursiveGraphIterator(model.graph) for value in node.outputs}
     shapes: dict[tuple[int, ...], ir.Value] = {}
     for node in model.graph:
         if node.op_type != "Reshape" or node.domain != "" or node.inputs[0] is None:
@@ -23,6 +25,8 @@ def settle_reshapes(model: ir.Model) -> None:
             continue
         if target not in shapes:
             name = "shape_" + "_".join(map(str, target))
+            while name in taken:
+                name += "_"
             value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(target)]))
             value.const_value = ir.tensor(np.array(target, dtype=np.int64), name=name)
             model.graph.initializers[name] = value

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..algorithm import measure
-from ..emit.function import PRODUCTS
+from ..emit.function import LAYER_OPERATORS
 from ..errors import FormatError
 from ..format import metadata
 from ..format.checkpoint import load_checkpoint
@@ -22,7 +22,7 @@ from ..inputs import OnnxFile
 
 DOMAIN = "com.claq"
 
-OPERATORS: Mapping[str, slice] = dict.fromkeys((*PRODUCTS, "ClaqGather"), slice(1, 1 + len(TENSOR_NAMES)))
+OPERATORS: Mapping[str, slice] = dict.fromkeys(LAYER_OPERATORS, slice(1, 1 + len(TENSOR_NAMES)))
 """Operators of :data:`DOMAIN` whose weight is compared, and which of their inputs are :data:`TENSOR_NAMES`."""
 
 _ROWS_AT_ONCE = 4096

@@ -95,6 +95,41 @@ CLAQ_API const char* claq_version(void);
  * here). `context` is the number of threads to use, cast to a pointer. Threads are started at the first call. */
 CLAQ_API void claq_pool_parallel_for(void* context, void (*task)(void* data, size_t index), size_t total, void* data);
 
+/* ---- attention ---------------------------------------------------------------------------------------------------------
+ *
+ * y = softmax(scale * query key^T + mask) value, all float32 and contiguous, where query head h reads key and value head
+ * h / (heads / kv_heads). The keys are `past` cached ones and `tokens` - `past` new ones. */
+
+typedef struct claq_attention_desc {
+  size_t struct_size; /* sizeof(claq_attention_desc) */
+  int64_t batch;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t rows;   /* queries of each head */
+  int64_t tokens; /* keys of each head, cached ones included */
+  int64_t past;   /* cached ones, the first of them */
+  int64_t key_size;
+  int64_t value_size;
+  float scale;
+  const float* query;      /* [batch, rows, heads, key_size] */
+  const float* key;        /* [batch, tokens - past, kv_heads, key_size] */
+  const float* value;      /* [batch, tokens - past, kv_heads, value_size] */
+  const float* mask;       /* row [b, h, r] begins at mask + b * mask_batch + h * mask_head + r * mask_row; NULL: nothing is added */
+  int64_t mask_batch;
+  int64_t mask_head;
+  int64_t mask_row;
+  const float* past_key;   /* [batch, kv_heads, past, key_size]; NULL where past is 0 */
+  const float* past_value; /* [batch, kv_heads, past, value_size] */
+  float* y;                /* out [batch, rows, heads, value_size] */
+  float* present_key;      /* out [batch, kv_heads, tokens, key_size]: cached and new keys; NULL, as past is 0 then: not wanted */
+  float* present_value;    /* out [batch, kv_heads, tokens, value_size] */
+} claq_attention_desc;
+
+/* Where a mask is lower than the largest of its row by 1e30 or more, the token has no weight and may not be read: values there that
+ * are not finite may not reach y. A row without tokens gives zeros. `parallel_for` may be NULL (serial). */
+CLAQ_API claq_status claq_attend(const claq_attention_desc* desc, claq_parallel_for parallel_for, void* context, char* error,
+                                 size_t error_size);
+
 /* ---- quantization ------------------------------------------------------------------------------------------------------
  *
  * The inner loops of the compiler (claq_export/algorithm), which describes every step; both give the same bits. All matrices

@@ -1,4 +1,5 @@
-// The C interface of layers on the CPU and of quantization.
+// The C interface of layers on the CPU, of attention and of quantization.
+#include "attention/attention.h"
 #include "claq.h"
 #include "family.h"
 #include "gather.h"
@@ -37,6 +38,16 @@ claq_status claq_gather(const claq_layer* layer, claq_dtype index_dtype, const v
 }
 
 void claq_destroy(claq_layer* layer) { delete layer; }
+
+claq_status claq_attend(const claq_attention_desc* desc, claq_parallel_for parallel_for, void* context, char* error,
+                        size_t error_size) {
+  return guarded(error, error_size, [&] {
+    if (!desc || desc->struct_size != sizeof(claq_attention_desc)) {
+      throw claq::InvalidArgument("desc: struct_size is not that of this version of libclaq");
+    }
+    claq::attend(*desc, claq::choose_attention_loops(), {parallel_for, context});
+  });
+}
 
 claq_status claq_quantize_columns(const claq_columns_desc* desc, claq_parallel_for parallel_for, void* context, char* error,
                                   size_t error_size) {

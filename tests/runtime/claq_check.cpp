@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "claq.h"
+#include "claq_check_attention.h"
 #include "claq_check_quantize.h"
 
 namespace {
@@ -271,6 +272,8 @@ int main() {
   for (int i = 0; i < 20; ++i) check_gather(random);
   for (int i = 0; i < 4; ++i) check_concurrency(random);
   check_bad_layers(random);
+  for (int i = 0; i < 30; ++i) check_attention(random, kernels, expect);
+  check_bad_attention(random, expect);
   for (int i = 0; i < 60; ++i) check_quantization(random, kernels, expect);
   check_bad_columns(random, expect);
   std::printf("%s: %d failures\n", claq_kernels(), failures);

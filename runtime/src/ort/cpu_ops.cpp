@@ -58,40 +58,25 @@ std::unique_ptr<Kernel> create(const Api& api, const OrtKernelInfo* info, Operat
   return kernel;
 }
 
-// A claq_parallel_for on the session's own threads.
-struct SessionThreads {
-  const Api* api;
-  OrtKernelContext* context;
-  OrtStatus* failure;
-
-  static void parallel_for(void* opaque, void (*task)(void*, size_t), size_t total, void* data) {
-    auto* self = static_cast<SessionThreads*>(opaque);
-    OrtStatus* status = self->api->parallel_for(self->context, task, total, data);
-    if (status && self->failure) self->api->release_status(status);
-    else if (status) self->failure = status;
-  }
-};
-
 void multiply(const Kernel& kernel, OrtKernelContext* context) {
   const claq_layer& layer = *kernel.layer;
   const MatMulTensors t = matmul_tensors(kernel.api, context, kernel.kind, layer.view.in_features, kernel.outputs, kernel.heads,
                                          kernel.norm_weight);
-  SessionThreads threads{&kernel.api, context, nullptr};
-  const Host host{SessionThreads::parallel_for, &threads, kAwakeTaskSeconds};
   const auto dtype = static_cast<claq_dtype>(t.type);
-  switch (kernel.kind) {
-    case Operator::kMatMulAdd:
-    case Operator::kMatMulAddNorm:
-      run_add(layer, dtype, kernel.accuracy_level, t.x, t.rows, t.residual, {t.norm_weight, kernel.epsilon, t.y[1]}, t.y[0], host);
-      break;
-    case Operator::kMatMulRotary:
-    case Operator::kMatMulSplit:
-      run_split(layer, dtype, kernel.accuracy_level, t.x, t.rows, kernel.outputs, t.rotary, t.y, host);
-      break;
-    case Operator::kMatMulSwiGlu: run_swiglu(layer, dtype, kernel.accuracy_level, t.x, t.rows, t.y[0], host); break;
-    default: run(layer, dtype, kernel.accuracy_level, t.x, t.rows, t.y[0], host);
-  }
-  check(threads.failure);
+  with_session_threads(kernel.api, context, [&](const Host& host) {
+    switch (kernel.kind) {
+      case Operator::kMatMulAdd:
+      case Operator::kMatMulAddNorm:
+        run_add(layer, dtype, kernel.accuracy_level, t.x, t.rows, t.residual, {t.norm_weight, kernel.epsilon, t.y[1]}, t.y[0], host);
+        break;
+      case Operator::kMatMulRotary:
+      case Operator::kMatMulSplit:
+        run_split(layer, dtype, kernel.accuracy_level, t.x, t.rows, kernel.outputs, t.rotary, t.y, host);
+        break;
+      case Operator::kMatMulSwiGlu: run_swiglu(layer, dtype, kernel.accuracy_level, t.x, t.rows, t.y[0], host); break;
+      default: run(layer, dtype, kernel.accuracy_level, t.x, t.rows, t.y[0], host);
+    }
+  });
 }
 
 void gather_rows(const Kernel& kernel, OrtKernelContext* context) {
@@ -99,14 +84,14 @@ void gather_rows(const Kernel& kernel, OrtKernelContext* context) {
   const OrtValue* like = nullptr;
   check(api.input(context, kLike, &like));
   const GatherTensors tensors = gather_tensors(api, context, kernel.layer->view.in_features);
-  SessionThreads threads{&api, context, nullptr};
   try {
-    gather(*kernel.layer, static_cast<claq_dtype>(tensors.index_type), tensors.indices, tensors.count,
-           static_cast<claq_dtype>(describe(api, like).type), tensors.y, SessionThreads::parallel_for, &threads);
+    with_session_threads(api, context, [&](const Host& host) {
+      gather(*kernel.layer, static_cast<claq_dtype>(tensors.index_type), tensors.indices, tensors.count,
+             static_cast<claq_dtype>(describe(api, like).type), tensors.y, host.parallel_for, host.context);
+    });
   } catch (const InvalidArgument& error) {
     throw InvalidArgument(std::string("ClaqGather: ") + error.what());
   }
-  check(threads.failure);
 }
 
 TypedOp make_op(Operator kind, int first, int activation, int order, int outlier_index) {

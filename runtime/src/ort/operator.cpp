@@ -8,15 +8,6 @@ namespace {
 constexpr const char* kInputNames[] = {"x",           "codes",         "codebook",      "scale", "row_scale", "order",
                                        "outlier_ptr", "outlier_index", "outlier_value", "bias"};
 
-int64_t required_attribute(const Api& api, const OrtKernelInfo* info, const char* name) {
-  int64_t value = 0;
-  if (OrtStatus* status = api.attribute(info, name, &value)) {
-    api.release_status(status);
-    throw InvalidLayer(std::string(name) + ": the attribute is missing, expected an integer");
-  }
-  return value;
-}
-
 int input_type(const TypedOp& op, size_t index) {
   switch (index) {
     case 0: return op.first;
@@ -33,6 +24,15 @@ int input_type(const TypedOp& op, size_t index) {
 }
 
 }  // namespace
+
+int64_t required_attribute(const Api& api, const OrtKernelInfo* info, const char* name) {
+  int64_t value = 0;
+  if (OrtStatus* status = api.attribute(info, name, &value)) {
+    api.release_status(status);
+    throw InvalidLayer(std::string(name) + ": the attribute is missing, expected an integer");
+  }
+  return value;
+}
 
 TensorInfo describe(const Api& api, const OrtValue* value) {
   OrtTensorTypeAndShapeInfo* raw = nullptr;
@@ -244,6 +244,18 @@ size_t output_count(Operator kind) {
   }
 }
 
+void describe_common(CustomOp& op) {
+  op.GetInputCharacteristic = [](const CustomOp*, size_t) -> int { return kRequired; };
+  op.GetOutputCharacteristic = [](const CustomOp*, size_t) -> int { return kRequired; };
+  op.GetInputMemoryType = [](const CustomOp*, size_t) -> int { return kDefaultMemory; };
+  op.GetVariadicInputMinArity = [](const CustomOp*) { return 1; };
+  op.GetVariadicInputHomogeneity = [](const CustomOp*) { return 1; };
+  op.GetVariadicOutputMinArity = [](const CustomOp*) { return 1; };
+  op.GetVariadicOutputHomogeneity = [](const CustomOp*) { return 1; };
+  op.GetStartVersion = [](const CustomOp*) { return 1; };
+  op.GetEndVersion = [](const CustomOp*) { return 1; };
+}
+
 TypedOp describe_op(const char* (*provider)(const CustomOp*), Operator kind, int first, int activation, int order, int outlier_index) {
   TypedOp op{};
   op.version = kOrtApiVersion;
@@ -258,15 +270,7 @@ TypedOp describe_op(const char* (*provider)(const CustomOp*), Operator kind, int
   op.GetInputType = [](const CustomOp* self, size_t index) { return input_type(typed(self), index); };
   op.GetOutputTypeCount = [](const CustomOp* self) { return output_count(typed(self).kind); };
   op.GetOutputType = [](const CustomOp* self, size_t) { return typed(self).activation; };
-  op.GetInputCharacteristic = [](const CustomOp*, size_t) -> int { return kRequired; };
-  op.GetOutputCharacteristic = [](const CustomOp*, size_t) -> int { return kRequired; };
-  op.GetInputMemoryType = [](const CustomOp*, size_t) -> int { return kDefaultMemory; };
-  op.GetVariadicInputMinArity = [](const CustomOp*) { return 1; };
-  op.GetVariadicInputHomogeneity = [](const CustomOp*) { return 1; };
-  op.GetVariadicOutputMinArity = [](const CustomOp*) { return 1; };
-  op.GetVariadicOutputHomogeneity = [](const CustomOp*) { return 1; };
-  op.GetStartVersion = [](const CustomOp*) { return 1; };
-  op.GetEndVersion = [](const CustomOp*) { return 1; };
+  describe_common(op);
   return op;
 }
 

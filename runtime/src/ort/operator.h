@@ -12,6 +12,7 @@
 #include "../epilogue.h"
 #include "../exceptions.h"
 #include "../layer.h"
+#include "../parallel.h"
 #include "api.h"
 
 namespace claq::ort {
@@ -42,6 +43,28 @@ struct StatusError {
 
 inline void check(OrtStatus* status) {
   if (status) throw StatusError{status};
+}
+
+// A claq_parallel_for on the session's own threads.
+struct SessionThreads {
+  const Api* api;
+  OrtKernelContext* context;
+  OrtStatus* failure;
+
+  static void parallel_for(void* opaque, void (*task)(void*, size_t), size_t total, void* data) {
+    auto* self = static_cast<SessionThreads*>(opaque);
+    OrtStatus* status = self->api->parallel_for(self->context, task, total, data);
+    if (status && self->failure) self->api->release_status(status);
+    else if (status) self->failure = status;
+  }
+};
+
+// Calls body(host) with the session's threads as the host's.
+template <class Body>
+void with_session_threads(const Api& api, OrtKernelContext* context, Body body) {
+  SessionThreads threads{&api, context, nullptr};
+  body(Host{SessionThreads::parallel_for, &threads, kAwakeTaskSeconds});
+  check(threads.failure);
 }
 
 // Runs `body` and turns whatever it throws into a status; nothing is thrown across the C interface.
@@ -119,6 +142,9 @@ void read_layer(const Api& api, const OrtKernelInfo* info, Operator kind, NodeLa
 
 std::string node_name(const Api& api, const OrtKernelInfo* info);
 
+// Throws InvalidLayer if it is missing.
+int64_t required_attribute(const Api& api, const OrtKernelInfo* info, const char* name);
+
 // The last dimension of each output of a node that multiplies; -1 where it has none.
 using Outputs = std::array<int64_t, kMostParts>;
 
@@ -172,11 +198,17 @@ inline const TypedOp& typed(const CustomOp* op) { return *static_cast<const Type
 
 const char* operator_name(Operator kind);
 
+// Fills in what is the same for every operator: no optional, variadic or host-memory inputs, version 1.
+void describe_common(CustomOp& op);
+
 // An operator without the functions that make, run and destroy a kernel.
 TypedOp describe_op(const char* (*provider)(const CustomOp*), Operator kind, int first, int activation, int order, int outlier_index);
 
 // The operators of each device, one for every combination of types; valid as long as the process.
 const std::vector<TypedOp>& cpu_ops();
 const std::vector<TypedOp>& cuda_ops(const Api& api);
+
+// ClaqCachedAttention on the CPU, likewise.
+const CustomOp& attention_op();
 
 }  // namespace claq::ort

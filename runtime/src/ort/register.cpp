@@ -25,6 +25,9 @@ extern "C" CLAQ_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options, con
     const OrtApi* newer = base->GetApi(kOrtCudaApiVersion);
     if (newer && claq::cuda::usable(reason)) {
       for (const TypedOp& op : cuda_ops(Api(newer))) check(api.add_op(domain, &op));
+    } else {
+      // Attention has no kernel for GPUs here: ONNX Runtime's own, to which the file's function comes down, shall run there.
+      check(api.add_op(domain, &attention_op()));
     }
     check(api.add_domain(options, domain));
   });

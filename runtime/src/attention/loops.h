@@ -1,0 +1,44 @@
+// The loops of attention, compiled once for each vector width. Sums are taken in lanes, so results differ in their last bits from
+// one width to another.
+#pragma once
+
+#include <cstdint>
+
+namespace claq::attention {
+
+struct Loops {
+  // Tokens in a panel of turned keys; rows of scores are padded to a multiple of it.
+  int64_t panel;
+
+  // scores[r * stride + t] = query[r * size ...] . keys[t * key_stride ...] for t < tokens, rounded up to a vector. Keys are written
+  // to `copy` [tokens, size] on the way if it is not null.
+  void (*scores)(const float* query, int64_t rows, const float* keys, int64_t key_stride, int64_t tokens, int64_t size, float* scores,
+                 int64_t stride, float* copy);
+
+  // total[r * size + i] += sum over t < tokens of weights[r * stride + t] * values[t * value_stride + i]; values are written to
+  // `copy` [tokens, size] likewise.
+  void (*mean)(const float* weights, int64_t stride, int64_t rows, const float* values, int64_t value_stride, int64_t tokens,
+               int64_t size, float* total, float* copy);
+
+  // turned[i * panel + t] = keys[t * key_stride + i] for t < tokens, 0 for the rest of the panel.
+  void (*turn)(const float* keys, int64_t key_stride, int64_t tokens, int64_t size, float* turned);
+
+  // c[r * c_stride + j] (+)= sum over k < depth of a[r * a_stride + k] * b[k * b_stride + j] for j < columns.
+  void (*product)(bool add, const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t depth,
+                  int64_t columns, float* c, int64_t c_stride);
+
+  // scores[t] = scale * scores[t] + mask[t] (null: no mask) for t < tokens, minus infinity beyond, up to the panel's end. Returns the
+  // largest.
+  float (*add_mask)(float* scores, int64_t tokens, float scale, const float* mask);
+
+  // scores[t] = e^(scores[t] - largest) up to the panel's end. Returns the sum.
+  float (*exponentials)(float* scores, int64_t tokens, float largest);
+};
+
+extern const Loops kPortableLoops;
+#if defined(__x86_64__)
+extern const Loops kAvx2Loops;
+extern const Loops kAvx512Loops;
+#endif
+
+}  // namespace claq::attention

@@ -1,0 +1,183 @@
+// Attention of random shapes on every kernel family against plain loops in double, for claq_check.cpp.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "claq.h"
+
+struct TestAttention {
+  int64_t batch, kv_heads, groups, rows, past, tokens, key_size, value_size;
+  bool cached;
+  int64_t mask_batch, mask_head, mask_row;
+  // Exactly as many elements as the interface says, on the heap, so that an access past an end is seen.
+  std::vector<float> query, key, value, mask, past_key, past_value, y, present_key, present_value;
+
+  claq_attention_desc desc() {
+    claq_attention_desc desc{};
+    desc.struct_size = sizeof desc;
+    desc.batch = batch;
+    desc.heads = kv_heads * groups;
+    desc.kv_heads = kv_heads;
+    desc.rows = rows;
+    desc.tokens = tokens;
+    desc.past = past;
+    desc.key_size = key_size;
+    desc.value_size = value_size;
+    desc.scale = 0.3f;
+    desc.query = query.data();
+    desc.key = key.data();
+    desc.value = value.data();
+    desc.mask = mask.empty() ? nullptr : mask.data();
+    desc.mask_batch = mask_batch;
+    desc.mask_head = mask_head;
+    desc.mask_row = mask_row;
+    desc.y = y.data();
+    if (cached) {
+      desc.past_key = past_key.data();
+      desc.past_value = past_value.data();
+      desc.present_key = present_key.data();
+      desc.present_value = present_value.data();
+    }
+    return desc;
+  }
+
+  float key_at(int64_t b, int64_t h, int64_t t, int64_t i) const {
+    if (t < past) return past_key[static_cast<size_t>(((b * kv_heads + h) * past + t) * key_size + i)];
+    return key[static_cast<size_t>(((b * (tokens - past) + t - past) * kv_heads + h) * key_size + i)];
+  }
+  float value_at(int64_t b, int64_t h, int64_t t, int64_t i) const {
+    if (t < past) return past_value[static_cast<size_t>(((b * kv_heads + h) * past + t) * value_size + i)];
+    return value[static_cast<size_t>(((b * (tokens - past) + t - past) * kv_heads + h) * value_size + i)];
+  }
+};
+
+inline TestAttention random_attention(std::mt19937& random) {
+  const auto below = [&](int64_t limit) { return static_cast<int64_t>(random() % static_cast<uint64_t>(limit)); };
+  TestAttention a{};
+  a.batch = 1 + below(3);
+  a.kv_heads = 1 + below(3);
+  a.groups = 1 + below(3);
+  a.rows = 1 + below(below(2) ? 6 : 60);
+  a.cached = below(3) > 0;
+  a.past = a.cached ? below(150) : 0;
+  a.tokens = a.cached ? a.past + a.rows : below(150);
+  a.key_size = 1 + below(40);
+  a.value_size = 1 + below(40);
+  const auto fill = [&](std::vector<float>& values, int64_t count) {
+    std::normal_distribution<float> normal;
+    values.resize(static_cast<size_t>(count));
+    for (float& value : values) value = normal(random);
+  };
+  const int64_t heads = a.kv_heads * a.groups, fresh = a.tokens - a.past;
+  fill(a.query, a.batch * a.rows * heads * a.key_size);
+  fill(a.key, a.batch * fresh * a.kv_heads * a.key_size);
+  fill(a.value, a.batch * fresh * a.kv_heads * a.value_size);
+  if (below(4)) {
+    const int64_t mask_rows = below(2) ? a.rows : 1, mask_heads = below(2) ? heads : 1, mask_batches = below(2) ? a.batch : 1;
+    a.mask_row = mask_rows > 1 ? a.tokens : 0;
+    a.mask_head = mask_heads > 1 ? mask_rows * a.tokens : 0;
+    a.mask_batch = mask_batches > 1 ? mask_heads * mask_rows * a.tokens : 0;
+    fill(a.mask, mask_batches * mask_heads * mask_rows * a.tokens);
+    const int64_t hidden = below(3);
+    for (float& value : a.mask) value = below(3) < hidden ? -1.7e38f : value;
+  }
+  fill(a.past_key, a.batch * a.kv_heads * a.past * a.key_size);
+  fill(a.past_value, a.batch * a.kv_heads * a.past * a.value_size);
+  a.y.resize(static_cast<size_t>(a.batch * a.rows * heads * a.value_size));
+  a.present_key.resize(static_cast<size_t>(a.cached ? a.batch * a.kv_heads * a.tokens * a.key_size : 0));
+  a.present_value.resize(static_cast<size_t>(a.cached ? a.batch * a.kv_heads * a.tokens * a.value_size : 0));
+  return a;
+}
+
+// The largest difference from attention written out in double.
+inline double attention_error(const TestAttention& a) {
+  double worst = 0;
+  const int64_t heads = a.kv_heads * a.groups;
+  std::vector<double> weight(static_cast<size_t>(a.tokens));
+  for (int64_t b = 0; b < a.batch; ++b) {
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t r = 0; r < a.rows; ++r) {
+        double largest = -1e300, sum = 0;
+        for (int64_t t = 0; t < a.tokens; ++t) {
+          double score = 0;
+          for (int64_t i = 0; i < a.key_size; ++i) {
+            score += static_cast<double>(a.query[static_cast<size_t>(((b * a.rows + r) * heads + h) * a.key_size + i)]) *
+                     a.key_at(b, h / a.groups, t, i);
+          }
+          score *= 0.3f;
+          // Added in float, in which a score beside a hidden token's number is lost.
+          if (!a.mask.empty()) {
+            score = static_cast<float>(score) + a.mask[static_cast<size_t>(b * a.mask_batch + h * a.mask_head + r * a.mask_row + t)];
+          }
+          weight[static_cast<size_t>(t)] = score;
+          largest = std::max(largest, score);
+        }
+        for (double& w : weight) sum += w = std::exp(w - largest);
+        for (int64_t i = 0; i < a.value_size; ++i) {
+          double wanted = 0;
+          for (int64_t t = 0; t < a.tokens; ++t) wanted += weight[static_cast<size_t>(t)] / sum * a.value_at(b, h / a.groups, t, i);
+          worst = std::max(worst, std::fabs(wanted - a.y[static_cast<size_t>(((b * a.rows + r) * heads + h) * a.value_size + i)]));
+        }
+      }
+    }
+  }
+  for (int64_t b = 0; a.cached && b < a.batch; ++b) {
+    for (int64_t h = 0; h < a.kv_heads; ++h) {
+      for (int64_t t = 0; t < a.tokens; ++t) {
+        const int64_t at = (b * a.kv_heads + h) * a.tokens + t;
+        for (int64_t i = 0; i < a.key_size; ++i) {
+          if (a.present_key[static_cast<size_t>(at * a.key_size + i)] != a.key_at(b, h, t, i)) return 1e9;
+        }
+        for (int64_t i = 0; i < a.value_size; ++i) {
+          if (a.present_value[static_cast<size_t>(at * a.value_size + i)] != a.value_at(b, h, t, i)) return 1e9;
+        }
+      }
+    }
+  }
+  return worst;
+}
+
+template <class Expect>
+void check_attention(std::mt19937& random, const std::vector<std::string>& kernels, Expect expect) {
+  TestAttention a = random_attention(random);
+  for (const std::string& kernel : kernels) {
+    setenv("CLAQ_KERNEL", kernel.c_str(), 1);
+    for (const int64_t threads : {0, 3}) {
+      std::fill(a.y.begin(), a.y.end(), -1.0f);
+      const claq_attention_desc desc = a.desc();
+      char message[256] = "";
+      const claq_status status = claq_attend(&desc, threads ? claq_pool_parallel_for : nullptr, reinterpret_cast<void*>(threads), message, sizeof message);
+      expect(status == CLAQ_OK, "attention: " + std::string(message));
+      const double error = attention_error(a);
+      expect(error < 1e-4, "attention by " + kernel + ": " + std::to_string(a.rows) + " rows, " + std::to_string(a.past) + " of " +
+                               std::to_string(a.tokens) + " tokens cached, error " + std::to_string(error));
+    }
+  }
+  unsetenv("CLAQ_KERNEL");
+}
+
+template <class Expect>
+void check_bad_attention(std::mt19937& random, Expect expect) {
+  TestAttention a = random_attention(random);
+  const auto refused = [&](const char* name, auto change) {
+    claq_attention_desc desc = a.desc();
+    change(desc);
+    char message[256] = "";
+    const bool found = claq_attend(&desc, nullptr, nullptr, message, sizeof message) == CLAQ_INVALID_ARGUMENT &&
+                       std::string(message).find(name) != std::string::npos;
+    expect(found, std::string("attention with a wrong ") + name + ": " + message);
+  };
+  refused("struct_size", [](claq_attention_desc& d) { d.struct_size = 8; });
+  refused("kv_heads", [](claq_attention_desc& d) { d.kv_heads = 0; });
+  refused("kv_heads", [](claq_attention_desc& d) { d.heads = 3; d.kv_heads = 2; });
+  refused("past", [](claq_attention_desc& d) { d.past = d.tokens + 1; });
+  refused("key_size", [](claq_attention_desc& d) { d.key_size = -1; });
+  refused("value", [](claq_attention_desc& d) { d.value = nullptr; });
+  refused("present_value", [](claq_attention_desc& d) { d.present_key = d.y; d.present_value = nullptr; });
+  refused("past_key", [](claq_attention_desc& d) { d.past = 1; d.tokens = 5; d.past_key = nullptr; });
+}

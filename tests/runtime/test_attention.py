@@ -1,0 +1,250 @@
+"""ClaqCachedAttention in ONNX Runtime against attention written out in float64, and against its function."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from claq_export.emit.function import ATTENTION, claq_function
+
+claq_runtime = pytest.importorskip("claq_runtime")
+
+Array = npt.NDArray[np.float32]
+INPUTS = ("query", "key", "value", "mask", "past_key", "past_value")
+OUTPUTS = ("y", "present_key", "present_value")
+HIDDEN = float(np.finfo(np.float32).min / 2)
+"""What the exporter adds where a mask says no."""
+
+
+def model(heads: int, kv_heads: int, scale: float, mask_rank: int = 4) -> bytes:
+    ranks = {"query": 3, "key": 3, "value": 3, "mask": mask_rank, "y": 3}
+
+    def value(name: str) -> onnx.ValueInfoProto:
+        axes = [f"{name}_{axis}" for axis in range(ranks.get(name, 4))]
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, axes)
+
+    node = helper.make_node(
+        ATTENTION, INPUTS, OUTPUTS, "node", domain="com.claq", q_num_heads=heads, kv_num_heads=kv_heads, scale=scale
+    )
+    graph = helper.make_graph([node], "attention", [value(name) for name in INPUTS], [value(name) for name in OUTPUTS])
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.claq", 1)]
+    functions = [onnx.FunctionProto.FromString(claq_function(ATTENTION))]
+    return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=11).SerializeToString()
+
+
+def session(content: bytes, library: bool = True, threads: int = 2) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    if library:
+        claq_runtime.register(options)
+    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def written_out(feeds: dict[str, Array], heads: int, kv_heads: int, scale: float) -> list[Array]:
+    """The same in float64, one head after the other."""
+    wide = {name: value.astype(np.float64) for name, value in feeds.items()}
+    batch, rows, _ = feeds["query"].shape
+
+    def by_head(value: Array, count: int) -> Array:
+        return value.reshape(*value.shape[:2], count, -1).transpose(0, 2, 1, 3)
+
+    query = by_head(wide["query"], heads)
+    keys = np.concatenate([wide["past_key"], by_head(wide["key"], kv_heads)], 2)
+    values = np.concatenate([wide["past_value"], by_head(wide["value"], kv_heads)], 2)
+    mask = np.broadcast_to(wide["mask"], (batch, heads, rows, keys.shape[2]))
+    result = np.zeros((batch, rows, heads, values.shape[-1]))
+    for head in range(heads):
+        own = head // (heads // kv_heads)
+        scores = scale * query[:, head] @ keys[:, own].transpose(0, 2, 1) + mask[:, head]
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        result[:, :, head] = weights / weights.sum(-1, keepdims=True) @ values[:, own]
+    return [result.reshape(batch, rows, -1), keys, values]
+
+
+def causal(rows: int, past: int, padding: int = 0) -> Array:
+    """The mask of a decoder whose first tokens may be padding: their own rows see nothing."""
+    token = np.arange(past + rows)
+    seen = (token[None] <= np.arange(past, past + rows)[:, None]) & (token >= padding)
+    return np.where(seen, np.float32(0), np.float32(HIDDEN))
+
+
+def random_feeds(random: np.random.Generator, kv_heads: int, groups: int, **sizes: int) -> dict[str, Array]:
+    batch, rows, past, size, value_size = (sizes[name] for name in ("batch", "rows", "past", "size", "value_size"))
+    shapes = {
+        "query": (batch, rows, kv_heads * groups * size),
+        "key": (batch, rows, kv_heads * size),
+        "value": (batch, rows, kv_heads * value_size),
+        "past_key": (batch, kv_heads, past, size),
+        "past_value": (batch, kv_heads, past, value_size),
+    }
+    return {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+def random_mask(random: np.random.Generator, batch: int, heads: int, rows: int, tokens: int) -> Array:
+    """Of a random rank, each leading axis full or 1; with numbers to add, hidden tokens and rows that see nothing."""
+    full = (batch, heads, rows)
+    rank = int(random.integers(2, 5))
+    shape = [size if random.random() < 0.5 else 1 for size in full[3 - (rank - 1) :]]
+    kind = random.integers(3)
+    if kind == 0:
+        return random.standard_normal((*shape, tokens), np.float32)
+    mask = np.where(random.random((*shape, tokens)) < 0.6, np.float32(0), np.float32(HIDDEN))
+    if kind == 1:  # long stretches, which the kernel leaves out
+        first = int(random.integers(tokens + 1))
+        mask[..., first:] = HIDDEN
+    return mask
+
+
+@pytest.mark.parametrize("kernel", claq_runtime.kernels())
+@pytest.mark.parametrize("seed", range(3))
+def test_random_shapes(kernel: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLAQ_KERNEL", kernel)
+    random = np.random.default_rng(seed)
+    for case in range(25):
+        kv_heads, groups, batch = (int(random.integers(1, high)) for high in (5, 6, 4))
+        rows = int(random.choice([1, 2, 7, 8, 9, 24, 25, 33, 70, 130]))
+        sizes = {
+            "batch": batch,
+            "rows": rows,
+            "past": int(random.choice([0, 1, 5, 31, 64, 65, 200, 700])),
+            "size": int(random.choice([1, 4, 8, 16, 24, 33, 64, 80, 128])),
+            "value_size": int(random.choice([1, 5, 8, 16, 31, 64, 96])),
+        }
+        feeds = random_feeds(random, kv_heads, groups, **sizes)
+        feeds["mask"] = random_mask(random, batch, kv_heads * groups, rows, sizes["past"] + rows)
+        scale = float(random.uniform(0.05, 1))
+        content = model(kv_heads * groups, kv_heads, scale, feeds["mask"].ndim)
+        found = session(content, threads=1 + case % 2).run(None, feeds)
+        wanted = written_out(feeds, kv_heads * groups, kv_heads, scale)
+        np.testing.assert_allclose(found[0], wanted[0], rtol=2e-5, atol=2e-5, err_msg=str(sizes))
+        np.testing.assert_array_equal(found[1], wanted[1].astype(np.float32))
+        np.testing.assert_array_equal(found[2], wanted[2].astype(np.float32))
+
+
+@pytest.mark.parametrize(("rows", "past"), [(1, 80), (5, 0), (40, 0), (300, 100)])
+def test_the_function_is_the_same(rows: int, past: int) -> None:
+    random = np.random.default_rng(rows)
+    feeds = random_feeds(random, 3, 3, batch=2, rows=rows, past=past, size=64, value_size=64)
+    feeds["mask"] = causal(rows, past)[None, None]
+    content = model(9, 3, 0.125)
+    for found, wanted in zip(session(content).run(None, feeds), session(content, False).run(None, feeds), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_rows_of_padding_are_means_and_never_nan(rows: int) -> None:
+    random = np.random.default_rng(0)
+    feeds = random_feeds(random, 2, 2, batch=1, rows=rows, past=0, size=16, value_size=16)
+    feeds["mask"] = causal(rows, 0, padding=2)[None, None]
+    y = session(model(4, 2, 0.25)).run(["y"], feeds)[0]
+    mean = feeds["value"].reshape(rows, 2, 16).mean(0).repeat(2, 0).reshape(-1)
+    np.testing.assert_allclose(y[0, :2], [mean, mean], rtol=1e-4, atol=1e-5)
+    assert np.isfinite(y).all()
+
+
+@pytest.mark.parametrize("hidden", [slice(590), slice(100, None)])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_minus_infinity_hides_and_a_row_of_it_is_nan(rows: int, hidden: slice) -> None:
+    random = np.random.default_rng(1)
+    feeds = random_feeds(random, 1, 1, batch=2, rows=rows, past=600, size=8, value_size=8)
+    mask = np.full((2, 1, rows, 600 + rows), -200, np.float32)
+    mask[0, :, :, hidden] = -np.inf
+    mask[1] = -np.inf
+    feeds["mask"] = mask
+    y = session(model(1, 1, 0.5)).run(["y"], feeds)[0]
+    finite = {name: value[:1] for name, value in feeds.items()} | {"mask": np.maximum(mask[:1], HIDDEN)}
+    np.testing.assert_allclose(y[:1], written_out(finite, 1, 1, 0.5)[0], rtol=1e-5, atol=1e-5)
+    assert np.isnan(y[1]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_not_finite_reach_the_rows_that_see_them(rows: int, bad: float) -> None:
+    random = np.random.default_rng(2)
+    past = 100
+    feeds = random_feeds(random, 1, 2, batch=1, rows=rows, past=past, size=16, value_size=16)
+    feeds["mask"] = causal(rows, past)[None, None]
+    feeds["query"][0, 0, :16] = bad  # of the first head's first row
+    feeds["past_value"][0, 0, 3, 5] = bad
+    y = session(model(2, 1, 0.25)).run(["y"], feeds)[0].reshape(rows, 2, 16)
+    assert np.isnan(y[0, 0]).all()
+    column = y[:, :, 5]
+    assert not np.isfinite(column).any()
+    others = np.delete(y.reshape(rows * 2, 16)[1:], 5, 1)
+    assert np.isfinite(others).all()
+
+
+def test_no_tokens_at_all_and_no_past() -> None:
+    random = np.random.default_rng(3)
+    feeds = random_feeds(random, 1, 1, batch=2, rows=0, past=4, size=8, value_size=8)
+    feeds["mask"] = np.zeros((1, 1, 0, 4), np.float32)
+    y, keys, values = session(model(1, 1, 1.0)).run(None, feeds)
+    assert y.shape == (2, 0, 8)
+    np.testing.assert_array_equal(keys, feeds["past_key"])
+    np.testing.assert_array_equal(values, feeds["past_value"])
+
+
+WRONG = {
+    "query": ((1, 2, 15), "query"),
+    "key": ((1, 3, 8), "key"),
+    "value": ((1, 2, 7), "value"),
+    "mask": ((1, 1, 2, 5), "mask"),
+    "past_key": ((1, 2, 4, 5), "past_key"),
+    "past_value": ((1, 2, 3, 4), "past_value"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_shapes_that_do_not_fit_are_named(name: str) -> None:
+    random = np.random.default_rng(4)
+    feeds = random_feeds(random, 2, 2, batch=1, rows=2, past=4, size=4, value_size=4)
+    feeds["mask"] = np.zeros((1, 1, 2, 6), np.float32)
+    shape, message = WRONG[name]
+    feeds[name] = np.zeros(shape, np.float32)
+    with pytest.raises(Exception, match=rf"ClaqCachedAttention: {message}: has shape \[.*expected"):
+        session(model(4, 2, 1.0)).run(None, feeds)
+
+
+def test_heads_that_do_not_fit_are_named() -> None:
+    with pytest.raises(Exception, match="node 'node': q_num_heads: is 3, expected a multiple of kv_num_heads = 2"):
+        session(model(3, 2, 1.0))
+
+
+def test_concurrent_runs() -> None:
+    random = np.random.default_rng(5)
+    shared = session(model(6, 3, 0.2))
+    problems: list[str] = []
+
+    def work(rows: int, past: int) -> None:
+        feeds = random_feeds(np.random.default_rng(rows), 3, 2, batch=2, rows=rows, past=past, size=32, value_size=32)
+        feeds["mask"] = causal(rows, past)[None, None]
+        first = shared.run(None, feeds)
+        for _ in range(20):
+            for found, wanted in zip(shared.run(None, feeds), first, strict=True):
+                if not np.array_equal(found, wanted):
+                    problems.append(f"{rows} rows after {past}")
+
+    threads = [threading.Thread(target=work, args=(rows, int(random.integers(300)))) for rows in (1, 3, 20, 64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
+
+
+def test_registered_where_the_file_is_opened(tmp_path: Path) -> None:
+    """With the library the node stays one node; without it ONNX Runtime runs the function."""
+    for library, wanted in ((True, [ATTENTION]), (False, ["Attention"])):
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        if library:
+            claq_runtime.register(options)
+        ort.InferenceSession(model(2, 1, 1.0), options, providers=["CPUExecutionProvider"])
+        assert [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node] == wanted
