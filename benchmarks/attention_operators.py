@@ -151,7 +151,7 @@ def main() -> None:
             f"Runtime {ort.__version__}, {options.threads} threads, load average {load:.0f} at the start. Time of a "
             "layer, tenth percentile.",
             "",
-            "| new, cached tokens | ClaqCachedAttention | Attention (opset 23) | GroupQueryAttention | the same, cache in place |",
+            "| new, cached | ClaqCachedAttention | Attention (opset 23) | GroupQueryAttention | the same, cache in place |",
             "|---|---|---|---|---|",
             *rows,
             "",

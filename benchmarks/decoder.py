@@ -37,7 +37,7 @@ from onnx import numpy_helper
 
 import claq_export
 import claq_runtime
-from claq_export.emit.function import ATTENTION
+from claq_export.emit.function import CACHED_ATTENTION
 from claq_export.format.checkpoint import load_checkpoint
 from claq_export.generation import Generator
 from claq_export.modules import ClaqLinear
@@ -144,7 +144,7 @@ def as_nbits(folder: Path, target: Path, stacked: bool, keep_attention: bool = F
             (sigmoid,) = add("Sigmoid", [gate], [f"{node.name}.sigmoid"])
             (activated,) = add("Mul", [gate, sigmoid], [f"{node.name}.silu"])
             add("Mul", [activated, up], [node.output[0]])
-        elif node.op_type == ATTENTION and not keep_attention:
+        elif node.op_type == CACHED_ATTENTION and not keep_attention:
             settings = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
             add("Attention", list(node.input), list(node.output), **settings)
         else:

@@ -43,7 +43,7 @@ from .file_graph import lower_file_graph, plan_file_graph, release_weights, shar
 from .format import metadata
 from .format.checkpoint import quantized_stacks, save_checkpoint
 from .format.files import check_writable
-from .passes import FuseEpilogues, Pass, PassContext, Pipeline, Plan, RemoveUnused, ReplaceLinears, planning_pipeline
+from .passes import PassContext, Pipeline, Plan, lowering_pipeline, planning_pipeline
 from .passes.select_linears import layer_name
 from .preflight import Preflight, predict_resources
 from .process_memory import collect_garbage
@@ -354,11 +354,10 @@ class Compilation:
 
     def _lower(self) -> None:
         layers = {name: done.layer for name, done in self.sites.items()}
-        lowering: list[Pass] = [ReplaceLinears(layers, self.config.accuracy_level)]
-        if self._file_plan is None:  # this graph goes into the file
-            lowering.append(FuseEpilogues())
+        into_file = self._file_plan is None
         assert self._context is not None
-        Pipeline([*lowering, RemoveUnused()]).run(self.captured.graph_module, self._context)
+        lowering = lowering_pipeline(layers, self.config.accuracy_level, fuse=into_file)
+        lowering.run(self.captured.graph_module, self._context)
         if self._file_plan is not None:
             assert self.captured.file_graph is not None
             lower_file_graph(self.captured.file_graph, self._file_plan, layers, self.config.accuracy_level)

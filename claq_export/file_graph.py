@@ -21,15 +21,13 @@ from .format.layer import TENSOR_NAMES, QuantizedLinear
 from .kernels.fused_ops import LAYER_OPERATORS
 from .passes import (
     AdditiveMasks,
-    FuseEpilogues,
     FuseSiblings,
     LastLogits,
     PassContext,
     Pipeline,
     Plan,
-    RemoveUnused,
-    ReplaceLinears,
     decoder_pipeline,
+    lowering_pipeline,
 )
 from .passes.attributes import get_attribute, replace_tensor
 
@@ -81,8 +79,7 @@ def lower_file_graph(
         Pipeline([FuseSiblings(weights=False)]).run(captured.graph_module, context)
     sizes = {site.name: site.out_features for site in plan.sites}
     _check_same({name: layer.out_features for name, layer in layers.items()}, sizes, captured.task == CACHED_TASK)
-    lowering = Pipeline([ReplaceLinears(layers, accuracy_level), FuseEpilogues(), RemoveUnused()])
-    lowering.run(captured.graph_module, context)
+    lowering_pipeline(layers, accuracy_level).run(captured.graph_module, context)
 
 
 def share_stacked_weights(captured: CapturedModel, own: Plan, plan: Plan, graph_module: fx.GraphModule) -> None:

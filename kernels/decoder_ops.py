@@ -1,7 +1,8 @@
-"""Torch operators of decoder layers that runtimes have as one kernel: RMS normalization, rotary positions, attention.
+"""Torch operators of transformers that runtimes have as one kernel: RMS normalization, rotary positions, attention.
 
 Passes put them in the place of the small operators a model spells them with; the emitter writes them as the ONNX
-operators of the same meaning (opset 23). Each has one implementation in plain PyTorch for every device.
+operators of the same meaning (opset 23), attention in float32 as operators of claq. Each has one implementation in
+plain PyTorch for every device.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ _library.define(
 _library.define(
     "cached_attention(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor past_key, Tensor past_value, "
     "int num_heads, int kv_heads, float scale) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, int num_heads, float scale) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -60,6 +65,23 @@ def _cached_attention(
     return result.transpose(1, 2).flatten(-2), keys, values
 
 
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_heads: int,
+    scale: float,
+) -> torch.Tensor:
+    by_head = [each.unflatten(-1, (num_heads, -1)).transpose(1, 2) for each in (query, key, value)]
+    result = torch.nn.functional.scaled_dot_product_attention(*by_head, attn_mask=mask, scale=scale)
+    return result.transpose(1, 2).flatten(-2)
+
+
+def _fake_uncached(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
+    return query.new_empty((*query.shape[:2], value.shape[-1]))
+
+
 def _fake_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -87,9 +109,11 @@ def _fake_like(x: torch.Tensor, *_: object) -> torch.Tensor:
 
 _library.impl("rms_norm", _rms_norm, "CompositeExplicitAutograd")
 _library.impl("rotary", _rotary, "CompositeExplicitAutograd")
+_library.impl("attention", _attention, "CompositeExplicitAutograd")
 _library.impl("cached_attention", _cached_attention, "CompositeExplicitAutograd")
 torch.library.register_fake("claq::rms_norm", _fake_like, lib=_library)
 torch.library.register_fake("claq::rotary", _fake_like, lib=_library)
+torch.library.register_fake("claq::attention", _fake_uncached, lib=_library)
 torch.library.register_fake("claq::cached_attention", _fake_attention, lib=_library)
 
 rms_norm = torch.ops.claq.rms_norm.default
@@ -99,6 +123,13 @@ rotary = torch.ops.claq.rotary.default
 """Rotary positions. ``x[batch, sequence, num_heads * head]``; ``cos`` and ``sin`` ``[batch, sequence, rotated / 2]``.
 
 Of each head the first ``rotated`` values are turned, value i together with value i + rotated / 2; the rest stay.
+"""
+
+attention = torch.ops.claq.attention.default
+"""Attention without a cache: ``softmax(scale * query @ key^T + mask) @ value`` of each head.
+
+``query[batch, sequence, num_heads * head]``, ``key`` and ``value`` ``[batch, tokens, num_heads * head]``; ``mask`` is
+added to the scores and broadcasts to ``[batch, num_heads, sequence, tokens]``. Returns ``[batch, sequence, num_heads * head]``.
 """
 
 cached_attention = torch.ops.claq.cached_attention.default

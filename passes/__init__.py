@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from ..format.layer import QuantizedLinear
 from .additive_masks import AdditiveMasks
 from .base import ContractError, Pass, PassContext, PassResult
 from .canonicalize_linears import CanonicalizeLinears
@@ -14,6 +15,7 @@ from .fuse_gelu import FuseGelu
 from .fuse_rms_norm import FuseRmsNorm
 from .fuse_rotary import FuseRotary
 from .fuse_siblings import FuseSiblings
+from .fuse_uncached_attention import FuseUncachedAttention
 from .last_logits import LastLogits
 from .pipeline import PassRecord, Pipeline
 from .plan import LinearSite, Plan, PlanRow, Skipped
@@ -32,6 +34,7 @@ __all__ = [
     "FuseRmsNorm",
     "FuseRotary",
     "FuseSiblings",
+    "FuseUncachedAttention",
     "LastLogits",
     "LinearSite",
     "Pass",
@@ -47,6 +50,7 @@ __all__ = [
     "SelectLinears",
     "Skipped",
     "decoder_pipeline",
+    "lowering_pipeline",
     "planning_pipeline",
 ]
 
@@ -54,6 +58,19 @@ __all__ = [
 def decoder_pipeline() -> Pipeline:
     """The passes that put one operator in the place of many in a decoder with a cache."""
     return Pipeline([FuseRmsNorm(), FuseRotary(), FuseAttention(), RemoveUnused()])
+
+
+def lowering_pipeline(layers: Mapping[str, QuantizedLinear], accuracy_level: int, fuse: bool = True) -> Pipeline:
+    """The passes that put quantized layers into a graph, and those that let operators do what is around them.
+
+    Args:
+        layers: quantized layers by name.
+        accuracy_level: of all.
+        fuse: the graph goes into a file.
+    """
+    replace = ReplaceLinears(layers, accuracy_level)
+    fusing: list[Pass] = [FuseEpilogues(), AdditiveMasks(), FuseUncachedAttention()] if fuse else []
+    return Pipeline([replace, *fusing, RemoveUnused()])
 
 
 def planning_pipeline(

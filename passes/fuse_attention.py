@@ -90,7 +90,7 @@ class FuseAttention(Pass):
             size = known_size(values.joined, 3)
             output.meta["val"] = flat[0].meta["val"].new_empty((*shape_of(flat[0])[:2], heads * size))
             by_head = heads_first(graph, output, heads)
-        _replace_result(node, by_head, output)
+        replace_result(node, by_head, output)
         for stream, cache in zip((keys, values), caches, strict=True):
             cache.meta = dict(stream.joined.meta)
             stream.joined.replace_all_uses_with(cache, delete_user_cb=lambda user: user.op == "output")
@@ -129,8 +129,8 @@ def _stream(value: fx.Node, heads: int) -> _Stream:
     return _Stream(node, past, new, known_size(node, 1), reader)
 
 
-def _replace_result(node: fx.Node, by_head: fx.Node, flat: fx.Node) -> None:
-    """Let users of the result read it, without a transpose where they read it heads last anyway."""
+def replace_result(node: fx.Node, by_head: fx.Node, flat: fx.Node) -> None:
+    """Let users of an attention's result ``node`` read ``by_head``, or ``flat`` where they read it heads last anyway."""
     for user in list(node.users):
         turned = user
         while turned.target in (_aten.reshape.default, _aten.view.default) and len(turned.users) == 1:

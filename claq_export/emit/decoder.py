@@ -15,7 +15,7 @@ from onnxscript import values
 
 from claq_export.kernels import decoder_ops
 
-from .function import ATTENTION, DOMAIN
+from .function import CACHED_ATTENTION, DOMAIN
 
 OPSET = 23
 """First version of the default ONNX domain with these operators."""
@@ -26,7 +26,9 @@ _DOMAIN = "claq.decoder"
 _FLOAT, _INT = onnx.defs.OpSchema.AttrType.FLOAT, onnx.defs.OpSchema.AttrType.INT
 
 
-def _operator(name: str, inputs: int, outputs: int, domain: str = _DOMAIN, **attributes: Any) -> values.Op:
+def _operator(
+    name: str, inputs: int, outputs: int, domain: str = _DOMAIN, **attributes: onnx.defs.OpSchema.AttrType
+) -> values.Op:
     parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
     schema = onnx.defs.OpSchema(
         name,
@@ -42,9 +44,10 @@ def _operator(name: str, inputs: int, outputs: int, domain: str = _DOMAIN, **att
 
 _rms_norm = _operator("RMSNormalization", 2, 1, axis=_INT, epsilon=_FLOAT)
 _rotary = _operator("RotaryEmbedding", 3, 1, num_heads=_INT, rotary_embedding_dim=_INT)
-_HEADS = {"q_num_heads": _INT, "kv_num_heads": _INT, "scale": _FLOAT}
-_attention = _operator("Attention", 6, 3, **_HEADS)
-_claq_attention = _operator(ATTENTION, 6, 3, DOMAIN, **_HEADS)
+_attention, _claq_attention = (
+    _operator(name, 6, 3, domain, q_num_heads=_INT, kv_num_heads=_INT, scale=_FLOAT)
+    for name, domain in (("Attention", _DOMAIN), (CACHED_ATTENTION, DOMAIN))
+)
 
 
 def _translate_rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
@@ -85,7 +88,7 @@ def settle_decoder(model: ir.Model) -> bool:
             node.domain = ""
             node.version = None
             found = True
-        found = found or node.op_type == ATTENTION  # its function is of that version
+        found = found or node.op_type == CACHED_ATTENTION  # its function is of that version
     model.opset_imports.pop(_DOMAIN, None)
     if found:
         model.opset_imports[""] = OPSET

@@ -316,6 +316,22 @@ def ClaqGather(
     return op.CastLike(op.Reshape(op.Transpose(dense, perm=[1, 0]), shape, allowzero=1), like)
 
 
+# The forms that ONNX Runtime fuses: see fused_forms.py.
+@script(_claq, default_opset=op)
+def ClaqAttention(query, key, value, mask, num_heads: int, scale: float):
+    one = op.Constant(value_ints=[1])
+    heads = op.Reshape(op.Constant(value_int=num_heads), one)
+    split = op.Concat(op.Constant(value_ints=[0, 0]), heads, op.Constant(value_ints=[-1]), axis=0)
+    # Each side by the root, as PyTorch does.
+    root = op.Sqrt(op.Constant(value_float=scale))
+    queries = op.Mul(op.Transpose(op.Reshape(query, split), perm=[0, 2, 1, 3]), root)
+    keys = op.Mul(op.Transpose(op.Reshape(key, split), perm=[0, 2, 3, 1]), root)
+    values = op.Transpose(op.Reshape(value, split), perm=[0, 2, 1, 3])
+    weights = op.Softmax(op.Add(op.MatMul(queries, keys), mask), axis=-1)
+    result = op.Transpose(op.MatMul(weights, values), perm=[0, 2, 1, 3])
+    return op.Reshape(result, op.Constant(value_ints=[0, 0, -1]))
+
+
 @script(_claq, default_opset=op23)
 def ClaqCachedAttention(
     query, key, value, mask, past_key, past_value, q_num_heads: int, kv_num_heads: int, scale: float
@@ -353,16 +369,25 @@ PRODUCTS = tuple(name for name in _LAYERS if name != "ClaqGather")
 LAYER_OPERATORS = tuple(_LAYERS)
 """Operators that hold a layer: inputs 1 to 8 are its tensors."""
 
-ATTENTION = "ClaqCachedAttention"
-"""``Attention`` of opset 23 in float32 with a cache: queries, keys, values (heads last), a mask to add, the past; none optional."""
+ATTENTION = "ClaqAttention"
+"""Attention in float32 without a cache: queries, keys and values, heads last, and a mask to add."""
+
+CACHED_ATTENTION = "ClaqCachedAttention"
+"""``Attention`` of opset 23 in float32 with a cache: as :data:`ATTENTION`, and the past; it gives the longer cache too."""
+
+_ATTENTIONS = {
+    ATTENTION: (ClaqAttention, "Attention"),
+    CACHED_ATTENTION: (ClaqCachedAttention, "Attention to a cache, which it makes longer"),
+}
 
 
 @cache
 def claq_function(operator: str) -> bytes:
     """An operator's function as a serialized ``onnx.FunctionProto`` of domain ``com.claq``, opset 18, where needed 23."""
-    if operator == ATTENTION:
-        proto = ClaqCachedAttention.to_function_proto()
-        proto.doc_string = "Attention to a cache, and the longer cache, in standard operators."
+    if operator in _ATTENTIONS:
+        function, meaning = _ATTENTIONS[operator]
+        proto = function.to_function_proto()
+        proto.doc_string = f"{meaning}, in standard operators."
         return _self_contained(proto)
     epilogue, meaning = _LAYERS[operator]
     proto = (ClaqGather if operator == "ClaqGather" else ClaqMatMul).to_function_proto()
@@ -376,7 +401,7 @@ def claq_function(operator: str) -> bytes:
 def functions_of(operators: Iterable[str]) -> list[onnx.FunctionProto]:
     """The functions that a model with nodes of these operators needs; ``ClaqMatMul`` is always among them."""
     used = {"ClaqMatMul", *operators}
-    return [onnx.FunctionProto.FromString(claq_function(name)) for name in (*_LAYERS, ATTENTION) if name in used]
+    return [onnx.FunctionProto.FromString(claq_function(name)) for name in (*_LAYERS, *_ATTENTIONS) if name in used]
 
 
 def _append(proto: onnx.FunctionProto, epilogue: onnx.FunctionProto) -> None:

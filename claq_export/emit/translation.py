@@ -1,17 +1,19 @@
-"""How ``torch.onnx.export`` writes claq's torch operators down: one ``com.claq`` node for each."""
+"""How ``torch.onnx.export`` writes claq's torch operators down: one ``com.claq`` node for each; those of decoders: decoder.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 from onnxscript import values
 
 from claq_export.format.layer import TENSOR_NAMES
-from claq_export.kernels import fused_ops, ops
+from claq_export.kernels import decoder_ops, fused_ops, ops
 
-from .function import DOMAIN, VERSION
+from .function import ATTENTION, DOMAIN, VERSION
 
 INPUTS = ("x", *TENSOR_NAMES, "bias")
 """Inputs of ``ClaqMatMul`` in order."""
@@ -31,6 +33,9 @@ ADD_INPUTS = (*INPUTS, "residual")
 NORM_INPUTS = (*ADD_INPUTS, "norm_weight")
 """Inputs of ``ClaqMatMulAddNorm`` in order; it has the attributes of ``ClaqMatMul`` and the float ``epsilon``."""
 
+ATTENTION_INPUTS = ("query", "key", "value", "mask")
+"""Inputs of ``ClaqAttention`` in order; it has the attributes ``num_heads`` and ``scale``."""
+
 ROTARY_INPUTS = (*INPUTS, "cos", "sin")
 """Inputs of ``ClaqMatMulRotary`` in order."""
 
@@ -49,6 +54,7 @@ def _schema(name: str, inputs: Sequence[str], attributes: Sequence[str], outputs
         "norm_weight": "T",
         "cos": "T",
         "sin": "T",
+        **dict.fromkeys(ATTENTION_INPUTS, "T"),
         "bias": "B",
         "indices": "S",
         "like": "T",
@@ -69,7 +75,7 @@ def _schema(name: str, inputs: Sequence[str], attributes: Sequence[str], outputs
     ]
     used = {types.get(name) for name in inputs}
     kind = onnx.defs.OpSchema.AttrType
-    kinds = {"epsilon": kind.FLOAT}
+    kinds = {"epsilon": kind.FLOAT, "scale": kind.FLOAT}
     return onnx.defs.OpSchema(
         name,
         DOMAIN,
@@ -91,6 +97,7 @@ _claq_matmul_add_norm = _operator("ClaqMatMulAddNorm", NORM_INPUTS, (*ATTRIBUTES
 _claq_matmul_swiglu = _operator("ClaqMatMulSwiGLU", INPUTS, ATTRIBUTES)
 _claq_matmul_split = _operator("ClaqMatMulSplit", INPUTS, SPLIT_ATTRIBUTES, outputs=3)
 _claq_matmul_rotary = _operator("ClaqMatMulRotary", ROTARY_INPUTS, ROTARY_ATTRIBUTES, outputs=3)
+_claq_attention = _operator(ATTENTION, ATTENTION_INPUTS, ("num_heads", "scale"))
 _claq_gather = _operator("ClaqGather", GATHER_INPUTS, GATHER_ATTRIBUTES)
 
 
@@ -162,11 +169,18 @@ def _translate_embedding(*arguments: Any) -> Any:
     )
 
 
+def _translate_attention(query: Any, key: Any, value: Any, mask: Any, num_heads: int, scale: float) -> Any:
+    if mask is None:
+        mask = ir.tensor(np.zeros(1, np.float32))
+    return _claq_attention(query, key, value, mask, num_heads=num_heads, scale=scale)
+
+
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """``custom_translation_table`` for ``torch.onnx.export``: claq's operators and their translations."""
     return {
         ops.linear: _translate_linear,
         ops.embedding: _translate_embedding,
+        decoder_ops.attention: _translate_attention,
         fused_ops.linear_add: _translate_linear_add,
         fused_ops.linear_add_norm: _translate_linear_add_norm,
         fused_ops.linear_swiglu: _translate_linear_swiglu,

@@ -18,7 +18,7 @@ import claq_export
 from claq_export.capture.decoder import CACHED_TASK, capture_decoder
 from claq_export.capture.pretrained import load_pretrained
 from claq_export.cli import main
-from claq_export.emit.function import ATTENTION, LAYER_OPERATORS
+from claq_export.emit.function import CACHED_ATTENTION, LAYER_OPERATORS
 from claq_export.errors import CaptureError, ConfigError, ModelError
 from claq_export.generation import Generator
 from claq_export.verify_layers import layer_outputs
@@ -77,7 +77,7 @@ def test_folder_is_complete(decoder_artifact: Path) -> None:
     axes = [dim.dim_param or dim.dim_value for dim in model.graph.input[3].type.tensor_type.shape.dim]
     assert axes == ["batch", 2, "past_sequence", 16]
     operators = [node.op_type for node in model.graph.node]
-    assert operators.count(ATTENTION) == 2
+    assert operators.count(CACHED_ATTENTION) == 2
     # Else a layer has its four linears, which split, turn, gate, add to and normalize their own results.
     assert operators.count("RMSNormalization") == 1
     assert [operators.count(name) for name in ("ClaqMatMulRotary", "ClaqMatMulSwiGLU", "ClaqMatMulAddNorm")] == [
@@ -94,7 +94,7 @@ def test_folder_is_complete(decoder_artifact: Path) -> None:
     assert turned == ["MatMul"] * operators.count("MatMul")
     assert operators.count("MatMul") <= 1
     for node in model.graph.node:
-        if node.op_type == ATTENTION:
+        if node.op_type == CACHED_ATTENTION:
             assert {makers[name] for name in node.input[:3]} == {"ClaqMatMulRotary"}
     assert {entry.key: entry.value for entry in model.metadata_props}["claq.task"] == CACHED_TASK
 

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from claq_export.emit.function import ATTENTION, claq_function
+from claq_export.emit.function import CACHED_ATTENTION, claq_function
 
 claq_runtime = pytest.importorskip("claq_runtime")
 
@@ -31,11 +31,18 @@ def model(heads: int, kv_heads: int, scale: float, mask_rank: int = 4) -> bytes:
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, axes)
 
     node = helper.make_node(
-        ATTENTION, INPUTS, OUTPUTS, "node", domain="com.claq", q_num_heads=heads, kv_num_heads=kv_heads, scale=scale
+        CACHED_ATTENTION,
+        INPUTS,
+        OUTPUTS,
+        "node",
+        domain="com.claq",
+        q_num_heads=heads,
+        kv_num_heads=kv_heads,
+        scale=scale,
     )
     graph = helper.make_graph([node], "attention", [value(name) for name in INPUTS], [value(name) for name in OUTPUTS])
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.claq", 1)]
-    functions = [onnx.FunctionProto.FromString(claq_function(ATTENTION))]
+    functions = [onnx.FunctionProto.FromString(claq_function(CACHED_ATTENTION))]
     return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=11).SerializeToString()
 
 
@@ -241,7 +248,7 @@ def test_concurrent_runs() -> None:
 
 def test_registered_where_the_file_is_opened(tmp_path: Path) -> None:
     """With the library the node stays one node; without it ONNX Runtime runs the function."""
-    for library, wanted in ((True, [ATTENTION]), (False, ["Attention"])):
+    for library, wanted in ((True, [CACHED_ATTENTION]), (False, ["Attention"])):
         options = ort.SessionOptions()
         options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
         if library:

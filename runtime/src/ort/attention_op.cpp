@@ -1,4 +1,4 @@
-// ClaqCachedAttention on the CPU: attention of new tokens to a cache and themselves, and the longer cache.
+// ClaqAttention and ClaqCachedAttention on the CPU; the latter has a past as well, and gives the longer cache.
 #include "../attention/attention.h"
 
 #include <memory>
@@ -9,60 +9,76 @@
 namespace claq::ort {
 namespace {
 
-constexpr const char* kName = "ClaqCachedAttention";
+enum Input : size_t { kQuery, kKey, kValue, kMask, kUncachedInputs, kPastKey = kUncachedInputs, kPastValue, kCachedInputs };
+constexpr const char* kNames[kCachedInputs] = {"query", "key", "value", "mask", "past_key", "past_value"};
 
-enum Input : size_t { kQuery, kKey, kValue, kMask, kPastKey, kPastValue, kAttentionInputs };
-constexpr const char* kNames[kAttentionInputs] = {"query", "key", "value", "mask", "past_key", "past_value"};
+struct AttentionOp : CustomOp {
+  bool cached;
+};
+
+const AttentionOp& own(const CustomOp* op) { return *static_cast<const AttentionOp*>(op); }
+const char* name_of(bool cached) { return cached ? "ClaqCachedAttention" : "ClaqAttention"; }
 
 struct Kernel {
   Api api;
+  bool cached;
   int64_t heads, kv_heads;
   float scale;
   const attention::Loops* loops;
 };
 
-[[noreturn]] void refuse(size_t input, const Shape& shape, const std::string& expected) {
+std::string text_of(const Shape& shape) {
   std::string text;
   for (const int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
-  throw InvalidArgument(std::string(kName) + ": " + kNames[input] + ": has shape [" + text + "], expected " + expected);
+  return "[" + text + "]";
 }
 
-std::unique_ptr<Kernel> create(const Api& api, const OrtKernelInfo* info) {
-  auto kernel = std::make_unique<Kernel>(Kernel{api, required_attribute(api, info, "q_num_heads"), required_attribute(api, info, "kv_num_heads"), 0, &choose_attention_loops()});
+[[noreturn]] void refuse(bool cached, size_t input, const Shape& shape, const std::string& expected) {
+  throw InvalidArgument(std::string(name_of(cached)) + ": " + kNames[input] + ": has shape " + text_of(shape) + ", expected " + expected);
+}
+
+std::unique_ptr<Kernel> create(const Api& api, const OrtKernelInfo* info, bool cached) {
+  const int64_t heads = required_attribute(api, info, cached ? "q_num_heads" : "num_heads");
+  const int64_t kv_heads = cached ? required_attribute(api, info, "kv_num_heads") : heads;
+  auto kernel = std::make_unique<Kernel>(Kernel{api, cached, heads, kv_heads, 0, &choose_attention_loops()});
   if (OrtStatus* status = api.attribute(info, "scale", &kernel->scale)) {
     api.release_status(status);
     throw InvalidLayer("scale: the attribute is missing, expected a float");
   }
-  if (kernel->kv_heads < 1 || kernel->heads < 1 || kernel->heads % kernel->kv_heads) {
-    throw InvalidLayer("q_num_heads: is " + std::to_string(kernel->heads) + ", expected a multiple of kv_num_heads = " +
-                       std::to_string(kernel->kv_heads));
+  if (heads < 1) throw InvalidLayer("heads: are " + std::to_string(heads) + ", expected at least 1");
+  if (kv_heads < 1 || heads % kv_heads) {
+    throw InvalidLayer("q_num_heads: is " + std::to_string(heads) + ", expected a multiple of kv_num_heads = " + std::to_string(kv_heads));
   }
   return kernel;
 }
 
-// The mask's strides; its axes are those of [batch, heads, rows, tokens] from the last on, each of that length or 1.
-void read_mask(const Shape& shape, claq_attention_desc& a) {
-  const std::string expected = "what broadcasts to [" + std::to_string(a.batch) + ", " + std::to_string(a.heads) + ", " +
-                               std::to_string(a.rows) + ", " + std::to_string(a.tokens) + "] with all tokens";
-  const int64_t full[] = {a.batch, a.heads, a.rows};
+// The mask and its strides; its axes are those of [batch, heads, rows, tokens] from the last on, each of that length or 1.
+void read_mask(bool cached, const Shape& shape, const float* data, claq_attention_desc& a) {
+  const Shape whole{a.batch, a.heads, a.rows, a.tokens};
+  const int64_t* const full = whole.data();
   int64_t* const strides[] = {&a.mask_batch, &a.mask_head, &a.mask_row};
-  if (shape.empty() || shape.size() > 4 || shape.back() != a.tokens) refuse(kMask, shape, expected);
+  const auto wrong = [&] { refuse(cached, kMask, shape, "what broadcasts to " + text_of(whole)); };
+  if (shape.empty() || shape.size() > 4 || (shape.back() != a.tokens && shape.back() != 1)) wrong();
+  a.mask = data;
   int64_t stride = a.tokens;
   for (int axis = 2, from_end = 2; axis >= 0; --axis, ++from_end) {
     *strides[axis] = 0;
     if (static_cast<size_t>(from_end) > shape.size()) continue;
     const int64_t size = shape.data()[shape.size() - static_cast<size_t>(from_end)];
-    if (size != full[axis] && size != 1) refuse(kMask, shape, expected);
+    if (size != full[axis] && size != 1) wrong();
     if (size != 1) *strides[axis] = stride;
     stride *= size;
   }
+  // One number for all tokens changes no weight.
+  if (shape.back() != a.tokens) a.mask = nullptr;
 }
 
 void compute(const Kernel& kernel, OrtKernelContext* context) {
   const Api& api = kernel.api;
-  Shape shapes[kAttentionInputs];
-  const float* data[kAttentionInputs];
-  for (size_t i = 0; i < kAttentionInputs; ++i) {
+  const bool cached = kernel.cached;
+  Shape shapes[kCachedInputs];
+  const float* data[kCachedInputs] = {};
+  for (size_t i = 0; i < (cached ? kCachedInputs : kUncachedInputs); ++i) {
     const OrtValue* value = nullptr;
     check(api.input(context, i, &value));
     shapes[i] = describe(api, value).shape;
@@ -75,66 +91,72 @@ void compute(const Kernel& kernel, OrtKernelContext* context) {
   a.heads = kernel.heads;
   a.kv_heads = kernel.kv_heads;
   a.scale = kernel.scale;
-  const Shape& query = shapes[kQuery];
-  if (query.size() != 3 || query.back() % a.heads) refuse(kQuery, query, "[batch, tokens, a multiple of " + std::to_string(a.heads) + " heads]");
-  a.batch = query.data()[0];
-  a.rows = query.data()[1];
-  a.key_size = query.back() / a.heads;
-  const auto expect = [&](size_t input, const Shape& shape) {
-    if (shapes[input] == shape) return;
-    std::string text;
-    for (const int64_t size : shape) text += (text.empty() ? "[" : ", ") + std::to_string(size);
-    refuse(input, shapes[input], text + "]");
+  const auto by_heads = [&](size_t input, int64_t heads) {
+    const Shape& shape = shapes[input];
+    if (shape.size() != 3 || shape.back() % heads) {
+      refuse(cached, input, shape, "[batch, tokens, a multiple of " + std::to_string(heads) + " heads]");
+    }
+    return shape.back() / heads;
   };
-  expect(kKey, {a.batch, a.rows, a.kv_heads * a.key_size});
-  const Shape& value = shapes[kValue];
-  if (value.size() != 3 || value.back() % a.kv_heads) refuse(kValue, value, "[batch, tokens, a multiple of " + std::to_string(a.kv_heads) + " heads]");
-  a.value_size = value.back() / a.kv_heads;
-  expect(kValue, {a.batch, a.rows, value.back()});
-  if (shapes[kPastKey].size() != 4) refuse(kPastKey, shapes[kPastKey], "[batch, heads, past, size]");
-  a.past = shapes[kPastKey].data()[2];
-  a.tokens = a.past + a.rows;
-  expect(kPastKey, {a.batch, a.kv_heads, a.past, a.key_size});
-  expect(kPastValue, {a.batch, a.kv_heads, a.past, a.value_size});
-  read_mask(shapes[kMask], a);
+  const auto expect = [&](size_t input, const Shape& shape) {
+    if (shapes[input] != shape) refuse(cached, input, shapes[input], text_of(shape));
+  };
+  a.key_size = by_heads(kQuery, a.heads);
+  a.batch = shapes[kQuery].data()[0];
+  a.rows = shapes[kQuery].data()[1];
+  by_heads(kKey, a.kv_heads);
+  const int64_t fresh = cached ? a.rows : shapes[kKey].data()[1];
+  expect(kKey, {a.batch, fresh, a.kv_heads * a.key_size});
+  a.value_size = by_heads(kValue, a.kv_heads);
+  expect(kValue, {a.batch, fresh, a.kv_heads * a.value_size});
+  if (cached) {
+    if (shapes[kPastKey].size() != 4) refuse(cached, kPastKey, shapes[kPastKey], "[batch, heads, past, size]");
+    a.past = shapes[kPastKey].data()[2];
+    expect(kPastKey, {a.batch, a.kv_heads, a.past, a.key_size});
+    expect(kPastValue, {a.batch, a.kv_heads, a.past, a.value_size});
+  }
+  a.tokens = a.past + fresh;
+  read_mask(cached, shapes[kMask], data[kMask], a);
   a.query = data[kQuery];
   a.key = data[kKey];
   a.value = data[kValue];
-  a.mask = data[kMask];
   a.past_key = data[kPastKey];
   a.past_value = data[kPastValue];
-  float** const outputs[] = {&a.y, &a.present_key, &a.present_value};
-  const Shape results[] = {{a.batch, a.rows, a.heads * a.value_size},
-                           {a.batch, a.kv_heads, a.tokens, a.key_size},
-                           {a.batch, a.kv_heads, a.tokens, a.value_size}};
-  for (size_t i = 0; i < 3; ++i) {
+  const auto output = [&](size_t index, const Shape& shape) {
     OrtValue* result = nullptr;
     void* at = nullptr;
-    check(api.output(context, i, results[i].data(), results[i].size(), &result));
+    check(api.output(context, index, shape.data(), shape.size(), &result));
     check(api.tensor_data(result, &at));
-    *outputs[i] = static_cast<float*>(at);
+    return static_cast<float*>(at);
+  };
+  a.y = output(0, {a.batch, a.rows, a.heads * a.value_size});
+  if (cached) {
+    a.present_key = output(1, {a.batch, a.kv_heads, a.tokens, a.key_size});
+    a.present_value = output(2, {a.batch, a.kv_heads, a.tokens, a.value_size});
   }
   with_session_threads(api, context, [&](const Host& host) { attend(a, *kernel.loops, host); });
 }
 
-CustomOp make_op() {
-  CustomOp op{};
+AttentionOp make_op(bool cached) {
+  AttentionOp op{};
+  op.cached = cached;
   op.version = kOrtApiVersion;
-  op.GetName = [](const CustomOp*) { return kName; };
+  op.GetName = [](const CustomOp* self) { return name_of(own(self).cached); };
   op.GetExecutionProviderType = [](const CustomOp*) { return "CPUExecutionProvider"; };
-  op.GetInputTypeCount = [](const CustomOp*) { return static_cast<size_t>(kAttentionInputs); };
+  op.GetInputTypeCount = [](const CustomOp* self) -> size_t { return own(self).cached ? kCachedInputs : kUncachedInputs; };
   op.GetInputType = [](const CustomOp*, size_t) -> int { return kFloat32; };
-  op.GetOutputTypeCount = [](const CustomOp*) { return size_t{3}; };
+  op.GetOutputTypeCount = [](const CustomOp* self) -> size_t { return own(self).cached ? 3 : 1; };
   op.GetOutputType = [](const CustomOp*, size_t) -> int { return kFloat32; };
   describe_common(op);
-  op.CreateKernelV2 = [](const CustomOp*, const OrtApi* table, const OrtKernelInfo* info, void** out) {
+  op.CreateKernelV2 = [](const CustomOp* self, const OrtApi* table, const OrtKernelInfo* info, void** out) {
     const Api api(table);
     *out = nullptr;
     return guarded(api, [&] {
+      const bool with_cache = own(self).cached;
       try {
-        *out = create(api, info).release();
+        *out = create(api, info, with_cache).release();
       } catch (const InvalidLayer& error) {
-        throw InvalidLayer(std::string(kName) + " node '" + node_name(api, info) + "': " + error.what());
+        throw InvalidLayer(std::string(name_of(with_cache)) + " node '" + node_name(api, info) + "': " + error.what());
       }
     });
   };
@@ -148,9 +170,10 @@ CustomOp make_op() {
 
 }  // namespace
 
-const CustomOp& attention_op() {
-  static const CustomOp op = make_op();
-  return op;
+const std::array<const CustomOp*, 2>& attention_ops() {
+  static const AttentionOp plain = make_op(false), cached = make_op(true);
+  static const std::array<const CustomOp*, 2> ops{&plain, &cached};
+  return ops;
 }
 
 }  // namespace claq::ort

@@ -208,7 +208,7 @@ TypedOp describe_op(const char* (*provider)(const CustomOp*), Operator kind, int
 const std::vector<TypedOp>& cpu_ops();
 const std::vector<TypedOp>& cuda_ops(const Api& api);
 
-// ClaqCachedAttention on the CPU, likewise.
-const CustomOp& attention_op();
+// ClaqAttention and ClaqCachedAttention on the CPU, likewise.
+const std::array<const CustomOp*, 2>& attention_ops();
 
 }  // namespace claq::ort

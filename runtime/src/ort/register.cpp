@@ -27,7 +27,7 @@ extern "C" CLAQ_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options, con
       for (const TypedOp& op : cuda_ops(Api(newer))) check(api.add_op(domain, &op));
     } else {
       // Attention has no kernel for GPUs here: ONNX Runtime's own, to which the file's function comes down, shall run there.
-      check(api.add_op(domain, &attention_op()));
+      for (const CustomOp* op : attention_ops()) check(api.add_op(domain, op));
     }
     check(api.add_domain(options, domain));
   });
