@@ -87,9 +87,9 @@ def test_file_is_valid_and_describes_itself(artifact: Path) -> None:
     assert len(metadata["claq.source_sha256"]) == 64
     assert str(artifact.parent) not in str(model)
     used = {node.op_type for node in model.graph.node if node.domain == "com.claq"}
-    assert used == {"ClaqMatMul", "ClaqMatMulAdd", "ClaqMatMulSplit", "ClaqGather"}
+    assert used == {"ClaqMatMul", "ClaqMatMulAdd", "ClaqMatMulSplit", "ClaqGather", "ClaqAttention"}
     assert {(function.domain, function.name) for function in model.functions} == {("com.claq", name) for name in used}
-    assert sum(node.domain == "com.claq" for node in model.graph.node) == 10
+    assert sum(node.domain == "com.claq" for node in model.graph.node) == 12
 
 
 def test_same_input_same_bytes(artifact: Path, tiny_bert: Path, text: Path, tmp_path: Path) -> None:

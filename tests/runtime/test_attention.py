@@ -1,4 +1,4 @@
-"""ClaqCachedAttention in ONNX Runtime against attention written out in float64, and against its function."""
+"""ClaqCachedAttention and ClaqAttention in ONNX Runtime against attention written out in float64, and their functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from claq_export.emit.function import CACHED_ATTENTION, claq_function
+from claq_export.emit.function import ATTENTION, CACHED_ATTENTION, claq_function
 
 claq_runtime = pytest.importorskip("claq_runtime")
 
@@ -23,27 +23,22 @@ HIDDEN = float(np.finfo(np.float32).min / 2)
 """What the exporter adds where a mask says no."""
 
 
-def model(heads: int, kv_heads: int, scale: float, mask_rank: int = 4) -> bytes:
+def model(heads: int, kv_heads: int, scale: float, mask_rank: int = 4, cached: bool = True) -> bytes:
+    """One node; without a cache every head has keys of its own."""
     ranks = {"query": 3, "key": 3, "value": 3, "mask": mask_rank, "y": 3}
+    inputs, outputs = (INPUTS, OUTPUTS) if cached else (INPUTS[:4], OUTPUTS[:1])
+    operator, opset = (CACHED_ATTENTION, 23) if cached else (ATTENTION, 18)
+    counts = {"q_num_heads": heads, "kv_num_heads": kv_heads} if cached else {"num_heads": heads}
 
     def value(name: str) -> onnx.ValueInfoProto:
         axes = [f"{name}_{axis}" for axis in range(ranks.get(name, 4))]
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, axes)
 
-    node = helper.make_node(
-        CACHED_ATTENTION,
-        INPUTS,
-        OUTPUTS,
-        "node",
-        domain="com.claq",
-        q_num_heads=heads,
-        kv_num_heads=kv_heads,
-        scale=scale,
-    )
-    graph = helper.make_graph([node], "attention", [value(name) for name in INPUTS], [value(name) for name in OUTPUTS])
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.claq", 1)]
-    functions = [onnx.FunctionProto.FromString(claq_function(CACHED_ATTENTION))]
-    return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=11).SerializeToString()
+    node = helper.make_node(operator, inputs, outputs, "node", domain="com.claq", scale=scale, **counts)
+    graph = helper.make_graph([node], "attention", [value(name) for name in inputs], [value(name) for name in outputs])
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.claq", 1)]
+    functions = [onnx.FunctionProto.FromString(claq_function(operator))]
+    return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10).SerializeToString()
 
 
 def session(content: bytes, library: bool = True, threads: int = 2) -> ort.InferenceSession:
@@ -58,6 +53,9 @@ def written_out(feeds: dict[str, Array], heads: int, kv_heads: int, scale: float
     """The same in float64, one head after the other."""
     wide = {name: value.astype(np.float64) for name, value in feeds.items()}
     batch, rows, _ = feeds["query"].shape
+    for name in ("key", "value"):  # without a cache the past is empty
+        size = feeds[name].shape[-1] // kv_heads
+        wide.setdefault(f"past_{name}", np.zeros((batch, kv_heads, 0, size)))
 
     def by_head(value: Array, count: int) -> Array:
         return value.reshape(*value.shape[:2], count, -1).transpose(0, 2, 1, 3)
@@ -133,6 +131,37 @@ def test_random_shapes(kernel: str, seed: int, monkeypatch: pytest.MonkeyPatch) 
         np.testing.assert_allclose(found[0], wanted[0], rtol=2e-5, atol=2e-5, err_msg=str(sizes))
         np.testing.assert_array_equal(found[1], wanted[1].astype(np.float32))
         np.testing.assert_array_equal(found[2], wanted[2].astype(np.float32))
+
+
+@pytest.mark.parametrize("kernel", claq_runtime.kernels())
+def test_random_shapes_without_a_cache(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLAQ_KERNEL", kernel)
+    random = np.random.default_rng(7)
+    for case in range(30):
+        heads, batch = int(random.integers(1, 14)), int(random.integers(1, 5))
+        rows, tokens = (int(random.choice([1, 3, 8, 17, 24, 64, 130])) for _ in range(2))
+        size, value_size = (int(random.choice([1, 8, 24, 32, 64])) for _ in range(2))
+        shapes = {"query": (rows, size), "key": (tokens, size), "value": (tokens, value_size)}
+        feeds = {
+            name: random.standard_normal((batch, count, heads * width), np.float32)
+            for name, (count, width) in shapes.items()
+        }
+        feeds["mask"] = np.zeros(1, np.float32) if case % 5 == 0 else random_mask(random, batch, heads, rows, tokens)
+        content = model(heads, heads, 0.3, feeds["mask"].ndim, cached=False)
+        (found,) = session(content, threads=1 + case % 2).run(None, feeds)
+        wanted = written_out(feeds, heads, heads, 0.3)[0]
+        np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5, err_msg=str(shapes))
+        (by_function,) = session(content, False).run(None, feeds)
+        np.testing.assert_allclose(found, by_function, rtol=1e-4, atol=2e-5, err_msg=str(shapes))
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+@pytest.mark.parametrize("rows", [0, 2, 40])
+def test_nothing_to_look_at_or_to_ask(rows: int, tokens: int) -> None:
+    shapes = {"query": (2, rows, 8), "key": (2, tokens, 8), "value": (2, tokens, 8), "mask": (1,)}
+    feeds = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    (found,) = session(model(2, 2, 1.0, 1, cached=False)).run(None, feeds)
+    np.testing.assert_array_equal(found, np.full((2, rows, 8), min(tokens, 1), np.float32))
 
 
 @pytest.mark.parametrize(("rows", "past"), [(1, 80), (5, 0), (40, 0), (300, 100)])
@@ -217,6 +246,18 @@ def test_shapes_that_do_not_fit_are_named(name: str) -> None:
     feeds[name] = np.zeros(shape, np.float32)
     with pytest.raises(Exception, match=rf"ClaqCachedAttention: {message}: has shape \[.*expected"):
         session(model(4, 2, 1.0)).run(None, feeds)
+
+
+def test_shapes_that_do_not_fit_are_named_without_a_cache() -> None:
+    feeds = {name: np.zeros((1, 3, 8), np.float32) for name in INPUTS[:3]} | {"mask": np.zeros((1, 4), np.float32)}
+    with pytest.raises(
+        Exception, match=r"ClaqAttention: mask: has shape \[1, 4\], expected what broadcasts to \[1, 2, 3, 3"
+    ):
+        session(model(2, 2, 1.0, 2, cached=False)).run(None, feeds)
+    feeds["mask"] = np.zeros((1, 3), np.float32)
+    feeds["value"] = np.zeros((1, 4, 8), np.float32)
+    with pytest.raises(Exception, match=r"ClaqAttention: value: has shape \[1, 4, 8\], expected \[1, 3, 8\]"):
+        session(model(2, 2, 1.0, 2, cached=False)).run(None, feeds)
 
 
 def test_heads_that_do_not_fit_are_named() -> None:

@@ -245,8 +245,8 @@ inline __m256i outlier_columns(const LayerView& layer, int32_t i, __mmask8 mask)
   return _mm256_cvtepu16_epi32(_mm_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(layer.outlier_index) + i));
 }
 
-inline __m256 outlier_values(const LayerView& layer, int32_t i, __mmask8 mask) {
-  return _mm256_cvtph_ps(_mm_maskz_loadu_epi16(mask, layer.outlier_value + i));
+inline __m256 outlier_values(const uint16_t* values, int32_t i, __mmask8 mask) {
+  return _mm256_cvtph_ps(_mm_maskz_loadu_epi16(mask, values + i));
 }
 
 inline float add_by_halves(__m256 lanes) {
@@ -271,9 +271,9 @@ CLAQ_INLINE __m256 load_eight(const float* from, const Index* at) {
 // The values of up to eight entries from i of an output whose last is before `end`, zeros behind them: where eight entries of
 // any output follow, kernels multiply eight columns by them. Jumps over those of other outputs would be mispredicted in every
 // output, as the number of its entries is not to be foretold.
-CLAQ_INLINE __m256 values_before(const LayerView& layer, int32_t i, int32_t end) {
+CLAQ_INLINE __m256 values_before(const uint16_t* values, int32_t i, int32_t end) {
   const int32_t count = end - i < kOutlierLanes ? end - i : kOutlierLanes;
-  return outlier_values(layer, i, static_cast<__mmask8>((1u << count) - 1u));
+  return outlier_values(values, i, static_cast<__mmask8>((1u << count) - 1u));
 }
 
 template <class Index>
@@ -285,14 +285,14 @@ inline void add_outliers_of_row(const LayerView& layer, const Index* columns, co
     if (i == end) continue;
     __m256 lanes = _mm256_setzero_ps();
     for (; i + kOutlierLanes <= end; i += kOutlierLanes) {
-      lanes = _mm256_fmadd_ps(outlier_values(layer, i, 0xff), load_eight(scaled, columns + i), lanes);
+      lanes = _mm256_fmadd_ps(outlier_values(layer.outlier_value, i, 0xff), load_eight(scaled, columns + i), lanes);
     }
     if (i < end) {
       const auto mask = static_cast<__mmask8>((1u << (end - i)) - 1u);
       const __m256 x = i + kOutlierLanes <= entries
                            ? _mm256_maskz_mov_ps(mask, load_eight(scaled, columns + i))
                            : _mm256_mmask_i32gather_ps(_mm256_setzero_ps(), mask, outlier_columns(layer, i, mask), scaled, 4);
-      lanes = _mm256_fmadd_ps(outlier_values(layer, i, mask), x, lanes);
+      lanes = _mm256_fmadd_ps(outlier_values(layer.outlier_value, i, mask), x, lanes);
     }
     sums[n - n0] += add_by_halves(lanes);
   }
@@ -333,6 +333,32 @@ struct Line<8> {
   }
 };
 
+// step(Number<0>()), step(Number<1>()), ...: a loop whose counter is a constant from the start. Sums in an array that a loop counts
+// through are taken to registers only if the loop is unrolled early enough, and a pragma does not do that: they stayed on the stack.
+template <int kValue>
+struct Number {
+  static constexpr int value = kValue;
+};
+
+template <int kCount, int kFirst = 0, class Step>
+CLAQ_INLINE void unrolled(Step step) {
+  if constexpr (kFirst < kCount) {
+    step(Number<kFirst>());
+    unrolled<kCount, kFirst + 1>(step);
+  }
+}
+
+#define CLAQ_STEP __attribute__((always_inline))
+
+// lanes[0] = the sum of kOutlierLanes lanes by halves.
+template <class Type, class Add>
+CLAQ_INLINE Type sum_of_lanes(Type (&lanes)[kOutlierLanes], Add add) {
+  static_assert(kOutlierLanes == 8);
+  unrolled<4>([&](auto j) CLAQ_STEP { lanes[j.value] = add(lanes[j.value], lanes[j.value + 4]); });
+  unrolled<2>([&](auto j) CLAQ_STEP { lanes[j.value] = add(lanes[j.value], lanes[j.value + 2]); });
+  return add(lanes[0], lanes[1]);
+}
+
 // The outliers of output n for all rows of x, which are in one narrow line of each column.
 template <int kRows, class Index>
 CLAQ_INLINE typename Line<kRows>::Type outliers_of_lines(const LayerView& layer, const Index* columns, const float* transposed,
@@ -340,33 +366,25 @@ CLAQ_INLINE typename Line<kRows>::Type outliers_of_lines(const LayerView& layer,
   using L = Line<kRows>;
   int32_t i = layer.outlier_ptr[n];
   const int32_t end = layer.outlier_ptr[n + 1];
+  const uint16_t* outlier_value = layer.outlier_value;
   typename L::Type lanes[kOutlierLanes];
-#pragma GCC unroll 8
-  for (int j = 0; j < kOutlierLanes; ++j) lanes[j] = L::zero();
+  unrolled<kOutlierLanes>([&](auto j) CLAQ_STEP { lanes[j.value] = L::zero(); });
   alignas(32) float values[kOutlierLanes];
-  const auto add = [&](int j) {
-    const float* line = transposed + static_cast<int64_t>(columns[i + j]) * kRows;
-    lanes[j] = L::multiply_add(L::same(values + j), L::load(line), lanes[j]);
+  const auto add = [&](auto j) CLAQ_STEP {
+    const float* line = transposed + static_cast<int64_t>(columns[i + j.value]) * kRows;
+    lanes[j.value] = L::multiply_add(L::same(values + j.value), L::load(line), lanes[j.value]);
   };
   for (; i < end && i + kOutlierLanes <= entries; i += kOutlierLanes) {
-    _mm256_store_ps(values, values_before(layer, i, end));
-#pragma GCC unroll 8
-    for (int j = 0; j < kOutlierLanes; ++j) add(j);
+    _mm256_store_ps(values, values_before(outlier_value, i, end));
+    unrolled<kOutlierLanes>(add);
   }
   if (i < end) {  // of the last outputs
-    _mm256_store_ps(values, values_before(layer, i, end));
-    const int left = end - i;
-#pragma GCC unroll 8
-    for (int j = 0; j < kOutlierLanes - 1; ++j) {
-      if (j < left) add(j);
-    }
+    _mm256_store_ps(values, values_before(outlier_value, i, end));
+    unrolled<kOutlierLanes - 1>([&](auto j) CLAQ_STEP {
+      if (j.value < end - i) add(j);
+    });
   }
-#pragma GCC unroll 3
-  for (int width = kOutlierLanes / 2; width > 0; width /= 2) {
-#pragma GCC unroll 4
-    for (int j = 0; j < width; ++j) lanes[j] = L::add(lanes[j], lanes[j + width]);
-  }
-  return lanes[0];
+  return sum_of_lanes(lanes, [](typename L::Type x, typename L::Type y) CLAQ_STEP { return L::add(x, y); });
 }
 
 template <int kRows, class Index>
@@ -397,48 +415,34 @@ inline void outliers_of_output(const LayerView& layer, const Index* columns, con
                                __m512 (&result)[kTiles]) {
   int32_t i = layer.outlier_ptr[n];
   const int32_t end = layer.outlier_ptr[n + 1], entries = layer.outlier_ptr[layer.out_features];
+  const uint16_t* outlier_value = layer.outlier_value;
+  const int64_t next_tile = kRowsAtOnce * layer.columns;
   __m512 lanes[kTiles][kOutlierLanes];
-#pragma GCC unroll 2
-  for (int t = 0; t < kTiles; ++t) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kOutlierLanes; ++j) lanes[t][j] = _mm512_setzero_ps();
-  }
+  unrolled<kTiles>([&](auto t) CLAQ_STEP {
+    unrolled<kOutlierLanes>([&](auto j) CLAQ_STEP { lanes[t.value][j.value] = _mm512_setzero_ps(); });
+  });
   alignas(32) float values[kOutlierLanes];
-  const auto add = [&](int j) {
-    const float* line = transposed + static_cast<int64_t>(columns[i + j]) * kRowsAtOnce;
-    const __m512 value = _mm512_set1_ps(values[j]);
-#pragma GCC unroll 2
-    for (int t = 0; t < kTiles; ++t) {
-      lanes[t][j] = _mm512_fmadd_ps(value, _mm512_loadu_ps(line + t * kRowsAtOnce * layer.columns), lanes[t][j]);
-    }
+  const auto add = [&](auto j) CLAQ_STEP {
+    const float* line = transposed + static_cast<int64_t>(columns[i + j.value]) * kRowsAtOnce;
+    const __m512 value = _mm512_set1_ps(values[j.value]);
+    unrolled<kTiles>([&](auto t) CLAQ_STEP {
+      lanes[t.value][j.value] = _mm512_fmadd_ps(value, _mm512_loadu_ps(line + t.value * next_tile), lanes[t.value][j.value]);
+    });
   };
   while (kFinite ? i < end && i + kOutlierLanes <= entries : i + kOutlierLanes <= end) {
-    _mm256_store_ps(values, values_before(layer, i, end));
-#pragma GCC unroll 8
-    for (int j = 0; j < kOutlierLanes; ++j) add(j);
+    _mm256_store_ps(values, values_before(outlier_value, i, end));
+    unrolled<kOutlierLanes>(add);
     i += kOutlierLanes;
   }
   if (i < end) {
-    _mm256_store_ps(values, values_before(layer, i, end));
-    switch (end - i) {
-      case 7: add(6); [[fallthrough]];
-      case 6: add(5); [[fallthrough]];
-      case 5: add(4); [[fallthrough]];
-      case 4: add(3); [[fallthrough]];
-      case 3: add(2); [[fallthrough]];
-      case 2: add(1); [[fallthrough]];
-      default: add(0);
-    }
+    _mm256_store_ps(values, values_before(outlier_value, i, end));
+    unrolled<kOutlierLanes - 1>([&](auto j) CLAQ_STEP {
+      if (j.value < end - i) add(j);
+    });
   }
-#pragma GCC unroll 2
-  for (int t = 0; t < kTiles; ++t) {
-#pragma GCC unroll 3
-    for (int width = kOutlierLanes / 2; width > 0; width /= 2) {
-#pragma GCC unroll 4
-      for (int j = 0; j < width; ++j) lanes[t][j] = _mm512_add_ps(lanes[t][j], lanes[t][j + width]);
-    }
-    result[t] = lanes[t][0];
-  }
+  unrolled<kTiles>([&](auto t) CLAQ_STEP {
+    result[t.value] = sum_of_lanes(lanes[t.value], [](__m512 x, __m512 y) CLAQ_STEP { return _mm512_add_ps(x, y); });
+  });
 }
 
 // Rows [m, last) of x, which are rows [lane, ...) of the first of kTiles tiles.
