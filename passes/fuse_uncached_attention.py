@@ -12,7 +12,7 @@ from ..kernels import decoder_ops
 from .additive_masks import ATTENTION, attention_mask
 from .base import Pass, PassContext, PassResult
 from .fuse_attention import replace_result
-from .matching import Mismatch, heads_first, heads_last, is_transpose, known_size, operand, shape_of
+from .matching import Mismatch, heads_first, heads_last, is_transpose, known_size, operand, shape_of, skip_copies
 
 
 class FuseUncachedAttention(Pass):
@@ -46,7 +46,8 @@ def _fuse(graph: fx.Graph, node: fx.Node) -> None:
     given |= node.kwargs
     if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"):
         raise Mismatch("it has dropout, a causal mask of its own, or heads that share keys")
-    query, key, value = (operand(node, index, None, "an operand is no value of the graph") for index in range(3))
+    operands = [operand(node, index, None, "an operand is no value of the graph") for index in range(3)]
+    query, key, value = map(skip_copies, operands)
     if not all(is_transpose(each, 1, 2) for each in (query, key, value)):
         raise Mismatch("its operands are not heads last values that were transposed")
     if query.meta["val"].dtype != torch.float32:

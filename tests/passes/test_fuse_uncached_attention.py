@@ -39,6 +39,9 @@ FOUND: dict[str, Callable[..., torch.Tensor]] = {
     "a scale": lambda query, key, value, mask: functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=0.7
     ),
+    "copies": lambda query, key, value, mask: functional.scaled_dot_product_attention(
+        query.contiguous(), key.contiguous(), value, attn_mask=mask
+    ),
     "other values": lambda query, key, value, mask: functional.scaled_dot_product_attention(
         query, value, key, attn_mask=mask
     ),
