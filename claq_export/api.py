@@ -275,6 +275,7 @@ def export(
             original_path = Path(scratch) / "original.onnx"
             with compilation.timed("emission"):
                 emit_captured(emitted, original_path)
+        collect_garbage()
         reporter.stage(f"quantizing {len(compilation.plan.sites)} layers")
         compilation.quantize(Path(work) if work is not None else None, resume)
         collect_garbage()

@@ -357,6 +357,7 @@ def run_export(options: argparse.Namespace) -> None:
     from .compiler import Compilation
     from .config import EXACT_TOKENS, Config
     from .errors import ConfigError
+    from .process_memory import return_freed_memory
     from .summary import print_plan, print_result
 
     if options.out is None and not options.dry_run:
@@ -405,6 +406,7 @@ def run_export(options: argparse.Namespace) -> None:
             compilation = Compilation(captured, config, reporter)
             print_plan(console, compilation.sizing.predicted_layers(), compilation.plan.skipped)
             return
+        return_freed_memory()  # of this process, which is all claq's
         result = export(
             options.model,
             out=options.out,
