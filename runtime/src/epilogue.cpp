@@ -69,6 +69,12 @@ void normalize(const float* x, const float* weight, float epsilon, int64_t count
 void run_split(const claq_layer& layer, claq_dtype dtype, int32_t accuracy_level, const void* x, int64_t rows,
                const std::array<int64_t, kMostParts>& parts, const Rotary& rotary, const std::array<void*, kMostParts>& y,
                const Host& host) {
+  if (!rotary.cos && rows <= kMostProductRows) {
+    // Of more rows the parts are too large for a cache, where copies of the product take less time than its scattered lines.
+    Part shares[kMostParts];
+    for (size_t i = 0; i < kMostParts; ++i) shares[i] = {y[i], parts[i]};
+    return run(layer, dtype, accuracy_level, x, rows, shares, kMostParts, host);
+  }
   const Family& family = *layer.family;
   const int64_t N = layer.view.out_features, half = rotary.half;
   const auto item = static_cast<int64_t>(size_of(dtype));
