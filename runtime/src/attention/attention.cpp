@@ -294,14 +294,10 @@ class Run {
     const int64_t last = a_.mask_row ? std::min(a_.rows, (block + 1) * kBlockRows) : block * kBlockRows + 1;
     for (int64_t s = block * kBlockRows; s < last; ++s) {
       const float* row = mask(batch, head, s, 0);
-      float largest = -std::numeric_limits<float>::infinity();
-      for (int64_t t = 0; t < a_.tokens; ++t) largest = row[t] > largest ? row[t] : largest;
-      const float least = largest - kHidden;
+      const float least = loops_.largest(row, a_.tokens) - kHidden;
       for (int64_t panel = 0; panel < panels(); ++panel) {
-        const int64_t end = std::min(a_.tokens, (panel + 1) * loops_.panel);
-        bool any = false;  // a NaN is seen
-        for (int64_t t = panel * loops_.panel; t < end; ++t) any |= !(row[t] < least);
-        seen[panel] |= any;
+        const int64_t t = panel * loops_.panel;
+        seen[panel] |= loops_.reaches(row + t, std::min(loops_.panel, a_.tokens - t), least);
       }
     }
   }

@@ -31,6 +31,12 @@ struct Loops {
   // largest.
   float (*add_mask)(float* scores, int64_t tokens, float scale, const float* mask);
 
+  // The largest of `count` numbers, NaNs left out; minus infinity of none.
+  float (*largest)(const float* numbers, int64_t count);
+
+  // Whether one of them is not below `least`; a NaN is not.
+  bool (*reaches)(const float* numbers, int64_t count, float least);
+
   // scores[t] = e^(scores[t] - largest) up to the panel's end. Returns the sum.
   float (*exponentials)(float* scores, int64_t tokens, float largest);
 };

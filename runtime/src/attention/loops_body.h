@@ -229,6 +229,35 @@ constexpr float kMinusInfinity = -__builtin_inff();
 
 inline int64_t panel_end(int64_t tokens) { return (tokens + kPanel - 1) / kPanel * kPanel; }
 
+inline float largest_lane(Vector numbers) {
+  float largest = kMinusInfinity;
+  for (int64_t i = 0; i < kLanes; ++i) largest = numbers[i] > largest ? numbers[i] : largest;
+  return largest;
+}
+
+float largest(const float* numbers, int64_t count) {
+  const int64_t whole = count / kLanes * kLanes;
+  Vector most = broadcast(kMinusInfinity);
+  for (int64_t t = 0; t < whole; t += kLanes) {
+    const Vector some = load(numbers + t);
+    most = some > most ? some : most;
+  }
+  float found = largest_lane(most);
+  for (int64_t t = whole; t < count; ++t) found = numbers[t] > found ? numbers[t] : found;
+  return found;
+}
+
+bool reaches(const float* numbers, int64_t count, float least) {
+  const int64_t whole = count / kLanes * kLanes;
+  const Vector bound = broadcast(least);
+  Lanes found = {};
+  for (int64_t t = 0; t < whole; t += kLanes) found |= ~(load(numbers + t) < bound);
+  bool any = false;
+  for (int64_t i = 0; i < kLanes; ++i) any |= found[i] != 0;
+  for (int64_t t = whole; t < count; ++t) any |= !(numbers[t] < least);
+  return any;
+}
+
 float add_mask(float* scores, int64_t tokens, float scale, const float* mask) {
   const int64_t whole = tokens / kLanes * kLanes;
   Vector most = broadcast(kMinusInfinity);
@@ -238,14 +267,13 @@ float add_mask(float* scores, int64_t tokens, float scale, const float* mask) {
     most = score > most ? score : most;
     store(scores + t, score);
   }
-  float largest = kMinusInfinity;
-  for (int64_t i = 0; i < kLanes; ++i) largest = most[i] > largest ? most[i] : largest;
+  float found = largest_lane(most);
   for (int64_t t = whole; t < tokens; ++t) {
     scores[t] = scores[t] * scale + (mask ? mask[t] : 0.0f);
-    largest = scores[t] > largest ? scores[t] : largest;
+    found = scores[t] > found ? scores[t] : found;
   }
   for (int64_t t = tokens; t < panel_end(tokens); ++t) scores[t] = kMinusInfinity;
-  return largest;
+  return found;
 }
 
 // e^x within 2 ulp, 0 below -87, for x that is not above 0 or NaN, which stays.
@@ -286,7 +314,7 @@ float exponentials(float* scores, int64_t tokens, float largest) {
   return sum;
 }
 
-constexpr Loops kLoops = {kPanel, scores, mean, turn, product, add_mask, exponentials};
+constexpr Loops kLoops = {kPanel, scores, mean, turn, product, add_mask, largest, reaches, exponentials};
 
 }  // namespace
 }  // namespace claq::attention
