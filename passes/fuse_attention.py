@@ -13,7 +13,17 @@ from torch import fx
 from ..kernels import decoder_ops
 from .additive_masks import ATTENTION, attention_mask
 from .base import Pass, PassContext, PassResult
-from .matching import Mismatch, heads_first, heads_last, is_transpose, known_size, operand, shape_of, skip_copies
+from .matching import (
+    Mismatch,
+    heads_first,
+    heads_last,
+    is_transpose,
+    known_size,
+    operand,
+    rewrite_each,
+    shape_of,
+    skip_copies,
+)
 
 _aten = torch.ops.aten
 
@@ -39,63 +49,75 @@ class FuseAttention(Pass):
     doc = "Rewrites attention to a cache, with grouped heads, as one operator that also makes the longer cache."
 
     def run(self, gm: fx.GraphModule, context: PassContext) -> PassResult:
-        notes: list[str] = []
-        fused = 0
-        for node in list(gm.graph.nodes):
-            if node.op == "call_function" and node.target is _aten.softmax.int:
-                notes.append(f"{node.name} left: the model spells its attention out, with a softmax")
-            if node.op != "call_function" or node.target is not ATTENTION:
-                continue
-            try:
-                self._fuse(gm.graph, node)
-                fused += 1
-            except Mismatch as reason:
-                notes.append(f"{node.name} left: {reason}")
-        if fused:
-            gm.graph.eliminate_dead_code()
-            notes.append(f"{fused} attentions")
-        return PassResult(gm, bool(fused), tuple(notes))
+        return rewrite_each(gm, {ATTENTION: _fuse, _aten.softmax.int: _spelled_out}, "attentions")
 
-    def _fuse(self, graph: fx.Graph, node: fx.Node) -> None:
-        arguments = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
-        arguments |= node.kwargs
-        if arguments.get("dropout_p") or arguments.get("is_causal"):
-            raise Mismatch("it has dropout, or a causal mask of its own")
-        mask = attention_mask(node)
-        if not isinstance(mask, fx.Node) or not shape_of(mask) or not mask.meta["val"].is_floating_point():
-            raise Mismatch("it has no mask of numbers to add")
-        query = operand(node, 0, None, "its query is no value of the graph")
-        heads = known_size(query, 1)
-        keys = _stream(operand(node, 1, None, "its key is no value of the graph"), heads)
-        values = _stream(operand(node, 2, None, "its value is no value of the graph"), heads)
-        if keys.heads != values.heads or heads % keys.heads:
-            raise Mismatch(f"{heads} heads cannot share {keys.heads} keys and {values.heads} values")
-        scale: Any = arguments.get("scale")
-        if scale is None:
-            scale = 1 / math.sqrt(known_size(query, 3))
-        if not isinstance(scale, (int, float)):
-            raise Mismatch("its scale is not a number")
-        for stream in (keys, values):
-            expected = {node, stream.reader}
-            readers = [user for user in stream.joined.users if user.op != "output" and user not in expected]
-            if readers:
-                raise Mismatch(f"the longer cache is read by {readers[0].name} too")
-        with graph.inserting_before(node):
-            flat = [heads_last(graph, value) for value in (query, keys.new, values.new)]
-            call = graph.call_function(
-                decoder_ops.cached_attention,
-                (*flat, mask, keys.past, values.past, heads, keys.heads, float(scale)),
-            )
-            output, *caches = (graph.call_function(operator.getitem, (call, index)) for index in range(3))
-            size = known_size(values.joined, 3)
-            output.meta["val"] = flat[0].meta["val"].new_empty((*shape_of(flat[0])[:2], heads * size))
-            by_head = heads_first(graph, output, heads)
-        replace_result(node, by_head, output)
-        for stream, cache in zip((keys, values), caches, strict=True):
-            cache.meta = dict(stream.joined.meta)
-            stream.joined.replace_all_uses_with(cache, delete_user_cb=lambda user: user.op == "output")
-        # It may draw random numbers (dropout), so the elimination of dead code would let it stand.
-        graph.erase_node(node)
+
+def attention_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an ``aten.scaled_dot_product_attention`` node by their names.
+
+    Raises:
+        Mismatch: it has dropout, or a causal mask of its own.
+    """
+    given: dict[str, Any] = dict(
+        zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)
+    )
+    given |= node.kwargs
+    if given.get("dropout_p") or given.get("is_causal"):
+        raise Mismatch("it has dropout, or a causal mask of its own")
+    return given
+
+
+def attention_scale(given: dict[str, Any], query: fx.Node) -> float:
+    """What scores are multiplied by, from the arguments.
+
+    Raises:
+        Mismatch: it is computed by the graph.
+    """
+    scale = given.get("scale")
+    if scale is None:
+        scale = 1 / math.sqrt(known_size(query, 3))
+    if not isinstance(scale, (int, float)):
+        raise Mismatch("its scale is not a number")
+    return float(scale)
+
+
+def _spelled_out(graph: fx.Graph, node: fx.Node) -> None:
+    raise Mismatch("the model spells its attention out, with a softmax")
+
+
+def _fuse(graph: fx.Graph, node: fx.Node) -> None:
+    given = attention_arguments(node)
+    mask = attention_mask(node)
+    if not isinstance(mask, fx.Node) or not shape_of(mask) or not mask.meta["val"].is_floating_point():
+        raise Mismatch("it has no mask of numbers to add")
+    query = operand(node, 0, None, "its query is no value of the graph")
+    heads = known_size(query, 1)
+    keys = _stream(operand(node, 1, None, "its key is no value of the graph"), heads)
+    values = _stream(operand(node, 2, None, "its value is no value of the graph"), heads)
+    if keys.heads != values.heads or heads % keys.heads:
+        raise Mismatch(f"{heads} heads cannot share {keys.heads} keys and {values.heads} values")
+    scale = attention_scale(given, query)
+    for stream in (keys, values):
+        expected = {node, stream.reader}
+        readers = [user for user in stream.joined.users if user.op != "output" and user not in expected]
+        if readers:
+            raise Mismatch(f"the longer cache is read by {readers[0].name} too")
+    with graph.inserting_before(node):
+        flat = [heads_last(graph, value) for value in (query, keys.new, values.new)]
+        call = graph.call_function(
+            decoder_ops.cached_attention,
+            (*flat, mask, keys.past, values.past, heads, keys.heads, scale),
+        )
+        output, *caches = (graph.call_function(operator.getitem, (call, index)) for index in range(3))
+        size = known_size(values.joined, 3)
+        output.meta["val"] = flat[0].meta["val"].new_empty((*shape_of(flat[0])[:2], heads * size))
+        by_head = heads_first(graph, output, heads)
+    replace_result(node, by_head, output)
+    for stream, cache in zip((keys, values), caches, strict=True):
+        cache.meta = dict(stream.joined.meta)
+        stream.joined.replace_all_uses_with(cache, delete_user_cb=lambda user: user.op == "output")
+    # It may draw random numbers (dropout), so the elimination of dead code would let it stand.
+    graph.erase_node(node)
 
 
 def _stream(value: fx.Node, heads: int) -> _Stream:

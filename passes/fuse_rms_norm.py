@@ -9,7 +9,7 @@ from torch import fx
 
 from ..kernels import decoder_ops
 from .base import Pass, PassContext, PassResult
-from .matching import Mismatch, only_user, operand, shape_of, skip_casts
+from .matching import Mismatch, only_user, operand, rewrite_each, shape_of, skip_casts
 
 _aten = torch.ops.aten
 
@@ -21,25 +21,15 @@ class FuseRmsNorm(Pass):
     doc = "Rewrites x * rsqrt(mean(x^2) + epsilon) * weight as one operator."
 
     def run(self, gm: fx.GraphModule, context: PassContext) -> PassResult:
-        notes: list[str] = []
-        fused = 0
-        for node in list(gm.graph.nodes):
-            if node.op != "call_function" or node.target is not _aten.rsqrt.default:
-                continue
-            try:
-                result, x, weight, epsilon = _match(node)
-            except Mismatch as reason:
-                notes.append(f"{node.name} left: {reason}")
-                continue
-            with gm.graph.inserting_before(result):
-                call = gm.graph.call_function(decoder_ops.rms_norm, (x, weight, epsilon))
-            call.meta = dict(result.meta)
-            result.replace_all_uses_with(call)
-            fused += 1
-        if fused:
-            gm.graph.eliminate_dead_code()
-            notes.append(f"{fused} normalizations")
-        return PassResult(gm, bool(fused), tuple(notes))
+        return rewrite_each(gm, {_aten.rsqrt.default: _fuse}, "normalizations")
+
+
+def _fuse(graph: fx.Graph, rsqrt: fx.Node) -> None:
+    result, x, weight, epsilon = _match(rsqrt)
+    with graph.inserting_before(result):
+        call = graph.call_function(decoder_ops.rms_norm, (x, weight, epsilon))
+    call.meta = dict(result.meta)
+    result.replace_all_uses_with(call)
 
 
 def _match(rsqrt: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from torch import fx
 
 from ..kernels import decoder_ops
 from .additive_masks import ATTENTION, attention_mask
 from .base import Pass, PassContext, PassResult
-from .fuse_attention import replace_result
-from .matching import Mismatch, heads_first, heads_last, is_transpose, known_size, operand, shape_of, skip_copies
+from .fuse_attention import attention_arguments, attention_scale, replace_result
+from .matching import (
+    Mismatch,
+    heads_first,
+    heads_last,
+    is_transpose,
+    known_size,
+    operand,
+    rewrite_each,
+    shape_of,
+    skip_copies,
+)
 
 
 class FuseUncachedAttention(Pass):
@@ -25,27 +32,13 @@ class FuseUncachedAttention(Pass):
     doc = "Rewrites attention without a cache and the transposes around it as one operator."
 
     def run(self, gm: fx.GraphModule, context: PassContext) -> PassResult:
-        notes: list[str] = []
-        fused = 0
-        for node in list(gm.graph.nodes):
-            if node.op != "call_function" or node.target is not ATTENTION:
-                continue
-            try:
-                _fuse(gm.graph, node)
-                fused += 1
-            except Mismatch as reason:
-                notes.append(f"{node.name} left: {reason}")
-        if fused:
-            gm.graph.eliminate_dead_code()
-            notes.append(f"{fused} attentions")
-        return PassResult(gm, bool(fused), tuple(notes))
+        return rewrite_each(gm, {ATTENTION: _fuse}, "attentions")
 
 
 def _fuse(graph: fx.Graph, node: fx.Node) -> None:
-    given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
-    given |= node.kwargs
-    if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"):
-        raise Mismatch("it has dropout, a causal mask of its own, or heads that share keys")
+    given = attention_arguments(node)
+    if given.get("enable_gqa"):
+        raise Mismatch("its heads share keys")
     operands = [operand(node, index, None, "an operand is no value of the graph") for index in range(3)]
     query, key, value = map(skip_copies, operands)
     if not all(is_transpose(each, 1, 2) for each in (query, key, value)):
@@ -59,15 +52,13 @@ def _fuse(graph: fx.Graph, node: fx.Node) -> None:
     of_numbers = isinstance(mask, fx.Node) and shape_of(mask) and mask.meta["val"].is_floating_point()
     if mask is not None and not of_numbers:
         raise Mismatch("its mask is not of numbers to add")
-    scale: Any = given.get("scale")
-    if scale is None:
-        scale = 1 / math.sqrt(known_size(query, 3))
-    if not isinstance(scale, (int, float)) or scale <= 0:
-        raise Mismatch("its scale is no positive number")
+    scale = attention_scale(given, query)
+    if scale <= 0:
+        raise Mismatch("its scale is not positive")
     with graph.inserting_before(node):
         flat = [heads_last(graph, each) for each in (query, key, value)]
         call = graph.call_function(
-            decoder_ops.attention, (*flat, mask if isinstance(mask, fx.Node) else None, heads, float(scale))
+            decoder_ops.attention, (*flat, mask if isinstance(mask, fx.Node) else None, heads, scale)
         )
         call.meta["val"] = flat[0].meta["val"].new_empty((*shape_of(flat[0])[:2], shape_of(flat[2])[-1]))
         by_head = heads_first(graph, call, heads)

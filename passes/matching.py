@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
+
+from .base import PassResult
 
 _aten = torch.ops.aten
 _CASTS = {_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten._to_copy.default}
@@ -16,6 +19,32 @@ _SPLITS = {_aten.view.default, _aten.reshape.default, _aten.unflatten.int}
 
 class Mismatch(Exception):
     """A pattern does not fit here; the message is the reason that a pass notes down."""
+
+
+def rewrite_each(
+    gm: fx.GraphModule, rewrites: Mapping[Any, Callable[[fx.Graph, fx.Node], None]], what: str
+) -> PassResult:
+    """Rewrite every call of some operators, each or leave it with a note.
+
+    Args:
+        gm: the graph.
+        rewrites: operator -> what rewrites a call of it, or raises :class:`Mismatch`.
+        what: the rewritten things, for the note that counts them.
+    """
+    notes: list[str] = []
+    done = 0
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or node.target not in rewrites:
+            continue
+        try:
+            rewrites[node.target](gm.graph, node)
+            done += 1
+        except Mismatch as reason:
+            notes.append(f"{node.name} left: {reason}")
+    if done:
+        gm.graph.eliminate_dead_code()
+        notes.append(f"{done} {what}")
+    return PassResult(gm, bool(done), tuple(notes))
 
 
 def operand(node: fx.Node, index: int, target: Any, reason: str) -> fx.Node:

@@ -39,6 +39,12 @@ const Family& choose_family(const char* name) {
                         family_names());
 }
 
+Vectors choose_vectors(const char* name) {
+  const std::string family = choose_family(name).name;
+  if (family.rfind("avx512", 0) == 0) return Vectors::kAvx512;
+  return family.rfind("avx", 0) == 0 ? Vectors::kAvx2 : Vectors::kPortable;
+}
+
 const char* family_names() {
   static const std::string names = [] {
     std::string text;

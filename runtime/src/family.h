@@ -86,4 +86,8 @@ const Family& choose_family(const char* name);
 
 const char* family_names();
 
+// The vectors of loops in plain C++ that are compiled once for each width: those of the family that choose_family gives.
+enum class Vectors { kPortable, kAvx2, kAvx512 };
+Vectors choose_vectors(const char* name);
+
 }  // namespace claq

@@ -344,12 +344,10 @@ class Run {
 }  // namespace
 
 const Loops& choose_attention_loops() {
+  [[maybe_unused]] const Vectors vectors = choose_vectors(nullptr);
 #if defined(__x86_64__)
-  const std::string name = choose_family(nullptr).name;
-  if (name.rfind("avx512", 0) == 0) return attention::kAvx512Loops;
-  if (name.rfind("avx", 0) == 0) return attention::kAvx2Loops;
-#else
-  choose_family(nullptr);
+  if (vectors == Vectors::kAvx512) return attention::kAvx512Loops;
+  if (vectors == Vectors::kAvx2) return attention::kAvx2Loops;
 #endif
   return attention::kPortableLoops;
 }

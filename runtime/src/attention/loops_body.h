@@ -6,12 +6,12 @@
 #include <cstring>
 #include <utility>
 
+#include "../vectors.h"
 #include "loops.h"
 
 namespace claq::attention {
 namespace {
 
-typedef float Vector __attribute__((vector_size(CLAQ_LANES * sizeof(float))));
 typedef int32_t Lanes __attribute__((vector_size(CLAQ_LANES * sizeof(int32_t))));
 
 constexpr int64_t kLanes = CLAQ_LANES;
@@ -20,14 +20,6 @@ constexpr int64_t kPanel = 2 * kLanes;
 constexpr int kMostRows = kLanes == 16 ? 12 : 6;   // of a product, two vectors each
 constexpr int kScoreRows = kLanes == 16 ? 4 : 2;   // of scores, kScoreTokens vectors each
 constexpr int kScoreTokens = 4;
-
-inline Vector load(const float* from) {
-  Vector value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
 
 inline Vector broadcast(float value) { return value - Vector{}; }
 

@@ -150,15 +150,8 @@ AttentionOp make_op(bool cached) {
   describe_common(op);
   op.CreateKernelV2 = [](const CustomOp* self, const OrtApi* table, const OrtKernelInfo* info, void** out) {
     const Api api(table);
-    *out = nullptr;
-    return guarded(api, [&] {
-      const bool with_cache = own(self).cached;
-      try {
-        *out = create(api, info, with_cache).release();
-      } catch (const InvalidLayer& error) {
-        throw InvalidLayer(std::string(name_of(with_cache)) + " node '" + node_name(api, info) + "': " + error.what());
-      }
-    });
+    const bool with_cache = own(self).cached;
+    return make_kernel(api, info, name_of(with_cache), out, [&] { return create(api, info, with_cache).release(); });
   };
   op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
     const Kernel& self = *static_cast<const Kernel*>(kernel);

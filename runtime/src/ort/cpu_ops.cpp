@@ -98,14 +98,7 @@ TypedOp make_op(Operator kind, int first, int activation, int order, int outlier
   TypedOp op = describe_op([](const CustomOp*) { return "CPUExecutionProvider"; }, kind, first, activation, order, outlier_index);
   op.CreateKernelV2 = [](const CustomOp* self, const OrtApi* table, const OrtKernelInfo* info, void** out) {
     const Api api(table);
-    *out = nullptr;
-    return guarded(api, [&] {
-      try {
-        *out = create(api, info, typed(self).kind).release();
-      } catch (const InvalidLayer& error) {
-        throw InvalidLayer(std::string(operator_name(typed(self).kind)) + " node '" + node_name(api, info) + "': " + error.what());
-      }
-    });
+    return make_kernel(api, info, operator_name(typed(self).kind), out, [&] { return create(api, info, typed(self).kind).release(); });
   };
   if (kind == Operator::kGather) {
     op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {

@@ -168,14 +168,7 @@ TypedOp make_op(Operator kind, int first, int activation, int order, int outlier
   TypedOp op =
       describe_op([](const CustomOp*) { return "CUDAExecutionProvider"; }, kind, first, activation, order, outlier_index);
   op.CreateKernelV2 = [](const CustomOp* self, const OrtApi*, const OrtKernelInfo* info, void** out) {
-    *out = nullptr;
-    return guarded(*newer_api, [&] {
-      try {
-        *out = new Kernel(*newer_api, info, typed(self));
-      } catch (const InvalidLayer& error) {
-        throw InvalidLayer(std::string(operator_name(typed(self).kind)) + " node '" + node_name(*newer_api, info) + "': " + error.what());
-      }
-    });
+    return make_kernel(*newer_api, info, operator_name(typed(self).kind), out, [&] { return new Kernel(*newer_api, info, typed(self)); });
   };
   op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
     const Kernel& self = *static_cast<const Kernel*>(kernel);

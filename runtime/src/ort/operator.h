@@ -142,6 +142,19 @@ void read_layer(const Api& api, const OrtKernelInfo* info, Operator kind, NodeLa
 
 std::string node_name(const Api& api, const OrtKernelInfo* info);
 
+// Puts the kernel that `make` gives (a pointer that the caller owns) into `out`; an InvalidLayer gets the node's name in front.
+template <class Make>
+OrtStatus* make_kernel(const Api& api, const OrtKernelInfo* info, const char* operator_name, void** out, Make make) {
+  *out = nullptr;
+  return guarded(api, [&] {
+    try {
+      *out = make();
+    } catch (const InvalidLayer& error) {
+      throw InvalidLayer(std::string(operator_name) + " node '" + node_name(api, info) + "': " + error.what());
+    }
+  });
+}
+
 // Throws InvalidLayer if it is missing.
 int64_t required_attribute(const Api& api, const OrtKernelInfo* info, const char* name);
 

@@ -5,20 +5,11 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../vectors.h"
 #include "loops.h"
 
 namespace claq::quantize {
 namespace {
-
-typedef float Vector __attribute__((vector_size(CLAQ_LANES * sizeof(float))));
-
-inline Vector load(const float* from) {
-  Vector value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
 
 // One load of an error serves `Count` columns, whose sums stay in registers.
 template <int Count>

@@ -152,12 +152,10 @@ void check_reserve(int64_t reserve, int64_t rows, int64_t index) {
 }
 
 const Loops& choose_loops(const char* kernel) {
+  [[maybe_unused]] const Vectors vectors = choose_vectors(kernel);
 #if defined(__x86_64__)
-  const std::string name = choose_family(kernel).name;
-  if (name.rfind("avx512", 0) == 0) return kAvx512Loops;
-  if (name.rfind("avx", 0) == 0) return kAvx2Loops;
-#else
-  choose_family(kernel);
+  if (vectors == Vectors::kAvx512) return kAvx512Loops;
+  if (vectors == Vectors::kAvx2) return kAvx2Loops;
 #endif
   return kPortableLoops;
 }
