@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,12 +18,20 @@ import claq_export
 from .cached import check_cache, decoding_inputs
 from .calibration.peers import Peers
 from .calibration.progress import ProgressReporter
-from .capture import CACHED_TASK, CapturedModel, TaskModel, capture_decoder, capture_module, load_pretrained
+from .capture import (
+    CACHED_TASK,
+    CapturedModel,
+    TaskModel,
+    capture_decoder,
+    capture_module,
+    let_go_of_weights,
+    load_pretrained,
+)
 from .capture.precision import check_finite, check_range, in_dtype, inputs_in_dtype
 from .compiler import Compilation, emit_captured, used_state
 from .config import Config
 from .deferred import weight_bytes
-from .emit.exporter import Artifact
+from .emit.artifact import Artifact
 from .errors import ConfigError
 from .file_graph import in_float32
 from .format.files import check_writable
@@ -32,7 +40,9 @@ from .passes import Skipped
 from .preflight import check as check_preflight
 from .process_memory import collect_garbage, peak_resident_bytes, return_freed_memory
 from .report import BudgetRecord, QualityRow, ReportData, write_report
-from .verify import VerificationReport, check_stored, verify_artifact
+
+if TYPE_CHECKING:
+    from .verify import VerificationReport
 
 _ORIGINAL_LIMIT = 2 << 30
 """Bytes of weights up to which the unquantized model is written to a temporary folder too, for its latency."""
@@ -101,6 +111,7 @@ def capture(
     cache: bool = False,
     trust_remote_code: bool = False,
     lazy: bool = False,
+    reread: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[CapturedModel, nn.Module]:
     """A model as a graph, and the module it came from.
@@ -114,6 +125,7 @@ def capture(
         cache: of a folder with a causal language model, capture the graph with a key/value cache too.
         trust_remote_code: run Python code that comes with a folder.
         lazy: leave a folder's large weights on disk until their values are needed.
+        reread: load them, but let go of each after the capture that its file gives again when it is needed.
         dtype: of the graph that goes into the file; the model itself is captured in float32, whatever its own is.
 
     Raises:
@@ -128,6 +140,8 @@ def capture(
     other = loaded
     if dtype != torch.float32:
         check_range(loaded.model, dtype)
+        if reread:
+            let_go_of_weights(loaded, [captured.graph_module])
         # As people load it in this dtype: transformers keeps what must stay in float32.
         other, _, _ = load_pretrained(model, task, dtype, trust_remote_code=trust_remote_code, lazy=lazy)
     if cached or dtype != torch.float32:
@@ -135,6 +149,8 @@ def capture(
         file_graph = capture_decoder(other) if cached else capture_module(other, example, other.dynamic_axes)
         file_graph.tokenizer = captured.tokenizer
         captured.file_graph = file_graph
+    if reread:
+        let_go_of_weights(other, [graph.graph_module for graph in captured.graphs])
     return captured, loaded.model
 
 
@@ -235,6 +251,7 @@ def export(
         cache=cache,
         trust_remote_code=trust_remote_code,
         lazy=memory is not None,
+        reread=memory is None and report is None and not config.needs_whole_model,
         dtype=config.torch_dtype,
     )
     compilation = Compilation(captured, config, reporter, used_state(module, captured), keep_records=report is not None)
@@ -283,12 +300,15 @@ def export(
         artifact = _written_once(compilation, out)
         verification = None
         if verify:
+            from .verify import verify_artifact
+
             collect_garbage()
             reporter.stage("verifying the artifact in ONNX Runtime")
             with compilation.timed("verification"):
                 exact = in_float32(emitted, captured) if emitted.dtype != torch.float32 else emitted
                 if compilation.cached:
                     check_cache(captured, exact, samples)
+                    collect_garbage()
                 verification = verify_artifact(
                     out,
                     emitted.graph_module,
@@ -299,6 +319,8 @@ def export(
                     original_path=original_path,
                 )
     if memory is not None:
+        from .verify import check_stored
+
         reporter.stage("comparing the artifact with the finished layers")
         with compilation.timed("verification"):
             check_stored(out, {name: done.layer for name, done in compilation.sites.items()})

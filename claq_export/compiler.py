@@ -32,11 +32,11 @@ from .calibration.stage import CalibrationStage, QuantizedSite
 from .calibration.store import LayerStore
 from .calibration.tune import TuneResult, TuneSettings, tune
 from .calibration.walk import NodeWalk, WalkMaker
-from .capture import CACHED_TASK, CapturedModel
+from .capture import CACHED_TASK, CapturedModel, restore_weights
 from .config import DECODER_OPSET, NO_CALIBRATION, Config
 from .deferred import cast_tensors, weight_bytes
+from .emit.artifact import Artifact
 from .emit.companions import copy_companions, declare_quantized
-from .emit.exporter import Artifact, emit_onnx
 from .emit.genai import write_genai_config
 from .errors import CalibrationError, ConfigError
 from .file_graph import lower_file_graph, plan_file_graph, release_weights, share_stacked_weights
@@ -184,6 +184,8 @@ class Compilation:
             self.records = [self._record(done) for done in self.sites.values()]
         with self.timed("passes"):
             self._lower()
+        if self.memory is None:
+            restore_weights([graph.graph_module for graph in self.captured.graphs])
 
     def quantize_sites(self, work: Path | None = None, resume: bool | None = None, *, keep_dense: bool = True) -> None:
         """Calibrate and quantize; nothing is lowered.
@@ -460,6 +462,8 @@ class Compilation:
 
 def emit_captured(captured: CapturedModel, out: Path, metadata: Mapping[str, str] | None = None) -> Artifact:
     """Write a captured graph as ONNX, inputs and outputs under the names they have in files."""
+    from .emit.exporter import emit_onnx
+
     names = captured.file_names
     return emit_onnx(
         captured.graph_module,

@@ -224,6 +224,12 @@ class Config:
         """``token_clip`` of the Hessians; the paper's presets leave tokens as they are."""
         return PAPER_TOKEN_CLIP if self.preset is not None else self.token_clip
 
+    @property
+    def needs_whole_model(self) -> bool:
+        """Whether gradients are wanted, for which all unquantized weights must be in memory at once."""
+        weighed = self.budgeted and self.importance and self.calibration != NO_CALIBRATION
+        return self.tune is not None or self.guided or weighed
+
     def layer_settings(self) -> LayerSettings:
         """What the algorithm is told for each layer."""
         if self.preset is not None:

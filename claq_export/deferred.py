@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from .format.layer import QuantizedLinear
 
@@ -74,6 +74,14 @@ def materialize(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dim() == 2 and tuple(tensor.shape) == shape[::-1] and tensor.stride() == stride[::-1]:
         return load().T
     raise RuntimeError(f"a stand-in of shape {list(shape)} was viewed as {list(tensor.shape)}; claq cannot follow that")
+
+
+class ReadingInterpreter(fx.Interpreter):
+    """Runs a graph whose weights may be stand-ins: each is read for the operator that takes it, and let go of after it."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        found = super().fetch_args_kwargs_from_env(n)
+        return fx.node.map_aggregate(found, materialize)  # type: ignore[arg-type, return-value]
 
 
 def concatenate(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

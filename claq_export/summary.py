@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +13,9 @@ from .api import ExportResult
 from .passes import Skipped
 from .passes.plan import site_kind
 from .sizing import PlannedLayer
-from .verify import VerificationReport
+
+if TYPE_CHECKING:
+    from .verify import VerificationReport
 
 _WORST_SHOWN = 5
 

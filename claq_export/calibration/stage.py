@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx
+from torch.nn.functional import embedding
 
 from ..algorithm import Bits, ColumnPlan, Hessian, LayerResult, LayerSettings, measure, plan_columns, quantize_layer
 from ..algorithm.budget import LayerProfile, profile_layer
@@ -32,7 +33,7 @@ from .devices import Devices
 from .peers import Peers
 from .progress import ProgressReporter
 from .store import LayerStore
-from .walk import NodeWalk, RowLookup, WalkMaker
+from .walk import NodeWalk, RowLookup, WalkMaker, ancestors
 
 _Result = TypeVar("_Result")
 
@@ -249,6 +250,11 @@ class CalibrationStage:
             and self._restore(other) is None
         ]
 
+    def _stored_rows_of(self, site: LinearSite) -> RowLookup:
+        """Rows of the unquantized table, in memory or not."""
+        table = site.weight(self._module).detach()
+        return lambda indices: embedding(indices.to(table.device), materialize(table)).to(indices.device)
+
     def _rows_of(self, site: LinearSite) -> RowLookup:
         layer = materialize_layer(self._finished[site.name].layer)
         like = torch.zeros(0, dtype=site.dtype)
@@ -282,14 +288,21 @@ class CalibrationStage:
         sites: Sequence[LinearSite] | None = None,
     ) -> None:
         """Walk the unquantized graph; ``handle`` gets each site with the Hessian over all its uses, after the last of
-        them."""
+        them.
+
+        The walk stops at all linears on the way, so that no more than one weight at a time is read from disk.
+        """
         sites = self._sites if sites is None else sites
         site_of = {node: site for site in sites for node in site.nodes}
+        passed = ancestors(list(site_of))
+        stops = [node for site in self._sites for node in site.nodes if node in passed]
         hessians: dict[str, Hessian] = {}
         uses = {site.name: len(site.nodes) for site in sites}
 
         def visit(node: fx.Node, inputs: Sequence[torch.Tensor]) -> None:
-            site, source = site_of[node], node.args[0]
+            site, source = site_of.get(node), node.args[0]
+            if site is None:
+                return
             assert isinstance(source, fx.Node)
             weights = self._token_weights(source, inputs)
             if site.name not in hessians:
@@ -302,8 +315,9 @@ class CalibrationStage:
                 self._peers.add_up(hessian)
                 handle(site, hessians.pop(site.name))
 
+        lookups = {node: self._stored_rows_of(site) for site in self._sites for node in site.lookups}
         with self._timed("forward"):
-            self._new_walk(self._module, self._share(batches), list(site_of), {}).run(visit)
+            self._new_walk(self._module, self._share(batches), stops, lookups).run(visit)
 
     @property
     def seconds(self) -> dict[str, float]:

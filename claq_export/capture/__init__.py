@@ -6,6 +6,7 @@ from .captured import CapturedModel, Source, text_inputs
 from .decoder import CACHED_TASK, capture_decoder
 from .module import capture_module
 from .pretrained import capture_pretrained, load_pretrained
+from .reread import let_go_of_weights, restore_weights
 from .tasks import TASKS, Task, TaskModel
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "capture_decoder",
     "capture_module",
     "capture_pretrained",
+    "let_go_of_weights",
     "load_pretrained",
+    "restore_weights",
     "text_inputs",
 ]

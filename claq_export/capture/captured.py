@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..deferred import ReadingInterpreter, is_deferred
 from ..errors import ConfigError
 
 
@@ -20,10 +22,12 @@ class Source:
     Attributes:
         path: folder, hub id, or qualified class name of a module given in Python.
         sha256: hex digest of its configuration and weights.
+        files: the safetensors files of a folder's weights.
     """
 
     path: str
     sha256: str
+    files: tuple[Path, ...] = ()
 
 
 def module_source(model: nn.Module) -> Source:
@@ -79,6 +83,11 @@ class CapturedModel:
     file_graph: CapturedModel | None = None
 
     @property
+    def graphs(self) -> list[CapturedModel]:
+        """This graph, and the file's where that is another one."""
+        return [self] if self.file_graph is None else [self, self.file_graph]
+
+    @property
     def input_names(self) -> tuple[str, ...]:
         """Names of the inputs, in the order of the graph's arguments."""
         return tuple(self.example_inputs)
@@ -100,9 +109,14 @@ class CapturedModel:
         return {self.file_names.get(name, name): tuple(value.shape) for name, value in self.example_inputs.items()}
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Run the graph without gradients; always a tuple, in the order of ``output_names``."""
+        """Run the graph without gradients; always a tuple, in the order of ``output_names``. Weights that are not in memory
+        are read on the way."""
+        module = self.graph_module
         with torch.no_grad():
-            result = self.graph_module(**inputs)
+            if any(map(is_deferred, module.parameters())):
+                result = ReadingInterpreter(module).run(*(inputs[name] for name in self.input_names))
+            else:
+                result = module(**inputs)
         return (result,) if isinstance(result, torch.Tensor) else tuple(result)
 
     def inputs_from_tokens(

@@ -41,10 +41,7 @@ def build_lazily(
     """
     with _parameters_without_memory():
         model = build()
-    where: dict[str, SafetensorsFile] = {}
-    for path in files:
-        file = SafetensorsFile(path, ModelError)
-        where.update(dict.fromkeys(file, file))
+    where = files_by_tensor(files)
     stored = stored_names(model, where)
     absent = sorted(name for name in _wanted(model) if name not in stored and not may_be_absent(name))
     if absent:
@@ -71,6 +68,67 @@ def build_lazily(
             if buffer is not None and source is not None and leaf not in owner._non_persistent_buffers_set:
                 owner._buffers[leaf] = where[source].read(source).to(buffer.dtype)
     return model.eval()
+
+
+def files_by_tensor(files: Sequence[Path]) -> dict[str, SafetensorsFile]:
+    """Name of a tensor -> the file it is in."""
+    where: dict[str, SafetensorsFile] = {}
+    for path in files:
+        file = SafetensorsFile(path, ModelError)
+        where.update(dict.fromkeys(file, file))
+    return where
+
+
+class StoredParameter:
+    """A parameter as a tensor of a safetensors file gives it, in the parameter's dtype.
+
+    Args:
+        file, source: where it is, and its name there.
+        dtype: of the parameter.
+        name: of the parameter, for messages.
+    """
+
+    def __init__(self, file: SafetensorsFile, source: str, dtype: torch.dtype, name: str) -> None:
+        self._file, self._source, self._dtype, self._name = file, source, dtype, name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As the file says."""
+        return self._file.tensors[self._source].shape
+
+    def load(self) -> torch.Tensor:
+        """The values.
+
+        Raises:
+            ModelError: one is not finite, in the file or in the parameter's dtype; or the file cannot be read.
+        """
+        values = torch.empty(self.shape, dtype=self._dtype)
+        flat, done = values.view(-1), 0
+        for piece in self._pieces():
+            flat[done : done + len(piece)] = piece
+            done += len(piece)
+        return values
+
+    def gives(self, parameter: torch.Tensor) -> bool:
+        """Whether the file gives these values."""
+        if self.shape != tuple(parameter.shape) or not parameter.is_contiguous():
+            return False
+        flat, done = parameter.detach().view(-1), 0
+        for piece in self._pieces():
+            if not torch.equal(flat[done : done + len(piece)], piece):
+                return False
+            done += len(piece)
+        return True
+
+    def _pieces(self) -> Iterator[torch.Tensor]:
+        # Piece by piece, since the values of the file's dtype, and what checks make of them, would double the memory.
+        for piece in self._file.pieces(self._source):
+            if piece.is_floating_point() and not torch.isfinite(piece).all():
+                raise ModelError(f"{self._file.path} has NaN or infinite weights in {self._name}")
+            converted = piece.to(self._dtype)
+            if converted.is_floating_point() and not torch.isfinite(converted).all():
+                raise ModelError(f"{self._file.path} has weights beyond the range of {self._dtype} in {self._name}")
+            yield converted
 
 
 @contextmanager
@@ -125,13 +183,6 @@ def _tensor(
             f"{file.path}: tensor {source!r} has shape {list(file.tensors[source].shape)}, the model needs {list(shape)}"
         )
 
-    def load() -> torch.Tensor:
-        values = file.read(source)
-        if values.is_floating_point() and not torch.isfinite(values).all():
-            raise ModelError(f"{file.path} has NaN or infinite weights in {name}")
-        if values.is_floating_point() and values.numel() and values.abs().max() > torch.finfo(dtype).max:
-            raise ModelError(f"{file.path} has weights beyond the range of {dtype} in {name}")
-        return values.to(dtype)
-
+    load = StoredParameter(file, source, dtype, name).load
     wanted = parameter.to(dtype)  # on the meta device: for its size
     return stand_in(shape, dtype, load) if logical_bytes(wanted) >= DEFER_FROM else load()

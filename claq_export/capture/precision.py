@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..deferred import is_deferred
+from ..deferred import ReadingInterpreter, materialize
 from ..errors import CaptureError, ModelError
 from .captured import CapturedModel
 
@@ -56,7 +56,7 @@ def inputs_in_dtype(example: Any, dtype: torch.dtype) -> Any:
 def check_range(model: nn.Module, dtype: torch.dtype) -> None:
     """See that the weights and biases of a model are finite in a narrower dtype.
 
-    Weights that are not in memory (:mod:`claq_export.deferred`) are checked when they are read.
+    Weights that are not in memory (:mod:`claq_export.deferred`) are read one by one: hours later would be too late.
 
     Raises:
         ModelError: a value is beyond the dtype's largest number; the message names tensors and values.
@@ -64,8 +64,8 @@ def check_range(model: nn.Module, dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     beyond = []
     for name, tensor in (*model.named_parameters(), *_saved_buffers(model)):
-        if tensor.is_floating_point() and tensor.numel() and not is_deferred(tensor):
-            magnitude = float(tensor.detach().abs().max())
+        if tensor.is_floating_point() and tensor.numel():
+            magnitude = float(materialize(tensor.detach()).abs().max())
             if magnitude > largest:
                 beyond.append(f"{name} ({magnitude:.4g})")
     if beyond:
@@ -123,7 +123,7 @@ def _overflowed(value: object) -> bool:
     return bool((value.isnan() | value.isposinf()).any())
 
 
-class _FirstOverflow(torch.fx.Interpreter):
+class _FirstOverflow(ReadingInterpreter):
     """Runs a graph and notes the first operator that makes a NaN or +infinity."""
 
     found = ""

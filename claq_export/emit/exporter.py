@@ -8,7 +8,6 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from claq_export.errors import CaptureError
 from claq_export.format.files import check_target
 from claq_export.passes import AdditiveMasks, PassContext
 
+from .artifact import Artifact
 from .decoder import decoder_translations, settle_decoder
 from .function import DOMAIN, LAYER_OPERATORS, OPSET, functions_of
 from .fused_forms import fused_forms
@@ -47,26 +47,6 @@ FOLD_LIMIT = 1024
 _aten = torch.ops.aten
 _VIEWS = {_aten.view.default, _aten.reshape.default}
 _TRANSPOSITIONS = {_aten.transpose.int, _aten.permute.default, _aten.t.default}
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """What :func:`emit_onnx` wrote.
-
-    Attributes:
-        path: the model file.
-        files: all files written, the model first.
-        bytes: their sizes, summed.
-        inputs, outputs: names of the graph's inputs and outputs.
-        layers: names of the quantized layers, in graph order.
-    """
-
-    path: Path
-    files: tuple[Path, ...]
-    bytes: int
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    layers: tuple[str, ...]
 
 
 def emit_onnx(

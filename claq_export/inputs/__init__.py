@@ -5,12 +5,18 @@ One module a kind of file; each states its limits, names the file in its errors 
 artifact have different exit codes.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from .json_file import is_text, parse_json_object, read_json_object
 from .model_config import check_sizes
 from .npz_file import read_npz
-from .onnx_file import OnnxFile
 from .paths import contained
 from .safetensors_file import SafetensorsFile, TensorInfo, parse_header
+
+if TYPE_CHECKING:
+    from .onnx_file import OnnxFile
 
 __all__ = [
     "OnnxFile",
@@ -24,3 +30,12 @@ __all__ = [
     "read_json_object",
     "read_npz",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Who reads no ONNX files, such as torch.compile, does not import onnx.
+    if name == "OnnxFile":
+        from .onnx_file import OnnxFile
+
+        return OnnxFile
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,6 +23,7 @@ HEADER_LIMIT = 100_000_000
 """Bytes of a header, the limit of the safetensors library."""
 
 RANK_LIMIT = 64
+_PIECE_BYTES = 1 << 21  # whole values of every dtype
 _LARGEST = 1 << 62
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -167,21 +168,42 @@ class SafetensorsFile:
         Raises:
             error: there is none, or the file is shorter now.
         """
+        info = self._info(name)
+        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        self._read_into(buffer, info, 0, name)
+        return buffer.view(info.dtype).reshape(info.shape)
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """The values of the tensor of that name in their order, as flat tensors of a few megabytes.
+
+        Raises:
+            error: see :meth:`read`.
+        """
+        info = self._info(name)
+        for begin in range(0, info.nbytes, _PIECE_BYTES):
+            buffer = torch.empty(min(_PIECE_BYTES, info.nbytes - begin), dtype=torch.uint8)
+            self._read_into(buffer, info, begin, name)
+            yield buffer.view(info.dtype)
+
+    def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)
         if info is None:
             raise self._error(f"{self.path}: tensor {name!r} is missing")
-        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-        if info.nbytes:
-            view = memoryview(buffer.numpy())  # type: ignore[arg-type]
-            try:
-                with self.path.open("rb", buffering=0) as file:
-                    file.seek(info.begin)
-                    done = 0
-                    while done < info.nbytes:
-                        count = file.readinto(view[done : done + (1 << 26)])
-                        if not count:
-                            raise self._error(f"{self.path} was shortened while it was read: tensor {name!r}")
-                        done += count
-            except OSError as problem:
-                raise self._error(f"{self.path} cannot be read: {problem.strerror or problem}") from None
-        return buffer.view(info.dtype).reshape(info.shape)
+        return info
+
+    def _read_into(self, buffer: torch.Tensor, info: TensorInfo, offset: int, name: str) -> None:
+        """Fill a buffer with a tensor's bytes from ``offset`` on."""
+        if not buffer.numel():
+            return
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(info.begin + offset)
+                done = 0
+                while done < len(view):
+                    count = file.readinto(view[done : done + (1 << 26)])
+                    if not count:
+                        raise self._error(f"{self.path} was shortened while it was read: tensor {name!r}")
+                    done += count
+        except OSError as problem:
+            raise self._error(f"{self.path} cannot be read: {problem.strerror or problem}") from None

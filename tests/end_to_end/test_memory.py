@@ -4,6 +4,8 @@ import filecmp
 import gc
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_llama, sentences, shard
 
 import claq_export
-from claq_export import api, deferred, preflight
+from claq_export import api, deferred, preflight, verify
+from claq_export.algorithm import Hessian
 from claq_export.calibration import spill
 from claq_export.calibration.spill import ActivationSpill
 from claq_export.capture import load_pretrained
@@ -24,7 +27,7 @@ from claq_export.format.safetensors_writer import write_safetensors
 @pytest.fixture
 def everything_deferred(monkeypatch):
     """Tensors of a tiny model count as large."""
-    for module in ("deferred", "capture.lazy", "verify"):
+    for module in ("deferred", "capture.lazy", "capture.reread", "verify"):
         monkeypatch.setattr(f"claq_export.{module}.DEFER_FROM", 8192)
     monkeypatch.setattr(spill, "SPILL_FROM", 256)
 
@@ -103,7 +106,7 @@ def test_dense_weights_are_in_memory_once_and_gone_after_quantization(tmp_path, 
     del weights
     before = tensors_in_memory()  # kept, so that no new tensor has the address of an old one
     seen = {}
-    emit, quantize, verify = api.emit_captured, Compilation.quantize_sites, api.verify_artifact
+    emit, quantize, compare = api.emit_captured, Compilation.quantize_sites, verify.verify_artifact
 
     def measured(name, function, *arguments, **named):
         seen[name] = dense_bytes(shapes, before)
@@ -113,10 +116,57 @@ def test_dense_weights_are_in_memory_once_and_gone_after_quantization(tmp_path, 
     monkeypatch.setattr(
         Compilation, "quantize_sites", lambda *args, **named: measured("quantization", quantize, *args, **named)
     )
-    monkeypatch.setattr(api, "verify_artifact", lambda *args, **named: measured("verification", verify, *args, **named))
+    monkeypatch.setattr(
+        verify, "verify_artifact", lambda *args, **named: measured("verification", compare, *args, **named)
+    )
     config = claq_export.Config(calibration=sentences(40), samples=6, sequence_length=32)
     claq_export.export(source, out=tmp_path / "out" / "model.onnx", config=config)
     assert seen == {"the original's emission": once, "quantization": once, "verification": 0}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("cache", [True, False])
+def test_weights_that_are_read_again_make_the_same_artifact(tmp_path, monkeypatch, cache, dtype):
+    """Verified too: what is not quantized (here one linear) is back in memory when PyTorch runs the finished graph."""
+    source = save_tiny_llama(tmp_path / "model")
+    shard(source)
+    config = claq_export.Config(
+        calibration=sentences(40), samples=6, sequence_length=32, exclude=["*layers.1.mlp.down_proj"], dtype=dtype
+    )
+    kept = claq_export.export(source, out=tmp_path / "kept" / "model.onnx", config=config, cache=cache)
+    monkeypatch.setattr("claq_export.capture.reread.DEFER_FROM", 8192)
+    # The largest matrices that are multiplied while a weight at a time is read.
+    largest = 4 * 344 * 64
+    weights = {tuple(weight.shape) for name, weight in load_file(source / "a.safetensors").items() if "proj" in name}
+    shapes = weights | {(128, 64), (344, 64), (64, 172), (64, 64)}
+    before = tensors_in_memory()
+    seen: dict[str, list[int]] = {"emission": [], "Hessian": []}
+    emit, add = api.emit_captured, Hessian.add
+
+    def measured(name, function, *arguments):
+        seen[name].append(dense_bytes(shapes, before))
+        return function(*arguments)
+
+    monkeypatch.setattr(api, "emit_captured", lambda *args: measured("emission", emit, *args))
+    monkeypatch.setattr(Hessian, "add", lambda *args: measured("Hessian", add, *args))
+    read = claq_export.export(source, out=tmp_path / "read" / "model.onnx", config=config, cache=cache)
+    same_artifacts(tmp_path / "kept", tmp_path / "read")
+    assert seen["emission"] == [0]
+    assert max(seen["Hessian"]) <= 2 * largest  # one that is read, one that was quantized
+    assert len(seen["Hessian"]) > 8
+    fidelity = [{name: found.cosine for name, found in run.verification.fidelity.items()} for run in (kept, read)]
+    assert fidelity[0] == pytest.approx(fidelity[1], abs=1e-6)
+
+
+def test_what_makes_onnx_is_not_imported_while_a_model_is_loaded(tmp_path):
+    source = save_tiny_llama(tmp_path / "model")
+    program = (
+        "import sys; import claq_export.api, claq_export.summary; from claq_export.capture import load_pretrained; "
+        f"load_pretrained({str(source)!r}); "
+        "print(sorted({'onnx', 'onnx_ir', 'onnxscript', 'onnxruntime'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_too_little_memory_is_refused_with_numbers_before_any_work(tmp_path):
