@@ -12,7 +12,7 @@ batches share (a mask of ones, a position table) is computed once for these batc
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, overload
 
 import torch
@@ -48,6 +48,17 @@ def ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
             needed.add(node)
             stack.extend(node.all_input_nodes)
     return needed
+
+
+def _in_order(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """Nodes of a graph in an order to run them in: what fetches a tensor comes right before its first reader, so that weights
+    that have to be read for it are not all in memory from the start."""
+    order: dict[fx.Node, None] = {}
+    for node in nodes:
+        if node.op != "get_attr":
+            order.update(dict.fromkeys(value for value in node.all_input_nodes if value.op == "get_attr"))
+            order[node] = None
+    return list(order)
 
 
 def _is_mutable(target: Any) -> bool:
@@ -94,7 +105,7 @@ class NodeWalk:
         self._lookups = dict(lookups or {})
         self._linears = set(stop_at)
         needed = ancestors(stop_at)
-        self._nodes = [node for node in graph_module.graph.nodes if node in needed]
+        self._nodes = _in_order(node for node in graph_module.graph.nodes if node in needed)
         self._last_use = self._find_last_uses()
         placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         names = list(batches[0]) if batches else []

@@ -214,7 +214,7 @@ class QuantizedLinear:
         N = self.out_features
         device = self.codes.device
         scale, row_scale = self.scale.to(torch.float32)[:, None], self.row_scale.to(torch.float32)
-        feature = self.feature_of_column()
+        feature = self.feature_of_column() if self.order.numel() else None
         if self.outliers:
             per_row = self.outlier_ptr.to(torch.int64).diff()
             outlier_row = torch.repeat_interleave(torch.arange(N, device=device), per_row)
@@ -226,7 +226,7 @@ class QuantizedLinear:
             for start in range(column, column + count, columns_at_once(N)):
                 end = min(column + count, start + columns_at_once(N))
                 rows, entries = (end - start) * width // 32, (end - start) << width
-                codes = unpack_group(self.codes[row : row + rows], width).to(torch.int64)
+                codes = unpack_group(self.codes[row : row + rows], width, torch.int64)
                 table = self.codebook[entry : entry + entries].reshape(end - start, 1 << width).to(torch.float32)
                 stored = torch.gather(table, 1, codes)
                 if self.outliers:
@@ -235,8 +235,12 @@ class QuantizedLinear:
                     stored[place] += self.outlier_value[here].to(torch.float32)
                 stored *= scale[start:end]
                 stored *= row_scale
-                real = feature[start:end] < self.in_features
-                weight[:, feature[start:end][real]] = stored[real].T
+                if feature is None:
+                    real_columns = max(min(end, self.in_features) - start, 0)
+                    weight[:, start : start + real_columns] = stored[:real_columns].T
+                else:
+                    real = feature[start:end] < self.in_features
+                    weight[:, feature[start:end][real]] = stored[real].T
                 row, entry = row + rows, entry + entries
             column += count
         return weight.to(dtype)

@@ -11,8 +11,10 @@ import torch
 BLOCK = 32
 """Stored columns a block; every width group is a multiple of it."""
 
-_CODES_AT_ONCE = 1 << 19
-"""Codes that are widened to int64 together: eight bytes a weight would be more than the layer in float32."""
+_CODES_AT_ONCE = (1 << 17) - 1
+"""Codes that are widened to int64 together: eight bytes a weight would be more than the layer in float32. In less than a
+megabyte, since larger blocks can come from the operating system and go back there each time
+(:func:`~claq_export.process_memory.return_freed_memory`), which takes as long as the work on them."""
 
 WIDTHS = (4, 3, 2)
 """Supported code widths in bits, in the order in which their groups are stored."""
@@ -33,10 +35,11 @@ def _pack_plane(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _unpack_plane(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Inverse of :func:`_pack_plane`: int64 words ``[R, N]`` to int64 values ``[R*32/bits, N]``."""
+    """Inverse of :func:`_pack_plane`: int32 words ``[R, N]`` to int32 values ``[R*32/bits, N]``."""
     per_word = 32 // bits
-    shifts = torch.arange(per_word, device=words.device, dtype=torch.int64) * bits
-    values = (words[:, None, :] >> shifts[:, None]) & ((1 << bits) - 1)
+    shifts = torch.arange(per_word, device=words.device, dtype=torch.int32) * bits
+    values = words[:, None, :] >> shifts[:, None]
+    values &= (1 << bits) - 1  # what an arithmetic shift brings in from a word's sign, too
     return values.reshape(-1, words.shape[1])
 
 
@@ -77,22 +80,22 @@ def _pack_columns(values: torch.Tensor, bits: int) -> torch.Tensor:
     return _pack_plane(values, bits)
 
 
-def unpack_group(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Inverse of :func:`pack_group`: uint32 words ``[R, out_features]`` to uint8 codes ``[R * 32 / bits,
-    out_features]``."""
+def unpack_group(words: torch.Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+    """Inverse of :func:`pack_group`: uint32 words ``[R, out_features]`` to codes ``[R * 32 / bits, out_features]`` of an
+    integer type."""
     columns = words.shape[0] * 32 // bits
-    codes = torch.empty(columns, words.shape[1], dtype=torch.uint8, device=words.device)
+    codes = torch.empty(columns, words.shape[1], dtype=dtype, device=words.device)
     for start in range(0, columns, columns_at_once(words.shape[1])):
         end = min(columns, start + columns_at_once(words.shape[1]))
         part = words[start * bits // 32 : end * bits // 32]
-        codes[start:end] = _unpack_columns(part.view(torch.int32).to(torch.int64) & 0xFFFFFFFF, bits)
+        codes[start:end] = _unpack_columns(part.view(torch.int32), bits)
     return codes
 
 
-def _unpack_columns(wide: torch.Tensor, bits: int) -> torch.Tensor:
+def _unpack_columns(words: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 3:
-        rows = wide.reshape(-1, 3, wide.shape[1])
-        low = _unpack_plane(rows[:, :2].reshape(-1, wide.shape[1]), 2)
+        rows = words.reshape(-1, 3, words.shape[1])
+        low = _unpack_plane(rows[:, :2].reshape(-1, words.shape[1]), 2)
         third = _unpack_plane(rows[:, 2], 1)
-        return (low + 4 * third).to(torch.uint8)
-    return _unpack_plane(wide, bits).to(torch.uint8)
+        return low.add_(third, alpha=4)
+    return _unpack_plane(words, bits)

@@ -63,14 +63,17 @@ def test_what_files_do_not_give_stays_in_memory(source):
     transposed.weight = torch.nn.Parameter(transposed.weight.detach().T.contiguous().T)
     whole = capture_module(model, dynamic_shapes=model.dynamic_axes)
     let_go_of_weights(model, [whole.graph_module])
-    kept = [name for name, weight in weights(whole.graph_module).items() if weight.dim() == 2 and not is_deferred(weight)]
+    kept = [
+        name for name, weight in weights(whole.graph_module).items() if weight.dim() == 2 and not is_deferred(weight)
+    ]
     assert sorted(kept) == ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"]
     assert model.model.model.layers[1].mlp.up_proj.weight is changed
 
 
 def test_a_module_without_files_keeps_its_weights():
-    from claq_export.capture import TaskModel
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from claq_export.capture import TaskModel
 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = TaskModel(LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes)), "text-generation")
