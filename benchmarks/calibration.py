@@ -37,7 +37,7 @@ def quantize(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
-    captured, _ = capture(args.model)
+    captured, _ = capture(args.model, reread=True)  # as an export does
     captured_after = time.perf_counter() - start
     config = Config(
         bits=args.bits,

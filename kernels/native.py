@@ -18,6 +18,8 @@ from claq_export.errors import FormatError
 from claq_export.format.layer import TENSOR_NAMES
 from claq_export.libclaq import load_libclaq
 
+from .threads import threads_for
+
 LAYER_TENSORS = (*TENSOR_NAMES, "bias")
 
 DTYPES = {
@@ -193,7 +195,6 @@ class NativeLinear:
         if self._library is None:
             raise RuntimeError(f"the native kernel cannot be used: {reason}")
         self._run = self._library.claq_run
-        self._pool = ctypes.cast(self._library.claq_pool_parallel_for, ctypes.c_void_p)
         self.in_features = in_features
         self.out_features = out_features
         given = (codes, codebook, scale, row_scale, order, outlier_ptr, outlier_index, outlier_value, bias)
@@ -236,7 +237,7 @@ class NativeLinear:
         if not x.is_contiguous():
             x = x.contiguous()
         y = torch.empty((*shape[:-1], self.out_features), dtype=x.dtype)
-        pool, threads = self._threads()
+        parallel_for, context = threads_for(self._library)
         error = _error_buffer()
         status = self._run(
             self._handle,
@@ -245,8 +246,8 @@ class NativeLinear:
             x.data_ptr(),
             x.numel() // self.in_features,
             y.data_ptr(),
-            pool,
-            threads,
+            parallel_for,
+            context,
             error,
             _ERROR_SIZE,
         )
@@ -272,7 +273,7 @@ class NativeLinear:
             raise ValueError(f"result: is {dtype}, expected float32, float16 or bfloat16")
         indices = indices.detach().contiguous()
         y = torch.empty((*indices.shape, self.in_features), dtype=dtype)
-        pool, threads = self._threads()
+        parallel_for, context = threads_for(self._library)
         error = ctypes.create_string_buffer(_ERROR_SIZE)
         status = self._library.claq_gather(
             self._handle,
@@ -281,8 +282,8 @@ class NativeLinear:
             indices.numel(),
             DTYPES[dtype],
             y.data_ptr(),
-            pool,
-            threads,
+            parallel_for,
+            context,
             error,
             _ERROR_SIZE,
         )
@@ -291,11 +292,6 @@ class NativeLinear:
         if status:
             raise RuntimeError(f"claq_gather: {error.value.decode()}")
         return y
-
-    def _threads(self) -> tuple[ctypes.c_void_p | None, int]:
-        """The library's own pool, or None for one thread, and the number of threads."""
-        threads = torch.get_num_threads()
-        return (self._pool if threads > 1 else None), threads
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):

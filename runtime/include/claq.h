@@ -95,6 +95,15 @@ CLAQ_API const char* claq_version(void);
  * here). `context` is the number of threads to use, cast to a pointer. Threads are started at the first call. */
 CLAQ_API void claq_pool_parallel_for(void* context, void (*task)(void* data, size_t index), size_t total, void* data);
 
+/* A claq_parallel_for on the threads of an OpenMP runtime that the host has loaded, such as PyTorch's: two sets of threads that
+ * wait by spinning would take each other's processors. `context` points to a claq_openmp, libclaq itself is linked with none. */
+typedef struct claq_openmp {
+  /* GOMP_parallel of libgomp, which LLVM's and Intel's runtimes have too: calls body(data) on each thread of a team. */
+  void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+  unsigned threads; /* of the team; as many as the host's own, since a team that changes its size starts and ends threads */
+} claq_openmp;
+CLAQ_API void claq_openmp_parallel_for(void* context, void (*task)(void* data, size_t index), size_t total, void* data);
+
 /* ---- attention ---------------------------------------------------------------------------------------------------------
  *
  * y = softmax(scale * query key^T + mask) value, all float32 and contiguous, where query head h reads key and value head

@@ -10,6 +10,15 @@
 
 using claq::guarded;
 
+namespace {
+
+// The threads of an OpenMP team spin for a while between two regions.
+claq::Host host_of(claq_parallel_for parallel_for, void* context) {
+  return {parallel_for, context, parallel_for == claq_openmp_parallel_for ? claq::kAwakeTaskSeconds : claq::kTaskSeconds};
+}
+
+}  // namespace
+
 claq_status claq_create(const claq_layer_desc* desc, claq_layer** layer, char* error, size_t error_size) {
   return guarded(error, error_size, [&] {
     if (!layer) throw claq::InvalidArgument("layer: is null");
@@ -25,7 +34,7 @@ claq_status claq_run(const claq_layer* layer, claq_dtype dtype, int32_t accuracy
                      claq_parallel_for parallel_for, void* context, char* error, size_t error_size) {
   return guarded(error, error_size, [&] {
     if (!layer) throw claq::InvalidArgument("layer: is null");
-    claq::run(*layer, dtype, accuracy_level, x, rows, y, {parallel_for, context});
+    claq::run(*layer, dtype, accuracy_level, x, rows, y, host_of(parallel_for, context));
   });
 }
 
@@ -45,7 +54,7 @@ claq_status claq_attend(const claq_attention_desc* desc, claq_parallel_for paral
     if (!desc || desc->struct_size != sizeof(claq_attention_desc)) {
       throw claq::InvalidArgument("desc: struct_size is not that of this version of libclaq");
     }
-    claq::attend(*desc, claq::choose_attention_loops(), {parallel_for, context});
+    claq::attend(*desc, claq::choose_attention_loops(), host_of(parallel_for, context));
   });
 }
 

@@ -1,4 +1,5 @@
-// A small pool for hosts without one: threads sleep between calls and share each call's tasks through one counter.
+// Threads for hosts that have no way of their own to spread tasks: a small pool whose threads sleep between calls, or the team of
+// an OpenMP runtime. Either way they share each call's tasks through one counter.
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -14,6 +15,17 @@
 #include "claq.h"
 
 namespace {
+
+struct Job {
+  void (*task)(void*, size_t);
+  void* data;
+  size_t total;
+  std::atomic<size_t> next{0};
+};
+
+void work(Job& job) {
+  for (size_t i = job.next++; i < job.total; i = job.next++) job.task(job.data, i);
+}
 
 class Pool {
  public:
@@ -40,17 +52,6 @@ class Pool {
   }
 
  private:
-  struct Job {
-    void (*task)(void*, size_t);
-    void* data;
-    size_t total;
-    std::atomic<size_t> next{0};
-  };
-
-  static void work(Job& job) {
-    for (size_t i = job.next++; i < job.total; i = job.next++) job.task(job.data, i);
-  }
-
   // Fewer threads than asked for is no failure: the caller works too.
   size_t start_helpers(size_t count) {
     try {
@@ -108,4 +109,10 @@ Pool& pool() {
 
 void claq_pool_parallel_for(void* context, void (*task)(void* data, size_t index), size_t total, void* data) {
   pool().run(reinterpret_cast<uintptr_t>(context), task, total, data);
+}
+
+void claq_openmp_parallel_for(void* context, void (*task)(void* data, size_t index), size_t total, void* data) {
+  const auto* openmp = static_cast<const claq_openmp*>(context);
+  Job job{task, data, total};
+  openmp->parallel([](void* shared) { work(*static_cast<Job*>(shared)); }, &job, openmp->threads, 0);
 }
