@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_llama, shard
 
 from claq_export import inputs
 from claq_export.capture import (
+    TaskModel,
     capture_decoder,
     capture_module,
     let_go_of_weights,
@@ -73,8 +74,6 @@ def test_what_files_do_not_give_stays_in_memory(source):
 def test_a_module_without_files_keeps_its_weights():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from claq_export.capture import TaskModel
-
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = TaskModel(LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes)), "text-generation")
     let_go_of_weights(model, [])
@@ -101,8 +100,6 @@ def test_values_beyond_a_dtype_are_found_on_disk_too(source, monkeypatch):
     name = next(name for name in tensors if name.endswith("mlp.gate_proj.weight"))
     tensors = {key: value.float() for key, value in tensors.items()}
     tensors[name][2, 2] = 1e6
-    from safetensors.torch import save_file
-
     save_file(tensors, path, metadata={"format": "pt"})
     model, _, _ = load_pretrained(source, lazy=True)
     assert is_deferred(model.model.get_parameter(name))
@@ -112,8 +109,6 @@ def test_values_beyond_a_dtype_are_found_on_disk_too(source, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.bool])
 def test_pieces_of_a_stored_tensor_are_its_values_in_order(tmp_path, monkeypatch, dtype):
-    from safetensors.torch import save_file
-
     monkeypatch.setattr("claq_export.inputs.safetensors_file._PIECE_BYTES", 48)
     values = (torch.arange(7 * 11) % 5).reshape(7, 11).to(dtype)
     save_file({"x": values, "scalar": values[1, 1].clone(), "none": values[:0].clone()}, tmp_path / "x.safetensors")
