@@ -49,8 +49,8 @@ def stages_of(log: Path) -> list[str]:
     return [str(event["message"]) for event in events if event["event"] == "stage"]
 
 
-def measure(model: str, options: list[str]) -> dict[str, object]:
-    """Export once; peaks by stage, size of the model, seconds."""
+def measure(model: str, options: list[str]) -> tuple[dict[str, int], float]:
+    """Export once: peak bytes by stage, and seconds."""
     with tempfile.TemporaryDirectory(prefix="claq-") as folder:
         log, out = Path(folder) / "log.jsonl", Path(folder) / "out" / "model.onnx"
         out.parent.mkdir()
@@ -71,8 +71,8 @@ def measure(model: str, options: list[str]) -> dict[str, object]:
         stage, seen = "starting", 0
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             while process.poll() is None:
-                peaks[stage] = max(peaks[stage], high_water(process.pid))
                 begun = stages_of(log)
+                peaks[stage] = max(peaks[stage], high_water(process.pid))  # right before it may start afresh
                 if len(begun) > seen:
                     seen, stage = len(begun), begun[-1].replace(str(out), "model.onnx")
                     peaks.setdefault(stage, 0)
@@ -81,8 +81,7 @@ def measure(model: str, options: list[str]) -> dict[str, object]:
             printed = process.stdout.read() if process.stdout else ""
         if process.returncode:
             sys.exit(f"claq-export failed with {process.returncode}:\n{printed}")
-        seconds = time.perf_counter() - start
-    return {"peaks": peaks, "seconds": seconds}
+        return peaks, time.perf_counter() - start
 
 
 def float32_bytes(model: Path) -> int:
@@ -94,14 +93,13 @@ def float32_bytes(model: Path) -> int:
     return sum(4 * info.nbytes // info.dtype.itemsize for file in files for info in file.tensors.values())
 
 
-def table(model: Path, options: list[str], found: dict[str, object], note: str) -> str:
-    size, peaks = float32_bytes(model), dict(found["peaks"])  # type: ignore[call-overload]
-    highest = max(peaks.values())
+def table(model: Path, options: list[str], peaks: dict[str, int], seconds: float, note: str) -> str:
+    size, highest = float32_bytes(model), max(peaks.values())
     lines = [
         "# Memory of an export",
         "",
         f"`python benchmarks/export_memory.py MODEL {' '.join(options)}`: {model.resolve().name}, {size / 1e6:.0f} MB in "
-        f"float32; {os.cpu_count()} {platform.machine()} processors, {float(str(found['seconds'])):.0f} s. {note}".rstrip(),
+        f"float32; {os.cpu_count()} {platform.machine()} processors, {seconds:.0f} s. {note}".rstrip(),
         "",
         "| stage | largest resident set (MB) | of the weights in float32 |",
         "|---|---|---|",
@@ -119,7 +117,7 @@ def main() -> None:
         "--write", nargs="?", const="export_memory", metavar="NAME", help="write benchmarks/results/NAME.md"
     )
     arguments, options = parser.parse_known_args()
-    text = table(Path(arguments.model), options, measure(arguments.model, options), arguments.note)
+    text = table(Path(arguments.model), options, *measure(arguments.model, options), arguments.note)
     print(text)
     if arguments.write:
         RESULTS.joinpath(f"{arguments.write}.md").write_text(text)

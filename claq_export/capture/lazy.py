@@ -103,32 +103,31 @@ class StoredParameter:
             ModelError: one is not finite, in the file or in the parameter's dtype; or the file cannot be read.
         """
         values = torch.empty(self.shape, dtype=self._dtype)
-        flat, done = values.view(-1), 0
-        for piece in self._pieces():
-            flat[done : done + len(piece)] = piece
-            done += len(piece)
+        flat = values.view(-1)
+        for where, piece in self._pieces():
+            flat[where] = piece
         return values
 
     def gives(self, parameter: torch.Tensor) -> bool:
         """Whether the file gives these values."""
         if self.shape != tuple(parameter.shape) or not parameter.is_contiguous():
             return False
-        flat, done = parameter.detach().view(-1), 0
-        for piece in self._pieces():
-            if not torch.equal(flat[done : done + len(piece)], piece):
-                return False
-            done += len(piece)
-        return True
+        flat = parameter.detach().view(-1)
+        return all(torch.equal(flat[where], piece) for where, piece in self._pieces())
 
-    def _pieces(self) -> Iterator[torch.Tensor]:
+    def _pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Values in the parameter's dtype, and where in the flat parameter they belong."""
         # Piece by piece, since the values of the file's dtype, and what checks make of them, would double the memory.
+        done = 0
         for piece in self._file.pieces(self._source):
-            if piece.is_floating_point() and not torch.isfinite(piece).all():
-                raise ModelError(f"{self._file.path} has NaN or infinite weights in {self._name}")
-            converted = piece.to(self._dtype)
-            if converted.is_floating_point() and not torch.isfinite(converted).all():
+            values = piece.to(self._dtype)
+            checked = values if values.is_floating_point() else piece
+            if checked.is_floating_point() and not torch.isfinite(checked).all():
+                if not torch.isfinite(piece).all():
+                    raise ModelError(f"{self._file.path} has NaN or infinite weights in {self._name}")
                 raise ModelError(f"{self._file.path} has weights beyond the range of {self._dtype} in {self._name}")
-            yield converted
+            yield slice(done, done + len(values)), values
+            done += len(values)
 
 
 @contextmanager
