@@ -33,8 +33,9 @@ struct Family {
 
   // The same for rows [first, first + tile_rows) of int8 arithmetic, or to the last row if that is nearer, and blocks [first_block,
   // last_block) of the columns (all, unless the layer's order is the identity): fills the int8 parts and `transposed` (if not null).
-  // `first` is a multiple of tile_rows, `x` points to each row, `features` is room for [in_features][tile_rows], and `exact[i]` is set
-  // to 1 for a row that needs float32 arithmetic because of these blocks, else to 0. Null: the family does without.
+  // `first` is a multiple of tile_rows, `x` points to each row, and `features` is room for as many lines of tile_rows as in_features
+  // rounded up to 16, and one more. `exact[i]` is set to 1 for a row that needs float32 arithmetic because of these blocks, else
+  // to 0. Null: the family does without.
   void (*prepare_tile)(const LayerView& layer, const float* const* x, Activations& activations, int64_t first, int64_t first_block,
                        int64_t last_block, float* features, uint8_t* exact);
 
@@ -63,6 +64,9 @@ struct Family {
 
   // y[i] = silu(gate[i]) * up[i].
   void (*swiglu)(const float* gate, const float* up, float* y, int64_t count);
+
+  // sums[i] += sums[stride + i], then sums[2 * stride + i], ... of `parts` parts in all; count <= stride.
+  void (*add_parts)(float* sums, int64_t stride, int64_t parts, int64_t count);
 };
 
 // Bytes of scratch for one call of sums_*; the largest need of any family.

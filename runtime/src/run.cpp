@@ -120,7 +120,7 @@ void for_each_row(const Call& call, const Host& host, int64_t rows, Body body) {
 }
 
 // Rows from which on int8 activations are made by tiles of rows.
-constexpr int64_t kFewestTiledRows = 4;
+constexpr int64_t kFewestTiledRows = 3;
 
 // The same for int8 by tiles of rows, and `transposed` if it is not null. Where there are more threads than tiles, each tile's columns
 // are shared out; `exact` has room for kMostColumnParts numbers a row.
@@ -135,9 +135,10 @@ void prepare_tiles(const Call& call, const Host& host, Activations& activations,
   const int64_t tasks = task_count(host, static_cast<double>(rows * layer.columns) / kActivationsPerSecond, tiles * most_parts);
   const int64_t parts = std::min(most_parts, (tasks + tiles - 1) / tiles), units = tiles * parts;
   for_each(host, tasks, [&](int64_t task) {
-    const size_t tile_bytes = Workspace::bytes_for<float>(tile_rows * length);
-    Workspace workspace(tile_bytes + (call.dtype == CLAQ_FLOAT32 ? 0 : tile_bytes));
-    float* features = workspace.take<float>(tile_rows * length);
+    const int64_t feature_elements = tile_rows * ((length + 15) / 16 * 16 + 1);
+    Workspace workspace(Workspace::bytes_for<float>(feature_elements) +
+                        (call.dtype == CLAQ_FLOAT32 ? 0 : Workspace::bytes_for<float>(tile_rows * length)));
+    float* features = workspace.take<float>(feature_elements);
     float* buffer = call.dtype == CLAQ_FLOAT32 ? nullptr : workspace.take<float>(tile_rows * length);
     for (int64_t unit = units * task / tasks; unit < units * (task + 1) / tasks; ++unit) {
       const float* x[kMostTileRows];

@@ -114,9 +114,7 @@ void run_row(const Family& family, const LayerView& layer, claq_dtype dtype, boo
   const int64_t ends = task_count(host, static_cast<double>(outliers + parts * outputs / 8) / kFinishedPerSecond, tiles);
   for_each(host, ends, [&](int64_t task) {
     const int64_t n0 = tiles * task / ends * kNarrowestTile, n1 = std::min(outputs, tiles * (task + 1) / ends * kNarrowestTile);
-    for (int64_t part = 1; part < parts; ++part) {
-      for (int64_t n = n0; n < n1; ++n) sums[n] += sums[part * stride + n];
-    }
+    family.add_parts(sums + n0, stride, parts, n1 - n0);
     if (layer.outlier_ptr) family.add_outliers(layer, activations, 0, 1, n0, n1, sums + n0, stride);
     float* finished = dtype == CLAQ_FLOAT32 ? static_cast<float*>(y) + n0 : sums + stride + n0;  // the second part's are used up
     family.finish_row(layer, n0, n1, sums + n0, finished);

@@ -188,6 +188,18 @@ def test_one_row_left_over_by_tiles_and_by_chunks(family, rows):
 
 
 @pytest.mark.parametrize("family", FAST)
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 16, 40])
+def test_an_output_of_nothing_but_outliers_beside_outputs_of_few(family, rows):
+    """More entries than kernels copy at a time, and neighbours that have a few."""
+    layer = make_layer(45, 8_900, ordered=True, outliers=0.002, full_row=True, bias=True)
+    x = activations(rows, layer, 1)
+    native = NativeLayer(layer, family)
+    expected = NativeLayer(layer, "portable").run(x, accuracy_level=4)
+    np.testing.assert_array_equal(native.run(x, accuracy_level=4), expected)
+    assert (np.abs(native.run(x) - layer.reference(x)) / error_scale(layer, x)).max() < 1e-6
+
+
+@pytest.mark.parametrize("family", FAST)
 @pytest.mark.parametrize("rows", [4, 12, 20])
 @pytest.mark.parametrize("outliers", [0.0, 0.01])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

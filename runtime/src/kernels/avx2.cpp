@@ -1,6 +1,6 @@
 // AVX2, without a dot-product instruction.
 #include "avx2_sums.h"
-#include "swiglu.h"
+#include "plain_loops.h"
 
 namespace claq {
 namespace {
@@ -12,6 +12,6 @@ bool supported() {
 }  // namespace
 
 const Family kAvx2 = {"avx2", supported, {30e9, 50e9}, {12e9, 35e9}, kRowsAtOnce, kActivationBytes, kCachedSums, prepare_row, prepare_tile, transpose,
-                      sums_int8, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu};
+                      sums_int8, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu, add_parts};
 
 }  // namespace claq

@@ -1,8 +1,10 @@
 // AVX-512 without VBMI and VNNI: sixteen-entry byte shuffles merged under constant masks, and products of 16-bit pairs.
 #include "avx512_float.h"
 #include "avx512_int8.h"
+#include "avx512_outliers.h"
+#include "avx512_prepare.h"
 #include "avx512_shuffle.h"
-#include "swiglu.h"
+#include "plain_loops.h"
 
 namespace claq {
 namespace {
@@ -35,6 +37,6 @@ struct Bw : ShuffleDecoder<-128> {
 }  // namespace
 
 const Family kAvx512Bw = {"avx512bw", supported, {20e9, 40e9}, {20e9, 60e9}, kRowsAtOnce, 1, kWideFloatSums, prepare_row, prepare_tile, transpose,
-                          sums_int8<Bw>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu};
+                          sums_int8<Bw>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu, add_parts};
 
 }  // namespace claq

@@ -1,8 +1,10 @@
 // AVX-512 with VNNI and without VBMI (Cascade Lake): sixteen-entry byte shuffles merged under constant masks, dot products.
 #include "avx512_float.h"
 #include "avx512_int8.h"
+#include "avx512_outliers.h"
+#include "avx512_prepare.h"
 #include "avx512_shuffle.h"
-#include "swiglu.h"
+#include "plain_loops.h"
 
 namespace claq {
 namespace {
@@ -28,6 +30,6 @@ struct BwVnni : ShuffleDecoder<0> {
 }  // namespace
 
 const Family kAvx512BwVnni = {"avx512bwvnni", supported, {30e9, 150e9}, {20e9, 60e9}, kRowsAtOnce, 1, kWideFloatSums, prepare_row, prepare_tile, transpose,
-                              sums_int8<BwVnni>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu};
+                              sums_int8<BwVnni>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu, add_parts};
 
 }  // namespace claq

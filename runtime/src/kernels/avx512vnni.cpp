@@ -3,7 +3,9 @@
 // activations: 64 weights in about four instructions at any width.
 #include "avx512_float.h"
 #include "avx512_int8.h"
-#include "swiglu.h"
+#include "avx512_outliers.h"
+#include "avx512_prepare.h"
+#include "plain_loops.h"
 
 namespace claq {
 namespace {
@@ -72,6 +74,6 @@ struct Vnni {
 }  // namespace
 
 const Family kAvx512Vnni = {"avx512vnni", supported, {60e9, 250e9}, {60e9, 60e9}, kRowsAtOnce, 1, kWideFloatSums, prepare_row, prepare_tile, transpose,
-                            sums_int8<Vnni>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu};
+                            sums_int8<Vnni>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu, add_parts};
 
 }  // namespace claq

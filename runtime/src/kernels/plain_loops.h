@@ -1,5 +1,5 @@
-// silu(gate) * up for every family: plain loops, which the compiler vectorizes with the instructions of the file that includes it.
-// Without contraction the results are the same bits everywhere.
+// For every family: plain loops, which the compiler vectorizes with the instructions of the file that includes it. Without
+// contraction the results are the same bits everywhere.
 #pragma once
 
 #include <cstdint>
@@ -38,6 +38,14 @@ void swiglu(const float* __restrict gate, const float* __restrict up, float* __r
   for (int64_t i = 0; i < count; ++i) {
     const float g = gate[i], bounded = g < -88.0f ? -88.0f : g, negative = g < 0.0f ? g : 0.0f;
     y[i] = (bounded / (1.0f + exponential(-g)) + negative * 0.0f) * up[i];
+  }
+}
+
+void add_parts(float* sums, int64_t stride, int64_t parts, int64_t count) {
+  for (int64_t part = 1; part < parts; ++part) {
+    const float* __restrict from = sums + part * stride;
+    float* __restrict to = sums;
+    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
   }
 }
 
