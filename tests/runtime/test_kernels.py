@@ -200,6 +200,19 @@ def test_an_output_of_nothing_but_outliers_beside_outputs_of_few(family, rows):
 
 
 @pytest.mark.parametrize("family", FAST)
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 16])
+def test_what_an_earlier_run_left_in_memory_is_not_read(family, rows):
+    layer = make_layer(80, 704, {4: 320, 3: 192, 2: 192}, ordered=True, outliers=0.01)
+    x = activations(rows, layer, 1)
+    native = NativeLayer(layer, family)
+    expected = NativeLayer(layer, "portable").run(x, accuracy_level=4)
+    longer = NativeLayer(make_layer(80, 704, outliers=0.2), family)
+    for _ in range(3):
+        longer.run(np.full_like(x, np.nan), accuracy_level=4)
+        np.testing.assert_array_equal(native.run(x, accuracy_level=4), expected)
+
+
+@pytest.mark.parametrize("family", FAST)
 @pytest.mark.parametrize("rows", [4, 12, 20])
 @pytest.mark.parametrize("outliers", [0.0, 0.01])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

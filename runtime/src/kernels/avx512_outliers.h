@@ -116,22 +116,24 @@ CLAQ_INLINE __m512 sum_by_halves(const OutlierLanes<8> (&outputs)[2]) {
 template <int kRows, class Index>
 struct CopiedOutliers {
   static constexpr int32_t kMost = kCopiedFloats / kRows;
-  static constexpr int32_t kBehind = kOutlierLanes * kRows;
+  static constexpr int32_t kStep = kOutlierLanes * kRows;
   const LayerView& layer;
   const Index* columns;
   const float* lines;
   const int32_t entries;  // of the layer
   int32_t first;          // entry of the first copy
+  int32_t finite;         // entry before which copies are finite if x is
   bool complete;          // whether the copies are all entries of the outputs that open() was called for
-  alignas(64) float copies[kCopiedFloats + kBehind];
+  alignas(64) float copies[kCopiedFloats + kStep];
 
   CopiedOutliers(const LayerView& of, const Index* at, const float* from)
       : layer(of), columns(at), lines(from), entries(of.outlier_ptr[of.out_features]) {}
 
   CLAQ_INLINE void open(int64_t n, int64_t count) {
     first = layer.outlier_ptr[n];
-    complete = layer.outlier_ptr[n + count] - first <= kMost;
-    if (complete) copy(first, layer.outlier_ptr[n + count]);
+    finite = layer.outlier_ptr[n + count];
+    complete = finite - first <= kMost;
+    if (complete) copy_lines<kRows>(lines, columns + first, finite - first, copies);
   }
 
   // The sums of outputs [n, n + kOutputs), which are among those that were opened; those from n + count on have none.
@@ -147,6 +149,7 @@ struct CopiedOutliers {
       // Where eight entries may be read of each output, be they its own or not.
       const int32_t reach = ptr[kOutputs - 1] + ((longest + kOutlierLanes - 1) & -kOutlierLanes);
       if (reach <= entries && reach - first <= kMost) {
+        for (; finite < reach; finite += kOutlierLanes) clear(finite);
         OutlierLanes<kRows> lanes[kOutputs];
         for (int32_t i = 0; i < longest; i += kOutlierLanes) {
           alignas(32) int32_t counts[8];
@@ -170,20 +173,26 @@ struct CopiedOutliers {
   }
 
  private:
-  CLAQ_INLINE void copy(int32_t i, int32_t end) {
-    copy_lines<kRows>(lines, columns + i, end - i, copies);
-    for (int32_t k = 0; k < kBehind; k += 8) _mm256_storeu_ps(copies + (end - i) * kRows + k, _mm256_setzero_ps());
+  // What masked values, zeros, are multiplied by must be finite: eight entries from i on.
+  CLAQ_INLINE void clear(int32_t i) {
+    for (int32_t k = 0; k < kStep; k += 8) _mm256_storeu_ps(copies + int64_t{i - first} * kRows + k, _mm256_setzero_ps());
   }
 
   void add_output(int32_t i, int32_t end, OutlierLanes<kRows>& lanes) {
     while (i < end) {
-      const int32_t last = complete || end - i < kMost ? end : i + kMost;
-      const float* from = complete ? copies + (int64_t{i} - first) * kRows : copies;
-      if (!complete) copy(i, last);
-      for (; i < last; i += kOutlierLanes, from += kOutlierLanes * kRows) {
+      int32_t last = end;
+      if (!complete) {
+        first = i;
+        last = finite = end - i < kMost ? end : i + kMost;
+        copy_lines<kRows>(lines, columns + i, last - i, copies);
+      }
+      for (; finite < last + kOutlierLanes; finite += kOutlierLanes) clear(finite);
+      const float* from = copies + int64_t{i - first} * kRows;
+      for (; i < last; i += kOutlierLanes, from += kStep) {
         const int32_t count = last - i < kOutlierLanes ? last - i : kOutlierLanes;
         lanes.add(outlier_values(layer.outlier_value, i, entries_left(i, last)), from, count);
       }
+      i = last;
     }
   }
 };
