@@ -157,11 +157,10 @@ struct CopiedOutliers {
           _mm256_store_si256(reinterpret_cast<__m256i*>(counts), bounded);
           left = _mm256_sub_epi32(left, _mm256_set1_epi32(kOutlierLanes));
           const uint16_t* values = layer.outlier_value + i;
-          const float* from = copies + (int64_t{i} - first) * kRows;
           unrolled<kOutputs>([&](auto j) CLAQ_STEP {
             const int64_t at = ptr[j.value];
             const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + at));
-            lanes[j.value].add(_mm256_cvtph_ps(halves), from + at * kRows, counts[j.value]);
+            lanes[j.value].add(_mm256_cvtph_ps(halves), copies + (at + (i - first)) * kRows, counts[j.value]);
           });
         }
         return sum_by_halves(lanes);

@@ -143,16 +143,6 @@ inline void mm256_mask_storeu_epi16(void* p, __mmask16 m, __m256i v) { masked_st
 inline __m256i mm256_maskz_loadu_epi16(__mmask16 m, const void* p) { return masked_load_of<__m256i, int16_t>(m, p); }
 inline __m256i mm256_maskz_loadu_epi32(__mmask8 m, const void* p) { return masked_load_of<__m256i, int32_t>(m, p); }
 inline __m128i mm_maskz_loadu_epi16(__mmask8 m, const void* p) { return masked_load_of<__m128i, int16_t>(m, p); }
-inline F32 mm512_mask_i32gather_ps(const F32& old, __mmask16 m, const Int& index, const float* p, int scale) { const auto from = lanes<float>(old); const auto at = lanes<int32_t>(index);
-  return make<F32, float>([&](int i) { return m >> i & 1 ? *reinterpret_cast<const float*>(reinterpret_cast<const char*>(p) + static_cast<int64_t>(at[i]) * scale) : from[i]; }); }
-inline __m256 mm256_mmask_i32gather_ps(__m256 old, __mmask8 m, __m256i index, const float* p, int scale) { float result[8]; int32_t at[8]; std::memcpy(result, &old, sizeof old); std::memcpy(at, &index, sizeof index);
-  for (int i = 0; i < 8; ++i) if (m >> i & 1) std::memcpy(&result[i], reinterpret_cast<const char*>(p) + static_cast<int64_t>(at[i]) * scale, sizeof(float));
-  return part_of<__m256>(result, 0); }
-inline __m256 mm256_maskz_mov_ps(__mmask8 m, __m256 v) { float result[8]; std::memcpy(result, &v, sizeof v);
-  for (int i = 0; i < 8; ++i) if (!(m >> i & 1)) result[i] = 0;
-  return part_of<__m256>(result, 0); }
-inline void mm256_i32scatter_epi32(void* p, __m256i index, __m256i v, int scale) { int32_t at[8], from[8]; std::memcpy(at, &index, sizeof index); std::memcpy(from, &v, sizeof v);
-  for (int i = 0; i < 8; ++i) std::memcpy(static_cast<char*>(p) + static_cast<int64_t>(at[i]) * scale, &from[i], sizeof(int32_t)); }
 inline F32 mm512_add_ps(const F32& a, const F32& b) {
   const auto x = lanes<float>(a), y = lanes<float>(b);
   return make<F32, float>([&](int i) { return x[i] + y[i]; });
@@ -278,7 +268,6 @@ inline F32 mm512_castpd_ps(const F64& a) { return part_of<F32>(&a, 0); }
 inline F64 mm512_castps_pd(const F32& a) { return part_of<F64>(&a, 0); }
 inline Int mm512_castps_si512(const F32& a) { return part_of<Int>(&a, 0); }
 inline F32 mm512_castsi512_ps(const Int& a) { return part_of<F32>(&a, 0); }
-inline __m128 mm512_castps512_ps128(const F32& a) { return part_of<__m128>(&a, 0); }
 inline __m256 mm512_castps512_ps256(const F32& a) { return part_of<__m256>(&a, 0); }
 inline __m256i mm512_castsi512_si256(const Int& a) { return part_of<__m256i>(&a, 0); }
 inline __m256 mm512_extractf32x8_ps(const F32& a, int part) { return part_of<__m256>(&a, part); }
@@ -292,19 +281,9 @@ inline Int mm512_cvtepu8_epi32(__m128i a) {
   std::memcpy(bytes, &a, 16);
   return make<Int, int32_t>([&](int i) { return bytes[i]; });
 }
-inline Int mm512_cvtps_epi32(const F32& a) {
-  const auto x = lanes<float>(a);
-  return make<Int, int32_t>([&](int i) { return to_int(x[i]); });
-}
 inline Int mm512_maskz_cvtps_epi32(__mmask16 m, const F32& a) {
   const auto x = lanes<float>(a);
   return make<Int, int32_t>([&](int i) { return m >> i & 1 ? to_int(x[i]) : 0; });
-}
-inline __m128i mm512_cvtsepi32_epi8(const Int& a) {
-  const auto x = lanes<int32_t>(a);
-  int8_t bytes[16];
-  for (int i = 0; i < 16; ++i) bytes[i] = static_cast<int8_t>(x[i] < -128 ? -128 : x[i] > 127 ? 127 : x[i]);
-  return part_of<__m128i>(bytes, 0);
 }
 inline F32 mm512_cvtph_ps(__m256i a) {
   const __m256 halves[2] = {_mm256_cvtph_ps(_mm256_castsi256_si128(a)), _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1))};
@@ -312,12 +291,6 @@ inline F32 mm512_cvtph_ps(__m256i a) {
 }
 inline __m256i mm512_cvtps_ph(const F32& a, int) {
   return _mm256_set_m128i(_mm256_cvtps_ph(part_of<__m256>(&a, 1), _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(part_of<__m256>(&a, 0), _MM_FROUND_TO_NEAREST_INT));
-}
-inline __mmask16 mm512_cmpge_epi32_mask(const Int& a, const Int& b) {
-  const auto x = lanes<int32_t>(a), y = lanes<int32_t>(b);
-  __mmask16 result = 0;
-  for (int i = 0; i < 16; ++i) if (x[i] >= y[i]) result = static_cast<__mmask16>(result | 1u << i);
-  return result;
 }
 inline __mmask16 mm512_cmpge_epu32_mask(const Int& a, const Int& b) {
   const auto x = lanes<uint32_t>(a), y = lanes<uint32_t>(b);
@@ -338,17 +311,89 @@ inline __mmask16 mm512_mask_cmp_ps_mask(__mmask16 m, const F32& a, const F32& b,
   for (int i = 0; i < 16; ++i) if ((m >> i & 1) && x[i] < y[i]) result = static_cast<__mmask16>(result | 1u << i);
   return result;
 }
-inline uint32_t mm512_reduce_max_epu32(const Int& a) {
-  const auto x = lanes<uint32_t>(a);
-  uint32_t result = 0;
-  for (int i = 0; i < 16; ++i) result = x[i] > result ? x[i] : result;
+
+// What a cast leaves undefined is a NaN here.
+template <class V>
+inline F32 widened(V a) {
+  F32 result;
+  std::memset(&result, 0xff, sizeof result);
+  std::memcpy(&result, &a, sizeof a);
   return result;
 }
-inline int32_t mm512_reduce_add_epi32(const Int& a) {
-  const auto x = lanes<int32_t>(a);
-  int32_t result = 0;
-  for (int i = 0; i < 16; ++i) result += x[i];
+template <class V, class Part>
+inline V with_part(const V& a, Part b, int part) {
+  V result = a;
+  std::memcpy(reinterpret_cast<char*>(&result) + part * sizeof b, &b, sizeof b);
   return result;
+}
+inline F32 mm512_castps128_ps512(__m128 a) { return widened(a); }
+inline F32 mm512_castps256_ps512(__m256 a) { return widened(a); }
+inline F32 mm512_insertf32x4(const F32& a, __m128 b, int part) { return with_part(a, b, part); }
+inline F32 mm512_insertf32x8(const F32& a, __m256 b, int part) { return with_part(a, b, part); }
+inline __m128i mm512_castsi512_si128(const Int& a) { return part_of<__m128i>(&a, 0); }
+inline __m128 mm512_extractf32x4_ps(const F32& a, int part) { return part_of<__m128>(&a, part); }
+inline void mm512_mask_storeu_epi32(void* p, __mmask16 m, const Int& v) { masked_store<int32_t>(p, m, v, 16); }
+inline void mm512_mask_i32scatter_epi32(void* p, __mmask16 m, const Int& index, const Int& v, int scale) {
+  const auto at = lanes<int32_t>(index), x = lanes<int32_t>(v);
+  for (int i = 0; i < 16; ++i) {
+    const int32_t value = x[i];
+    if (m >> i & 1) std::memcpy(static_cast<char*>(p) + static_cast<int64_t>(at[i]) * scale, &value, sizeof value);
+  }
+}
+inline Int mm512_maskz_compress_epi32(__mmask16 m, const Int& a) {
+  const auto x = lanes<int32_t>(a);
+  Lanes<int32_t> result = {};
+  for (int i = 0, to = 0; i < 16; ++i) if (m >> i & 1) result[to++] = x[i];
+  return vector<Int>(result);
+}
+inline __mmask16 mm512_movepi32_mask(const Int& a) {
+  const auto x = lanes<int32_t>(a);
+  __mmask16 result = 0;
+  for (int i = 0; i < 16; ++i) if (x[i] < 0) result = static_cast<__mmask16>(result | 1u << i);
+  return result;
+}
+inline Int mm512_mullo_epi32(const Int& a, const Int& b) {
+  const auto x = lanes<uint32_t>(a), y = lanes<uint32_t>(b);
+  return make<Int, uint32_t>([&](int i) { return x[i] * y[i]; });
+}
+// In each 16 bytes those of a and then those of b, saturated to half their size.
+template <class From, class To>
+inline Int packed(const Int& a, const Int& b) {
+  constexpr int kHalf = 16 / static_cast<int>(sizeof(From)), kLowest = sizeof(To) == 1 ? INT8_MIN : INT16_MIN;
+  const auto x = lanes<From>(a), y = lanes<From>(b);
+  return make<Int, To>([&](int i) {
+    const int part = i / (2 * kHalf), j = i % (2 * kHalf), value = (j < kHalf ? x : y)[part * kHalf + j % kHalf];
+    return value < kLowest ? kLowest : value > -kLowest - 1 ? -kLowest - 1 : value;
+  });
+}
+inline Int mm512_packs_epi32(const Int& a, const Int& b) { return packed<int32_t, int16_t>(a, b); }
+inline Int mm512_packs_epi16(const Int& a, const Int& b) { return packed<int16_t, int8_t>(a, b); }
+inline Int mm512_permutexvar_epi32(const Int& index, const Int& a) {
+  const auto at = lanes<uint32_t>(index), x = lanes<uint32_t>(a);
+  return make<Int, uint32_t>([&](int i) { return x[static_cast<int>(at[i] % 16)]; });
+}
+inline Int mm512_shuffle_i64x2(const Int& a, const Int& b, int control) {
+  const auto x = lanes<uint32_t>(a), y = lanes<uint32_t>(b);
+  return make<Int, uint32_t>([&](int i) { const int from = control >> (2 * (i / 4)) & 3; return (i < 8 ? x : y)[4 * from + i % 4]; });
+}
+inline Int mm512_unpacklo_epi32(const Int& a, const Int& b) { return interleave<int32_t>(a, b, false); }
+inline Int mm512_unpackhi_epi32(const Int& a, const Int& b) { return interleave<int32_t>(a, b, true); }
+inline Int mm512_unpacklo_epi64(const Int& a, const Int& b) { return interleave<int64_t>(a, b, false); }
+inline Int mm512_unpackhi_epi64(const Int& a, const Int& b) { return interleave<int64_t>(a, b, true); }
+// Of 128 bits: those of 512 whose upper lanes nobody asks for.
+template <class V, class Part>
+inline V zero_extended(Part a) { return with_part(V{}, a, 0); }
+inline __mmask8 mm_cmpge_epu32_mask(__m128i a, __m128i b) {
+  return static_cast<__mmask8>(mm512_cmpge_epu32_mask(zero_extended<Int>(a), zero_extended<Int>(b)) & 15);
+}
+inline __mmask8 mm_test_epi32_mask(__m128i a, __m128i b) {
+  return static_cast<__mmask8>(mm512_test_epi32_mask(zero_extended<Int>(a), zero_extended<Int>(b)) & 15);
+}
+inline __mmask8 mm_mask_cmp_ps_mask(__mmask8 m, __m128 a, __m128 b, int predicate) {
+  return static_cast<__mmask8>(mm512_mask_cmp_ps_mask(m & 15, zero_extended<F32>(a), zero_extended<F32>(b), predicate));
+}
+inline __m128 mm_maskz_div_ps(__mmask8 m, __m128 a, __m128 b) {
+  return mm512_extractf32x4_ps(mm512_maskz_div_ps(m & 15, zero_extended<F32>(a), zero_extended<F32>(b)), 0);
 }
 
 }  // namespace emulated
@@ -404,14 +449,6 @@ inline int32_t mm512_reduce_add_epi32(const Int& a) {
 #define _mm256_maskz_loadu_epi32 emulated::mm256_maskz_loadu_epi32
 #undef _mm_maskz_loadu_epi16
 #define _mm_maskz_loadu_epi16 emulated::mm_maskz_loadu_epi16
-#undef _mm512_mask_i32gather_ps
-#define _mm512_mask_i32gather_ps emulated::mm512_mask_i32gather_ps
-#undef _mm256_mmask_i32gather_ps
-#define _mm256_mmask_i32gather_ps emulated::mm256_mmask_i32gather_ps
-#undef _mm256_maskz_mov_ps
-#define _mm256_maskz_mov_ps emulated::mm256_maskz_mov_ps
-#undef _mm256_i32scatter_epi32
-#define _mm256_i32scatter_epi32 emulated::mm256_i32scatter_epi32
 #undef _mm512_add_ps
 #define _mm512_add_ps emulated::mm512_add_ps
 #undef _mm512_mul_ps
@@ -482,8 +519,6 @@ inline int32_t mm512_reduce_add_epi32(const Int& a) {
 #define _mm512_castps_si512 emulated::mm512_castps_si512
 #undef _mm512_castsi512_ps
 #define _mm512_castsi512_ps emulated::mm512_castsi512_ps
-#undef _mm512_castps512_ps128
-#define _mm512_castps512_ps128 emulated::mm512_castps512_ps128
 #undef _mm512_castps512_ps256
 #define _mm512_castps512_ps256 emulated::mm512_castps512_ps256
 #undef _mm512_castsi512_si256
@@ -496,25 +531,61 @@ inline int32_t mm512_reduce_add_epi32(const Int& a) {
 #define _mm512_cvtepi32_ps emulated::mm512_cvtepi32_ps
 #undef _mm512_cvtepu8_epi32
 #define _mm512_cvtepu8_epi32 emulated::mm512_cvtepu8_epi32
-#undef _mm512_cvtps_epi32
-#define _mm512_cvtps_epi32 emulated::mm512_cvtps_epi32
 #undef _mm512_maskz_cvtps_epi32
 #define _mm512_maskz_cvtps_epi32 emulated::mm512_maskz_cvtps_epi32
-#undef _mm512_cvtsepi32_epi8
-#define _mm512_cvtsepi32_epi8 emulated::mm512_cvtsepi32_epi8
 #undef _mm512_cvtph_ps
 #define _mm512_cvtph_ps emulated::mm512_cvtph_ps
 #undef _mm512_cvtps_ph
 #define _mm512_cvtps_ph emulated::mm512_cvtps_ph
-#undef _mm512_cmpge_epi32_mask
-#define _mm512_cmpge_epi32_mask emulated::mm512_cmpge_epi32_mask
 #undef _mm512_cmpge_epu32_mask
 #define _mm512_cmpge_epu32_mask emulated::mm512_cmpge_epu32_mask
 #undef _mm512_test_epi32_mask
 #define _mm512_test_epi32_mask emulated::mm512_test_epi32_mask
 #undef _mm512_mask_cmp_ps_mask
 #define _mm512_mask_cmp_ps_mask emulated::mm512_mask_cmp_ps_mask
-#undef _mm512_reduce_max_epu32
-#define _mm512_reduce_max_epu32 emulated::mm512_reduce_max_epu32
-#undef _mm512_reduce_add_epi32
-#define _mm512_reduce_add_epi32 emulated::mm512_reduce_add_epi32
+#undef _mm512_castps128_ps512
+#define _mm512_castps128_ps512 emulated::mm512_castps128_ps512
+#undef _mm512_castps256_ps512
+#define _mm512_castps256_ps512 emulated::mm512_castps256_ps512
+#undef _mm512_insertf32x4
+#define _mm512_insertf32x4 emulated::mm512_insertf32x4
+#undef _mm512_insertf32x8
+#define _mm512_insertf32x8 emulated::mm512_insertf32x8
+#undef _mm512_castsi512_si128
+#define _mm512_castsi512_si128 emulated::mm512_castsi512_si128
+#undef _mm512_extractf32x4_ps
+#define _mm512_extractf32x4_ps emulated::mm512_extractf32x4_ps
+#undef _mm512_mask_storeu_epi32
+#define _mm512_mask_storeu_epi32 emulated::mm512_mask_storeu_epi32
+#undef _mm512_mask_i32scatter_epi32
+#define _mm512_mask_i32scatter_epi32 emulated::mm512_mask_i32scatter_epi32
+#undef _mm512_maskz_compress_epi32
+#define _mm512_maskz_compress_epi32 emulated::mm512_maskz_compress_epi32
+#undef _mm512_movepi32_mask
+#define _mm512_movepi32_mask emulated::mm512_movepi32_mask
+#undef _mm512_mullo_epi32
+#define _mm512_mullo_epi32 emulated::mm512_mullo_epi32
+#undef _mm512_packs_epi32
+#define _mm512_packs_epi32 emulated::mm512_packs_epi32
+#undef _mm512_packs_epi16
+#define _mm512_packs_epi16 emulated::mm512_packs_epi16
+#undef _mm512_permutexvar_epi32
+#define _mm512_permutexvar_epi32 emulated::mm512_permutexvar_epi32
+#undef _mm512_shuffle_i64x2
+#define _mm512_shuffle_i64x2 emulated::mm512_shuffle_i64x2
+#undef _mm512_unpacklo_epi32
+#define _mm512_unpacklo_epi32 emulated::mm512_unpacklo_epi32
+#undef _mm512_unpackhi_epi32
+#define _mm512_unpackhi_epi32 emulated::mm512_unpackhi_epi32
+#undef _mm512_unpacklo_epi64
+#define _mm512_unpacklo_epi64 emulated::mm512_unpacklo_epi64
+#undef _mm512_unpackhi_epi64
+#define _mm512_unpackhi_epi64 emulated::mm512_unpackhi_epi64
+#undef _mm_cmpge_epu32_mask
+#define _mm_cmpge_epu32_mask emulated::mm_cmpge_epu32_mask
+#undef _mm_test_epi32_mask
+#define _mm_test_epi32_mask emulated::mm_test_epi32_mask
+#undef _mm_mask_cmp_ps_mask
+#define _mm_mask_cmp_ps_mask emulated::mm_mask_cmp_ps_mask
+#undef _mm_maskz_div_ps
+#define _mm_maskz_div_ps emulated::mm_maskz_div_ps
