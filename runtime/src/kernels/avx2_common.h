@@ -184,22 +184,27 @@ CLAQ_INLINE __m256i step_lanes(const __m256i (&rounded)[4], int step_of_group) {
   return _mm256_blendv_epi8(even, _mm256_slli_epi16(odd, 8), _mm256_set1_epi16(static_cast<int16_t>(0xff00)));
 }
 
+// Elements [begin, end) of `count` rows as lines, one element of kRowsAtOnce rows each.
+inline void store_lines(const float* const* x, int count, int64_t begin, int64_t end, float* lines) {
+  for (int64_t k = begin; k < end; k += 8) {
+    const int64_t present = end - k;
+    __m256 rows[8];
+    for (int i = 0; i < 8; ++i) {
+      rows[i] = i >= count ? _mm256_setzero_ps()
+                           : present >= 8 ? _mm256_loadu_ps(x[i] + k) : _mm256_maskload_ps(x[i] + k, lane_mask(present));
+    }
+    transpose_8x8(rows);
+    for (int i = 0; i < 8 && i < present; ++i) _mm256_store_ps(lines + (k - begin + i) * kRowsAtOnce, rows[i]);
+  }
+}
+
 // Lanes are rows of x here: gathering is loading lines of the transposed rows, and nothing is summed across lanes.
 inline void prepare_tile(const LayerView& layer, const float* const* x, Activations& activations, int64_t first, int64_t first_block,
                          int64_t last_block, float* features, uint8_t* exact) {
   const int64_t left = activations.rows - first;
   const int count = left < kRowsAtOnce ? static_cast<int>(left) : kRowsAtOnce;
   const Range needed = features_of(layer, first_block, last_block);
-  for (int64_t k = needed.begin; k < needed.end; k += 8) {
-    const int64_t present = needed.end - k;
-    __m256 lines[8];
-    for (int i = 0; i < 8; ++i) {
-      lines[i] = i >= count ? _mm256_setzero_ps()
-                            : present >= 8 ? _mm256_loadu_ps(x[i] + k) : _mm256_maskload_ps(x[i] + k, lane_mask(present));
-    }
-    transpose_8x8(lines);
-    for (int i = 0; i < 8 && i < present; ++i) _mm256_store_ps(features + (k + i) * kRowsAtOnce, lines[i]);
-  }
+  store_lines(x, count, needed.begin, needed.end, features + needed.begin * kRowsAtOnce);
   // Two packed tiles. The second is whole as well where it has rows, and where it has none nothing is stored there.
   const PackedRow place = packed_row(layer, activations, first);
   const PackedRow next = count > kPackedTileRows ? packed_row(layer, activations, first + kPackedTileRows) : place;
@@ -262,16 +267,13 @@ inline void prepare_tile(const LayerView& layer, const float* const* x, Activati
 }
 
 inline void transpose(const LayerView& layer, Activations& activations, int64_t tile) {
-  float* to = activations.transposed + tile * kRowsAtOnce * layer.columns;
-  for (int64_t p = 0; p < layer.columns; p += 8) {
-    __m256 rows[8];
-    for (int i = 0; i < 8; ++i) {
-      const int64_t row = tile * kRowsAtOnce + i;
-      rows[i] = row < activations.rows ? _mm256_loadu_ps(activations.scaled + row * activations.stride + p) : _mm256_setzero_ps();
-    }
-    transpose_8x8(rows);
-    for (int i = 0; i < 8; ++i) _mm256_store_ps(to + (p + i) * kRowsAtOnce, rows[i]);
+  const int64_t first = tile * kRowsAtOnce;
+  const float* rows[kRowsAtOnce];
+  int count = 0;
+  for (; count < kRowsAtOnce && first + count < activations.rows; ++count) {
+    rows[count] = activations.scaled + (first + count) * activations.stride;
   }
+  store_lines(rows, count, 0, layer.columns, activations.transposed + first * layer.columns);
 }
 
 // ---- outliers

@@ -23,7 +23,7 @@ inline __mmask16 first_lanes(int64_t count) {
   return count >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>((1u << count) - 1u);
 }
 
-// A number as a type, to choose an instance of a template at run time.
+// A number as a type: to choose an instance of a template at run time, or a counter that is a constant.
 template <int kNumber>
 struct Constant {
   static constexpr int kValue = kNumber;
@@ -51,17 +51,12 @@ inline void clear_sums(int64_t rows, int64_t count, float* sums, int64_t stride)
   }
 }
 
-// step(Number<0>()), step(Number<1>()), ...: a loop whose counter is a constant from the start. Sums in an array that a loop counts
+// step(Constant<0>()), step(Constant<1>()), ...: a loop whose counter is a constant from the start. Sums in an array that a loop counts
 // through are taken to registers only if the loop is unrolled early enough, and a pragma does not do that: they stayed on the stack.
-template <int kValue>
-struct Number {
-  static constexpr int value = kValue;
-};
-
 template <int kCount, int kFirst = 0, class Step>
 CLAQ_INLINE void unrolled(Step step) {
   if constexpr (kFirst < kCount) {
-    step(Number<kFirst>());
+    step(Constant<kFirst>());
     unrolled<kCount, kFirst + 1>(step);
   }
 }

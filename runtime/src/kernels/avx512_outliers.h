@@ -37,7 +37,7 @@ CLAQ_INLINE void copy_lines(const float* lines, const Index* columns, int32_t co
     else _mm256_store_ps(to, _mm256_load_ps(from));
   };
   int64_t i = 0;
-  for (; i + 4 <= count; i += 4) unrolled<4>([&](auto j) CLAQ_STEP { copy(i + j.value); });
+  for (; i + 4 <= count; i += 4) unrolled<4>([&](auto j) CLAQ_STEP { copy(i + j.kValue); });
   for (; i < count; ++i) copy(i);
 }
 
@@ -56,16 +56,16 @@ struct OutlierLanes {
   __m512 sums[kVectors];
 
   CLAQ_INLINE OutlierLanes() {
-    unrolled<kVectors>([&](auto v) CLAQ_STEP { sums[v.value] = _mm512_setzero_ps(); });
+    unrolled<kVectors>([&](auto v) CLAQ_STEP { sums[v.kValue] = _mm512_setzero_ps(); });
   }
   CLAQ_INLINE void add(__m256 values, const float* lines, int64_t count) {
     const __m512 eight = _mm512_castps256_ps512(keep_lanes(values, count));
     unrolled<kVectors>([&](auto v) CLAQ_STEP {
-      constexpr int kFirst = decltype(v)::value * 16 / kRows;
+      constexpr int kFirst = decltype(v)::kValue * 16 / kRows;
       const __m512i lanes = kRows == 4 ? _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3)
                                        : _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
       const __m512 spread = _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(kFirst)), eight);
-      sums[v.value] = _mm512_fmadd_ps(spread, _mm512_loadu_ps(lines + 16 * v.value), sums[v.value]);
+      sums[v.kValue] = _mm512_fmadd_ps(spread, _mm512_loadu_ps(lines + 16 * v.kValue), sums[v.kValue]);
     });
   }
 };
@@ -83,14 +83,14 @@ struct OutlierLanes<1> {
 CLAQ_INLINE __m256 sum_by_halves(const OutlierLanes<1> (&v)[8]) {
   // Output j beside output j + 4, then both beside two others, and so on.
   const auto halves = [&](auto j) CLAQ_STEP {
-    const __m256 a = v[j.value].sums, b = v[j.value + 4].sums;
+    const __m256 a = v[j.kValue].sums, b = v[j.kValue + 4].sums;
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
   };
   const auto quarters = [](__m256 p, __m256 q) CLAQ_STEP {
     const __m256d a = _mm256_castps_pd(p), b = _mm256_castps_pd(q);
     return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
   };
-  const __m256 a = quarters(halves(Number<0>()), halves(Number<1>())), b = quarters(halves(Number<2>()), halves(Number<3>()));
+  const __m256 a = quarters(halves(Constant<0>()), halves(Constant<1>())), b = quarters(halves(Constant<2>()), halves(Constant<3>()));
   return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
 }
 
@@ -99,17 +99,17 @@ CLAQ_INLINE __m512 second_halves(__m512 a, __m512 b) { return _mm512_shuffle_f32
 
 // The sums of 16 / kRows outputs, side by side.
 CLAQ_INLINE __m512 sum_by_halves(const OutlierLanes<4> (&outputs)[4]) {
-  const auto half = [&](auto j) CLAQ_STEP { return _mm512_add_ps(outputs[j.value].sums[0], outputs[j.value].sums[1]); };
-  const __m512 a = half(Number<0>()), b = half(Number<1>()), c = half(Number<2>()), d = half(Number<3>());
+  const auto half = [&](auto j) CLAQ_STEP { return _mm512_add_ps(outputs[j.kValue].sums[0], outputs[j.kValue].sums[1]); };
+  const __m512 a = half(Constant<0>()), b = half(Constant<1>()), c = half(Constant<2>()), d = half(Constant<3>());
   const __m512 ab = _mm512_add_ps(first_halves(a, b), second_halves(a, b)), cd = _mm512_add_ps(first_halves(c, d), second_halves(c, d));
   return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
 }
 CLAQ_INLINE __m512 sum_by_halves(const OutlierLanes<8> (&outputs)[2]) {
   const auto quarter = [&](auto j) CLAQ_STEP {
-    const __m512* sums = outputs[j.value].sums;
+    const __m512* sums = outputs[j.kValue].sums;
     return _mm512_add_ps(_mm512_add_ps(sums[0], sums[2]), _mm512_add_ps(sums[1], sums[3]));
   };
-  const __m512 a = quarter(Number<0>()), b = quarter(Number<1>());
+  const __m512 a = quarter(Constant<0>()), b = quarter(Constant<1>());
   return _mm512_add_ps(first_halves(a, b), second_halves(a, b));
 }
 
@@ -158,9 +158,9 @@ struct CopiedOutliers {
           left = _mm256_sub_epi32(left, _mm256_set1_epi32(kOutlierLanes));
           const uint16_t* values = layer.outlier_value + i;
           unrolled<kOutputs>([&](auto j) CLAQ_STEP {
-            const int64_t at = ptr[j.value];
+            const int64_t at = ptr[j.kValue];
             const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + at));
-            lanes[j.value].add(_mm256_cvtph_ps(halves), copies + (at + (i - first)) * kRows, counts[j.value]);
+            lanes[j.kValue].add(_mm256_cvtph_ps(halves), copies + (at + (i - first)) * kRows, counts[j.kValue]);
           });
         }
         return sum_by_halves(lanes);
@@ -236,8 +236,8 @@ inline void add_outliers_of_lines(const LayerView& layer, const Index* columns, 
 template <class Type, class Add>
 CLAQ_INLINE Type sum_of_lanes(Type (&lanes)[kOutlierLanes], Add add) {
   static_assert(kOutlierLanes == 8);
-  unrolled<4>([&](auto j) CLAQ_STEP { lanes[j.value] = add(lanes[j.value], lanes[j.value + 4]); });
-  unrolled<2>([&](auto j) CLAQ_STEP { lanes[j.value] = add(lanes[j.value], lanes[j.value + 2]); });
+  unrolled<4>([&](auto j) CLAQ_STEP { lanes[j.kValue] = add(lanes[j.kValue], lanes[j.kValue + 4]); });
+  unrolled<2>([&](auto j) CLAQ_STEP { lanes[j.kValue] = add(lanes[j.kValue], lanes[j.kValue + 2]); });
   return add(lanes[0], lanes[1]);
 }
 
@@ -252,14 +252,14 @@ inline void outliers_of_output(const LayerView& layer, const Index* columns, con
   const int64_t next_tile = kRowsAtOnce * layer.columns;
   __m512 lanes[kTiles][kOutlierLanes];
   unrolled<kTiles>([&](auto t) CLAQ_STEP {
-    unrolled<kOutlierLanes>([&](auto j) CLAQ_STEP { lanes[t.value][j.value] = _mm512_setzero_ps(); });
+    unrolled<kOutlierLanes>([&](auto j) CLAQ_STEP { lanes[t.kValue][j.kValue] = _mm512_setzero_ps(); });
   });
   alignas(32) float values[kOutlierLanes];
   const auto add = [&](auto j) CLAQ_STEP {
-    const float* line = transposed + static_cast<int64_t>(columns[i + j.value]) * kRowsAtOnce;
-    const __m512 value = _mm512_set1_ps(values[j.value]);
+    const float* line = transposed + static_cast<int64_t>(columns[i + j.kValue]) * kRowsAtOnce;
+    const __m512 value = _mm512_set1_ps(values[j.kValue]);
     unrolled<kTiles>([&](auto t) CLAQ_STEP {
-      lanes[t.value][j.value] = _mm512_fmadd_ps(value, _mm512_loadu_ps(line + t.value * next_tile), lanes[t.value][j.value]);
+      lanes[t.kValue][j.kValue] = _mm512_fmadd_ps(value, _mm512_loadu_ps(line + t.kValue * next_tile), lanes[t.kValue][j.kValue]);
     });
   };
   while (kFinite ? i < end && i + kOutlierLanes <= entries : i + kOutlierLanes <= end) {
@@ -270,11 +270,11 @@ inline void outliers_of_output(const LayerView& layer, const Index* columns, con
   if (i < end) {
     _mm256_store_ps(values, outlier_values(outlier_value, i, entries_left(i, end)));
     unrolled<kOutlierLanes - 1>([&](auto j) CLAQ_STEP {
-      if (j.value < end - i) add(j);
+      if (j.kValue < end - i) add(j);
     });
   }
   unrolled<kTiles>([&](auto t) CLAQ_STEP {
-    result[t.value] = sum_of_lanes(lanes[t.value], [](__m512 x, __m512 y) CLAQ_STEP { return _mm512_add_ps(x, y); });
+    result[t.kValue] = sum_of_lanes(lanes[t.kValue], [](__m512 x, __m512 y) CLAQ_STEP { return _mm512_add_ps(x, y); });
   });
 }
 

@@ -60,19 +60,19 @@ CLAQ_INLINE __mmask8 prepare_blocks(const LayerView& layer, const float* x, floa
   __m512 low[kBlocksAtOnce], high[kBlocksAtOnce];
   __m512i magnitudes[kBlocksAtOnce];
   unrolled<kBlocksAtOnce>([&](auto i) CLAQ_STEP {
-    low[i.value] = high[i.value] = _mm512_setzero_ps();
-    if (i.value < count) {
-      const int64_t p = (b + i.value) * kBlock;
-      const float* from = features + i.value * kBlock;
-      low[i.value] = _mm512_mul_ps(_mm512_loadu_ps(layer.scale + p), _mm512_loadu_ps(from));
-      high[i.value] = _mm512_mul_ps(_mm512_loadu_ps(layer.scale + p + 16), _mm512_loadu_ps(from + 16));
+    low[i.kValue] = high[i.kValue] = _mm512_setzero_ps();
+    if (i.kValue < count) {
+      const int64_t p = (b + i.kValue) * kBlock;
+      const float* from = features + i.kValue * kBlock;
+      low[i.kValue] = _mm512_mul_ps(_mm512_loadu_ps(layer.scale + p), _mm512_loadu_ps(from));
+      high[i.kValue] = _mm512_mul_ps(_mm512_loadu_ps(layer.scale + p + 16), _mm512_loadu_ps(from + 16));
       if (scaled) {
-        _mm512_storeu_ps(scaled + p, low[i.value]);
-        _mm512_storeu_ps(scaled + p + 16, high[i.value]);
+        _mm512_storeu_ps(scaled + p, low[i.kValue]);
+        _mm512_storeu_ps(scaled + p + 16, high[i.kValue]);
       }
     }
     // As integers, magnitudes compare as their floats do, and infinities and NaNs are above all finite ones.
-    magnitudes[i.value] = _mm512_max_epu32(magnitude(low[i.value]), magnitude(high[i.value]));
+    magnitudes[i.kValue] = _mm512_max_epu32(magnitude(low[i.kValue]), magnitude(high[i.kValue]));
   });
   const __m128i bits = reduce_each(magnitudes, [](__m512i p, __m512i q) CLAQ_STEP { return _mm512_max_epu32(p, q); });
   const __m128 largest = _mm_castsi128_ps(bits);
@@ -87,19 +87,19 @@ CLAQ_INLINE __mmask8 prepare_blocks(const LayerView& layer, const float* x, floa
   _mm_store_ps(scale, _mm_maskz_div_ps(kept, largest, _mm_set1_ps(127.0f)));
   __m512i sums[kBlocksAtOnce], words[kBlocksAtOnce];
   unrolled<kBlocksAtOnce>([&](auto i) CLAQ_STEP {
-    const __m512 factor = _mm512_set1_ps(inverse[i.value]);
-    const auto mask = static_cast<__mmask16>((kept >> i.value) & 1 ? 0xffff : 0);
-    const __m512i first = _mm512_maskz_cvtps_epi32(mask, _mm512_mul_ps(low[i.value], factor));
-    const __m512i second = _mm512_maskz_cvtps_epi32(mask, _mm512_mul_ps(high[i.value], factor));
-    sums[i.value] = _mm512_add_epi32(first, second);
-    words[i.value] = _mm512_packs_epi32(first, second);
+    const __m512 factor = _mm512_set1_ps(inverse[i.kValue]);
+    const auto mask = static_cast<__mmask16>((kept >> i.kValue) & 1 ? 0xffff : 0);
+    const __m512i first = _mm512_maskz_cvtps_epi32(mask, _mm512_mul_ps(low[i.kValue], factor));
+    const __m512i second = _mm512_maskz_cvtps_epi32(mask, _mm512_mul_ps(high[i.kValue], factor));
+    sums[i.kValue] = _mm512_add_epi32(first, second);
+    words[i.kValue] = _mm512_packs_epi32(first, second);
   });
   const __m128i sum = reduce_each(sums, [](__m512i p, __m512i q) CLAQ_STEP { return _mm512_add_epi32(p, q); });
   _mm_store_si128(reinterpret_cast<__m128i*>(correction), _mm_slli_epi32(_mm_sub_epi32(_mm_setzero_si128(), sum), 7));
   // Packing leaves each quarter with its part of both halves of two blocks.
   const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   unrolled<kBlocksAtOnce / 2>([&](auto i) CLAQ_STEP {
-    constexpr int kFirst = 2 * decltype(i)::value;
+    constexpr int kFirst = 2 * decltype(i)::kValue;
     if (kFirst >= count) return;
     const __m512i bytes = _mm512_shuffle_epi8(
         _mm512_permutexvar_epi32(in_order, _mm512_packs_epi16(words[kFirst], words[kFirst + 1])), shuffle);
@@ -139,21 +139,7 @@ inline bool prepare_row(const LayerView& layer, const float* x, Activations& act
 
 // ---- a tile of rows: lanes are rows
 
-inline void transpose(const LayerView& layer, Activations& activations, int64_t tile) {
-  float* to = activations.transposed + tile * kRowsAtOnce * layer.columns;
-  for (int64_t p = 0; p < layer.columns; p += 16) {
-    __m512 rows[16];
-    for (int i = 0; i < 16; ++i) {
-      const int64_t row = tile * kRowsAtOnce + i;
-      rows[i] = row < activations.rows ? _mm512_loadu_ps(activations.scaled + row * activations.stride + p)
-                                       : _mm512_setzero_ps();
-    }
-    transpose_rows(rows);
-    for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + (p + i) * kRowsAtOnce, rows[i]);
-  }
-}
-
-// Features [begin, end), `end` not above in_features, and zeros up to the next multiple of 16 from `begin`, as lines.
+// Elements [begin, end) of `count` rows, and zeros up to the next multiple of 16 from `begin`, as lines of kRows rows.
 template <int kRows>
 CLAQ_INLINE void store_lines(const float* const* x, int count, int64_t begin, int64_t end, float* lines) {
   for (int64_t k = begin; k < end; k += 16) {
@@ -165,18 +151,28 @@ CLAQ_INLINE void store_lines(const float* const* x, int count, int64_t begin, in
   }
 }
 
+inline void transpose(const LayerView& layer, Activations& activations, int64_t tile) {
+  const int64_t first = tile * kRowsAtOnce;
+  const float* rows[kRowsAtOnce];
+  int count = 0;
+  for (; count < kRowsAtOnce && first + count < activations.rows; ++count) {
+    rows[count] = activations.scaled + (first + count) * activations.stride;
+  }
+  store_lines<kRowsAtOnce>(rows, count, 0, layer.columns, activations.transposed + first * layer.columns);
+}
+
 // How kRows rows of four vectors, whose lines are in the order of positions, become bytes in the order of PackedPlace.
 template <int kRows>
 struct LineOrder {
   static constexpr int kInVector = 16 / kRows, kQuarters = kRows / 4;  // lines of a vector, quarters of a line
-  int32_t lanes[16];                          // after two packs: the lane of each group, quarter of a line and column
-  int32_t scales[2][32 / kInVector / 2][16];  // by width (4 or not): the scale of each lane, for the vectors of half a block
+  int32_t lanes[16];             // after two packs: the lane of each group, quarter of a line and column
+  int32_t scales[2][kRows][16];  // by width (4 or not): the scale of each lane, for the vectors of half a block
 
   constexpr LineOrder() : lanes{}, scales{} {
     for (int lane = 0; lane < 16; ++lane) {
       const int group = lane / 4 / kQuarters, quarter = lane / 4 % kQuarters, position = 4 * group + lane % 4;
       lanes[lane] = 4 * (position % kInVector * kQuarters + quarter) + position / kInVector;
-      for (int v = 0; v < 16 / kInVector; ++v) {
+      for (int v = 0; v < kRows; ++v) {
         for (int w = 0; w < 2; ++w) scales[w][v][lane] = column_of_position(w == 0 ? 4 : 2, v * kInVector + lane / kRows);
       }
     }
@@ -197,7 +193,7 @@ CLAQ_INLINE __mmask16 prepare_block(const LayerView& layer, const PackedPlace& p
   __m512 values[kVectors];
   __m512i bits = _mm512_setzero_si512();
   unrolled<kVectors>([&](auto v) CLAQ_STEP {
-    constexpr int kFirst = decltype(v)::value * kInVector;
+    constexpr int kFirst = decltype(v)::kValue * kInVector;
     const auto column = [](int i) CLAQ_STEP { return column_of_position(kWidth, kFirst + i); };
     __m512 lines, scale;
     if constexpr (kRows == 16) {
@@ -212,20 +208,20 @@ CLAQ_INLINE __mmask16 prepare_block(const LayerView& layer, const PackedPlace& p
         lines = _mm512_insertf32x4(lines, _mm_load_ps(line_of(column(2))), 2);
         lines = _mm512_insertf32x4(lines, _mm_load_ps(line_of(column(3))), 3);
       }
-      scale = _mm512_permutexvar_ps(_mm512_load_si512(order.scales[kWidth != 4][v.value % (kVectors / 2)]),
-                                    scales[v.value / (kVectors / 2)]);
+      scale = _mm512_permutexvar_ps(_mm512_load_si512(order.scales[kWidth != 4][v.kValue % (kVectors / 2)]),
+                                    scales[v.kValue / (kVectors / 2)]);
     }
-    values[v.value] = _mm512_mul_ps(scale, lines);
+    values[v.kValue] = _mm512_mul_ps(scale, lines);
     if (transposed) {
       unrolled<kInVector>([&](auto i) CLAQ_STEP {
-        float* to = transposed + (b * kBlock + column(i.value)) * kRows;
-        if constexpr (kRows == 16) _mm512_store_ps(to, values[v.value]);
-        else if constexpr (kRows == 8) _mm256_store_ps(to, _mm512_extractf32x8_ps(values[v.value], i.value));
-        else _mm_store_ps(to, _mm512_extractf32x4_ps(values[v.value], i.value));
+        float* to = transposed + (b * kBlock + column(i.kValue)) * kRows;
+        if constexpr (kRows == 16) _mm512_store_ps(to, values[v.kValue]);
+        else if constexpr (kRows == 8) _mm256_store_ps(to, _mm512_extractf32x8_ps(values[v.kValue], i.kValue));
+        else _mm_store_ps(to, _mm512_extractf32x4_ps(values[v.kValue], i.kValue));
       });
     }
     // As integers, magnitudes compare as their floats do, and infinities and NaNs are above all finite ones.
-    bits = _mm512_max_epu32(bits, _mm512_and_si512(_mm512_castps_si512(values[v.value]), magnitude_bits));
+    bits = _mm512_max_epu32(bits, _mm512_and_si512(_mm512_castps_si512(values[v.kValue]), magnitude_bits));
   });
   // Over the lines of a vector; each row's result is then in all of its lanes.
   const auto over_lines = [](__m512i rows, auto combine) CLAQ_STEP {
@@ -245,15 +241,15 @@ CLAQ_INLINE __mmask16 prepare_block(const LayerView& layer, const PackedPlace& p
   unrolled<kVectors / 4>([&](auto four) CLAQ_STEP {
     __m512i rounded[4];
     unrolled<4>([&](auto i) CLAQ_STEP {
-      rounded[i.value] = _mm512_maskz_cvtps_epi32(kept, _mm512_mul_ps(values[4 * four.value + i.value], inverse));
-      sum = _mm512_add_epi32(sum, rounded[i.value]);
+      rounded[i.kValue] = _mm512_maskz_cvtps_epi32(kept, _mm512_mul_ps(values[4 * four.kValue + i.kValue], inverse));
+      sum = _mm512_add_epi32(sum, rounded[i.kValue]);
     });
     __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(rounded[0], rounded[1]), _mm512_packs_epi32(rounded[2], rounded[3]));
     if constexpr (kRows < 16) bytes = _mm512_permutexvar_epi32(_mm512_load_si512(order.lanes), bytes);
     // A quarter holds the bytes of four rows for one column after the other; they become those of four columns for each row.
     bytes = _mm512_shuffle_epi8(
         bytes, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
-    const int64_t group = b * kGroupsPerBlock + four.value * kInVector;
+    const int64_t group = b * kGroupsPerBlock + four.kValue * kInVector;
     int8_t* to = place.quantized + group * 4 * place.rows;
     if constexpr (kRows == 16) {
       _mm256_mask_storeu_epi32(to, first_lanes(place.rows), _mm512_castsi512_si256(bytes));
