@@ -19,8 +19,9 @@ namespace {
 
 constexpr int64_t kRowsAtOnce = 16;  // of x, that are made and transposed together
 
+// None if `count` is below 0.
 inline __mmask16 first_lanes(int64_t count) {
-  return count >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>((1u << count) - 1u);
+  return count >= 16 ? __mmask16{0xffff} : count <= 0 ? __mmask16{0} : static_cast<__mmask16>((1u << count) - 1u);
 }
 
 // A number as a type: to choose an instance of a template at run time, or a counter that is a constant.

@@ -139,7 +139,7 @@ inline void decode_float_block(const uint8_t* table, const uint32_t* codes, int6
 template <int kVectors>
 inline void decode_float_panel(const LayerView& layer, int64_t first_block, int64_t blocks, int64_t n, int64_t n1, float* panel) {
   __mmask16 masks[kVectors];
-  for (int v = 0; v < kVectors; ++v) masks[v] = n1 - n > 16 * v ? first_lanes(n1 - n - 16 * v) : 0;
+  for (int v = 0; v < kVectors; ++v) masks[v] = first_lanes(n1 - n - 16 * v);
   using Columns = typename MakeIndices<kBlock>::Type;
   for (int s = 0; s < layer.segment_count; ++s) {
     const Segment& segment = layer.segments[s];

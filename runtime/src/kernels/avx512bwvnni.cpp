@@ -19,7 +19,8 @@ struct BwVnni : ShuffleDecoder<0> {
   using Activation = __m512i;
   static constexpr int rows_ahead(int) { return 3; }
   static constexpr int few_rows_vectors(int width) { return width == 3 ? 3 : 4; }
-  static constexpr int kRowVectors = 4, kTileRows = 4, kTileVectors = 3, kShallowRows = 48;
+  static constexpr int row_vectors(int) { return 4; }
+  static constexpr int kTileRows = 4, kTileVectors = 3, kShallowRows = 48;
 
   static __m512i begin(int32_t correction) { return _mm512_set1_epi32(correction); }
   static Weights weights(__m512i decoded) { return decoded; }

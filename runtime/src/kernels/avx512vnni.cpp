@@ -17,11 +17,13 @@ bool supported() {
 
 struct Vnni {
   using Table = __m512i;
+  static constexpr bool kHeldTables = true;
   using Weights = __m512i;  // centroids + 128, hence the correction that a sum begins with
   using Activation = __m512i;
   static constexpr int rows_ahead(int width) { return 2 * width; }
   static constexpr int few_rows_vectors(int) { return 4; }
-  static constexpr int kRowVectors = 1, kTileRows = 4, kTileVectors = 3, kShallowRows = 0;
+  static constexpr int row_vectors(int) { return 1; }
+  static constexpr int kTileRows = 4, kTileVectors = 3, kShallowRows = 0;
 
   static __m512i begin(int32_t correction) { return _mm512_set1_epi32(correction); }
   static Weights weights(__m512i decoded) { return decoded; }
@@ -37,35 +39,38 @@ struct Vnni {
   }
 
   template <int kWidth>
+  static constexpr int kMostTogether = 1;
+
+  template <int kWidth>
   using Step = __m512i;
 
   // At 3 bits: the third bit of columns i, 4 + i, ... , 28 + i in bit 0 of each nibble, and above it the two bits of the
   // column's place among four.
-  template <int kWidth, class Words>
-  static __m512i step(const Words& words, int i) {
+  template <int kWidth, int, class Words>
+  static __m512i step(const Words* words, int i) {
     if constexpr (kWidth == 3) {
-      return _mm512_ternarylogic_epi32(_mm512_srli_epi32(words[2], i), _mm512_set1_epi32(0x11111111),
+      return _mm512_ternarylogic_epi32(_mm512_srli_epi32(words[0][2], i), _mm512_set1_epi32(0x11111111),
                                        _mm512_set1_epi32(0x64206420), 0xea);
     }
     return __m512i{};
   }
 
-  template <int kWidth, int kSecond, class Words>
-  static __m512i decode(const Words& words, const __m512i& step, int i, __m512i entries) {
+  template <int kWidth, int, int kSecond, class Words>
+  static void decode(const Words* words, const __m512i& step, int i, __m512i entries, __m512i* decoded) {
     if constexpr (kWidth == 4) {
-      const __m512i codes = kSecond ? _mm512_srli_epi32(words[i], 4) : words[i];
+      const __m512i codes = kSecond ? _mm512_srli_epi32(words[0][i], 4) : words[0][i];
       const __m512i index = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi8(15), _mm512_set1_epi32(0x30201000), 0xea);
-      return _mm512_permutexvar_epi8(index, entries);
+      decoded[0] = _mm512_permutexvar_epi8(index, entries);
     } else {
-      const __m512i low = _mm512_srli_epi32(words[kSecond], 2 * i);
+      const __m512i low = _mm512_srli_epi32(words[0][kSecond], 2 * i);
       if constexpr (kWidth == 2) {
         const __m512i index = _mm512_ternarylogic_epi32(low, _mm512_set1_epi8(3), _mm512_set1_epi32(0x0c080400), 0xea);
-        return _mm512_shuffle_epi8(entries, index);
+        decoded[0] = _mm512_shuffle_epi8(entries, index);
       } else {
         // The six bits from two below each nibble of `step` are an index but for its low two bits, which are those of `low`.
         const __m512i starts = _mm512_set1_epi64(kSecond ? 0x3a36322e1a16120e : 0x2a26221e0a06023e);
         const __m512i high = _mm512_multishift_epi64_epi8(starts, step);
-        return _mm512_permutexvar_epi8(_mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(3), 0xe4), entries);
+        decoded[0] = _mm512_permutexvar_epi8(_mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(3), 0xe4), entries);
       }
     }
   }

@@ -232,6 +232,10 @@ inline Int mm512_mask_blend_epi8(__mmask64 m, const Int& a, const Int& b) {
   const auto x = lanes<uint8_t>(a), y = lanes<uint8_t>(b);
   return make<Int, uint8_t>([&](int i) { return m >> i & 1 ? y[i] : x[i]; });
 }
+inline Int mm512_mask_blend_epi16(__mmask32 m, const Int& a, const Int& b) {
+  const auto x = lanes<uint16_t>(a), y = lanes<uint16_t>(b);
+  return make<Int, uint16_t>([&](int i) { return m >> i & 1 ? y[i] : x[i]; });
+}
 inline Int mm512_permutexvar_epi8(const Int& index, const Int& a) {
   const auto at = lanes<uint8_t>(index), x = lanes<uint8_t>(a);
   return make<Int, uint8_t>([&](int i) { return x[at[i] % 64]; });
@@ -491,6 +495,8 @@ inline __m128 mm_maskz_div_ps(__mmask8 m, __m128 a, __m128 b) {
 #define _mm512_mask_shuffle_epi8 emulated::mm512_mask_shuffle_epi8
 #undef _mm512_mask_blend_epi8
 #define _mm512_mask_blend_epi8 emulated::mm512_mask_blend_epi8
+#undef _mm512_mask_blend_epi16
+#define _mm512_mask_blend_epi16 emulated::mm512_mask_blend_epi16
 #undef _mm512_permutexvar_epi8
 #define _mm512_permutexvar_epi8 emulated::mm512_permutexvar_epi8
 #undef _mm512_permutexvar_ps
