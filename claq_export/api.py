@@ -118,8 +118,8 @@ def capture(
 
     Args:
         model: a module (``example_inputs`` needed), or a Hugging Face folder or hub id.
-        example_inputs, dynamic_shapes, input_names, output_names: see
-            :func:`claq_export.capture.capture_module`; ignored for a folder, whose batch and sequence (of tokens) are dynamic.
+        example_inputs, dynamic_shapes, input_names, output_names: of a module, see
+            :func:`claq_export.capture.capture_module`. A folder has those of its task, batch and sequence (of tokens) dynamic.
         task: of a folder, where it cannot be inferred.
         tokenizer: for text calibration of a module given in Python.
         cache: of a folder with a causal language model, capture the graph with a key/value cache too.
@@ -133,6 +133,9 @@ def capture(
     """
     if isinstance(model, nn.Module):
         return _capture_given(model, example_inputs, dynamic_shapes, input_names, output_names, tokenizer, dtype)
+    _refuse_for_folder(
+        example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, input_names=input_names, output_names=output_names
+    )
     loaded, found_tokenizer, _ = load_pretrained(model, task, trust_remote_code=trust_remote_code, lazy=lazy)
     captured = capture_module(loaded, dynamic_shapes=loaded.dynamic_axes)
     captured.tokenizer = tokenizer if tokenizer is not None else found_tokenizer
@@ -152,6 +155,14 @@ def capture(
     if reread:
         let_go_of_weights(other, [graph.graph_module for graph in captured.graphs])
     return captured, loaded.model
+
+
+def _refuse_for_folder(**arguments: Any) -> None:
+    """What only a module given in Python has a use for: the second argument of all may have been meant to be ``out``."""
+    for name, value in arguments.items():
+        if value is not None:
+            hint = f"; did you mean out={str(value)!r}?" if isinstance(value, str | Path) else ""
+            raise ConfigError(f"{name} is for a module given in Python; a folder has the inputs of its task{hint}")
 
 
 def _capture_given(

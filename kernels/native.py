@@ -17,8 +17,7 @@ import torch
 from claq_export.errors import FormatError
 from claq_export.format.layer import TENSOR_NAMES
 from claq_export.libclaq import load_libclaq
-
-from .threads import threads_for
+from claq_export.threads import threads_for
 
 LAYER_TENSORS = (*TENSOR_NAMES, "bias")
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ..errors import ConfigError, ModelError
 from ..libclaq import load_libclaq
+from ..threads import threads_for
 from .kmeans import METHODS
 from .settings import LayerSettings
 
@@ -267,8 +267,6 @@ def _call(name: str, desc: ctypes.Structure, threads: int | None) -> None:
     library, reason = _library()
     if library is None:
         raise ConfigError(f"the native quantizer cannot be used: {reason}")
-    threads = torch.get_num_threads() if threads is None else threads
-    pool = ctypes.cast(library.claq_pool_parallel_for, ctypes.c_void_p) if threads > 1 else None
     message = ctypes.create_string_buffer(_ERROR_SIZE)
-    if getattr(library, name)(ctypes.byref(desc), pool, threads, message, _ERROR_SIZE):
+    if getattr(library, name)(ctypes.byref(desc), *threads_for(library, threads), message, _ERROR_SIZE):
         raise ModelError(message.value.decode())

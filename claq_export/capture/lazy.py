@@ -52,22 +52,28 @@ def build_lazily(
             "transformers renames while it loads needs a run without --memory"
         )
     replaced: dict[int, nn.Parameter] = {}
+    for name, owner, leaf in parameter_slots(model):
+        parameter = owner._parameters[leaf]
+        assert parameter is not None
+        if id(parameter) not in replaced:
+            kind = dtype if parameter.dtype.is_floating_point else parameter.dtype
+            tensor = _tensor(parameter, kind, stored.get(name), where, name)
+            replaced[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+        owner._parameters[leaf] = replaced[id(parameter)]
     for owner_name, owner in model.named_modules():
         prefix = f"{owner_name}." if owner_name else ""
-        for leaf, parameter in list(owner._parameters.items()):
-            if parameter is None:
-                continue
-            if id(parameter) not in replaced:
-                name = f"{prefix}{leaf}"
-                kind = dtype if parameter.dtype.is_floating_point else parameter.dtype
-                tensor = _tensor(parameter, kind, stored.get(name), where, name)
-                replaced[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
-            owner._parameters[leaf] = replaced[id(parameter)]
         for leaf, buffer in list(owner._buffers.items()):
             source = stored.get(f"{prefix}{leaf}")
             if buffer is not None and source is not None and leaf not in owner._non_persistent_buffers_set:
                 owner._buffers[leaf] = where[source].read(source).to(buffer.dtype)
     return model.eval()
+
+
+def parameter_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Name, module and name there of every parameter, tied ones under each of their names."""
+    for prefix, module in model.named_modules():
+        for leaf in [leaf for leaf, parameter in module._parameters.items() if parameter is not None]:
+            yield f"{prefix}.{leaf}" if prefix else leaf, module, leaf
 
 
 def files_by_tensor(files: Sequence[Path]) -> dict[str, SafetensorsFile]:

@@ -7,7 +7,7 @@ needed for moments only, so each one that is what its file holds, value for valu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
@@ -16,7 +16,7 @@ from ..deferred import DEFER_FROM, is_deferred, logical_bytes, materialize, stan
 from ..inputs import SafetensorsFile
 from ..passes.attributes import get_attribute, replace_tensor
 from ..process_memory import collect_garbage
-from .lazy import StoredParameter, files_by_tensor, stored_names
+from .lazy import StoredParameter, files_by_tensor, parameter_slots, stored_names
 from .tasks import TaskModel
 
 _Identity = tuple[int, tuple[int, ...], tuple[int, ...]]
@@ -33,7 +33,7 @@ def let_go_of_weights(model: TaskModel, graphs: Sequence[fx.GraphModule]) -> Non
     stored = stored_names(model.model, files)
     targets = [_targets_by_identity(graph) for graph in graphs]
     made: dict[_Identity, nn.Parameter | None] = {}
-    for name, owner, leaf in _slots(model.model):
+    for name, owner, leaf in parameter_slots(model.model):
         identity = _identity(owner._parameters[leaf])
         if identity not in made:
             made[identity] = _stand_in_for(owner._parameters[leaf], files, stored.get(name), name)
@@ -58,13 +58,6 @@ def restore_weights(graphs: Sequence[fx.GraphModule]) -> None:
                     read[identity] = nn.Parameter(materialize(tensor.detach()), requires_grad=False)
                 for target in targets:
                     replace_tensor(graph, target, read[identity])
-
-
-def _slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Name, module and name there of every parameter, tied ones under each of their names."""
-    for prefix, module in model.named_modules():
-        for leaf in [leaf for leaf, parameter in module._parameters.items() if parameter is not None]:
-            yield f"{prefix}.{leaf}" if prefix else leaf, module, leaf
 
 
 def _stand_in_for(

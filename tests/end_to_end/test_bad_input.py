@@ -10,13 +10,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import sentences
 
+from claq_export import export
 from claq_export.cli import main
+from claq_export.errors import ConfigError
 
 
 @pytest.fixture
@@ -248,6 +251,18 @@ def test_out_is_needed_and_names_a_file(model: Path, tmp_path: Path, capsys: pyt
     (tmp_path / "folder.onnx").mkdir()
     assert main([str(model), "--out", str(tmp_path / "folder.onnx")]) == 7
     assert "is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["example_inputs", "dynamic_shapes", "input_names", "output_names"])
+def test_a_folder_is_not_given_what_a_module_needs(
+    model: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments: dict[str, Any] = {name: str(tmp_path / "out.onnx") if name == "example_inputs" else ["x"]}
+    hint = r"did you mean out='.*out\.onnx'" if name == "example_inputs" else "task$"
+    with pytest.raises(ConfigError, match=f"^{name} is for a module.*{hint}"):
+        export(model, **arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
 def test_output_folder_that_cannot_be_made(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from quantized_layers import random_layer
 
-from claq_export.kernels import native, threads
+from claq_export import threads
+from claq_export.kernels import native
 
 available, reason = native.native_available()
 pytestmark = pytest.mark.skipif(not available, reason=reason)

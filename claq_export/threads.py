@@ -23,13 +23,13 @@ class _OpenMP(ctypes.Structure):
     _fields_ = (("parallel", ctypes.c_void_p), ("threads", ctypes.c_uint))
 
 
-def threads_for(library: ctypes.CDLL) -> Threads:
-    """As many threads as PyTorch's operators take; none for one.
+def threads_for(library: ctypes.CDLL, count: int | None = None) -> Threads:
+    """``count`` threads, None: as many as PyTorch's operators take; nothing for one.
 
     They are PyTorch's own where it runs on OpenMP: its threads wait for the next operator by spinning, and a pool of libclaq's
     beside them would have to share the processors with what only waits. Else they are libclaq's.
     """
-    count = torch.get_num_threads()
+    count = torch.get_num_threads() if count is None else count
     return _threads(library, count) if count > 1 else (None, None)
 
 
