@@ -1,6 +1,10 @@
 // Decoding without VBMI, by byte shuffles of sixteen entries, which two columns of 3 bits and four of 2 share. At 4 bits a column needs a
 // shuffle of its own, and there are four in a lane. Two vectors of outputs together need half as many: they exchange halves of their
 // lanes, so that each shuffle finds two bytes of its column in a lane.
+//
+//   words (bytes of a lane)     first: n0 n1 n2 n3             second: m0 m1 m2 m3
+//   exchanged, then looked up          n0 n1|m0 m1  columns 0, 1       m2 m3|n2 n3  columns 2, 3
+//   exchanged back                     n0 n1 n2 n3                     m2 m3 m0 m1
 #pragma once
 
 #include "avx512_common.h"
