@@ -52,9 +52,7 @@ def build_lazily(
             "transformers renames while it loads needs a run without --memory"
         )
     replaced: dict[int, nn.Parameter] = {}
-    for name, owner, leaf in parameter_slots(model):
-        parameter = owner._parameters[leaf]
-        assert parameter is not None
+    for name, owner, leaf, parameter in parameter_slots(model):
         if id(parameter) not in replaced:
             kind = dtype if parameter.dtype.is_floating_point else parameter.dtype
             tensor = _tensor(parameter, kind, stored.get(name), where, name)
@@ -69,11 +67,15 @@ def build_lazily(
     return model.eval()
 
 
-def parameter_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Name, module and name there of every parameter, tied ones under each of their names."""
+def parameter_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Name, module, name there and value of every parameter, tied ones under each of their names.
+
+    They may be replaced meanwhile.
+    """
     for prefix, module in model.named_modules():
-        for leaf in [leaf for leaf, parameter in module._parameters.items() if parameter is not None]:
-            yield f"{prefix}.{leaf}" if prefix else leaf, module, leaf
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                yield f"{prefix}.{leaf}" if prefix else leaf, module, leaf, parameter
 
 
 def files_by_tensor(files: Sequence[Path]) -> dict[str, SafetensorsFile]:

@@ -33,10 +33,10 @@ def let_go_of_weights(model: TaskModel, graphs: Sequence[fx.GraphModule]) -> Non
     stored = stored_names(model.model, files)
     targets = [_targets_by_identity(graph) for graph in graphs]
     made: dict[_Identity, nn.Parameter | None] = {}
-    for name, owner, leaf in parameter_slots(model.model):
-        identity = _identity(owner._parameters[leaf])
+    for name, owner, leaf, parameter in parameter_slots(model.model):
+        identity = _identity(parameter)
         if identity not in made:
-            made[identity] = _stand_in_for(owner._parameters[leaf], files, stored.get(name), name)
+            made[identity] = _stand_in_for(parameter, files, stored.get(name), name)
         replacement = made[identity]
         if replacement is None:
             continue
@@ -61,10 +61,9 @@ def restore_weights(graphs: Sequence[fx.GraphModule]) -> None:
 
 
 def _stand_in_for(
-    parameter: torch.Tensor | None, files: dict[str, SafetensorsFile], source: str | None, name: str
+    parameter: torch.Tensor, files: dict[str, SafetensorsFile], source: str | None, name: str
 ) -> nn.Parameter | None:
     """A stand-in that reads ``source`` from its file; None where that is not the parameter, or not worth it."""
-    assert parameter is not None
     if source is None or is_deferred(parameter) or logical_bytes(parameter) < DEFER_FROM:
         return None
     stored = StoredParameter(files[source], source, parameter.dtype, name)
@@ -83,7 +82,6 @@ def _targets_by_identity(graph: fx.GraphModule) -> dict[_Identity, list[str]]:
     return found
 
 
-def _identity(tensor: torch.Tensor | None) -> _Identity:
+def _identity(tensor: torch.Tensor) -> _Identity:
     """Equal for tensors that share memory, shape and layout."""
-    assert tensor is not None
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
