@@ -74,7 +74,7 @@ def round_codebook(
     ideal = min(max(peak / 127.0, reach / _OUTLIER_REACH), _FLOAT16_MAX)
     scale = np.float16(ideal)
     if float(scale) * 127.5 < peak or (reach > 0 and float(scale) * 65000.0 < reach):
-        scale = np.nextafter(scale, np.float16(np.inf))
+        scale = np.nextafter(scale, np.float16(_FLOAT16_MAX))  # which is where it stays
     if scale == 0:
         integers = np.zeros(len(centroids), dtype=np.int8)
     else:

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "elements.h"
 #include "family.h"
 #include "half.h"
 #include "layer.h"
@@ -100,15 +101,6 @@ std::vector<int64_t> row_numbers(claq_dtype dtype, const void* indices, int64_t 
   return numbers;
 }
 
-void store(const Family& family, claq_dtype dtype, const float* values, int64_t count, void* y, int64_t offset) {
-  uint16_t* to = static_cast<uint16_t*>(y) + offset;
-  if (dtype == CLAQ_FLOAT16) {
-    family.float_to_half(values, to, count);
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = float_to_bfloat(values[i]);
-  }
-}
-
 }  // namespace
 
 void gather(const claq_layer& handle, claq_dtype index_dtype, const void* indices, int64_t count, claq_dtype dtype, void* y,
@@ -142,7 +134,7 @@ void gather(const claq_layer& handle, claq_dtype index_dtype, const void* indice
           if (layer.gather[p] >= 0) row[layer.gather[p]] = stored[p];
         }
       }
-      if (dtype != CLAQ_FLOAT32) store(*handle.family, dtype, row, layer.in_features, y, offset);
+      if (dtype != CLAQ_FLOAT32) store_row(*handle.family, dtype, row, layer.in_features, y, offset);
     }
   });
 }

@@ -5,7 +5,6 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
-#include <thread>
 
 #include "claq.h"
 #include "exceptions.h"
@@ -50,13 +49,15 @@ void for_each(const Host& host, int64_t total, Body body) {
   if (shared.failed) std::rethrow_exception(shared.failure);
 }
 
+// Of the machine, known from loading on (a child forked while another thread asks for the first time would wait for it for ever).
+extern const int64_t kMachineThreads;
+
 // A host does not say how many threads it has, so it is taken to have the machine's. Short work gets a task for each: more would
 // make the stripes of outputs, and with them the runs of code words that lie together, needlessly short. Long work gets two, so
 // that a thread which is held up does not hold up all.
 inline int64_t task_count(const Host& host, double seconds, int64_t most) {
   if (!host.parallel_for) return 1;
-  static const int64_t threads = std::max<int64_t>(1, std::thread::hardware_concurrency());
-  const int64_t wanted = seconds < kShortSeconds ? threads : 2 * threads;
+  const int64_t wanted = seconds < kShortSeconds ? kMachineThreads : 2 * kMachineThreads;
   return std::clamp(static_cast<int64_t>(seconds / host.task_seconds), int64_t{1}, std::min(most, wanted));
 }
 

@@ -35,17 +35,15 @@ constexpr double kActivationsPerSecond = 1e9;  // a rounded estimate, only used 
 
 // How many bytes of codes may be read before a layer's own are no longer in a cache: half of the last level, as far as a thread
 // can have it. What the system reports may be the sum of many caches (256 MB on an EPYC whose cores reach 32 MB of it).
-uint64_t cached_code_bytes() {
-  static const uint64_t bytes = [] {
-    uint64_t size = uint64_t{32} << 20;
+// Known from loading on: a child that is forked while another thread asks for the first time would wait for it for ever.
+const uint64_t kCachedCodeBytes = [] {
+  uint64_t size = uint64_t{32} << 20;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
-    const long known = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (known > 0) size = std::min(size, static_cast<uint64_t>(known));
+  const long known = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (known > 0) size = std::min(size, static_cast<uint64_t>(known));
 #endif
-    return size / 2;
-  }();
-  return bytes;
-}
+  return size / 2;
+}();
 
 // Fetching code words ahead costs a quarter of the speed if they are in a cache, and gains a third if they are not. They are
 // there if few other bytes of codes were read in this process since this layer's were.
@@ -58,7 +56,7 @@ bool reads_from_memory(const claq_layer& handle) {
   }
   const uint64_t now = total.fetch_add(bytes, std::memory_order_relaxed) + bytes;
   const uint64_t last = handle.read_at.exchange(now, std::memory_order_relaxed);
-  return now - last > cached_code_bytes();
+  return now - last > kCachedCodeBytes;
 }
 
 // Rows of x that are taken together: the weights are decoded once for each chunk, and its activations stay in the cache.
@@ -289,7 +287,7 @@ void run(const claq_layer& handle, claq_dtype dtype, int32_t accuracy_level, con
                       Workspace::bytes_for<int32_t>(block_elements) + Workspace::bytes_for<uint8_t>(chunk * kMostColumnParts));
   float* scaled = workspace.take<float>(scaled_elements);
   float* transposed = workspace.take<float>(transposed_elements);
-  activations.quantized = workspace.take<int8_t>(quantized_elements);
+  activations.quantized = call.int8 ? workspace.take<int8_t>(quantized_elements) : nullptr;
   activations.block_scale = workspace.take<float>(block_elements);
   activations.block_correction = workspace.take<int32_t>(block_elements);
   uint8_t* exact = workspace.take<uint8_t>(chunk * kMostColumnParts);

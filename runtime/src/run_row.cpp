@@ -77,7 +77,7 @@ void run_row(const Family& family, const LayerView& layer, claq_dtype dtype, boo
   activations.stride = layer.columns;
   activations.scaled = scaled_columns ? scaled : nullptr;
   activations.line_rows = family.tile_rows;
-  activations.quantized = workspace.take<int8_t>(quantized_bytes);
+  activations.quantized = int8 ? workspace.take<int8_t>(quantized_bytes) : nullptr;
   activations.block_scale = workspace.take<float>(quantized_blocks);
   activations.block_correction = workspace.take<int32_t>(quantized_blocks);
   float* sums = workspace.take<float>(parts * stride);

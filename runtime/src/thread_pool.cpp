@@ -1,11 +1,12 @@
 // Threads for hosts that have no way of their own to spread tasks: a small pool whose threads sleep between calls, or the team of
 // an OpenMP runtime. Either way they share each call's tasks through one counter.
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
-#include <memory>
+#include <exception>
 #include <mutex>
-#include <system_error>
+#include <new>
 #include <thread>
 
 #if !defined(_WIN32)
@@ -13,6 +14,13 @@
 #endif
 
 #include "claq.h"
+#include "parallel.h"
+
+namespace claq {
+
+const int64_t kMachineThreads = std::max<int64_t>(1, std::thread::hardware_concurrency());
+
+}  // namespace claq
 
 namespace {
 
@@ -56,7 +64,7 @@ class Pool {
   size_t start_helpers(size_t count) {
     try {
       for (; started_ < count; ++started_) std::thread([this] { serve(); }).detach();
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {  // no thread, or no memory for one
       return started_;
     }
     return count;
@@ -93,22 +101,29 @@ class Pool {
 // Never freed: its threads run until the process ends.
 std::atomic<Pool*> current{nullptr};
 
-Pool& pool() {
-  Pool* found = current.load(std::memory_order_acquire);
-  if (found) return *found;
 #if !defined(_WIN32)
-  // A forked child has none of the threads, and a lock that one of them held then stays locked there: it gets a pool of its own.
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr, std::memory_order_release); });
-  (void)registered;
+// A forked child has none of the threads, and a lock that one of them held then stays locked there: it gets a pool of its own.
+const int kRegistered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr, std::memory_order_release); });
 #endif
-  auto made = std::make_unique<Pool>();
-  return current.compare_exchange_strong(found, made.get(), std::memory_order_acq_rel) ? *made.release() : *found;
+
+// Null where there is no memory for one.
+Pool* pool() {
+  Pool* found = current.load(std::memory_order_acquire);
+  if (found) return found;
+  Pool* made = new (std::nothrow) Pool;
+  if (made && !current.compare_exchange_strong(found, made, std::memory_order_acq_rel)) {
+    delete made;
+    return found;
+  }
+  return made;
 }
 
 }  // namespace
 
 void claq_pool_parallel_for(void* context, void (*task)(void* data, size_t index), size_t total, void* data) {
-  pool().run(reinterpret_cast<uintptr_t>(context), task, total, data);
+  if (Pool* threads = pool()) return threads->run(reinterpret_cast<uintptr_t>(context), task, total, data);
+  Job job{task, data, total};
+  work(job);
 }
 
 void claq_openmp_parallel_for(void* context, void (*task)(void* data, size_t index), size_t total, void* data) {

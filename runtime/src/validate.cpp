@@ -15,6 +15,9 @@ namespace {
 // Far above any real layer and small enough that no product below overflows 64 bits.
 constexpr int64_t kLargestDimension = int64_t{1} << 30;
 
+// Kernels look at a few entries at a time, whose numbers must not overflow 32 bits behind the last one.
+constexpr int64_t kMostOutliers = INT32_MAX - 1024;
+
 [[noreturn]] __attribute__((format(printf, 1, 2))) void refuse(const char* format, ...) {
   char text[512];
   va_list arguments;
@@ -180,6 +183,7 @@ void check_outliers(const claq_layer_desc& desc, int64_t columns, const std::vec
     }
   }
   const int64_t count = ptr[rows];
+  if (count > kMostOutliers) refuse("outlier_ptr: ends with %" PRId64 ", expected at most %" PRId64, count, kMostOutliers);
   if (count == 0) refuse("outlier_ptr: has %" PRId64 " elements, expected 0 because outlier_index is empty", rows + 1);
   check_dtype("outlier_index", desc.outlier_index, columns <= 65536 ? CLAQ_UINT16 : CLAQ_INT32);
   check_shape("outlier_index", desc.outlier_index, {count});

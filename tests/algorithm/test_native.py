@@ -23,6 +23,7 @@ KINDS = (
     "integers",
     "tiny",
     "huge",
+    "beyond every scale",
     "mostly zero",
     "constant",
     "zero",
@@ -41,6 +42,8 @@ def make_column(kind: str, rows: int, rng: np.random.Generator) -> npt.NDArray[n
         values *= 1e-9
     elif kind == "huge":
         values *= 1e4
+    elif kind == "beyond every scale":
+        values *= 1e7
     elif kind == "mostly zero":
         values *= rng.random(rows) < 0.2
     elif kind == "constant":

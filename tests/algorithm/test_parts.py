@@ -234,6 +234,13 @@ class TestScales:
         assert (np.diff(table) >= 0).all()
         assert np.array_equal(table, integers.astype(np.float32) * np.float32(scale))
 
+    @pytest.mark.parametrize(("largest", "reach"), [(1e7, 0.0), (1.0, 1e10), (8.4e6, 0.0)])
+    def test_what_no_scale_expresses_keeps_a_finite_one(self, largest: float, reach: float) -> None:
+        integers, scale, table = round_codebook(np.array([-largest, 0.0, largest]), reach)
+        assert scale == np.float16(65504)
+        assert np.isfinite(table).all()
+        assert np.abs(integers.astype(int)).max() <= 127
+
 
 class TestSettings:
     @pytest.mark.parametrize(

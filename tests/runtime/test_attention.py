@@ -200,6 +200,20 @@ def test_minus_infinity_hides_and_a_row_of_it_is_nan(rows: int, hidden: slice) -
     assert np.isnan(y[1]).all()
 
 
+@pytest.mark.parametrize("number", [-np.inf, np.nan, -1.5])
+def test_one_number_for_all_tokens_is_that_number_for_each(number: float) -> None:
+    feeds = random_feeds(np.random.default_rng(2), 2, 1, batch=2, rows=5, past=3, size=8, value_size=8)
+    mask = np.zeros((1, 2, 5, 1), np.float32)
+    mask[0, 1, 2] = number
+    content = model(2, 2, 0.5)
+    feeds["mask"] = np.repeat(mask, 8, axis=-1)
+    expected = session(content).run(["y"], feeds)[0]
+    feeds["mask"] = mask
+    found = session(content).run(["y"], feeds)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    assert np.isnan(found).any() == (not np.isfinite(number))
+
+
 @pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_values_that_are_not_finite_reach_the_rows_that_see_them(rows: int, bad: float) -> None:

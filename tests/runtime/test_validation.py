@@ -87,6 +87,7 @@ CASES = [
     (replace("order", lambda a: a.astype(np.int32)), "order: is int32, expected uint16"),
     (assign("outlier_ptr", 0, 1), "outlier_ptr: element 0 is 1, expected 0"),
     (assign("outlier_ptr", 3, -7), "outlier_ptr: element 3 is -7, expected at least the one before"),
+    (assign("outlier_ptr", 6, 2**31 - 8), "outlier_ptr: ends with 2147483640, expected at most 2147482623"),
     (replace("outlier_ptr", lambda a: a[:-1]), r"outlier_ptr: shape is \[6\], expected \[7\]"),
     (
         replace("outlier_ptr", lambda a: a[:0]),

@@ -32,7 +32,9 @@ void validate(const claq_attention_desc& a) {
   check(a.batch >= 0 && a.rows >= 0 && a.key_size >= 0 && a.value_size >= 0, "batch, rows, key_size or value_size: is negative");
   check(a.kv_heads >= 1 && a.heads >= 1 && a.heads % a.kv_heads == 0, "heads: expected a positive multiple of kv_heads");
   check(a.past >= 0 && a.past <= a.tokens, "past: expected 0 to tokens");
-  check(a.rows == 0 || a.batch == 0 || (a.y && a.query && a.key && a.value), "query, key, value or y: is NULL");
+  const bool asked = a.rows > 0 && a.batch > 0;
+  check(!asked || (a.y && a.query), "query or y: is NULL");
+  check(!asked || a.past == a.tokens || (a.key && a.value), "key or value: is NULL");
   check(!a.present_key == !a.present_value, "present_key and present_value: expected both or neither");
   check(a.past == 0 || (a.past_key && a.past_value && a.present_key), "past_key, past_value or present_key: is NULL, but there is a past");
 }

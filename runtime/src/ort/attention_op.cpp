@@ -1,8 +1,11 @@
 // ClaqAttention and ClaqCachedAttention on the CPU; the latter has a past as well, and gives the longer cache.
 #include "../attention/attention.h"
 
+#include <algorithm>
+#include <cmath>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "operator.h"
 
@@ -52,8 +55,9 @@ std::unique_ptr<Kernel> create(const Api& api, const OrtKernelInfo* info, bool c
   return kernel;
 }
 
-// The mask and its strides; its axes are those of [batch, heads, rows, tokens] from the last on, each of that length or 1.
-void read_mask(bool cached, const Shape& shape, const float* data, claq_attention_desc& a) {
+// The mask and its strides; its axes are those of [batch, heads, rows, tokens] from the last on, each of that length or 1. `expanded`
+// holds it where it is not used as it is.
+void read_mask(bool cached, const Shape& shape, const float* data, claq_attention_desc& a, std::vector<float>& expanded) {
   const Shape whole{a.batch, a.heads, a.rows, a.tokens};
   const int64_t* const full = whole.data();
   int64_t* const strides[] = {&a.mask_batch, &a.mask_head, &a.mask_row};
@@ -69,8 +73,15 @@ void read_mask(bool cached, const Shape& shape, const float* data, claq_attentio
     if (size != 1) *strides[axis] = stride;
     stride *= size;
   }
-  // One number for all tokens changes no weight.
-  if (shape.back() != a.tokens) a.mask = nullptr;
+  if (shape.back() == a.tokens) return;
+  // One number for all tokens changes no weight, if it is one: minus infinity leaves none, and NaN is passed on.
+  a.mask = nullptr;
+  int64_t count = 1;
+  for (size_t i = 0; i < shape.size(); ++i) count *= shape.data()[i];
+  if (std::all_of(data, data + count, [](float value) { return std::isfinite(value); })) return;
+  expanded.reserve(static_cast<size_t>(count * a.tokens));
+  for (int64_t i = 0; i < count; ++i) expanded.insert(expanded.end(), static_cast<size_t>(a.tokens), data[i]);
+  a.mask = expanded.data();
 }
 
 void compute(const Kernel& kernel, OrtKernelContext* context) {
@@ -116,7 +127,8 @@ void compute(const Kernel& kernel, OrtKernelContext* context) {
     expect(kPastValue, {a.batch, a.kv_heads, a.past, a.value_size});
   }
   a.tokens = a.past + fresh;
-  read_mask(cached, shapes[kMask], data[kMask], a);
+  std::vector<float> expanded;
+  read_mask(cached, shapes[kMask], data[kMask], a, expanded);
   a.query = data[kQuery];
   a.key = data[kKey];
   a.value = data[kValue];

@@ -9,6 +9,7 @@ namespace claq::quantize {
 namespace {
 
 constexpr double kHalfMost = 65504.0;
+constexpr uint16_t kLargestHalf = 0x7bff;  // its bits
 // Outliers are stored in units of the column scale as float16; stay clear of its end so that rounding cannot overflow.
 constexpr double kOutlierReach = 60000.0;
 
@@ -18,9 +19,8 @@ uint16_t round_codebook(const double* centroids, int entries, double reach, int8
   for (int e = 0; e < entries; ++e) peak = std::max(peak, std::fabs(centroids[e]));
   uint16_t bits = double_to_half(std::min(std::max(peak / 127.0, reach / kOutlierReach), kHalfMost));
   float scale = half_to_float(bits);
-  if (static_cast<double>(scale) * 127.5 < peak || (reach > 0 && static_cast<double>(scale) * 65000.0 < reach)) {
-    scale = half_to_float(++bits);
-  }
+  const bool low = static_cast<double>(scale) * 127.5 < peak || (reach > 0 && static_cast<double>(scale) * 65000.0 < reach);
+  if (low && bits < kLargestHalf) scale = half_to_float(++bits);
   for (int e = 0; e < kMostCentroids; ++e) {
     double integer = 0;
     if (e < entries && scale != 0) {
