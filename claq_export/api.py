@@ -44,7 +44,7 @@ from .report import BudgetRecord, QualityRow, ReportData, write_report
 if TYPE_CHECKING:
     from .verify import VerificationReport
 
-_ORIGINAL_LIMIT = 2 << 30
+UNQUANTIZED_LIMIT = 2 << 30
 """Bytes of weights up to which the unquantized model is written to a temporary folder too, for its latency."""
 
 _VERIFY_TEXTS = (
@@ -299,7 +299,7 @@ def export(
         samples = verification_inputs(emitted) if verify else []
         originals = _Recorded(emitted, samples) if verify else None
         original_path = None
-        if verify and original_bytes <= _ORIGINAL_LIMIT:
+        if verify and original_bytes <= UNQUANTIZED_LIMIT:
             original_path = Path(scratch) / "original.onnx"
             with compilation.timed("emission"):
                 emit_captured(emitted, original_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,14 @@ import torch
 torch.set_num_threads(max(1, min(2, os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 # Nothing here may wait for a network: models come from folders.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_unquantized_files() -> Iterator[None]:
+    """Exports do not also write the unquantized model for its latency, half of their time here; tests of that set the limit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("claq_export.api.UNQUANTIZED_LIMIT", 0)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -205,13 +205,16 @@ class Perceptron(nn.Module):
         return self.down(torch.nn.functional.gelu(self.up(x)))
 
 
-def test_any_module_from_python(tmp_path: Path) -> None:
+def test_any_module_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("claq_export.api.UNQUANTIZED_LIMIT", 1 << 20)
     torch.manual_seed(0)
     model = Perceptron().eval()
     data = [torch.randn(16, 96) for _ in range(4)]
     config = claq_export.Config(bits=4, calibration=data)
     result = claq_export.export(model, (data[0],), tmp_path / "mlp.onnx", config)
     assert [layer.name for layer in result.layers] == ["up", "down"]
+    assert result.verification is not None
+    assert result.verification.runs["original"].latency_ms > 0  # the unquantized model was written and timed, too
     session = ort.InferenceSession(str(tmp_path / "mlp.onnx"), providers=["CPUExecutionProvider"])
     assert session.run(None, {session.get_inputs()[0].name: np.zeros((7, 96), np.float32)})[0].shape == (7, 96)
 
