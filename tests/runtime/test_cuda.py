@@ -166,6 +166,20 @@ def test_what_is_missing_is_said(results: dict[str, Any], case: str, message: st
     assert message in results["refusals"][case][1]
 
 
+def test_a_handle_of_a_cublas_that_is_not_loaded_takes_another_kernel(results: dict[str, Any]) -> None:
+    found = results["handle without cuBLAS"]
+    assert found["inside"]
+    assert found["error"] < 2e-3
+    assert found["kernels"] == "scale gemm finish"  # and the cases above use the cuBLAS that was loaded later
+
+
+def test_the_driver_is_not_started_without_kernels(results: dict[str, Any]) -> None:
+    unavailable = 4
+    status, message, started = results["no kernels"]
+    assert (status, started) == (unavailable, 0)
+    assert message.startswith("no kernels for GPUs in ")
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [

@@ -2,7 +2,7 @@
 
 #include <dlfcn.h>
 
-#include <memory>
+#include <atomic>
 #include <string>
 
 namespace claq::cuda {
@@ -24,6 +24,8 @@ Address address(const void* pointer) { return reinterpret_cast<Address>(pointer)
 
 }  // namespace
 
+bool Driver::present() { return dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL) != nullptr; }
+
 const Driver& Driver::get() {
   static const Driver driver;  // a failure is tried again at the next call
   return driver;
@@ -40,10 +42,12 @@ Driver::Driver() {
   find(library, current_, "cuCtxGetCurrent");
   find(library, context_device_, "cuCtxGetDevice");
   find(library, load_, "cuModuleLoadData");
+  find(library, unload_, "cuModuleUnload");
   find(library, get_function_, "cuModuleGetFunction");
   find(library, set_attribute_, "cuFuncSetAttribute");
   find(library, to_host_, "cuMemcpyDtoH_v2");
   find(library, to_device_, "cuMemcpyHtoD_v2");
+  find(library, synchronize_, "cuStreamSynchronize");
   find(library, copy_, "cuMemcpyDtoDAsync_v2");
   find(library, allocate_, "cuMemAlloc_v2");
   find(library, release_, "cuMemFree_v2");
@@ -99,6 +103,8 @@ Module Driver::load(const void* image) const {
   return module;
 }
 
+void Driver::unload(Module module) const noexcept { unload_(module); }
+
 Function Driver::function(Module module, const char* entry, unsigned shared) const {
   Function found = nullptr;
   check(get_function_(&found, module, entry), "cuModuleGetFunction");
@@ -113,7 +119,10 @@ void Driver::to_host(void* host, const void* device, size_t bytes) const {
 }
 
 void Driver::to_device(void* device, const void* host, size_t bytes) const {
-  if (bytes) check(to_device_(address(device), host, bytes), "cuMemcpyHtoD");
+  if (!bytes) return;
+  check(to_device_(address(device), host, bytes), "cuMemcpyHtoD");
+  // From pageable memory it returns when the bytes are staged, and a stream of ONNX Runtime does not wait for what carries them on.
+  check(synchronize_(nullptr), "cuStreamSynchronize");
 }
 
 void Driver::copy(void* to, const void* from, size_t bytes, Stream stream) const {
@@ -133,16 +142,22 @@ void Driver::launch(Function function, const unsigned (&grid)[3], unsigned threa
 }
 
 const Blas* Blas::get() {
-  // Only a library that is loaded already: its handle comes from the host, and the two must be of one version.
-  static const std::unique_ptr<const Blas> found = []() -> std::unique_ptr<const Blas> {
-    for (const char* name : {"libcublas.so.13", "libcublas.so.12", "libcublas.so.11"}) {
-      void* library = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
-      void* symbol = library ? dlsym(library, "cublasGemmEx") : nullptr;
-      if (symbol) return std::unique_ptr<const Blas>(new Blas(reinterpret_cast<GemmEx>(symbol)));
-    }
-    return nullptr;
-  }();
-  return found.get();
+  // One that was found stays; it may still be loaded where none was.
+  static std::atomic<const Blas*> known{nullptr};
+  if (const Blas* found = known.load(std::memory_order_acquire)) return found;
+  // Only a library that is loaded already: the handle comes from the host, and the two must be of one version. Where several are
+  // (PyTorch's beside ONNX Runtime's), it is the one that the provider depends on, among whose dependencies dlsym searches.
+  for (const char* name : {"libonnxruntime_providers_cuda.so", "libcublas.so.13", "libcublas.so.12", "libcublas.so.11"}) {
+    void* library = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
+    void* symbol = library ? dlsym(library, "cublasGemmEx") : nullptr;
+    if (!symbol) continue;
+    const Blas* found = new Blas(reinterpret_cast<GemmEx>(symbol));  // for good, as the library is
+    const Blas* before = nullptr;
+    if (known.compare_exchange_strong(before, found, std::memory_order_acq_rel)) return found;
+    delete found;
+    return before;
+  }
+  return nullptr;
 }
 
 void Blas::multiply_add(void* handle, Number type, const void* x, const void* w, void* y, int m, int n, int k, int stride) const {

@@ -22,6 +22,8 @@ class Error : public std::runtime_error {
 class Driver {
  public:
   // The driver of this machine, initialised. Throws Error with the reason where there is none.
+  // Whether the driver's library is there; it is not started by that.
+  static bool present();
   static const Driver& get();
 
   int device_count() const;
@@ -34,6 +36,7 @@ class Driver {
   int current_device() const;
 
   Module load(const void* image) const;
+  void unload(Module module) const noexcept;
   // Throws Error if the device cannot give a block `shared` bytes.
   Function function(Module module, const char* entry, unsigned shared) const;
 
@@ -56,10 +59,12 @@ class Driver {
   int (*current_)(Context*);
   int (*context_device_)(int*);
   int (*load_)(Module*, const void*);
+  int (*unload_)(Module);
   int (*get_function_)(Function*, Module, const char*);
   int (*set_attribute_)(Function, int, int);
   int (*to_host_)(void*, Address, size_t);
   int (*to_device_)(Address, const void*, size_t);
+  int (*synchronize_)(Stream);
   int (*copy_)(Address, Address, size_t, Stream);
   int (*allocate_)(Address*, size_t);
   int (*release_)(Address);
@@ -69,7 +74,7 @@ class Driver {
 
 enum class Number : int { kFloat32 = 0, kFloat16 = 2, kBfloat16 = 14 };  // cudaDataType
 
-// cublasGemmEx of the cuBLAS that the host program has loaded; null where it has not.
+// cublasGemmEx of the cuBLAS that the host program has loaded; null while it has not. To be asked for only by who has a handle.
 // Row-major y[m, n] (rows `stride` apart) += x[m, k] w[k, n], sums in float32.
 class Blas {
  public:

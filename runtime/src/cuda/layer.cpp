@@ -142,13 +142,12 @@ Layer::Plan Layer::plan(int64_t rows, bool has_blas) const {
   return plan;
 }
 
-size_t Layer::workspace(int64_t rows, bool has_blas) const { return rows <= 0 ? 0 : plan(rows, has_blas).total; }
+size_t Layer::workspace(int64_t rows, bool has_blas) const { return rows <= 0 ? 0 : plan(rows, has_blas && Blas::get()).total; }
 
 void Layer::run(const void* x, int64_t rows, void* y, void* workspace, Stream stream, void* blas) const {
   if (rows <= 0) return;
   if (!is_aligned(y)) throw InvalidArgument("y: its memory is not aligned to 16 bytes");
-  if (!Blas::get()) blas = nullptr;
-  const Plan plan = this->plan(rows, blas != nullptr);
+  const Plan plan = this->plan(rows, blas && Blas::get());  // as workspace() found it
   auto* memory = static_cast<char*>(workspace);
   const size_t item = size_of(tensors_.dtype);
   if (!is_aligned(x)) {

@@ -121,6 +121,11 @@ std::string kernel_folder() {
   return folder && *folder ? folder : library_folder() + "/cuda";
 }
 
+bool any_package() {
+  const std::string folder = kernel_folder();
+  return !numbers_of(folder, "claq_sm").empty() || !numbers_of(folder, "claq_ptx").empty();
+}
+
 std::string package_for(int capability) {
   const std::string folder = kernel_folder();
   int best = 0;
@@ -166,7 +171,14 @@ const Kernel& Kernels::get(const std::string& name) {
   const Record* record = package_->find(name);
   if (!record) throw Error("the package of kernels has no " + name);
   const Driver& driver = Driver::get();
-  const Function function = driver.function(driver.load(package_->image(*record)), record->entry.c_str(), record->shared);
+  const Module module = driver.load(package_->image(*record));
+  Function function;
+  try {
+    function = driver.function(module, record->entry.c_str(), record->shared);
+  } catch (const Error&) {
+    driver.unload(module);
+    throw;
+  }
   return loaded_.emplace(name, Kernel{function, record}).first->second;
 }
 

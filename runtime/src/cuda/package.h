@@ -67,6 +67,9 @@ class Kernels {
 // Folder of the packages: CLAQ_CUDA_KERNELS of the environment, else `cuda` beside this library.
 std::string kernel_folder();
 
+// Whether it holds a package for any GPU.
+bool any_package();
+
 // File that serves a device: the cubins of its generation, else PTX that the driver assembles; empty if there is none.
 std::string package_for(int capability);
 

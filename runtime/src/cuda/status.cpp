@@ -7,6 +7,8 @@ namespace claq::cuda {
 
 bool usable(std::string& text) {
   try {
+    // Without kernels the driver is not even started: a process that has started it cannot use GPUs in forked children.
+    if (Driver::present() && !any_package()) throw Error("no kernels for GPUs in " + kernel_folder());
     const Driver& driver = Driver::get();
     const int count = driver.device_count();
     if (count == 0) throw Error("the CUDA driver sees no GPU");

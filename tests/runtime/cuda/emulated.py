@@ -55,6 +55,8 @@ CASES: list[tuple[Any, ...]] = [
     ("dense-mixed", 130, 44, (2, 3, 4), 131, torch.bfloat16, 0.02, True, False, True, "finish dequantize outliers"),
     ("dense-float32", 70, 64, (4, 2), 9, torch.float32, 0.03, True, True, True, "finish dequantize outliers"),
 ]
+# What would be a product by cuBLAS: with it less memory is needed than without.
+HANDLE_WITHOUT_CUBLAS = ("no-cublas", 64, 36, (2,), 130, torch.float16, 0.02, False, True, True, "scale gemm finish")
 
 
 # name, K, N, widths, ids, dtype, type of the ids, outliers, a full row of them
@@ -128,7 +130,7 @@ class Interpreter:
             self.failure = self.failure or failure
 
 
-def run(library: ctypes.CDLL, gpu: Interpreter, case: tuple[Any, ...], blas: Any) -> dict[str, Any]:
+def run(library: ctypes.CDLL, gpu: Interpreter, case: tuple[Any, ...]) -> dict[str, Any]:
     _, K, N, widths, rows, dtype, outliers, ordered, with_bias, with_blas, _ = case
     layer = random_layer(K, N, widths, outliers=outliers, seed=K + N + rows)
     generator = torch.Generator().manual_seed(rows)
@@ -411,7 +413,6 @@ def registered(path: str) -> dict[str, Any]:
 def main() -> None:
     path, driver_path, blas_path, reads_path, ort_path, folder = sys.argv[1:]
     driver = ctypes.CDLL(driver_path)  # its soname is libcuda.so.1, which libclaq then finds loaded
-    blas = ctypes.CDLL(blas_path)
     gpu = Interpreter()
     gpu.package(Path(folder))
     os.environ["CLAQ_CUDA_KERNELS"] = folder
@@ -425,7 +426,14 @@ def main() -> None:
     library.claq_cuda_workspace.restype = ctypes.c_size_t
     library.claq_cuda_workspace.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     library.claq_cuda_destroy.argtypes = [ctypes.c_void_p]
-    results: dict[str, Any] = {case[0]: run(library, gpu, case, blas) for case in CASES}
+    text = ctypes.create_string_buffer(512)
+    os.environ["CLAQ_CUDA_KERNELS"] = str(Path(folder) / "nowhere")
+    status = library.claq_cuda_usable(text, len(text))
+    results: dict[str, Any] = {"no kernels": [status, text.value.decode(), driver.fake_started()]}
+    os.environ["CLAQ_CUDA_KERNELS"] = folder
+    results["handle without cuBLAS"] = run(library, gpu, HANDLE_WITHOUT_CUBLAS)
+    ctypes.CDLL(blas_path)  # found by its soname, like the driver
+    results |= {case[0]: run(library, gpu, case) for case in CASES}
     results |= {case[0]: look_up(library, gpu, case) for case in LOOKUPS}
     results["nodes"] = nodes(library, ctypes.CDLL(ort_path), gpu)
     results["registered"] = registered(path)

@@ -13,6 +13,7 @@ Launched launched = nullptr;
 int devices = 1;
 int has_context = 1;
 int refused_memory = 0;
+int started = 0;
 
 int capability() {
   const char* text = std::getenv("FAKE_CAPABILITY");
@@ -28,7 +29,11 @@ void fake_set_devices(int count) { devices = count; }
 void fake_set_context(int present) { has_context = present; }
 void fake_refuse_memory(int refuse) { refused_memory = refuse; }
 
-int cuInit(unsigned) { return 0; }
+int fake_started() { return started; }
+int cuInit(unsigned) {
+  started = 1;
+  return 0;
+}
 int cuGetErrorString(int, const char** text) {
   *text = "the fake driver refuses";
   return 0;
@@ -62,6 +67,11 @@ int cuModuleGetFunction(void** function, void* module, const char* entry) {
   *function = module;
   return std::strncmp(entry, "claq_", 5) == 0 ? 0 : 500;  // CUDA_ERROR_NOT_FOUND
 }
+int cuModuleUnload(void* module) {
+  delete static_cast<std::string*>(module);
+  return 0;
+}
+int cuStreamSynchronize(void*) { return 0; }
 int cuFuncSetAttribute(void*, int, int) { return 0; }
 int cuMemcpyDtoH_v2(void* to, uint64_t from, size_t bytes) {
   std::memcpy(to, reinterpret_cast<const void*>(from), bytes);
