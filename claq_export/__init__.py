@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from .api import ExportResult, export, quantize
     from .backend import save_compiled
     from .config import Config
+    from .errors import ClaqError
     from .modules import load
 
 __version__ = "0.1.0"
 
-__all__ = ["Config", "ExportResult", "export", "load", "quantize", "save_compiled"]
+__all__ = ["ClaqError", "Config", "ExportResult", "export", "load", "quantize", "save_compiled"]
 
 # passes/ and kernels/ stand beside this folder in the source tree and inside it once installed. When Python finds the
 # source folder first (run from the checkout's root after a plain install), look for them beside it too.
@@ -24,6 +25,7 @@ if not (_here / "passes").is_dir() and (_here.parent / "passes" / "__init__.py")
     __path__.append(str(_here.parent))
 
 _LAZY = {
+    "ClaqError": "errors",
     "Config": "config",
     "ExportResult": "api",
     "export": "api",

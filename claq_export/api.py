@@ -27,15 +27,15 @@ from .capture import (
     let_go_of_weights,
     load_pretrained,
 )
-from .capture.precision import check_finite, check_range, in_dtype, inputs_in_dtype
+from .capture.precision import check_finite, check_range, check_weights, in_dtype, inputs_in_dtype
 from .compiler import Compilation, emit_captured, used_state
 from .config import Config
 from .deferred import weight_bytes
 from .emit.artifact import Artifact
-from .errors import ConfigError
+from .errors import CaptureError, ConfigError
 from .file_graph import in_float32
 from .format.files import check_writable
-from .modules import replace_linears
+from .modules import ClaqEmbedding, ClaqLinear, replace_linears
 from .passes import Skipped
 from .preflight import check as check_preflight
 from .process_memory import collect_garbage, peak_resident_bytes, return_freed_memory
@@ -133,6 +133,8 @@ def capture(
     """
     if isinstance(model, nn.Module):
         return _capture_given(model, example_inputs, dynamic_shapes, input_names, output_names, tokenizer, dtype)
+    if not isinstance(model, str | Path):
+        raise ConfigError(f"the model must be an nn.Module, a folder or a hub id, got {type(model).__name__}")
     _refuse_for_folder(
         example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, input_names=input_names, output_names=output_names
     )
@@ -175,6 +177,11 @@ def _capture_given(
     dtype: torch.dtype,
 ) -> tuple[CapturedModel, nn.Module]:
     """:func:`capture` of a module given in Python."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"{type(model).__name__}: torch.export cannot capture a TorchScript module; give the module it was made of"
+        )
+    check_weights(model, type(model).__name__)
     base = in_dtype(model, torch.float32)
     if example_inputs is None and isinstance(base, TaskModel):
         example_inputs = base.example_inputs()
@@ -247,6 +254,8 @@ def export(
     config = config or Config()
     reporter = reporter or ProgressReporter(quiet=True)
     check_writable(out)
+    if report is not None:
+        check_writable(Path(report))
     if memory is not None:
         return_freed_memory()
     reporter.stage("capturing the model")
@@ -282,11 +291,16 @@ def export(
         verify, work = False, work or f"{out}.work"
     compilation.seconds["capture"] = time.perf_counter() - start
     original_bytes = weight_bytes(module)
+    quantized = [name for name, part in module.named_modules() if isinstance(part, ClaqLinear | ClaqEmbedding)]
     del module
     collect_garbage()
 
     if not compilation.plan.sites:
         reasons = "; ".join(f"{skipped.name}: {skipped.reason}" for skipped in compilation.plan.skipped[:5])
+        if quantized:
+            reasons = (
+                f"{', '.join(quantized[:3])}: quantized already; export the model as it was before claq_export.quantize"
+            )
         raise ConfigError(f"there is no layer to quantize ({reasons or 'the model has none'})")
     reporter.stage("reading calibration data")
     compilation.batches()

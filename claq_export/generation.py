@@ -68,7 +68,8 @@ class Generator:
         if self.path.is_dir():
             self.path = self.path / "model.onnx"
         if not self.path.is_file():
-            raise ModelError(f"{self.path} does not exist; write it with: claq-export MODEL --out {self.path}")
+            file = self.path if self.path.suffix == ".onnx" else self.path / "model.onnx"
+            raise ModelError(f"{self.path} does not exist; write it with: claq-export MODEL --out {file}")
         try:
             self.session = open_session(self.path, self.library, self.threads)
         except Exception as error:  # onnxruntime's exception classes have no public common base

@@ -29,17 +29,26 @@ def is_released(weight: torch.Tensor) -> bool:
 def release(weights: Sequence[torch.Tensor]) -> None:
     """Free the memory of parameters; they keep shape, dtype and identity, which Dynamo's guards check.
 
-    Reading such a parameter is an error of PyTorch's ("its data is not allocated"); ``state_dict()`` and
-    ``load_state_dict()`` of the modules that own it say what happened.
+    ``state_dict()`` and ``load_state_dict()`` of the modules that own them, copying and pickling say what happened. What
+    PyTorch views first, a product among it, is an error of PyTorch's (of a "storage of size 0"). Kernels that read at once
+    (``clone()``, ``sum()``) do not look, and may end the process: such a parameter is not to be read.
     """
     fresh = [weight for weight in weights if not is_released(weight)]
     for weight in fresh:
         empty = torch.empty_strided(weight.size(), weight.stride(), dtype=weight.dtype, device=weight.device)
         empty.untyped_storage().resize_(0)
         weight.data = empty
+        weight.__dict__.update(__deepcopy__=_refuse_copy, __reduce_ex__=_refuse_copy)  # looked for on the instance
         _released[id(weight)] = weakref.ref(weight, partial(_forget, id(weight)))
     if fresh:
         _warn_owners({id(weight) for weight in fresh})
+
+
+def _refuse_copy(*_: Any) -> None:
+    raise ModelError(
+        "the original weights of this model were released (release_weights=True), so it can be neither copied nor pickled; "
+        "claq_export.save_compiled(model, folder) saves the quantized ones"
+    )
 
 
 def _forget(identity: int, _ref: weakref.ref[torch.Tensor]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import CalibrationError
@@ -265,7 +266,7 @@ def batches_from_iterable(
     """
     batches: list[Batch] = []
     for number, item in enumerate(itertools.islice(items, samples)):
-        if isinstance(item, torch.Tensor):
+        if isinstance(item, torch.Tensor | np.ndarray):
             item = (item,)
         if isinstance(item, Mapping):
             missing = [name for name in input_names if name not in item]
@@ -285,6 +286,10 @@ def batches_from_iterable(
             )
         for name, value in batch.items():
             example = example_inputs[name]
+            if value.is_floating_point() and example.is_floating_point():
+                batch[name] = value = value.to(
+                    example.dtype
+                )  # as the example itself is, whatever the model's own dtype
             if value.dtype != example.dtype or value.dim() != example.dim():
                 raise CalibrationError(
                     f"calibration batch {number}: input {name!r} must be {example.dtype} with {example.dim()} dimensions, "

@@ -106,8 +106,8 @@ def default_sequence_length(captured: CapturedModel) -> int:
 def _batches_of_texts(texts: Iterable[str], captured: CapturedModel, config: Config, count: int) -> list[Batch]:
     if captured.tokenizer is None:
         raise CalibrationError(
-            "the model has no tokenizer, so text cannot calibrate it; pass calibration batches from Python, or "
-            "--calibration none"
+            "the model has no tokenizer, so text cannot calibrate it; give arrays in a .npz file, pass "
+            "calibration batches from Python, or take --calibration none"
         )
     length = config.sequence_length or default_sequence_length(captured)
     if captured.max_sequence is not None and length > captured.max_sequence:

@@ -14,6 +14,8 @@ from ..deferred import ReadingInterpreter, materialize
 from ..errors import CaptureError, ModelError
 from .captured import CapturedModel
 
+_VALUES_AT_ONCE = 1 << 20
+
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model itself if its parameters have that dtype already, else a copy with parameters and saved buffers cast.
@@ -51,6 +53,24 @@ def inputs_in_dtype(example: Any, dtype: torch.dtype) -> Any:
         return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
     return pytree.tree_map(cast, example)
+
+
+def check_weights(model: nn.Module, title: str) -> None:
+    """See that no parameter is NaN or infinite and no buffer NaN (a mask may hold infinities).
+
+    Raises:
+        ModelError: one is; the message names ``title``, the model, and the tensors.
+    """
+    bad = [name for name, weight in model.named_parameters() if not _all_finite(weight.detach())]
+    bad += [name for name, buffer in model.named_buffers() if buffer.is_floating_point() and buffer.isnan().any()]
+    if bad:
+        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+        raise ModelError(f"{title} has NaN or infinite weights in {', '.join(bad[:4])}{more}")
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    # What the check makes of a table of half a gigabyte takes more memory than the table.
+    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(_VALUES_AT_ONCE))
 
 
 def check_range(model: nn.Module, dtype: torch.dtype) -> None:

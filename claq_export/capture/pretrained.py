@@ -19,6 +19,7 @@ from .checkpoint import digest, read_json, safetensors_names, weight_files
 from .fit import check_fit
 from .lazy import build_lazily
 from .module import capture_module
+from .precision import check_weights
 from .tasks import Task, TaskModel, canonical_task, infer_task
 
 _log = logging.getLogger(__name__)
@@ -37,7 +38,6 @@ _TOKENIZER_FILES = (
     "spiece.model",
     "tokenizer.model",
 )
-_VALUES_AT_ONCE = 1 << 20
 _GENERATION = "generation_config.json"
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 _FILES_READ = (*_HUB_FILES, "*.jinja")
@@ -87,7 +87,7 @@ def load_pretrained(
         model = _load_lazily(folder, files, config, chosen, dtype, trust_remote_code)
     else:
         model = _load(folder, files, config, chosen, dtype, trust_remote_code)
-        _check_finite(model, path_or_id)
+        check_weights(model, str(path_or_id))
     source = Source(path=str(path_or_id), sha256=digest([folder / "config.json", *files]), files=tuple(files))
     return TaskModel(model, chosen.name, source), _tokenizer(folder, trust_remote_code), chosen.name
 
@@ -266,19 +266,6 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bar:
             transformers_logging.enable_progress_bar()
-
-
-def _check_finite(model: torch.nn.Module, path_or_id: str | Path) -> None:
-    bad = [name for name, weight in model.named_parameters() if not _all_finite(weight.detach())]
-    bad += [name for name, buffer in model.named_buffers() if buffer.is_floating_point() and buffer.isnan().any()]
-    if bad:
-        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
-        raise ModelError(f"{path_or_id} has NaN or infinite weights in {', '.join(bad[:4])}{more}")
-
-
-def _all_finite(tensor: torch.Tensor) -> bool:
-    # What the check makes of a table of half a gigabyte takes more memory than the table.
-    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(_VALUES_AT_ONCE))
 
 
 def _refuse_links_out(folder: Path) -> None:

@@ -270,9 +270,12 @@ def open_tokenizer(*sources: str | Path | None) -> Any:
         if source is None:
             continue
         path = Path(source)
+        if path.suffix == ".onnx" and not path.is_file():
+            raise ModelError(f"{path} does not exist")
         folder = path.parent if path.suffix == ".onnx" else path
         try:
             return AutoTokenizer.from_pretrained(str(folder))
         except (OSError, ValueError, KeyError) as error:
-            tried.append(f"{folder}: {str(error).splitlines()[0]}")
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            tried.append(f"{folder}: {' '.join(lines[:2])}")
     raise ModelError("no tokenizer found; name one with --tokenizer. " + " | ".join(tried))

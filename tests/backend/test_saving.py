@@ -103,7 +103,7 @@ def test_weights_of_another_model(tmp_path: Path) -> None:
 
 
 _RELEASE = """
-import gc, sys
+import copy, gc, pickle, sys
 import torch
 from torch import nn
 from claq_export.backend import claq, save_compiled
@@ -129,7 +129,9 @@ with torch.no_grad():
         assert torch.allclose(again[0], first[0], atol=1e-5), (again - first).abs().max()
 assert (first - reference).abs().max() < reference.abs().max()
 print(f"{before - after:.1f}")
-for access in (model.state_dict, lambda: model.load_state_dict({}), lambda: model[0](x)):
+accesses = (model.state_dict, lambda: model.load_state_dict({}), lambda: model[0](x), lambda: copy.deepcopy(model),
+            lambda: pickle.dumps(model))
+for access in accesses:
     try:
         access()
     except (ClaqError, RuntimeError) as error:
@@ -149,13 +151,15 @@ def test_released_weights_leave_memory(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    freed, saving, loading, reading = done.stdout.strip().splitlines()
+    freed, saving, loading, reading, copying, pickling = done.stdout.strip().splitlines()
     # 96 MB of float32 become 13 MB at 4 bits; tables of the native kernels and the allocator take their part.
     assert float(freed) > 48
     assert saving.startswith("ModelError the original weights of")
     assert "save_compiled" in saving
     assert loading.startswith("ModelError weights cannot be loaded into")
     assert "storage of size 0" in reading
+    assert "neither copied nor pickled" in copying
+    assert "neither copied nor pickled" in pickling
     assert (tmp_path / "claq.safetensors").stat().st_size < 16e6
 
 

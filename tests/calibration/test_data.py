@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import sentences
@@ -131,6 +132,10 @@ def test_python_batches_are_checked() -> None:
     example = {"x": torch.zeros(2, 3), "y": torch.zeros(2, dtype=torch.int64)}
     good = (torch.ones(1, 3), torch.ones(1, dtype=torch.int64))
     assert len(batches_from_iterable(iter([good, dict(zip("xy", good, strict=True))]), ("x", "y"), example, 10)) == 2
+    # As the model was given: floating numbers of another width are cast, and arrays are tensors.
+    half, array = (torch.ones(1, 3, dtype=torch.float16), good[1]), (np.ones((1, 3), np.float32), np.ones(1, np.int64))
+    assert all(b["x"].dtype == torch.float32 for b in batches_from_iterable([half, array], ("x", "y"), example, 10))
+    assert len(batches_from_iterable([np.ones((1, 3))], ("x",), {"x": example["x"]}, 10)) == 1
     for wrong, message in [
         ((torch.ones(1, 3),), "has 1 inputs"),
         ({"x": good[0]}, "no input 'y'"),

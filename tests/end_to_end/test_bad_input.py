@@ -16,10 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import sentences
+from torch import nn
 
-from claq_export import export
+from claq_export import Config, export, quantize
 from claq_export.cli import main
-from claq_export.errors import ConfigError
+from claq_export.errors import CaptureError, ConfigError, ModelError, OutputError
+from claq_export.evaluation.models import open_tokenizer
 
 
 @pytest.fixture
@@ -263,6 +265,42 @@ def test_a_folder_is_not_given_what_a_module_needs(
     with pytest.raises(ConfigError, match=f"^{name} is for a module.*{hint}"):
         export(model, **arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_modules_that_cannot_be_exported_are_told_why(tmp_path: Path) -> None:
+    x = torch.randn(4, 64)
+    config = Config(calibration="none")
+    out = tmp_path / "out" / "model.onnx"
+
+    def perceptron() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+
+    broken = perceptron()
+    with torch.no_grad():
+        broken[0].bias[1] = torch.nan
+    with pytest.raises(ModelError, match=r"^Sequential has NaN or infinite weights in 0\.bias$"):
+        export(broken, (x,), out, config)
+    with pytest.raises(CaptureError, match="cannot capture a TorchScript module"):
+        export(torch.jit.trace(perceptron(), x), (x,), out, config)
+    with pytest.raises(ConfigError, match=r"the model must be an nn\.Module, a folder or a hub id, got function"):
+        export(lambda x: x, (x,), out, config)
+    with pytest.raises(ConfigError, match=r"0, 2: quantized already; export the model as it was before"):
+        export(quantize(perceptron(), (x,), config), (x,), out, config)
+    assert not out.exists()
+
+
+def test_a_report_that_cannot_be_written_is_known_at_the_start(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="file' is not writable"):
+        export(model, out=tmp_path / "out" / "model.onnx", report=tmp_path / "file" / "r.html")
+    assert not (tmp_path / "out" / "model.onnx").exists()
+
+
+def test_what_does_not_exist_is_named_with_what_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(tmp_path / "smol"), "--prompt", "hi"]) != 0
+    assert f"claq-export MODEL --out {tmp_path / 'smol' / 'model.onnx'}" in capsys.readouterr().err.replace("\n", "")
+    with pytest.raises(ModelError, match=r"nofile\.onnx does not exist$"):
+        open_tokenizer(tmp_path / "nofile.onnx")
 
 
 def test_output_folder_that_cannot_be_made(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
