@@ -31,6 +31,11 @@ _COMPANIONS = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
+    # What sentence-transformers does with the tokens' vectors.
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
 )
 """Small files of a Hugging Face folder that those who load the ONNX file look for beside it."""
 
@@ -51,6 +56,7 @@ def copy_companions(source: Path, folder: Path) -> list[Path]:
                 # A link would copy a file of this machine into what is going to be published.
                 origin = contained(source, name, ModelError)
                 try:
+                    (folder / name).parent.mkdir(exist_ok=True)
                     copied.append(Path(shutil.copyfile(origin, folder / name)))
                     if name == _TOKENIZER:
                         _rename_class(folder / name)

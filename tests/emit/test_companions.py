@@ -32,6 +32,12 @@ def test_a_tokenizer_of_transformers_5_opens_in_version_4_too(tiny_llama: Path, 
     )
 
 
+def test_how_sentence_transformers_pools_goes_along(minilm: Path, tmp_path: Path) -> None:
+    copied = {path.relative_to(tmp_path).as_posix() for path in copy_companions(minilm, tmp_path)}
+    assert {"modules.json", "sentence_bert_config.json", "1_Pooling/config.json"} <= copied
+    assert json.loads((tmp_path / "1_Pooling" / "config.json").read_text())["pooling_mode_mean_tokens"]
+
+
 def test_other_classes_are_copied_byte_for_byte(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
