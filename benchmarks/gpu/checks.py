@@ -73,6 +73,15 @@ def error_of(check: Check, machine: Machine) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
 
 
+def _still_works() -> bool:
+    """Whether the process can go on using the GPU: after an illegal access every call fails."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
 def run_checks(wanted: list[Check], dry: bool, deadline: float) -> list[dict[str, Any]]:
     """Results of checks, in a process of its own; those that ``deadline`` (of ``time.time()``) cuts off are skipped."""
     machine = Machine(dry)
@@ -83,11 +92,20 @@ def run_checks(wanted: list[Check], dry: bool, deadline: float) -> list[dict[str
         if time.time() > deadline:
             results.append({**text, "skipped": "out of time"})
             continue
-        torch.manual_seed(len(results))
         try:
+            torch.manual_seed(len(results))  # it asks the GPU, too
             error = error_of(check, machine)
         except Exception as failure:  # Triton's compiler and launcher raise errors of many types; each is a finding
             results.append({**text, "passed": False, "failure": f"{type(failure).__name__}: {failure}"[:500]})
+            if not dry and not _still_works():
+                return results + [
+                    {
+                        **dataclasses.asdict(left),
+                        "dtype": str(left.dtype),
+                        "skipped": "the GPU was lost to the check before",
+                    }
+                    for left in wanted[len(results) :]
+                ]
             continue
         results.append({**text, "error": error, "passed": error <= BOUNDS[check.dtype]})
     return results
@@ -99,5 +117,14 @@ def correctness(machine: Machine, seconds: float, processes: int = 8) -> list[di
     if machine.dry:
         return run_checks(wanted, True, deadline)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        tasks = [pool.submit(run_checks, wanted[i::processes], False, deadline) for i in range(processes)]
-        return [result for task in tasks for result in task.result()]
+        parts = [wanted[i::processes] for i in range(processes)]
+        tasks = [pool.submit(run_checks, part, False, deadline) for part in parts]
+        results: list[dict[str, Any]] = []
+        for part, task in zip(parts, tasks, strict=True):
+            try:
+                results += task.result()
+            except Exception as failure:  # the process died, or could not begin
+                results.append(
+                    {"checks": len(part), "passed": False, "failure": f"{type(failure).__name__}: {failure}"[:500]}
+                )
+        return results

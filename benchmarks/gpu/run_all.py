@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -43,14 +44,26 @@ from claq_export.format.layer import QuantizedLinear  # noqa: E402
 MIXES = {"2": (2,), "3": (3,), "4": (4,), "2+4": (2,) * 9 + (4,)}
 SHARE_OF_CHECKS = 0.4
 """Most of the time that checks may take; nearly all of it goes into compiling kernels."""
-SECONDS_FOR_RUNTIME = 100
+SECONDS_FOR_RUNTIME = 150
 
 
-def timings(machine: Machine, bandwidth: float, deadline: float, quick: bool) -> list[dict[str, Any]]:
-    """Times of our products and of the others', by shape, mix of widths, outliers and number of vectors."""
+def reason_of(failure: BaseException) -> str:
+    """An error on one line: on a GPU each is a finding, and must not take the other findings with it."""
+    return f"{type(failure).__name__}: {failure}".replace("\n", " ")[:500]
+
+
+def timings(
+    machine: Machine,
+    bandwidth: float,
+    deadline: float,
+    quick: bool,
+    rows: list[dict[str, Any]],
+    save: Callable[[], None],
+) -> None:
+    """Append times of our products and of the others' to ``rows``, by shape, mix of widths, outliers and number of vectors;
+    ``save`` is called after each."""
     from claq_export.kernels.triton.launch import linear
 
-    rows: list[dict[str, Any]] = []
     sizes, dispatch = machine.sizes, machine.dispatch()
     for shape in sizes.shapes[:1] if quick else sizes.shapes:
         vectors = sizes.vectors if shape == sizes.main else sizes.few_vectors
@@ -71,8 +84,14 @@ def timings(machine: Machine, bandwidth: float, deadline: float, quick: bool) ->
                 used = layers if m <= 128 else layers[:4]
                 calls = [lambda layer=layer, x=x: linear(*arguments(layer, x), dispatch=dispatch) for layer in used]
                 row: dict[str, Any] = {**head, "vectors": m, "bytes": size}
-                row["graph_us"] = machine.seconds(calls, graph=True) * 1e6
-                row["eager_us"] = machine.seconds(calls, graph=False, repeats=3) * 1e6
+                try:
+                    row["graph_us"] = machine.seconds(calls, graph=True) * 1e6
+                    row["eager_us"] = machine.seconds(calls, graph=False, repeats=3) * 1e6
+                except Exception as failure:  # of CUDA, Triton's compiler or its launcher
+                    rows.append({**head, "skipped": f"M = {m}: {reason_of(failure)}"})
+                    print(rows[-1], flush=True)
+                    save()
+                    continue
                 row["copy_bandwidth_percent"] = 100 * size / (row["graph_us"] * 1e-6) / bandwidth
                 row["cublas_bf16_us"] = dense[m] * 1e6
                 for peer, times in peers.items():
@@ -81,10 +100,10 @@ def timings(machine: Machine, bandwidth: float, deadline: float, quick: bool) ->
                     row["kernels_us"] = machine.kernel_times(calls)
                 rows.append(row)
                 print(row, flush=True)
+                save()
         for peer, times in peers.items():
             if isinstance(times, str):
                 rows.append({"shape": shape, "mix": peer, "outliers": 0.0, "skipped": times})
-    return rows
 
 
 def lookups(machine: Machine, deadline: float) -> list[dict[str, Any]]:
@@ -148,9 +167,9 @@ def tune(machine: Machine, deadline: float) -> list[dict[str, Any]]:
                 ]
                 try:
                     time_us: float | str = machine.seconds(calls, graph=True) * 1e6
-                except RuntimeError as error:
+                except Exception as failure:
                     # A tile that needs more shared memory or registers than there are is an answer, too.
-                    time_us = str(error).splitlines()[0]
+                    time_us = reason_of(failure)
                 rows.append({"mix": name, "vectors": m, "tile": dataclasses.asdict(config), "us": time_us})
                 print(rows[-1], flush=True)
     return rows
@@ -189,7 +208,7 @@ def table(result: dict[str, Any]) -> str:
         f"{len(failed)} failed, {len(checks) - passed - len(failed)} were not reached. The run took {result['seconds']:.0f} s.",
         "",
     ]
-    lines += [f"- FAILED: {check}" for check in failed]
+    lines += [f"- FAILED: {failure}" for failure in (*result["failures"], *failed)]
     lines += ["| goal | bound | worst measured | |", "|---|---|---|---|"]
     for goal in result["goals"]:
         value = "not measured" if goal["value"] is None else f"{goal['value']:.2f}"
@@ -272,27 +291,52 @@ def main() -> int:
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "checks": correctness(machine, SHARE_OF_CHECKS * total),
+        "checks": [],
+        "copy_bandwidth": 0.0,
+        "lookups": [],
+        "timings": [],
+        "tuning": [],
+        "goals": [],
+        "ahead_of_time": {"not tried": "the run had ended"},
+        "failures": [],
     }
+    name = "gpu_" + re.sub(r"[^a-z0-9]+", "_", result["device"].lower()).strip("_")
+    smallest = machine.sizes.main[0] * machine.sizes.main[1]
+    options.results.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
+        # After every step: a GPU is lent for minutes, and whatever ends the run must not take the findings with it.
+        result["goals"] = [] if machine.dry else goals(result["timings"], smallest)
+        result["seconds"] = time.monotonic() - started
+        (options.results / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (options.results / f"{name}.md").write_text(table(result))
+
+    def step(part: str, measure: Callable[[], Any]) -> None:
+        try:
+            found = measure()
+            if found is not None:
+                result[part] = found
+        except Exception as failure:
+            result["failures"].append(f"{part}: {reason_of(failure)}")
+            print("FAILED", result["failures"][-1], flush=True)
+        save()
+
+    step("checks", lambda: correctness(machine, SHARE_OF_CHECKS * total))
     for check in result["checks"]:
         if check.get("passed") is False:
             print("FAILED", check, flush=True)
-    result["copy_bandwidth"] = machine.copy_bandwidth()
-    result["lookups"] = lookups(machine, deadline)
-    result["timings"] = timings(machine, result["copy_bandwidth"], deadline, options.quick)
-    result["tuning"] = tune(machine, deadline) if options.tune else []
-    smallest = machine.sizes.main[0] * machine.sizes.main[1]
-    result["goals"] = [] if machine.dry else goals(result["timings"], smallest)
-    options.results.mkdir(parents=True, exist_ok=True)
-    result["ahead_of_time"] = ahead_of_time(machine, options.results, started + total - time.monotonic())
-    result["seconds"] = time.monotonic() - started
-    name = "gpu_" + re.sub(r"[^a-z0-9]+", "_", result["device"].lower()).strip("_")
-    (options.results / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.results / f"{name}.md").write_text(table(result))
+    step("copy_bandwidth", machine.copy_bandwidth)
+    step("lookups", lambda: lookups(machine, deadline))
+    bandwidth = result["copy_bandwidth"] or float("nan")
+    step("timings", lambda: timings(machine, bandwidth, deadline, options.quick, result["timings"], save))
+    if options.tune:
+        step("tuning", lambda: tune(machine, deadline))
+    step("ahead_of_time", lambda: ahead_of_time(machine, options.results, started + total - time.monotonic()))
     print(table(result))
     if options.write_dispatch:
         write_dispatch(result["tuning"], torch.cuda.get_device_capability(), f"benchmarks/results/{name}.json")
-    return 1 if any(check.get("passed") is False for check in result["checks"]) else 0
+    failed = result["failures"] or any(check.get("passed") is False for check in result["checks"])
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
