@@ -6,7 +6,7 @@ DEMO := demo-output
 # Processes that share the tests out, a file at a time; a core and about 3 GB of memory each.
 TEST_WORKERS ?= 2
 
-.PHONY: help setup demo test kernels lint format bench clean
+.PHONY: help setup demo test kernels lint format clean
 
 help: ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'

@@ -319,7 +319,13 @@ def export(
                 emit_captured(emitted, original_path)
         collect_garbage()
         reporter.stage(f"quantizing {len(compilation.plan.sites)} layers")
-        compilation.quantize(Path(work) if work is not None else None, resume)
+        try:
+            compilation.quantize(Path(work) if work is not None else None, resume)
+        except BaseException:
+            # A notebook keeps the traceback, and with it the lock on the folder that the next try goes on with.
+            if compilation.store is not None:
+                compilation.store.close()
+            raise
         collect_garbage()
         reporter.stage(f"writing {out}")
         artifact = _written_once(compilation, out)

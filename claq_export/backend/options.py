@@ -53,6 +53,7 @@ class CompileOptions:
         told = {
             **self.config.to_json(),
             "data": str(calibration) if isinstance(calibration, (str, Path)) else id(calibration),
+            "tokenizer": id(self.tokenizer),
             "observe": self.observe,
             "weights": str(self.weights),
         }

@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import CaptureError
 from .captured import CapturedModel
@@ -162,8 +161,3 @@ def _filled_cache(past: tuple[torch.Tensor, ...]) -> Any:
         layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
         cache.layers.append(layer)
     return cache
-
-
-def is_causal_lm(model: nn.Module) -> bool:
-    """Whether a loaded model is one that generates text from its own past."""
-    return isinstance(model, TaskModel) and model.task == "text-generation"

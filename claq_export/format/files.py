@@ -56,7 +56,7 @@ def check_writable(out: Path) -> None:
         raise OutputError(
             f"{str(out)!r} is a folder; --out names the file to write, for example {str(out / 'model.onnx')!r}"
         )
-    probe = out.parent / f".{out.name}.probe"
+    probe = out.parent / f".{out.name}.{os.getpid()}.probe"  # several processes may look at once
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
