@@ -95,8 +95,8 @@ def test_what_cannot_calibrate_or_be_told_is_named(tmp_path: Path, capsys: pytes
     for name in ("objects", "damaged"):
         assert main([*command, "--calibration", str(tmp_path / f"{name}.npz")]) == CalibrationError.exit_code
         assert "is not a readable .npz archive" in capsys.readouterr().err
-    np.savez(tmp_path / "wide.npz", pixel_values=np.zeros((2, 3, 24, 24)))
-    assert main([*command, "--calibration", str(tmp_path / "wide.npz")]) == CalibrationError.exit_code
+    np.savez(tmp_path / "integers.npz", pixel_values=np.zeros((2, 3, 24, 24), np.int64))
+    assert main([*command, "--calibration", str(tmp_path / "integers.npz")]) == CalibrationError.exit_code
     assert "must be torch.float32" in capsys.readouterr().err
     assert main([str(tmp_path / "clip"), *command[1:]]) == ModelError.exit_code
     assert "--task image-feature-extraction" in capsys.readouterr().err

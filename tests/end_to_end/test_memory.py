@@ -27,6 +27,12 @@ from claq_export.format.safetensors_writer import write_safetensors
 EMBEDDING = "model.embed_tokens.weight"
 
 
+@pytest.fixture(autouse=True)
+def the_unquantized_model_is_written_too(monkeypatch):
+    """As by default: its weights must not stay in memory either."""
+    monkeypatch.setattr(api, "UNQUANTIZED_LIMIT", 2 << 30)
+
+
 @pytest.fixture
 def everything_deferred(monkeypatch):
     """Tensors of a tiny model count as large."""
