@@ -99,6 +99,8 @@ std::unique_ptr<claq_layer> make_layer(const claq_layer_desc& desc) {
     view.outlier_index = desc.outlier_index.data;
     view.wide_outlier_index = desc.outlier_index.dtype == CLAQ_INT32;
     view.outlier_value = static_cast<const uint16_t*>(desc.outlier_value.data);
+    if (layer->family->outlier_slices) view.outlier_slices = layer->sliced.make(view);
+    view.gathers = layer->family->gathers && layer->family->gathers();
   }
   if (desc.bias.shape[0] != 0) {
     layer->bias = to_float(desc.bias);

@@ -10,6 +10,7 @@
 
 #include "claq.h"
 #include "layout.h"
+#include "outlier_slices.h"
 
 namespace claq {
 
@@ -37,6 +38,7 @@ struct claq_layer {
   std::vector<float> row_scale;
   std::vector<int32_t> gather;
   std::vector<float> bias;
+  claq::SlicedOutliers sliced;
   // Count of code bytes read by all layers when this one was last run (run.cpp).
   mutable std::atomic<uint64_t> read_at{0};
 };

@@ -21,6 +21,26 @@ constexpr int kOutlierLanes = 8;
 constexpr int64_t kNarrowestTile = 96;
 constexpr int64_t kLongestTile = 96 * 120;
 
+// Outliers as the AVX-512 families take them (outlier_slices.cpp). Outputs are put in order of how many they have, a tile of kNarrowestTile
+// at a time, and sixteen neighbours in that order are a slice: entry j of its slot s is at first + 16 * j + s, and up to the longest all
+// have entries, the rest of value 0.
+constexpr int kSliceOutputs = 16;
+
+struct OutlierSlice {
+  int64_t first;
+  int64_t steps;  // of the longest; kAsRows: its outputs have too different numbers, and are read where the format has them
+};
+constexpr int64_t kAsRows = -1;
+
+struct OutlierSlices {
+  const OutlierSlice* slices;
+  const int32_t* count;   // [slots] entries of each slot
+  const uint8_t* output;  // [slots] the output of each slot, in its tile
+  const uint8_t* slot;    // [slots] the slot of each output, in its tile
+  const void* index;      // of LayerView::outlier_index's type
+  const uint16_t* value;
+};
+
 // A code word holds interleaved columns: shifting it right by `width` times the group's number and masking leaves, in its
 // four bytes, the codes of four columns that are not neighbours. Tables and activations are therefore kept in that order,
 // which costs nothing at run time. Position 4 * group + byte holds the column given here.
@@ -63,6 +83,8 @@ struct LayerView {
   const void* outlier_index;
   bool wide_outlier_index;  // int32, else uint16
   const uint16_t* outlier_value;
+  const OutlierSlices* outlier_slices;  // null: no outliers, or the family does without
+  bool gathers;                         // one instruction that loads sixteen floats takes less time than sixteen
   const float* bias;  // null: none
   bool lowest_centroid;  // some centroid is -128, which has no negative in a byte
   bool fetch_ahead;      // the codes are not in a cache; see run.cpp

@@ -26,7 +26,7 @@ def layers(draw, inputs: tuple[int, int] = (1, 600), outputs: tuple[int, int] = 
         in_features,
         widths,
         ordered=draw(st.booleans()),
-        outliers=draw(st.sampled_from([0.0, 0.0, 0.003, 0.02, 0.3])),
+        outliers=draw(st.sampled_from([0.0, 0.0, 0.003, 0.02, 0.3, 1.0])),
         full_row=draw(st.booleans()),
         bias=draw(st.booleans()),
         lowest=draw(st.sampled_from([-127, -128])),

@@ -15,6 +15,9 @@ bool supported() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
 }
 
+// Where gathers are fast: Intel's cores from Sapphire Rapids on, which have this; not Ice Lake's, whose microcode makes them slow, nor Zen's.
+bool gathers() { return __builtin_cpu_supports("avx512fp16"); }
+
 struct Vnni {
   using Table = __m512i;
   static constexpr bool kHeldTables = true;
@@ -78,7 +81,7 @@ struct Vnni {
 
 }  // namespace
 
-const Family kAvx512Vnni = {"avx512vnni", supported, {60e9, 250e9}, {60e9, 60e9}, kRowsAtOnce, 1, kWideFloatSums, prepare_row, prepare_tile, transpose,
+const Family kAvx512Vnni = {"avx512vnni", supported, {60e9, 250e9}, {60e9, 60e9}, kRowsAtOnce, 1, true, gathers, kWideFloatSums, prepare_row, prepare_tile, transpose,
                             sums_int8<Vnni>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu, add_parts};
 
 }  // namespace claq

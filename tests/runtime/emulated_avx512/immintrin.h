@@ -141,7 +141,7 @@ inline void mm256_mask_storeu_ps(void* p, __mmask8 m, __m256 v) { masked_store<f
 inline void mm256_mask_storeu_epi32(void* p, __mmask8 m, __m256i v) { masked_store<int32_t>(p, m, v, 8); }
 inline void mm256_mask_storeu_epi16(void* p, __mmask16 m, __m256i v) { masked_store<int16_t>(p, m, v, 16); }
 inline __m256i mm256_maskz_loadu_epi16(__mmask16 m, const void* p) { return masked_load_of<__m256i, int16_t>(m, p); }
-inline __m256i mm256_maskz_loadu_epi32(__mmask8 m, const void* p) { return masked_load_of<__m256i, int32_t>(m, p); }
+inline __m256 mm256_maskz_loadu_ps(__mmask8 m, const void* p) { return masked_load_of<__m256, float>(m, p); }
 inline __m128i mm_maskz_loadu_epi16(__mmask8 m, const void* p) { return masked_load_of<__m128i, int16_t>(m, p); }
 inline F32 mm512_add_ps(const F32& a, const F32& b) {
   const auto x = lanes<float>(a), y = lanes<float>(b);
@@ -244,6 +244,50 @@ inline F32 mm512_permutexvar_ps(const Int& index, const F32& a) {
   const auto at = lanes<uint32_t>(index);
   const auto x = lanes<float>(a);
   return make<F32, float>([&](int i) { return x[static_cast<int>(at[i] % 16)]; });
+}
+inline F32 mm512_permutex2var_ps(const F32& a, const Int& index, const F32& b) {
+  const auto at = lanes<uint32_t>(index);
+  const auto x = lanes<float>(a), y = lanes<float>(b);
+  return make<F32, float>([&](int i) { const int from = static_cast<int>(at[i] % 32); return from < 16 ? x[from] : y[from - 16]; });
+}
+inline F32 mm512_permutevar_ps(const F32& a, const Int& control) {
+  const auto at = lanes<uint32_t>(control);
+  const auto x = lanes<float>(a);
+  return make<F32, float>([&](int i) { return x[i / 4 * 4 + static_cast<int>(at[i] % 4)]; });
+}
+inline F32 mm512_mask_blend_ps(__mmask16 m, const F32& a, const F32& b) {
+  const auto x = lanes<float>(a), y = lanes<float>(b);
+  return make<F32, float>([&](int i) { return m >> i & 1 ? y[i] : x[i]; });
+}
+template <class Part>
+inline F32 repeated(const Part& part, int count) {
+  float values[sizeof(Part) / sizeof(float)];
+  std::memcpy(values, &part, sizeof part);
+  return make<F32, float>([&](int i) { return values[i % count]; });
+}
+inline F32 mm512_broadcast_f32x2(__m128 a) { return repeated(a, 2); }
+inline F32 mm512_broadcast_f32x4(__m128 a) { return repeated(a, 4); }
+inline F32 mm512_broadcast_f32x8(__m256 a) { return repeated(a, 8); }
+inline F32 mm512_mask_broadcast_f32x4(const F32& old, __mmask16 m, __m128 a) { return mm512_mask_blend_ps(m, old, repeated(a, 4)); }
+inline F32 mm512_mask_broadcast_f32x8(const F32& old, __mmask16 m, __m256 a) { return mm512_mask_blend_ps(m, old, repeated(a, 8)); }
+inline F32 mm512_mask_i32gather_ps(const F32& old, __mmask16 m, const Int& index, const void* from, int scale) {
+  const auto at = lanes<int32_t>(index);
+  auto result = lanes<float>(old);
+  for (int i = 0; i < 16; ++i) {
+    if (m >> i & 1) std::memcpy(&result[i], static_cast<const char*>(from) + static_cast<int64_t>(at[i]) * scale, sizeof(float));
+  }
+  return vector<F32>(result);
+}
+inline Int mm512_cvtepu16_epi32(__m256i a) {
+  uint16_t values[16];
+  std::memcpy(values, &a, sizeof values);
+  return make<Int, int32_t>([&](int i) { return values[i]; });
+}
+inline __mmask16 mm512_cmpgt_epi32_mask(const Int& a, const Int& b) {
+  const auto x = lanes<int32_t>(a), y = lanes<int32_t>(b);
+  __mmask16 mask = 0;
+  for (int i = 0; i < 16; ++i) mask = static_cast<__mmask16>(mask | (x[i] > y[i]) << i);
+  return mask;
 }
 inline Int mm512_multishift_epi64_epi8(const Int& starts, const Int& a) { const auto at = lanes<uint8_t>(starts); const auto x = lanes<uint64_t>(a);
   return make<Int, uint8_t>([&](int i) {
@@ -449,10 +493,32 @@ inline __m128 mm_maskz_div_ps(__mmask8 m, __m128 a, __m128 b) {
 #define _mm256_mask_storeu_epi16 emulated::mm256_mask_storeu_epi16
 #undef _mm256_maskz_loadu_epi16
 #define _mm256_maskz_loadu_epi16 emulated::mm256_maskz_loadu_epi16
-#undef _mm256_maskz_loadu_epi32
-#define _mm256_maskz_loadu_epi32 emulated::mm256_maskz_loadu_epi32
+#undef _mm256_maskz_loadu_ps
+#define _mm256_maskz_loadu_ps emulated::mm256_maskz_loadu_ps
 #undef _mm_maskz_loadu_epi16
 #define _mm_maskz_loadu_epi16 emulated::mm_maskz_loadu_epi16
+#undef _mm512_permutex2var_ps
+#define _mm512_permutex2var_ps emulated::mm512_permutex2var_ps
+#undef _mm512_permutevar_ps
+#define _mm512_permutevar_ps emulated::mm512_permutevar_ps
+#undef _mm512_mask_blend_ps
+#define _mm512_mask_blend_ps emulated::mm512_mask_blend_ps
+#undef _mm512_broadcast_f32x2
+#define _mm512_broadcast_f32x2 emulated::mm512_broadcast_f32x2
+#undef _mm512_broadcast_f32x4
+#define _mm512_broadcast_f32x4 emulated::mm512_broadcast_f32x4
+#undef _mm512_broadcast_f32x8
+#define _mm512_broadcast_f32x8 emulated::mm512_broadcast_f32x8
+#undef _mm512_mask_broadcast_f32x4
+#define _mm512_mask_broadcast_f32x4 emulated::mm512_mask_broadcast_f32x4
+#undef _mm512_mask_broadcast_f32x8
+#define _mm512_mask_broadcast_f32x8 emulated::mm512_mask_broadcast_f32x8
+#undef _mm512_mask_i32gather_ps
+#define _mm512_mask_i32gather_ps emulated::mm512_mask_i32gather_ps
+#undef _mm512_cvtepu16_epi32
+#define _mm512_cvtepu16_epi32 emulated::mm512_cvtepu16_epi32
+#undef _mm512_cmpgt_epi32_mask
+#define _mm512_cmpgt_epi32_mask emulated::mm512_cmpgt_epi32_mask
 #undef _mm512_add_ps
 #define _mm512_add_ps emulated::mm512_add_ps
 #undef _mm512_mul_ps

@@ -1,0 +1,30 @@
+// The copy of a layer's outliers that LayerView::outlier_slices points to.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "layout.h"
+
+namespace claq {
+
+class SlicedOutliers {
+ public:
+  // Copies the outliers of a layer that has some; what it returns lives as long as this.
+  const OutlierSlices* make(const LayerView& layer);
+
+ private:
+  template <class Index>
+  void copy(const LayerView& layer, std::vector<Index>& index);
+  void arrange(const LayerView& layer);
+
+  OutlierSlices view_{};
+  std::vector<OutlierSlice> slices_;
+  std::vector<int32_t> count_;
+  std::vector<uint8_t> output_, slot_;
+  std::vector<uint16_t> narrow_index_;
+  std::vector<int32_t> wide_index_;
+  std::vector<uint16_t> value_;
+};
+
+}  // namespace claq
