@@ -89,7 +89,7 @@ def main() -> None:
     folder = built / case
     folder.mkdir()
     os.environ["CLAQ_CUDA_KERNELS"] = str(folder)
-    # The driver of the year before last has no numbers of contexts; that changes nothing here.
+    # One case is on a driver that has no numbers of contexts.
     gpu = Recorder(ctypes.CDLL(str(built / ("older/libcuda.so.1" if case == "several" else "libcuda.so.1"))))
     gpu.package(folder)
     library = open_libclaq(path)
