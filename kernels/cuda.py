@@ -1,24 +1,38 @@
 """CUDA kernels of ``claq::linear`` and ``claq::embedding``: Triton's where they are installed and right, else the references.
 
 Whether generated code is right on a GPU depends on that GPU, its driver and the version of Triton. The first call of each
-kind (device, dtype, code widths, kernel) is therefore compared with the reference on the caller's own data; a kind that
-fails keeps to the reference, with a warning.
+kind (device, dtype, code widths, kernel) is therefore compared with the definition of the format on the caller's own data; a
+kind that fails keeps to the reference, with a warning.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from threading import Lock
 
 import torch
 
 from .cpu import backend
-from .reference import reference_embedding, reference_linear
+from .reference import exact_linear, reference_embedding, reference_linear
 from .triton import available
 
 BOUNDS = {torch.float16: 4e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5}
 """Largest difference from the reference that rounding explains, as a share of the largest output."""
+
+MOST_VECTORS = 256
+MOST_WEIGHTS = 1 << 22
+"""Rows of x, and weights (of at least 64 outputs), that are compared at most: a dense weight may not find room on the GPU."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A part of a result: what is expected there, and how it is taken from the result."""
+
+    expected: torch.Tensor
+    part: Callable[[torch.Tensor], torch.Tensor]
+
 
 _lock = Lock()
 _verdicts: dict[Hashable, bool] = {}
@@ -49,10 +63,17 @@ def cuda_linear(
         with torch.cuda.device(x.device):
             return linear(x, *tensors, in_features, out_features, columns, accuracy_level)
 
+    def sample() -> Sample:
+        rows = x.reshape(-1, in_features)
+        vectors = _spread(rows.shape[0], MOST_VECTORS, x.device)
+        features = _spread(out_features, max(64, MOST_WEIGHTS // in_features), x.device)
+        expected = exact_linear(rows[vectors], tensors, in_features, out_features, columns, features)
+        return Sample(expected, lambda y: y.reshape(-1, out_features)[vectors[:, None], features])
+
     widths = tuple(width for width, count in zip((4, 3, 2), columns, strict=True) if count)
     outliers = tensors[6].numel() > 0
     kind = ("claq::linear", x.device, x.dtype, widths, out_features % 4 == 0, outliers, kernel_for(x, in_features))
-    return _run(kind, kernel, reference, BOUNDS[x.dtype])
+    return _run(kind, kernel, reference, sample, BOUNDS[x.dtype])
 
 
 def cuda_embedding(
@@ -85,7 +106,12 @@ def cuda_embedding(
     types = (indices.dtype, tensors[4].dtype, tensors[6].dtype, dtype)
     kind = ("claq::embedding", indices.device, types, tensors[4].numel() > 0, tensors[6].numel() > 0)
     # The same operations in the same order as the reference's: not one bit may differ.
-    return _run(kind, kernel, reference, 0.0)
+    return _run(kind, kernel, reference, lambda: Sample(reference(), lambda y: y), 0.0)
+
+
+def _spread(count: int, most: int, device: torch.device) -> torch.Tensor:
+    """Up to ``most`` of the numbers below ``count``, from the first to the last."""
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64, device=device).round().to(torch.int64)
 
 
 def _use_kernels(operator: str) -> bool:
@@ -101,18 +127,23 @@ def _use_kernels(operator: str) -> bool:
 
 
 def _run(
-    kind: Hashable, kernel: Callable[[], torch.Tensor], reference: Callable[[], torch.Tensor], bound: float
+    kind: Hashable,
+    kernel: Callable[[], torch.Tensor],
+    reference: Callable[[], torch.Tensor],
+    sample: Callable[[], Sample],
+    bound: float,
 ) -> torch.Tensor:
     """The kernel's result, checked at the first call of its kind unless ``CLAQ_BACKEND=native`` takes it unchecked."""
     if backend() == "native":
         return kernel()
-    return checked(kind, kernel, reference, bound, may_wait=not torch.cuda.is_current_stream_capturing())
+    return checked(kind, kernel, reference, sample, bound, may_wait=not torch.cuda.is_current_stream_capturing())
 
 
 def checked(
     kind: Hashable,
     kernel: Callable[[], torch.Tensor],
     reference: Callable[[], torch.Tensor],
+    sample: Callable[[], Sample],
     bound: float,
     may_wait: bool = True,
 ) -> torch.Tensor:
@@ -121,7 +152,8 @@ def checked(
     Args:
         kind: calls of one kind run the same code.
         kernel, reference: compute the result.
-        bound: largest difference, as a share of the reference's largest value.
+        sample: computes what the kernel's result is compared with.
+        bound: largest difference, as a share of the sample's largest value.
         may_wait: False while a CUDA graph is captured, when results cannot be looked at: a kind that has not been checked
             is trusted then, and checked at a later call.
     """
@@ -131,18 +163,18 @@ def checked(
     if verdict or not may_wait:
         return kernel()
     with _lock:
-        expected = reference()
-        top = expected.abs().max() if expected.numel() else torch.zeros(())
+        wanted = sample()
+        top = wanted.expected.abs().max() if wanted.expected.numel() else torch.zeros(())
         if not torch.isfinite(top) or top == 0:
-            return expected  # nothing can be told from these values
+            return reference()  # nothing can be told from these values
         try:
-            result, reason = kernel(), ""
-            error = float((result - expected).abs().max() / top)
-            if not error <= bound:
-                reason = f"it differs from the reference by {error:.2g} of the largest output"
+            result = kernel()
+            error = float((wanted.part(result) - wanted.expected).abs().max() / top)
+            reason = "" if error <= bound else f"it differs from the reference by {error:.2g} of the largest output"
         except Exception as failure:  # Triton's compiler and launcher raise errors of many types
-            result, reason = expected, f"{type(failure).__name__}: {failure}"
+            reason = f"{type(failure).__name__}: {failure}"
         _verdicts[kind] = not reason
-        if reason:
-            warnings.warn(f"a CUDA kernel of claq is not used for {kind}: {reason}", RuntimeWarning, stacklevel=2)
-        return expected if reason else result
+        if not reason:
+            return result
+        warnings.warn(f"a CUDA kernel of claq is not used for {kind}: {reason}", RuntimeWarning, stacklevel=2)
+    return reference()

@@ -34,6 +34,28 @@ def reference_linear(
     return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
 
 
+def exact_linear(
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    in_features: int,
+    out_features: int,
+    columns: Sequence[int],
+    features: torch.Tensor,
+) -> torch.Tensor:
+    """Some outputs of :func:`reference_linear`, in float64: no setting of PyTorch makes such products coarser, as TF32 does.
+
+    Args:
+        x: ``[M, in_features]``.
+        features: int64, the outputs that are wanted; of no others a weight is decoded.
+
+    Returns:
+        float64 ``[M, len(features)]``.
+    """
+    layer = take_rows(_layer(tensors[:-1], in_features, out_features, columns), features)
+    bias = tensors[-1][features].to(torch.float64) if tensors[-1].numel() else None
+    return torch.nn.functional.linear(x.to(torch.float64), layer.dequantize().to(torch.float64), bias)
+
+
 def reference_embedding(
     indices: torch.Tensor,
     tensors: Sequence[torch.Tensor],

@@ -14,7 +14,7 @@ from .language import column_of_slot
 
 @triton.jit
 def _scaled(x_ptr, order_ptr, scale_ptr, m, p, valid, K, HAS_ORDER: tl.constexpr):
-    """``scale[p] * x[m, order[p]]`` in fp32, 0 for padding."""
+    """``scale[p] * x[m, order[p]]`` in fp32, 0 for padding; ``m`` is int64, as x may have 2**31 elements and more."""
     feature = tl.load(order_ptr + p, mask=valid, other=0).to(tl.int32) if HAS_ORDER else p
     scale = tl.load(scale_ptr + p, mask=valid, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + m * K + feature, mask=valid & (feature < K), other=0.0).to(tl.float32)
@@ -50,7 +50,7 @@ def claq_quantize_activations(
         xf_ptr: fp32 ``[P, M]`` in column order, written for the outliers if HAS_OUTLIERS.
         RESIDUAL: write two rows a vector, the second the rounding error of the first, for float32 results.
     """
-    m = tl.program_id(1)
+    m = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     slot = tl.arange(0, 32)
     three = (block >= blocks4) & (block < blocks4 + blocks3)
@@ -59,7 +59,7 @@ def claq_quantize_activations(
     p = block[:, None] * 32 + column
     v = _scaled(x_ptr, order_ptr, scale_ptr, m, p, inside[:, None], K, HAS_ORDER)
     if HAS_OUTLIERS:
-        tl.store(xf_ptr + p * M + m, v, mask=inside[:, None])
+        tl.store(xf_ptr + p.to(tl.int64) * M + m, v, mask=inside[:, None])
     largest = tl.max(tl.abs(v), 1)
     inverse = (32767.0 / tl.where(largest > 0, largest, 1.0))[:, None]
     # The sum is 0, or NaN when an activation is not finite: max alone would drop a NaN.
@@ -112,7 +112,7 @@ def claq_scale_activations(
 
     The others are those of :func:`claq_quantize_activations`.
     """
-    m = tl.program_id(0)
+    m = tl.program_id(0).to(tl.int64)
     if WHOLE:
         s = tl.arange(0, COLUMNS)
         p = _column(s, blocks4, blocks3)
@@ -122,7 +122,7 @@ def claq_scale_activations(
         inverse = 16384.0 / tl.where(top > 0, top, 1.0)
         tl.store(xh_ptr + m * P + s, (v * inverse).to(tl.float16), mask=s < P)
         if HAS_OUTLIERS:
-            tl.store(xf_ptr + p * M + m, v, mask=s < P)
+            tl.store(xf_ptr + p.to(tl.int64) * M + m, v, mask=s < P)
     else:
         largest = tl.zeros([COLUMNS], tl.float32)
         poison = tl.zeros([COLUMNS], tl.float32)
@@ -140,5 +140,5 @@ def claq_scale_activations(
             v = _scaled(x_ptr, order_ptr, scale_ptr, m, p, s < P, K, HAS_ORDER)
             tl.store(xh_ptr + m * P + s, (v * inverse).to(tl.float16), mask=s < P)
             if HAS_OUTLIERS:
-                tl.store(xf_ptr + p * M + m, v, mask=s < P)
+                tl.store(xf_ptr + p.to(tl.int64) * M + m, v, mask=s < P)
     tl.store(xs_ptr + m, step)

@@ -45,17 +45,18 @@ def claq_finish(
     m = tl.program_id(1) * VECTORS + tl.arange(0, VECTORS)
     inside = (m < M)[:, None] & (n < N)[None, :]
     total = tl.zeros([VECTORS, FEATURES], tl.float32)
+    # A product may have 2**31 elements and more: where a row begins is counted in 64 bits, before the loop.
+    length = tl.cast(N, tl.int64) * (2 if RESIDUAL else 1)
+    rows = part_ptr + m[:, None] * length + n[None, :]
     # Several splits a step: their loads are in flight together.
     for start in range(0, splits, SPLITS):
         s = start + tl.arange(0, SPLITS)
         wanted = (s < splits)[:, None, None] & inside[None, :, :]
-        row = s[:, None, None] * M + m[None, :, None]
+        at = rows[None, :, :] + (s * M * length)[:, None, None]
+        values = tl.load(at, mask=wanted, other=0.0)
         if RESIDUAL:
-            at = part_ptr + row * 2 * N + n[None, None, :]
-            both = tl.load(at, mask=wanted, other=0.0) + tl.load(at + N, mask=wanted, other=0.0)
-            total += tl.sum(both, 0)
-        else:
-            total += tl.sum(tl.load(part_ptr + row * N + n[None, None, :], mask=wanted, other=0.0), 0)
+            values += tl.load(at + N, mask=wanted, other=0.0)
+        total += tl.sum(values, 0)
     if SCALED:
         total *= tl.load(xs_ptr + m, mask=m < M, other=0.0)[:, None]
     if HAS_OUTLIERS:
@@ -68,7 +69,7 @@ def claq_finish(
             column = tl.load(outlier_index_ptr + entry, mask=mine, other=0).to(tl.int32)
             value = tl.load(outlier_value_ptr + entry, mask=mine, other=0.0).to(tl.float32)
             x = tl.load(
-                xf_ptr + column[:, :, None] * M + m[None, None, :],
+                xf_ptr + column[:, :, None].to(tl.int64) * M + m[None, None, :],
                 mask=mine[:, :, None] & (m < M)[None, None, :],
                 other=0.0,
             )
@@ -77,4 +78,4 @@ def claq_finish(
     total *= tl.load(row_scale_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
         total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + m[:, None] * N + n[None, :], total.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + m[:, None].to(tl.int64) * N + n[None, :], total.to(y_ptr.dtype.element_ty), mask=inside)

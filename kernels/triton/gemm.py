@@ -134,7 +134,13 @@ def claq_gemm(
     base = tl.program_id(0) * (2 * LANES)
     lane0 = base + tl.arange(0, LANES)
     lane1 = lane0 + LANES
-    m = tl.program_id(1) * VECTORS + tl.arange(0, VECTORS)
+    # Products and activations may have 2**31 elements and more. The place of a program's first row is counted in 64 bits, once;
+    # what lies between its rows is not, as that would take twice the registers.
+    first = tl.program_id(1) * VECTORS
+    xh_ptr += first.to(tl.int64) * P
+    part_ptr += (split * M + first).to(tl.int64) * N
+    M -= first
+    m = tl.arange(0, VECTORS)
     zero = tl.zeros([LANES, VECTORS], tl.float32)
     sums = (zero, zero, zero, zero)
     steps4 = tl.cdiv(blocks4, BLOCKS)
@@ -160,5 +166,5 @@ def claq_gemm(
         pair = tl.trans(tl.join(sums[2 * c], sums[2 * c + 1]), (1, 0, 2))
         out = tl.reshape(pair, [VECTORS, 2 * LANES])
         n = (base + c * LANES) * 2 + tl.arange(0, 2 * LANES)
-        at = part_ptr + (split * M + m[:, None]) * N + n[None, :]
+        at = part_ptr + m[:, None] * N + n[None, :]
         tl.store(at, out, mask=(m < M)[:, None] & (n < N)[None, :])

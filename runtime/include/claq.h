@@ -217,11 +217,13 @@ CLAQ_API claq_status claq_cuda_usable(char* text, size_t text_size);
 CLAQ_API claq_status claq_cuda_create(const claq_layer_desc* desc, claq_dtype dtype, claq_cuda_layer** layer, char* error,
                                       size_t error_size);
 
-/* Bytes of device memory, aligned to 256, that claq_cuda_run needs for that many rows. */
+/* Bytes of device memory, aligned to 256, that claq_cuda_run needs for that many rows, with a cuBLAS handle or without. */
 CLAQ_API size_t claq_cuda_workspace(const claq_cuda_layer* layer, int64_t rows, int has_cublas);
 
 /* Queues y[rows, out_features] = layer(x[rows, in_features]) on a stream (CUstream or cudaStream_t) and returns; may be
- * captured in a CUDA graph. `cublas` is a cublasHandle_t set to that stream, or NULL: many rows are then slower. */
+ * captured in a CUDA graph. `cublas` is a cublasHandle_t set to that stream, or NULL: many rows are then slower.
+ * Its functions are looked for once in a layer's life, in the cuBLAS that ONNX Runtime's CUDA provider depends on, else in the only
+ * one this process has loaded; where there are several, the handle is not used. */
 CLAQ_API claq_status claq_cuda_run(const claq_cuda_layer* layer, const void* x, int64_t rows, void* y, void* workspace, void* stream,
                                    void* cublas, char* error, size_t error_size);
 
@@ -231,6 +233,7 @@ CLAQ_API claq_status claq_cuda_run(const claq_cuda_layer* layer, const void* x, 
 CLAQ_API claq_status claq_cuda_gather(const claq_cuda_layer* layer, claq_dtype index_dtype, const void* indices, int64_t count,
                                       void* y, void* stream, char* error, size_t error_size);
 
+/* From any thread, whatever its context; no run of the layer may be under way. */
 CLAQ_API void claq_cuda_destroy(claq_cuda_layer* layer);
 
 #ifdef __cplusplus

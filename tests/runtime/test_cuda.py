@@ -24,12 +24,18 @@ ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent / "cuda"
 BOUNDS = {"float32": 3e-7, "bfloat16": 8e-3}  # the interpreter truncates to bfloat16
 FLOAT16_BOUND = 6e-4
-BUILT = {
-    "fake_driver.cpp": "libcuda.so.1",
-    "fake_cublas.cpp": "libcublas.so.12",
-    "count_reads.cpp": "count_reads.so",
-    "fake_ort.cpp": "fake_ort.so",
-}
+# source, library, further options
+BUILT: list[tuple[str, str, list[str]]] = [
+    ("fake_driver.cpp", "libcuda.so.1", []),
+    ("fake_driver.cpp", "older/libcuda.so.1", ["-DBEFORE_CUDA_12"]),
+    ("fake_cublas.cpp", "libcublas.so.12", []),
+    ("fake_cublas.cpp", "libcublas.so.11", []),
+    ("count_reads.cpp", "count_reads.so", []),
+    ("fake_ort.cpp", "fake_ort.so", []),
+    ("fake_ort.cpp", "second_ort.so", []),
+    ("pretend_cuda.cpp", "pretend_cuda.so", []),
+]
+PROVIDER = "libonnxruntime_providers_cuda.so"
 
 if (reason := problem()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -53,34 +59,37 @@ def _names(table: str) -> list[str]:
     return [row.split('"')[1] for row in _rows(table)]
 
 
+def _launches() -> list[tuple[str, str]]:
+    """Kernel and field of each record that is damaged."""
+    return [(row.split('"')[1], row.split('"')[3]) for row in _rows("LAUNCHES")]
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the stand-ins."""
     folder = tmp_path_factory.mktemp("cuda")
-    for source, name in BUILT.items():
-        build = [
-            "g++",
-            "-shared",
-            "-fPIC",
-            "-O1",
-            f"-Wl,-soname,{name}",
-            str(FOLDER / source),
-            "-o",
-            str(folder / name),
-        ]
-        subprocess.run(build, check=True)
-    packages = folder / "kernels"
-    packages.mkdir()
-    program = [sys.executable, str(FOLDER / "emulated.py"), claq_runtime.library_path()]
+    (folder / "older").mkdir()
+    compiler = ["g++", "-shared", "-fPIC", "-O1"]
+    for source, name, options in BUILT:
+        soname = f"-Wl,-soname,{Path(name).name}"
+        subprocess.run([*compiler, soname, *options, str(FOLDER / source), "-o", str(folder / name)], check=True)
+    # The provider carries no name of its own, but that of its file.
+    needs = ["-Wl,--no-as-needed", str(folder / "libcublas.so.11"), f"-Wl,-rpath,{folder}"]
+    subprocess.run([*compiler, str(FOLDER / "fake_provider.cpp"), *needs, "-o", str(folder / PROVIDER)], check=True)
+    return folder
+
+
+def _run(program: str, *arguments: str, **environment: str) -> dict[str, Any]:
     done = subprocess.run(
-        [*program, *(str(folder / name) for name in BUILT.values()), str(packages)],
+        [sys.executable, str(FOLDER / program), *arguments],
         capture_output=True,
         text=True,
         env={
             **os.environ,
             "TRITON_INTERPRET": "1",
             "OMP_NUM_THREADS": "1",
-            "LD_PRELOAD": str(folder / "count_reads.so"),
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")]),
+            **environment,
         },
         check=False,
     )
@@ -88,11 +97,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.fixture(scope="module")
+def results(built: Path) -> dict[str, Any]:
+    preloaded = str(built / "count_reads.so")
+    return _run("emulated.py", claq_runtime.library_path(), str(built), LD_PRELOAD=preloaded)
+
+
 @pytest.mark.parametrize(("name", "dtype", "kernels"), _cases(), ids=lambda value: value if "-" in value else None)
 def test_a_layer_is_computed(results: dict[str, Any], name: str, dtype: str, kernels: str) -> None:
     assert results[name]["kernels"] == kernels
     assert results[name]["error"] <= BOUNDS.get(dtype, FLOAT16_BOUND)
     assert results[name]["inside"]
+    assert results[name]["waits"] == 0
 
 
 @pytest.mark.parametrize("name", _names("LOOKUPS"))
@@ -155,6 +171,7 @@ def test_a_package_is_read_once(results: dict[str, Any], case: str) -> None:
         ("truncated package", "is truncated"),
         ("record without end", "a text of a record has no end"),
         ("damaged image", "its image is damaged"),
+        ("no such entry", "cuModuleGetFunction"),
         ("no memory", "cuMemAlloc"),
         ("old GPU", "compute capability 7.5"),
         ("no GPU", "sees no GPU"),
@@ -164,6 +181,20 @@ def test_what_is_missing_is_said(results: dict[str, Any], case: str, message: st
     unavailable = 4
     assert results["refusals"][case][0] == unavailable
     assert message in results["refusals"][case][1]
+
+
+@pytest.mark.parametrize(("name", "field"), _launches(), ids=lambda value: value.replace("[", " ").rstrip("]"))
+def test_a_package_whose_launches_cannot_be_is_refused(results: dict[str, Any], name: str, field: str) -> None:
+    unavailable = 4
+    status, message, made, modules = results["refusals"][f"{name} {field}"]
+    assert (status, made, modules) == (unavailable, False, 0)
+    assert f"{name}: {field} is " in message
+    assert "expected at least " in message
+
+
+def test_a_module_whose_kernel_is_not_found_is_unloaded(results: dict[str, Any]) -> None:
+    *_, modules = results["refusals"]["no such entry"]
+    assert modules == 0
 
 
 def test_a_handle_of_a_cublas_that_is_not_loaded_takes_another_kernel(results: dict[str, Any]) -> None:
@@ -196,13 +227,64 @@ def test_a_damaged_layer_is_named(results: dict[str, Any], case: str, message: s
 
 
 def test_kernels_of_an_older_chip_serve_a_newer_one_of_its_generation(results: dict[str, Any]) -> None:
-    assert results["refusals"]["good"] == [0, "", True]
+    assert results["refusals"]["good"][:3] == [0, "", True]
     assert results["refusals"]["fits a later chip"][0] == 0
     assert "claq_sm80.kernels" in results["refusals"]["fits a later chip"][1]
 
 
+def test_an_onnx_runtime_without_the_cuda_provider_does_not_start_the_driver(results: dict[str, Any]) -> None:
+    assert results["no provider"]["started"] == 0
+    assert results["no provider"]["error"] <= 1e-6
+
+
 def test_sessions_on_the_cpu_do_not_mind_the_operators_for_gpus(results: dict[str, Any]) -> None:
-    assert results["registered"]["error"] <= 1e-6
+    assert results["provider"]["error"] <= 1e-6
+
+
+def test_a_second_onnx_runtime_is_called_by_its_own_table(results: dict[str, Any]) -> None:
+    found = results["two hosts"]
+    assert found["operators"] == results["nodes"]["operators"]
+    assert found["message"] == ""
+    first, second = found["calls"]
+    assert (first, second > 0) == (0, True)
+
+
+def test_layers_outlive_the_thread_s_context(results: dict[str, Any]) -> None:
+    found = results["contexts"]
+    assert found["waited for the weights"]
+    assert (found["allocated"], found["kept"]) == (True, 0)
+    assert found["context of the thread"] == 0
+    assert found["context after one that is gone"] == 31
+
+
+def test_a_context_where_another_was_gets_its_own_kernels(results: dict[str, Any]) -> None:
+    first, again, renewed = results["contexts"]["kernels loaded"]
+    assert first > 0
+    assert again == 0
+    assert renewed == first
+
+
+def test_of_several_cublas_none_is_used(built: Path) -> None:
+    found = _run("loaded_blas.py", "several", claq_runtime.library_path(), str(built))
+    assert found["kernels"] == "scale gemm finish"
+    assert found["calls"] == [0, 0]
+    assert found["sizes"][0] == found["sizes"][1]
+
+
+def test_the_cublas_of_the_provider_is_used(built: Path) -> None:
+    found = _run("loaded_blas.py", "provider", claq_runtime.library_path(), str(built))
+    own, other = found["calls"]
+    assert found["kernels"] == "finish dequantize"
+    assert (own > 0, other) == (True, 0)
+
+
+def test_a_cublas_that_is_loaded_after_the_workspace_was_sized_finds_room(built: Path) -> None:
+    found = _run("loaded_blas.py", "later", claq_runtime.library_path(), str(built))
+    without, needed, reserved = found["sizes"]
+    assert found["kernels"] == "finish dequantize"
+    assert without < needed <= reserved
+    assert found["stays"] == [needed, "finish dequantize"]
+    assert found["new"] == "scale gemm finish"
 
 
 @pytest.mark.skipif(find_library("cuda") is not None, reason="this machine has a CUDA driver")

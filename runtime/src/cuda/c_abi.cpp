@@ -10,12 +10,17 @@
 #include "table.h"
 
 struct claq_cuda_layer {
-  std::vector<void*> owned;
+  const claq::cuda::Driver& driver = claq::cuda::Driver::get();
+  const claq::cuda::Context context = driver.current();
+  std::vector<void*> owned;  // of that context
   std::unique_ptr<claq::cuda::Layer> layer;
   std::unique_ptr<claq::cuda::Table> table;
 
   ~claq_cuda_layer() {
-    for (void* memory : owned) claq::cuda::Driver::get().release(memory);
+    // The thread may have another context, or none. One that is gone has taken its memory along.
+    if (owned.empty() || !driver.push(context)) return;
+    for (void* memory : owned) driver.release(memory);
+    driver.pop();
   }
 };
 
@@ -36,7 +41,7 @@ claq_status claq_cuda_create(const claq_layer_desc* desc, claq_dtype dtype, claq
     }
     auto made = std::make_unique<claq_cuda_layer>();
     const claq::cuda::Allocate allocate = [&](size_t bytes) {
-      made->owned.push_back(claq::cuda::Driver::get().allocate(bytes));
+      made->owned.push_back(made->driver.allocate(bytes));
       return made->owned.back();
     };
     const claq::cuda::Tensors tensors(*desc, dtype, allocate);

@@ -2,7 +2,6 @@
 
 #include <dlfcn.h>
 
-#include <atomic>
 #include <string>
 
 namespace claq::cuda {
@@ -41,6 +40,9 @@ Driver::Driver() {
   find(library, attribute_, "cuDeviceGetAttribute");
   find(library, current_, "cuCtxGetCurrent");
   find(library, context_device_, "cuCtxGetDevice");
+  find(library, push_, "cuCtxPushCurrent_v2");
+  find(library, pop_, "cuCtxPopCurrent_v2");
+  context_id_ = reinterpret_cast<decltype(context_id_)>(dlsym(library, "cuCtxGetId"));  // since CUDA 12
   find(library, load_, "cuModuleLoadData");
   find(library, unload_, "cuModuleUnload");
   find(library, get_function_, "cuModuleGetFunction");
@@ -88,6 +90,20 @@ Context Driver::current() const {
   check(current_(&context), "cuCtxGetCurrent");
   if (!context) throw Error("this thread has no CUDA context");
   return context;
+}
+
+uint64_t Driver::id(Context context) const {
+  if (!context_id_) return address(context);
+  unsigned long long id = 0;
+  check(context_id_(context, &id), "cuCtxGetId");
+  return id;
+}
+
+bool Driver::push(Context context) const noexcept { return push_(context) == 0; }
+
+void Driver::pop() const noexcept {
+  Context context = nullptr;
+  pop_(&context);
 }
 
 int Driver::current_device() const {
@@ -139,35 +155,6 @@ void Driver::release(void* memory) const noexcept { release_(address(memory)); }
 
 void Driver::launch(Function function, const unsigned (&grid)[3], unsigned threads, unsigned shared, Stream stream, void** parameters) const {
   check(launch_(function, grid[0], grid[1], grid[2], threads, 1, 1, shared, stream, parameters, nullptr), "cuLaunchKernel");
-}
-
-const Blas* Blas::get() {
-  // One that was found stays; it may still be loaded where none was.
-  static std::atomic<const Blas*> known{nullptr};
-  if (const Blas* found = known.load(std::memory_order_acquire)) return found;
-  // Only a library that is loaded already: the handle comes from the host, and the two must be of one version. Where several are
-  // (PyTorch's beside ONNX Runtime's), it is the one that the provider depends on, among whose dependencies dlsym searches.
-  for (const char* name : {"libonnxruntime_providers_cuda.so", "libcublas.so.13", "libcublas.so.12", "libcublas.so.11"}) {
-    void* library = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
-    void* symbol = library ? dlsym(library, "cublasGemmEx") : nullptr;
-    if (!symbol) continue;
-    const Blas* found = new Blas(reinterpret_cast<GemmEx>(symbol));  // for good, as the library is
-    const Blas* before = nullptr;
-    if (known.compare_exchange_strong(before, found, std::memory_order_acq_rel)) return found;
-    delete found;
-    return before;
-  }
-  return nullptr;
-}
-
-void Blas::multiply_add(void* handle, Number type, const void* x, const void* w, void* y, int m, int n, int k, int stride) const {
-  constexpr int kNoTranspose = 0, kComputeFloat32 = 68, kDefaultAlgorithm = -1;
-  const float one = 1;
-  const int number = static_cast<int>(type);
-  // cuBLAS counts by columns, where these row-major matrices are their transposes: y' += w' x'.
-  const int status = gemm_(handle, kNoTranspose, kNoTranspose, n, m, k, &one, w, number, n, x, number, k, &one, y, number, stride,
-                           kComputeFloat32, kDefaultAlgorithm);
-  if (status != 0) throw Error("cublasGemmEx failed with status " + std::to_string(status));
 }
 
 }  // namespace claq::cuda

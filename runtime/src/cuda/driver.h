@@ -1,4 +1,4 @@
-// The CUDA driver and cuBLAS, looked up at run time: libclaq links to nothing of CUDA and loads where there is none.
+// The CUDA driver, looked up at run time: libclaq links to nothing of CUDA and loads where there is none.
 #pragma once
 
 #include <cstddef>
@@ -21,9 +21,9 @@ class Error : public std::runtime_error {
 
 class Driver {
  public:
-  // The driver of this machine, initialised. Throws Error with the reason where there is none.
   // Whether the driver's library is there; it is not started by that.
   static bool present();
+  // The driver of this machine, initialised. Throws Error with the reason where there is none.
   static const Driver& get();
 
   int device_count() const;
@@ -34,6 +34,12 @@ class Driver {
   // The calling thread's context. Throws Error if it has none.
   Context current() const;
   int current_device() const;
+  // A number that no other context of this process gets, also after this one is gone. Drivers before CUDA 12 have none: there
+  // it is the address, which a later context may have again.
+  uint64_t id(Context context) const;
+  // Makes a context the thread's until pop; false if the driver refuses, as for one that is gone.
+  bool push(Context context) const noexcept;
+  void pop() const noexcept;
 
   Module load(const void* image) const;
   void unload(Module module) const noexcept;
@@ -58,6 +64,9 @@ class Driver {
   int (*attribute_)(int*, int, int);
   int (*current_)(Context*);
   int (*context_device_)(int*);
+  int (*push_)(Context);
+  int (*pop_)(Context*);
+  int (*context_id_)(Context, unsigned long long*);  // null where the driver has none
   int (*load_)(Module*, const void*);
   int (*unload_)(Module);
   int (*get_function_)(Function*, Module, const char*);
@@ -70,22 +79,6 @@ class Driver {
   int (*release_)(Address);
   int (*launch_)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream, void**, void**);
   int (*error_text_)(int, const char**);
-};
-
-enum class Number : int { kFloat32 = 0, kFloat16 = 2, kBfloat16 = 14 };  // cudaDataType
-
-// cublasGemmEx of the cuBLAS that the host program has loaded; null while it has not. To be asked for only by who has a handle.
-// Row-major y[m, n] (rows `stride` apart) += x[m, k] w[k, n], sums in float32.
-class Blas {
- public:
-  static const Blas* get();
-  void multiply_add(void* handle, Number type, const void* x, const void* w, void* y, int m, int n, int k, int stride) const;
-
- private:
-  using GemmEx = int (*)(void*, int, int, int, int, int, const void*, const void*, int, int, const void*, int, int, const void*, void*,
-                         int, int, int, int);
-  explicit Blas(GemmEx gemm) : gemm_(gemm) {}
-  GemmEx gemm_;
 };
 
 }  // namespace claq::cuda

@@ -1,5 +1,6 @@
 #include "epilogue.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "launch.h"
@@ -7,15 +8,23 @@
 namespace claq::cuda {
 namespace {
 
+constexpr int64_t kMostAtOnce = int64_t{1} << 30;  // elements: the kernel counts them in 32 bits
+
 const Kernel* load(const char* name, const Tensors& tensors) { return &Kernels::current().get(name + ("_" + tensors.type)); }
 
 }  // namespace
 
-Add::Add(const Tensors& tensors) : kernel_(load("add", tensors)) {}
+Add::Add(const Tensors& tensors) : kernel_(load("add", tensors)), item_(static_cast<int64_t>(size_of(tensors.dtype))) {}
 
 void Add::run(const void* residual, void* y, int64_t count, Stream stream) const {
-  if (count <= 0) return;
-  Launch(*kernel_, stream).pointer(y).pointer(residual).integer(count).over(divide_up(count, kernel_->record->tile[0]));
+  for (int64_t first = 0; first < count; first += kMostAtOnce) {
+    const int64_t elements = std::min(kMostAtOnce, count - first);
+    Launch(*kernel_, stream)
+        .pointer(static_cast<char*>(y) + first * item_)
+        .pointer(static_cast<const char*>(residual) + first * item_)
+        .integer(elements)
+        .over(divide_up(elements, kernel_->record->tile[0]));
+  }
 }
 
 AddNorm::AddNorm(const Tensors& tensors, float epsilon) : kernel_(load("addnorm", tensors)) {

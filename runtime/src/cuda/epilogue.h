@@ -19,6 +19,7 @@ class Add {
 
  private:
   const Kernel* kernel_;
+  int64_t item_;
 };
 
 class AddNorm {

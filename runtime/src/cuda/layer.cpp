@@ -142,12 +142,18 @@ Layer::Plan Layer::plan(int64_t rows, bool has_blas) const {
   return plan;
 }
 
-size_t Layer::workspace(int64_t rows, bool has_blas) const { return rows <= 0 ? 0 : plan(rows, has_blas && Blas::get()).total; }
+size_t Layer::workspace(int64_t rows, bool has_blas) const {
+  if (rows <= 0) return 0;
+  const Blas::State state = has_blas ? blas_.state() : Blas::State::kUnknown;
+  const size_t bytes = plan(rows, state == Blas::State::kFound).total;
+  // One that is loaded before the run is used by it.
+  return state == Blas::State::kNotLoaded ? std::max(bytes, plan(rows, true).total) : bytes;
+}
 
 void Layer::run(const void* x, int64_t rows, void* y, void* workspace, Stream stream, void* blas) const {
   if (rows <= 0) return;
   if (!is_aligned(y)) throw InvalidArgument("y: its memory is not aligned to 16 bytes");
-  const Plan plan = this->plan(rows, blas && Blas::get());  // as workspace() found it
+  const Plan plan = this->plan(rows, blas && blas_.state() == Blas::State::kFound);
   auto* memory = static_cast<char*>(workspace);
   const size_t item = size_of(tensors_.dtype);
   if (!is_aligned(x)) {
@@ -309,8 +315,8 @@ void Layer::dense(const Plan& plan, const void* x, void* y, char* memory, Stream
     const Number number = tensors_.dtype == CLAQ_FLOAT32   ? Number::kFloat32
                           : tensors_.dtype == CLAQ_FLOAT16 ? Number::kFloat16
                                                            : Number::kBfloat16;
-    Blas::get()->multiply_add(blas, number, x, weight, static_cast<char*>(y) + first * item, static_cast<int>(rows),
-                              static_cast<int>(features), static_cast<int>(K), static_cast<int>(N));
+    blas_.multiply_add(blas, number, x, weight, static_cast<char*>(y) + first * item, static_cast<int>(rows),
+                       static_cast<int>(features), static_cast<int>(K), static_cast<int>(N));
   }
 }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "blas.h"
 #include "driver.h"
 #include "package.h"
 #include "tensors.h"
@@ -16,7 +17,7 @@ class Layer {
   // Throws Error if this device cannot run it.
   Layer(const Tensors& tensors, const Allocate& allocate);
 
-  // Bytes of device memory that `run` needs for that many rows of x, aligned to 256 bytes.
+  // Bytes of device memory that `run` needs for that many rows of x, aligned to 256 bytes. `has_blas`: it gets a handle.
   size_t workspace(int64_t rows, bool has_blas) const;
 
   // Queues y[rows, N] = x[rows, K] W^T + b on the stream and returns. `blas` is a cublasHandle_t on that stream, or null.
@@ -38,6 +39,7 @@ class Layer {
               Stream stream) const;
 
   Tensors tensors_;
+  Blas blas_;
   int multiprocessors_;
 
   // Loaded when the layer is made, so that a run takes no lock and can be captured in a CUDA graph.

@@ -39,6 +39,40 @@ std::string text(const unsigned char* from, size_t room) {
   return std::string(reinterpret_cast<const char*>(from), static_cast<const unsigned char*>(end) - from);
 }
 
+// What the host divides by or counts in, by the first word of a kernel's name.
+struct Needs {
+  const char* kind;
+  bool tile[3];
+  uint32_t vectors;  // at least
+};
+constexpr Needs kNeeds[] = {
+    {"gemv", {true, false, true}, 2},  // a float32 row takes two
+    {"gemm", {true, true, true}, 1},
+    {"quantize", {false, false, true}, 0},
+    {"finish", {true, true, false}, 0},
+    {"dequantize", {true, false, true}, 0},
+    {"outliers", {true, false, false}, 0},
+    {"gather", {false, false, true}, 0},
+    {"add", {true, false, false}, 0},
+    {"swiglu", {true, false, false}, 0},
+    {"take", {true, false, false}, 0},
+    {"turn", {true, false, false}, 0},
+};
+
+void check_launch(const Record& record) {
+  const std::string kind = record.name.substr(0, record.name.find('_'));
+  for (const Needs& needs : kNeeds) {
+    if (kind != needs.kind) continue;
+    for (size_t i = 0; i < 3; ++i) {
+      if (needs.tile[i] && record.tile[i] == 0) throw Error(record.name + ": tile[" + std::to_string(i) + "] is 0, expected at least 1");
+    }
+    if (record.most_vectors < needs.vectors) {
+      throw Error(record.name + ": most_vectors is " + std::to_string(record.most_vectors) + ", expected at least " +
+                  std::to_string(needs.vectors));
+    }
+  }
+}
+
 Record read_record(const std::vector<unsigned char>& data, size_t at) {
   const unsigned char* from = data.data() + at;
   Record record;
@@ -59,6 +93,7 @@ Record read_record(const std::vector<unsigned char>& data, size_t at) {
   record.offset = offset;
   record.most_vectors = number<uint32_t>(from + 216);
   record.programs = number<uint32_t>(from + 220);
+  check_launch(record);
   return record;
 }
 
@@ -143,10 +178,10 @@ std::string package_for(int capability) {
 
 Kernels& Kernels::current() {
   static std::mutex mutex;
-  static auto* contexts = new std::map<Context, std::unique_ptr<Kernels>>;
+  static auto* contexts = new std::map<uint64_t, std::unique_ptr<Kernels>>;  // by number: an address may be used again
 
   const Driver& driver = Driver::get();
-  const Context context = driver.current();
+  const uint64_t context = driver.id(driver.current());
   const std::lock_guard<std::mutex> lock(mutex);
   auto& kernels = (*contexts)[context];
   if (kernels) return *kernels;
@@ -171,15 +206,12 @@ const Kernel& Kernels::get(const std::string& name) {
   const Record* record = package_->find(name);
   if (!record) throw Error("the package of kernels has no " + name);
   const Driver& driver = Driver::get();
-  const Module module = driver.load(package_->image(*record));
-  Function function;
-  try {
-    function = driver.function(module, record->entry.c_str(), record->shared);
-  } catch (const Error&) {
-    driver.unload(module);
-    throw;
-  }
-  return loaded_.emplace(name, Kernel{function, record}).first->second;
+  const auto unload = [&driver](Module module) { driver.unload(module); };
+  std::unique_ptr<void, decltype(unload)> module(driver.load(package_->image(*record)), unload);
+  const Function function = driver.function(module.get(), record->entry.c_str(), record->shared);
+  const Kernel& kernel = loaded_.emplace(name, Kernel{function, record}).first->second;
+  module.release();  // it stays
+  return kernel;
 }
 
 }  // namespace claq::cuda

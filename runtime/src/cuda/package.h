@@ -26,7 +26,7 @@ struct Record {
   size_t offset;  // of the image in the file
 };
 
-// A file of kernels in memory. Throws Error if it is missing, truncated or no package.
+// A file of kernels in memory. Throws Error if it is missing, truncated, no package, or describes launches that cannot be.
 class Package {
  public:
   explicit Package(const std::string& path);

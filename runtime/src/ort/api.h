@@ -65,6 +65,8 @@ enum Slot : int {
   kKernelContextGetOutput = 91,
   kReleaseStatus = 93,
   kReleaseTensorTypeAndShapeInfo = 99,
+  kGetAvailableProviders = 125,
+  kReleaseAvailableProviders = 126,
   kReleaseAllocator = 132,
   kKernelContextGetGpuComputeStream = 193,
   kKernelInfoGetNodeName = 244,
@@ -77,7 +79,7 @@ enum Slot : int {
 
 struct CustomOp;
 
-// Layout of OrtCustomOp at version 17.
+// Layout of OrtCustomOp at version 18. ONNX Runtime reads no more of an operator than its `version` has: of 17, all but the last four.
 struct CustomOp {
   uint32_t version;
   void* (*CreateKernel)(const CustomOp*, const OrtApi*, const OrtKernelInfo*);
@@ -101,6 +103,10 @@ struct CustomOp {
   OrtStatus* (*InferOutputShapeFn)(const CustomOp*, OrtShapeInferContext*);
   int (*GetStartVersion)(const CustomOp*);
   int (*GetEndVersion)(const CustomOp*);
+  size_t (*GetMayInplace)(int**, int**);
+  void (*ReleaseMayInplace)(int*, int*);
+  size_t (*GetAliasMap)(int**, int**);
+  void (*ReleaseAliasMap)(int*, int*);
 };
 
 // Typed access to the table.
@@ -113,6 +119,14 @@ class Api {
   }
   const char* error_message(const OrtStatus* status) const { return call<const char*(const OrtStatus*)>(kGetErrorMessage)(status); }
   void release_status(OrtStatus* status) const { call<void(OrtStatus*)>(kReleaseStatus)(status); }
+
+  // Names of the execution providers that ONNX Runtime was built with; given back with release_providers.
+  OrtStatus* providers(char*** names, int* count) const {
+    return call<OrtStatus*(char***, int*)>(kGetAvailableProviders)(names, count);
+  }
+  OrtStatus* release_providers(char** names, int count) const {
+    return call<OrtStatus*(char**, int)>(kReleaseAvailableProviders)(names, count);
+  }
 
   OrtStatus* create_domain(const char* name, OrtCustomOpDomain** out) const {
     return call<OrtStatus*(const char*, OrtCustomOpDomain**)>(kCreateCustomOpDomain)(name, out);

@@ -160,15 +160,14 @@ class Gather {
   cuda::Table table_;
 };
 
-// What a kernel is made with: the functions of an operator get no other table than that of the operator's own version.
-const Api* newer_api = nullptr;
-
 template <class Kernel>
 TypedOp make_op(Operator kind, int first, int activation, int order, int outlier_index) {
   TypedOp op =
       describe_op([](const CustomOp*) { return "CUDAExecutionProvider"; }, kind, first, activation, order, outlier_index);
-  op.CreateKernelV2 = [](const CustomOp* self, const OrtApi*, const OrtKernelInfo* info, void** out) {
-    return make_kernel(*newer_api, info, operator_name(typed(self).kind), out, [&] { return new Kernel(*newer_api, info, typed(self)); });
+  op.version = kOrtCudaApiVersion;  // the version of the table that a kernel is made with
+  op.CreateKernelV2 = [](const CustomOp* self, const OrtApi* table, const OrtKernelInfo* info, void** out) {
+    const Api api(table);
+    return make_kernel(api, info, operator_name(typed(self).kind), out, [&] { return new Kernel(api, info, typed(self)); });
   };
   op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
     const Kernel& self = *static_cast<const Kernel*>(kernel);
@@ -180,9 +179,8 @@ TypedOp make_op(Operator kind, int first, int activation, int order, int outlier
 
 }  // namespace
 
-const std::vector<TypedOp>& cuda_ops(const Api& api) {
-  static const auto* ops = [&api] {
-    newer_api = new Api(api);
+const std::vector<TypedOp>& cuda_ops() {
+  static const auto* ops = [] {
     auto* list = new std::vector<TypedOp>;
     for (const int activation : {kFloat32, kFloat16, kBfloat16}) {
       for (const int order : {kUint16, kInt32}) {

@@ -216,7 +216,7 @@ TypedOp describe_op(const char* (*provider)(const CustomOp*), Operator kind, int
 
 // The operators of each device, one for every combination of types; valid as long as the process.
 const std::vector<TypedOp>& cpu_ops();
-const std::vector<TypedOp>& cuda_ops(const Api& api);
+const std::vector<TypedOp>& cuda_ops();
 
 // ClaqAttention and ClaqCachedAttention on the CPU, likewise.
 const std::array<const CustomOp*, 2>& attention_ops();

@@ -1,14 +1,14 @@
 """Runs libclaq's GPU layers on a fake driver whose launches go to Triton's interpreter; prints each case's error as JSON.
 
-A program of its own: the interpreter and the fake driver are for a whole process. Arguments: the built libclaq, the
-fake libcuda.so.1, the fake cuBLAS, what counts reads (preloaded), the fake ONNX Runtime, and a folder for the packages of
-kernels.
+A program of its own: the interpreter and the fake driver are for a whole process. Arguments: the built libclaq, and the
+folder of the stand-ins (``count_reads.so`` of which is preloaded), which gets the packages of kernels.
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -70,6 +70,22 @@ LOOKUPS: list[tuple[Any, ...]] = [
 ]
 
 
+# kernel, field of its record, where that is, a value with which nothing can be launched
+LAUNCHES: list[tuple[str, str, int, int]] = [
+    ("gemv_w432_v1_r1", "tile[0]", 152, 0),
+    ("gemv_w432_v1_r1", "tile[2]", 160, 0),
+    ("gemv_w432_v1_r1", "most_vectors", 216, 1),
+    ("gemm_w432_v1_m16", "tile[1]", 156, 0),
+    ("gemm_w432_v1_m16", "most_vectors", 216, 0),
+    ("quantize_fp16_u16_o1", "tile[2]", 160, 0),
+    ("finish_fp16_u16_m4", "tile[1]", 156, 0),
+    ("dequantize_w4_fp16_u16", "tile[0]", 152, 0),
+    ("outliers_fp16_u16", "tile[0]", 152, 0),
+    ("gather_fp16_u16_i64", "tile[2]", 160, 0),
+    ("swiglu_fp16", "tile[0]", 152, 0),
+]
+
+
 def at_address(address: int, kind: str) -> torch.Tensor:
     """A tensor on memory that somebody else owns; the interpreter takes no more of it than the address."""
     dtype = POINTERS[kind.removeprefix("*")]
@@ -78,10 +94,28 @@ def at_address(address: int, kind: str) -> torch.Tensor:
     return torch.frombuffer((ctypes.c_char * dtype.itemsize).from_address(address), dtype=dtype)
 
 
+CALLBACK = ctypes.CFUNCTYPE(
+    None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_void_p),
+)  # fmt: skip
+
+
+def open_libclaq(path: str) -> ctypes.CDLL:
+    library = ctypes.CDLL(path)
+    library.claq_cuda_workspace.restype = ctypes.c_size_t
+    library.claq_cuda_workspace.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    library.claq_cuda_destroy.argtypes = [ctypes.c_void_p]
+    return library
+
+
 class Interpreter:
     """Runs what the fake driver is asked to launch."""
 
-    def __init__(self) -> None:
+    def __init__(self, driver: ctypes.CDLL) -> None:
+        self.driver = driver
+        # ctypes keeps no reference to what C is given.
+        self._callback = CALLBACK(self.launch)
+        driver.fake_on_launch(self._callback)
         self.variants: dict[str, Variant] = {variant.name: variant for variant in variants(TARGET)}
         self.launched: list[str] = []
         self.failure: BaseException | None = None
@@ -149,11 +183,13 @@ def run(library: ctypes.CDLL, gpu: Interpreter, case: tuple[Any, ...]) -> dict[s
     workspace = torch.zeros(size + 512, dtype=torch.uint8)
     start = -workspace.data_ptr() % 256
     cublas = ctypes.c_void_p(99) if with_blas else None
+    waits = gpu.driver.fake_waits()
     if library.claq_cuda_run(
         handle, ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(rows), ctypes.c_void_p(y.data_ptr()),
         ctypes.c_void_p(workspace.data_ptr() + start), ctypes.c_void_p(77), cublas, error, len(error),
     ):  # fmt: skip
         raise RuntimeError(error.value.decode())
+    waits = gpu.driver.fake_waits() - waits
     library.claq_cuda_destroy(handle)
     if gpu.failure:
         raise gpu.failure
@@ -162,6 +198,7 @@ def run(library: ctypes.CDLL, gpu: Interpreter, case: tuple[Any, ...]) -> dict[s
         "error": ((y[:rows].double() - expected).abs().max() / expected.abs().max()).item(),
         "kernels": " ".join(dict.fromkeys(gpu.launched)),
         "inside": bool((y[rows] == 7).all()) and bool((workspace[start + size :] == 0).all()),
+        "waits": waits,
     }
 
 
@@ -297,7 +334,19 @@ def nodes(library: ctypes.CDLL, ort: ctypes.CDLL, gpu: Interpreter) -> dict[str,
     return found
 
 
-def reads_of_packages(library: ctypes.CDLL, reads: ctypes.CDLL, package: Path) -> dict[str, int]:
+def two_hosts(library: ctypes.CDLL, first: ctypes.CDLL, second: ctypes.CDLL) -> dict[str, Any]:
+    """A node of a second ONNX Runtime in the process, after the first has registered the operators."""
+    layer, x, y = random_layer(70, 40, (4, 2), seed=5), torch.randn(1, 70), torch.zeros(1, 40)
+    operators, before = second.fake_ort_register(library.RegisterCustomOps), first.fake_ort_calls()
+    message = run_node(second, "ClaqMatMul", layer, x, [torch.zeros(0)], [y])
+    return {
+        "operators": operators,
+        "message": message,
+        "calls": [first.fake_ort_calls() - before, second.fake_ort_calls()],
+    }
+
+
+def reads_of_packages(library: ctypes.CDLL, reads: ctypes.CDLL, operators: Path, package: Path) -> dict[str, int]:
     """How often the package is read from disk, by what happens; every folder is a package of its own."""
     import onnxruntime
 
@@ -316,7 +365,7 @@ def reads_of_packages(library: ctypes.CDLL, reads: ctypes.CDLL, package: Path) -
     in_folder("many sessions")
     for _ in range(4):
         options = onnxruntime.SessionOptions()
-        options.register_custom_ops_library(library._name)
+        options.register_custom_ops_library(str(operators))
         usable(0)
     found["many sessions"] = reads.counted_reads()
     in_folder("many threads")
@@ -326,19 +375,68 @@ def reads_of_packages(library: ctypes.CDLL, reads: ctypes.CDLL, package: Path) -
     return found
 
 
+def small_layer() -> dict[str, torch.Tensor]:
+    """Tensors of a layer of 64 inputs and 32 outputs."""
+    layer = random_layer(64, 32, (4, 2), outliers=0.05)
+    tensors = {name: tensor.contiguous() for name, tensor in layer.tensors().items()}
+    return {**tensors, "bias": torch.zeros(32, dtype=torch.float16)}
+
+
+def create_small(library: ctypes.CDLL, tensors: dict[str, torch.Tensor]) -> tuple[int, str, ctypes.c_void_p]:
+    """Status, message and handle of :func:`small_layer`'s layer."""
+    description = describe_layer(list(tensors.values()), random_layer(64, 32, (4, 2), outliers=0.05).columns, 64, 32)
+    error, handle = ctypes.create_string_buffer(512), ctypes.c_void_p()
+    status = library.claq_cuda_create(ctypes.byref(description), 10, ctypes.byref(handle), error, len(error))
+    return status, error.value.decode(), handle
+
+
+def contexts(library: ctypes.CDLL, driver: ctypes.CDLL) -> dict[str, Any]:
+    """Layers made and destroyed while contexts come and go."""
+    tensors = {**small_layer(), "bias": torch.zeros(0, dtype=torch.float16)}  # a bias of zeros is allocated
+
+    def create() -> ctypes.c_void_p:
+        status, message, handle = create_small(library, tensors)
+        assert status == 0, message
+        return handle
+
+    driver.fake_set_context(30)
+    loads, held, waits = [driver.fake_loads()], driver.fake_memory_held(), driver.fake_waits()
+    layers = [create()]
+    found: dict[str, Any] = {"waited for the weights": driver.fake_waits() > waits}
+    loads.append(driver.fake_loads())
+    layers.append(create())
+    loads.append(driver.fake_loads())
+    found["allocated"] = driver.fake_memory_held() > held
+    driver.fake_set_context(0)
+    for layer in layers:
+        library.claq_cuda_destroy(layer)
+    found["kept"] = driver.fake_memory_held() - held
+    found["context of the thread"] = driver.fake_context()
+    driver.fake_set_context(30)
+    driver.fake_renew_context()
+    layer = create()
+    loads.append(driver.fake_loads())
+    found["kernels loaded"] = [after - before for before, after in itertools.pairwise(loads)]
+    driver.fake_set_context(31)
+    driver.fake_end_context(30)
+    library.claq_cuda_destroy(layer)
+    found["context after one that is gone"] = driver.fake_context()
+    return found
+
+
+def changed_record(package: bytes, name: str, offset: int, value: bytes) -> bytes:
+    """The package with other bytes at that place of a kernel's record."""
+    record = package.index(name.encode() + b"\0")
+    return package[: record + offset] + value + package[record + offset + len(value) :]
+
+
 def refusals(library: ctypes.CDLL, driver: ctypes.CDLL, package: Path) -> dict[str, list[Any]]:
     """Status and message of what must be refused."""
-    tensors = {
-        name: tensor.contiguous() for name, tensor in random_layer(64, 32, (4, 2), outliers=0.05).tensors().items()
-    }
-    tensors["bias"] = torch.zeros(32, dtype=torch.float16)
+    tensors = small_layer()
 
     def create(changed: dict[str, torch.Tensor] | None = None) -> list[Any]:
-        parts = {**tensors, **(changed or {})}
-        description = describe_layer(list(parts.values()), random_layer(64, 32, (4, 2), outliers=0.05).columns, 64, 32)
-        error, handle = ctypes.create_string_buffer(512), ctypes.c_void_p()
-        status = library.claq_cuda_create(ctypes.byref(description), 10, ctypes.byref(handle), error, len(error))
-        return [status, error.value.decode(), bool(handle)]
+        status, message, handle = create_small(library, {**tensors, **(changed or {})})
+        return [status, message, bool(handle)]
 
     def usable() -> list[Any]:
         text = ctypes.create_string_buffer(512)
@@ -355,16 +453,22 @@ def refusals(library: ctypes.CDLL, driver: ctypes.CDLL, package: Path) -> dict[s
         "truncated package": good[: len(good) // 2],
         "record without end": good[:16] + b"g" * 64 + good[80:],
         "damaged image": good.replace(b"\x7fELF", b"\x7fELG"),
+        "no such entry": changed_record(good, "quantize_fp16_u16_o1", 64, b"other\0"),
+        **{
+            f"{name} {field}": changed_record(good, name, offset, value.to_bytes(4, "little"))
+            for name, field, offset, value in LAUNCHES
+        },
         "good": good,
     }
-    for number, (name, data) in enumerate(packages.items(), 2):
+    for number, (name, data) in enumerate(packages.items(), 40):
         folder = package.parent / str(number)
         folder.mkdir()
         if data is not None:
             (folder / package.name).write_bytes(data)
         os.environ["CLAQ_CUDA_KERNELS"] = str(folder)
         driver.fake_set_context(number)  # kernels are kept by context
-        found[name] = create()
+        modules = driver.fake_modules()
+        found[name] = [*create(), driver.fake_modules() - modules]
     found["order out of range"] = create({"order": torch.full_like(tensors["order"], 65)})
     found["codes too short"] = create({"codes": tensors["codes"][1:].contiguous()})
     found["bias of another type"] = create({"bias": torch.zeros(32)})
@@ -381,8 +485,8 @@ def refusals(library: ctypes.CDLL, driver: ctypes.CDLL, package: Path) -> dict[s
     return found
 
 
-def registered(path: str) -> dict[str, Any]:
-    """A session on the CPU while the operators of the CUDA provider are registered as well."""
+def session_on_the_cpu(operators: str) -> float:
+    """Error of a session of the real ONNX Runtime on the CPU, with operators from that library."""
     import numpy as np
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
@@ -403,42 +507,41 @@ def registered(path: str) -> dict[str, Any]:
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.claq", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(path)
+    options.register_custom_ops_library(operators)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     x = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
     expected = x.astype(np.float64) @ dense_weight(layer).numpy().T
-    return {"error": float(np.abs(session.run(None, {"x": x})[0] - expected).max() / np.abs(expected).max())}
+    return float(np.abs(session.run(None, {"x": x})[0] - expected).max() / np.abs(expected).max())
 
 
 def main() -> None:
-    path, driver_path, blas_path, reads_path, ort_path, folder = sys.argv[1:]
-    driver = ctypes.CDLL(driver_path)  # its soname is libcuda.so.1, which libclaq then finds loaded
-    gpu = Interpreter()
-    gpu.package(Path(folder))
-    os.environ["CLAQ_CUDA_KERNELS"] = folder
-    callback_type = ctypes.CFUNCTYPE(
-        None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p,
-        ctypes.POINTER(ctypes.c_void_p),
-    )  # fmt: skip
-    callback = callback_type(gpu.launch)
-    driver.fake_on_launch(callback)
-    library = ctypes.CDLL(path)
-    library.claq_cuda_workspace.restype = ctypes.c_size_t
-    library.claq_cuda_workspace.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-    library.claq_cuda_destroy.argtypes = [ctypes.c_void_p]
+    path, built = sys.argv[1], Path(sys.argv[2])
+    driver = ctypes.CDLL(str(built / "libcuda.so.1"))  # by its soname libclaq finds it loaded
+    gpu = Interpreter(driver)
+    folder = built / "kernels"
+    folder.mkdir()
+    gpu.package(folder)
+    package = folder / f"claq_sm{TARGET}.kernels"
+    library = open_libclaq(path)
     text = ctypes.create_string_buffer(512)
-    os.environ["CLAQ_CUDA_KERNELS"] = str(Path(folder) / "nowhere")
+    os.environ |= {"CLAQ_CUDA_KERNELS": str(folder / "nowhere"), "CLAQ_LIBRARY": path}
     status = library.claq_cuda_usable(text, len(text))
     results: dict[str, Any] = {"no kernels": [status, text.value.decode(), driver.fake_started()]}
-    os.environ["CLAQ_CUDA_KERNELS"] = folder
+    os.environ["CLAQ_CUDA_KERNELS"] = str(folder)
+    results["no provider"] = {"error": session_on_the_cpu(path), "started": driver.fake_started()}
     results["handle without cuBLAS"] = run(library, gpu, HANDLE_WITHOUT_CUBLAS)
-    ctypes.CDLL(blas_path)  # found by its soname, like the driver
+    ctypes.CDLL(str(built / "libcublas.so.12"))  # found loaded, like the driver
     results |= {case[0]: run(library, gpu, case) for case in CASES}
     results |= {case[0]: look_up(library, gpu, case) for case in LOOKUPS}
-    results["nodes"] = nodes(library, ctypes.CDLL(ort_path), gpu)
-    results["registered"] = registered(path)
-    results["reads"] = reads_of_packages(library, ctypes.CDLL(reads_path), Path(folder) / f"claq_sm{TARGET}.kernels")
-    results["refusals"] = refusals(library, driver, Path(folder) / f"claq_sm{TARGET}.kernels")
+    ort = ctypes.CDLL(str(built / "fake_ort.so"))
+    results["nodes"] = nodes(library, ort, gpu)
+    results["two hosts"] = two_hosts(library, ort, ctypes.CDLL(str(built / "second_ort.so")))
+    pretending = built / "pretend_cuda.so"
+    results["provider"] = {"error": session_on_the_cpu(str(pretending))}
+    results["reads"] = reads_of_packages(library, ctypes.CDLL(str(built / "count_reads.so")), pretending, package)
+    os.environ["CLAQ_CUDA_KERNELS"] = str(folder)
+    results["contexts"] = contexts(library, driver)
+    results["refusals"] = refusals(library, driver, package)
     print(json.dumps(results))
 
 

@@ -1,9 +1,12 @@
 // A stand-in for libcuda.so.1 on a machine without a GPU: device memory is host memory, and a launch calls the function
-// that the test has set. Images are ELF magic followed by the kernel's name, as the test's packages hold them.
+// that the test has set. Images are ELF magic followed by the kernel's name, as the test's packages hold them. Built with
+// BEFORE_CUDA_12 it has no numbers of contexts.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <string>
+#include <vector>
 
 namespace {
 
@@ -11,9 +14,16 @@ using Launched = void (*)(const char* name, const unsigned* grid, unsigned threa
 
 Launched launched = nullptr;
 int devices = 1;
-int has_context = 1;
+uintptr_t current = 1;  // address of the context
+std::vector<uintptr_t> covered;  // by those that were pushed
+uintptr_t ended = 0;
+int renewals = 0;
+std::map<uint64_t, uintptr_t> owners;  // the context of each piece of memory
 int refused_memory = 0;
 int started = 0;
+int modules = 0;
+int loads = 0;
+int waits = 0;
 
 int capability() {
   const char* text = std::getenv("FAKE_CAPABILITY");
@@ -26,7 +36,15 @@ extern "C" {
 
 void fake_on_launch(Launched function) { launched = function; }
 void fake_set_devices(int count) { devices = count; }
-void fake_set_context(int present) { has_context = present; }
+void fake_set_context(int address) { current = static_cast<uintptr_t>(address); }
+int fake_context() { return static_cast<int>(current); }
+// Another context lies where one was destroyed.
+void fake_renew_context() { ++renewals; }
+void fake_end_context(int address) { ended = static_cast<uintptr_t>(address); }
+int fake_memory_held() { return static_cast<int>(owners.size()); }
+int fake_modules() { return modules; }
+int fake_loads() { return loads; }
+int fake_waits() { return waits; }
 void fake_refuse_memory(int refuse) { refused_memory = refuse; }
 
 int fake_started() { return started; }
@@ -51,7 +69,26 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
   return 0;
 }
 int cuCtxGetCurrent(void** context) {
-  *context = reinterpret_cast<void*>(static_cast<uintptr_t>(has_context));
+  *context = reinterpret_cast<void*>(current);
+  return 0;
+}
+#ifndef BEFORE_CUDA_12
+int cuCtxGetId(void* context, unsigned long long* id) {
+  *id = 1000ull * static_cast<unsigned>(renewals) + reinterpret_cast<uintptr_t>(context);
+  return 0;
+}
+#endif
+int cuCtxPushCurrent_v2(void* context) {
+  if (!context || reinterpret_cast<uintptr_t>(context) == ended) return 709;  // CUDA_ERROR_CONTEXT_IS_DESTROYED
+  covered.push_back(current);
+  current = reinterpret_cast<uintptr_t>(context);
+  return 0;
+}
+int cuCtxPopCurrent_v2(void** context) {
+  if (covered.empty()) return 201;  // CUDA_ERROR_INVALID_CONTEXT
+  *context = reinterpret_cast<void*>(current);
+  current = covered.back();
+  covered.pop_back();
   return 0;
 }
 int cuCtxGetDevice(int* device) {
@@ -61,6 +98,8 @@ int cuCtxGetDevice(int* device) {
 int cuModuleLoadData(void** module, const void* image) {
   if (std::memcmp(image, "\177ELF", 4) != 0) return 200;  // CUDA_ERROR_INVALID_IMAGE
   *module = new std::string(static_cast<const char*>(image) + 4);
+  ++modules;
+  ++loads;
   return 0;
 }
 int cuModuleGetFunction(void** function, void* module, const char* entry) {
@@ -69,9 +108,13 @@ int cuModuleGetFunction(void** function, void* module, const char* entry) {
 }
 int cuModuleUnload(void* module) {
   delete static_cast<std::string*>(module);
+  --modules;
   return 0;
 }
-int cuStreamSynchronize(void*) { return 0; }
+int cuStreamSynchronize(void*) {
+  ++waits;
+  return 0;
+}
 int cuFuncSetAttribute(void*, int, int) { return 0; }
 int cuMemcpyDtoH_v2(void* to, uint64_t from, size_t bytes) {
   std::memcpy(to, reinterpret_cast<const void*>(from), bytes);
@@ -88,9 +131,13 @@ int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void*) {
 int cuMemAlloc_v2(uint64_t* memory, size_t bytes) {
   if (refused_memory) return 2;  // CUDA_ERROR_OUT_OF_MEMORY
   *memory = reinterpret_cast<uint64_t>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+  owners[*memory] = current;
   return 0;
 }
 int cuMemFree_v2(uint64_t memory) {
+  const auto owner = owners.find(memory);
+  if (owner == owners.end() || owner->second != current) return 201;  // CUDA_ERROR_INVALID_CONTEXT
+  owners.erase(owner);
   std::free(reinterpret_cast<void*>(memory));
   return 0;
 }

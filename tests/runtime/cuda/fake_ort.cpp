@@ -59,6 +59,9 @@ OrtAllocator allocator{
     [](const OrtAllocator*) -> const OrtMemoryInfo* { return nullptr; },
 };
 int allocators_asked_for = 0;
+int calls = 0;  // of what makes a node
+int providers_given = 0;
+const char* providers[] = {"CPUExecutionProvider", "CUDAExecutionProvider"};
 
 template <class Signature>
 void put(OrtApi* table, Slot slot, Signature* function) {
@@ -71,6 +74,16 @@ const OrtApi* table() {
     put<OrtStatus*(int, const char*)>(slots, kCreateStatus, [](int, const char* text) { return new OrtStatus{text}; });
     put<const char*(const OrtStatus*)>(slots, kGetErrorMessage, [](const OrtStatus* status) { return status->message.c_str(); });
     put<void(OrtStatus*)>(slots, kReleaseStatus, [](OrtStatus* status) { delete status; });
+    put<OrtStatus*(char***, int*)>(slots, kGetAvailableProviders, [](char*** names, int* count) -> OrtStatus* {
+      *names = const_cast<char**>(providers);
+      *count = 2;
+      ++providers_given;
+      return nullptr;
+    });
+    put<OrtStatus*(char**, int)>(slots, kReleaseAvailableProviders, [](char**, int) -> OrtStatus* {
+      --providers_given;
+      return nullptr;
+    });
     put<OrtStatus*(const char*, OrtCustomOpDomain**)>(slots, kCreateCustomOpDomain, [](const char*, OrtCustomOpDomain** out) -> OrtStatus* {
       *out = new OrtCustomOpDomain;
       return nullptr;
@@ -160,6 +173,7 @@ const OrtApi* table() {
     put<OrtStatus*(const OrtKernelInfo*, int, OrtAllocator**)>(slots, kKernelInfoGetAllocator,
                                                                [](const OrtKernelInfo*, int, OrtAllocator** out) -> OrtStatus* {
                                                                  ++allocators_asked_for;
+                                                                 ++calls;
                                                                  *out = &allocator;
                                                                  return nullptr;
                                                                });
@@ -190,11 +204,14 @@ struct FakeTensor {
 // Calls RegisterCustomOps; returns how many operators the CUDA provider got, or -1.
 int fake_ort_register(OrtStatus* (*register_ops)(OrtSessionOptions*, const OrtApiBase*)) {
   static const OrtApiBase base{[](uint32_t) { return table(); }, [] { return "fake"; }};
-  if (register_ops(&options, &base)) return -1;
+  if (register_ops(&options, &base) || providers_given != 0) return -1;
   int count = 0;
   for (const CustomOp* op : options.domain->ops) count += std::strcmp(op->GetExecutionProviderType(op), "CUDAExecutionProvider") == 0;
   return count;
 }
+
+// How often a node was made by this instance's table.
+int fake_ort_calls() { return calls; }
 
 // Makes, runs and destroys one node of the CUDA provider: its inputs, the attributes of a layer and of a split, the memory of
 // each output. Returns 0, or 1 with a message: of the node, or what it failed to give back.
@@ -220,7 +237,7 @@ int fake_ort_run(const char* name, const int64_t* attributes, int inputs, const 
   };
   if (!found) return fail("no operator of these types");
   void* kernel = nullptr;
-  if (OrtStatus* status = found->CreateKernelV2(found, nullptr, &info, &kernel)) {
+  if (OrtStatus* status = found->CreateKernelV2(found, table(), &info, &kernel)) {
     const std::string text = status->message;
     delete status;
     return fail(held.empty() && allocators_asked_for == 0 ? text : text + " (and memory is left)");
