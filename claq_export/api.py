@@ -291,17 +291,11 @@ def export(
         verify, work = False, work or f"{out}.work"
     compilation.seconds["capture"] = time.perf_counter() - start
     original_bytes = weight_bytes(module)
-    quantized = [name for name, part in module.named_modules() if isinstance(part, ClaqLinear | ClaqEmbedding)]
+    quantized = _quantized_already(module)
     del module
     collect_garbage()
 
-    if not compilation.plan.sites:
-        reasons = "; ".join(f"{skipped.name}: {skipped.reason}" for skipped in compilation.plan.skipped[:5])
-        if quantized:
-            reasons = (
-                f"{', '.join(quantized[:3])}: quantized already; export the model as it was before claq_export.quantize"
-            )
-        raise ConfigError(f"there is no layer to quantize ({reasons or 'the model has none'})")
+    _check_anything(compilation, quantized)
     reporter.stage("reading calibration data")
     compilation.batches()
     if memory is not None:
@@ -407,6 +401,7 @@ def quantize(
     captured = capture_module(model, example_inputs, dynamic_shapes)
     captured.tokenizer = tokenizer
     compilation = Compilation(captured, config, reporter or ProgressReporter(quiet=True))
+    _check_anything(compilation, _quantized_already(model))
     compilation.quantize()
     layers = {name: done.layer for name, done in compilation.sites.items()}
     replace_linears(
@@ -418,6 +413,28 @@ def quantize(
         tied=compilation.tied,
     )
     return model
+
+
+def _quantized_already(module: nn.Module) -> list[str]:
+    return [name for name, part in module.named_modules() if isinstance(part, ClaqLinear | ClaqEmbedding)]
+
+
+def _check_anything(compilation: Compilation, quantized: Sequence[str]) -> None:
+    """Refuse a model without a layer to quantize.
+
+    Args:
+        compilation: of the model.
+        quantized: modules of it that are quantized already.
+
+    Raises:
+        ConfigError: there is none; the message gives reasons.
+    """
+    if compilation.plan.sites:
+        return
+    reasons = "; ".join(f"{skipped.name}: {skipped.reason}" for skipped in compilation.plan.skipped[:5])
+    if quantized:
+        reasons = f"{', '.join(quantized[:3])}: quantized already; take the model as it was before claq_export.quantize"
+    raise ConfigError(f"there is no layer to quantize ({reasons or 'the model has none'})")
 
 
 def verification_inputs(captured: CapturedModel) -> list[dict[str, torch.Tensor]]:

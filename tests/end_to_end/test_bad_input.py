@@ -284,8 +284,10 @@ def test_modules_that_cannot_be_exported_are_told_why(tmp_path: Path) -> None:
         export(torch.jit.trace(perceptron(), x), (x,), out, config)
     with pytest.raises(ConfigError, match=r"the model must be an nn\.Module, a folder or a hub id, got function"):
         export(lambda x: x, (x,), out, config)
-    with pytest.raises(ConfigError, match=r"0, 2: quantized already; export the model as it was before"):
+    with pytest.raises(ConfigError, match=r"0, 2: quantized already; take the model as it was before"):
         export(quantize(perceptron(), (x,), config), (x,), out, config)
+    with pytest.raises(ConfigError, match=r"0, 2: quantized already; take the model as it was before"):
+        quantize(quantize(perceptron(), (x,), config), (x,), config)
     assert not out.exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -185,9 +186,124 @@ def test_bias_of_another_size() -> None:
         ClaqLinear(random_layer(40, 12), torch.zeros(3))
 
 
-def test_the_weight_stands_in_for_shape_and_type_and_its_values_are_no_numbers() -> None:
-    module = ClaqLinear(random_layer(32, 8)).half()
-    assert module.weight.shape == (8, 32)
-    assert (module.weight.dtype, module.weight.device) == (torch.float16, module.codes.device)
-    # PyTorch would multiply by a meta tensor and return what lies in memory.
-    assert (torch.ones(3, 32) @ module.weight.float().t()).isnan().all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_the_weight_is_decoded_when_it_is_computed_with(dtype: torch.dtype) -> None:
+    layer = random_layer(32, 8, outliers=0.1)
+    weight = ClaqLinear(layer, torch.zeros(8)).to(dtype).weight
+    assert (weight.shape, weight.dtype, weight.device) == ((8, 32), dtype, layer.codes.device)
+    assert isinstance(weight, torch.Tensor)
+    x = torch.randn(3, 32, dtype=dtype)
+    dense = layer.dequantize(torch.float32).to(dtype)
+    assert torch.equal(torch.nn.functional.linear(x, weight), torch.nn.functional.linear(x, dense))
+    assert torch.equal(weight[2:4].t().float() + 1, dense[2:4].t().float() + 1)
+    assert torch.equal(weight.cpu(), dense)
+    assert "8 x 32" in repr(weight)
+
+
+def test_the_weight_cannot_be_written_to() -> None:
+    module = ClaqLinear(random_layer(32, 8), torch.zeros(8))
+    with pytest.raises(ModelError, match="would write to the weight of a quantized layer"), torch.no_grad():
+        module.weight.mul_(2)
+    with pytest.raises(ModelError, match="would write to the weight of a quantized layer"), torch.no_grad():
+        torch.add(torch.ones(8, 32), 1, out=module.weight)
+
+
+class HandTied(torch.nn.Module):
+    """A head that multiplies by the table of its embedding, without a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(64, 32)
+        self.linear = torch.nn.Linear(32, 32)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        h = self.linear(self.embedding(tokens).to(self.linear.weight.dtype))
+        return torch.nn.functional.linear(h, self.embedding.weight)
+
+
+def quantized_by_hand(model: torch.nn.Module, names: Sequence[str]) -> torch.nn.Module:
+    layers = {}
+    for name in names:
+        weight = model.get_submodule(name).weight
+        layers[name] = random_layer(weight.shape[1], weight.shape[0], seed=len(layers))
+    return replace_linears(model, layers)
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled", "exported"])
+def test_a_head_tied_by_hand_uses_the_quantized_table(how: str) -> None:
+    model = quantized_by_hand(HandTied().eval(), ["embedding", "linear"])
+    tokens = torch.arange(6).reshape(2, 3)
+    with torch.no_grad():
+        hidden = model.linear(model.embedding(tokens))
+        expected = hidden @ model.embedding.layer.dequantize(torch.float32).T
+        if how == "compiled":
+            found = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens)
+        elif how == "exported":
+            found = torch.export.export(model, (tokens,)).module()(tokens)
+        else:
+            found = model(tokens)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_graph_drops_a_weight_of_which_only_the_dtype_was_asked() -> None:
+    class Asks(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x.to(self.linear.weight.dtype))
+
+    graph = torch.export.export(quantized_by_hand(Asks().eval(), ["linear"]), (torch.randn(2, 32),)).graph
+    graph.eliminate_dead_code()
+    called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert "claq.linear.default" in called
+    assert "claq.embedding.default" not in called
+
+
+def test_torchs_encoder_layers_use_the_quantized_weights() -> None:
+    """In evaluation mode their fast path takes the weights of all their linears at once."""
+    encoder = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0).eval()
+    quantized_by_hand(encoder, ["linear1", "linear2"])
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        found = encoder(x)
+        encoder.linear1, encoder.linear2 = (dense_linear(module) for module in (encoder.linear1, encoder.linear2))
+        expected = encoder(x)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def dense_linear(module: torch.nn.Module) -> torch.nn.Linear:
+    linear = torch.nn.Linear(module.in_features, module.out_features)
+    linear.weight.data, linear.bias.data = module.layer.dequantize(torch.float32), module.bias
+    return linear
+
+
+def test_hooks_go_along_and_handles_still_remove_them() -> None:
+    model = nn.Sequential(nn.Linear(32, 8)).eval()
+    seen: list[str] = []
+    before = model[0].register_forward_pre_hook(lambda _module, args: seen.append("before"))
+    after = model[0].register_forward_hook(lambda _module, args, output: output + 1)
+    quantized_by_hand(model, ["0"])
+    x = torch.randn(2, 32)
+    plain = ClaqLinear(model[0].layer, model[0].bias)(x)
+    torch.testing.assert_close(model(x), plain + 1)
+    assert seen == ["before"]
+    before.remove()
+    after.remove()
+    torch.testing.assert_close(model(x), plain)
+    assert seen == ["before"]
+
+
+def test_a_weight_that_is_a_buffer() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mixing", torch.randn(8, 32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.mixing)
+
+    layer = random_layer(32, 8)
+    model = replace_linears(Frozen(), {"mixing": layer})
+    assert torch.equal(model.mixing, layer.dequantize(torch.float32))

@@ -1,0 +1,95 @@
+"""The dense weight of a quantized module, for models that read ``module.weight``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from ..errors import ModelError
+from ..format.layer import QuantizedLinear
+from ..kernels import ops
+
+
+def dense_weight(layer: QuantizedLinear, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor that stands for the dense weight ``[out_features, in_features]`` of ``layer``.
+
+    In eager code a :class:`DenseWeight`; while a program is captured the operator ``claq::embedding`` over all rows,
+    which captured graphs drop where only the shape, dtype or device of the weight was asked for.
+    """
+    if torch.compiler.is_compiling():
+        return _decode(layer, dtype)
+    return DenseWeight(layer, dtype)
+
+
+def _decode(layer: QuantizedLinear, dtype: torch.dtype) -> torch.Tensor:
+    device = layer.codes.device
+    like = torch.zeros(0, dtype=dtype if dtype in ops.ACTIVATION_DTYPES else torch.float32, device=device)
+    rows = ops.embedding(
+        torch.arange(layer.out_features, device=device),
+        *layer.tensors().values(),
+        like,
+        layer.in_features,
+        layer.out_features,
+        list(layer.columns),
+    )
+    return rows if rows.dtype == dtype else rows.to(dtype)
+
+
+class DenseWeight(torch.Tensor):
+    """The dense weight of a quantized layer, decoded whenever an operator takes it; it holds no values itself.
+
+    That it has a ``__torch_function__`` (inherited) keeps PyTorch from the fast paths of its transformer modules, which
+    take the weights of several modules at once.
+    """
+
+    _layer: QuantizedLinear
+    # GPT-2 in transformers 5 initializes `c_proj.weight` by name while it loads; this mark makes it leave it alone.
+    _is_hf_initialized = True
+
+    @staticmethod
+    def __new__(cls, layer: QuantizedLinear, dtype: torch.dtype) -> DenseWeight:
+        """A tensor of the shape, dtype and device of the dense weight."""
+        weight = torch.Tensor._make_wrapper_subclass(
+            cls, (layer.out_features, layer.in_features), dtype=dtype, device=layer.codes.device
+        )
+        weight._layer = layer
+        return weight
+
+    def dequantize(self) -> torch.Tensor:
+        """The values, ``[out_features, in_features]``."""
+        return _decode(self._layer, self.dtype)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Shape and dtype, without decoding."""
+        return f"DenseWeight({self._layer.out_features} x {self._layer.in_features}, {self.dtype}, decoded when used)"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run an operator on the decoded values.
+
+        Raises:
+            ModelError: it would write to them.
+        """
+        kwargs = kwargs or {}
+        for argument, value in [*zip(func._schema.arguments, args, strict=False), *_named(func, kwargs)]:
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, cls):
+                raise ModelError(
+                    f"{func} would write to the weight of a quantized layer, which has no dense values to change; "
+                    "change the weight before it is quantized"
+                )
+        decode: Callable[[DenseWeight], torch.Tensor] = cls.dequantize
+        args, kwargs = tree_map_only(cls, decode, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _named(func: Any, kwargs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    return [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
