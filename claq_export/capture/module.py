@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError, ConfigError
 from ..experts import traceable_experts
 from .captured import CapturedModel, module_source
-from .graph import unlift
+from .graph import unlift, writes_in_place
 from .masks import traceable_masks
 from .reasons import explain, user_frame
 from .tasks import TaskModel
@@ -319,7 +319,12 @@ def _export(
         ]
     try:
         with _silenced(), traceable_masks():
-            return torch.export.export(flat, tuple(arguments.tensors), dynamic_shapes=(tuple(shapes),), strict=False)
+            exported = torch.export.export(
+                flat, tuple(arguments.tensors), dynamic_shapes=(tuple(shapes),), strict=False
+            )
+            # Passes and calibration know a value by its node: one that is written into must be another node afterwards.
+            # An empty table decomposes nothing.
+            return exported.run_decompositions({}) if writes_in_place(exported.graph_module) else exported
     except Exception as error:  # torch.export raises many unrelated types; each is reported as the reason
         raise CaptureError(explain(error, title, arguments.names)) from error
 
