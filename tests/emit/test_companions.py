@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 import torch
 from full_disk import files_limited_to
 
