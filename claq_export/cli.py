@@ -446,10 +446,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         return parser.parse_args(argv)
     parser = build_parser()
     parser.set_defaults(run=run_export)
-    meant = difflib.get_close_matches(argv[0], COMMANDS, 1, _MISSPELLED) if argv else []
-    if meant and not os.path.exists(argv[0]):
+    word = argv[0] if argv and not argv[0].startswith("-") else ""
+    meant = difflib.get_close_matches(word, COMMANDS, 1, _MISSPELLED)
+    if meant and not os.path.exists(word):
         # Before argparse complains of the command's own arguments, or the hub is asked for a model of that name.
-        parser.error(f"there is no command and no folder {argv[0]!r}; did you mean {meant[0]!r}?")
+        parser.error(f"there is no command and no folder {word!r}; did you mean {meant[0]!r}?")
     return parser.parse_args(argv)
 
 

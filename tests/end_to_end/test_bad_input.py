@@ -19,7 +19,7 @@ from tiny_models import sentences
 from torch import nn
 
 from claq_export import Config, export, quantize
-from claq_export.cli import main
+from claq_export.cli import main, parse
 from claq_export.errors import CaptureError, ConfigError, ModelError, OutputError
 from claq_export.evaluation.models import open_tokenizer
 
@@ -314,6 +314,8 @@ def test_a_misspelled_command_is_no_model(typed: str, meant: str, capsys: pytest
         main([typed, "folder", "--prompt", "hi"])
     assert exit_.value.code == 2
     assert f"there is no command and no folder {typed!r}; did you mean {meant!r}?" in capsys.readouterr().err
+    assert not parse(["--no-verify", "folder"]).verify
+    assert parse(["owner/generator"]).model == "owner/generator"
 
 
 def test_what_does_not_exist_is_named_with_what_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
