@@ -343,6 +343,8 @@ def export(
                     unquantized=originals,
                     original_path=original_path,
                 )
+                for warning in verification.warnings:
+                    reporter.warn(warning)
     if memory is not None:
         from .verify import check_stored
 

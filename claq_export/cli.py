@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import re
@@ -15,6 +16,9 @@ from claq_export import __version__
 
 COMMANDS = ("eval", "verify", "generate")
 """Words that are commands when they come first; anything else there is a model (a folder of that name: ``./eval``)."""
+
+_MISSPELLED = 0.7
+"""Likeness (difflib's ratio) from which a word that is no folder is taken for a misspelled command."""
 
 _EXAMPLES = """\
 examples:
@@ -442,6 +446,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         return parser.parse_args(argv)
     parser = build_parser()
     parser.set_defaults(run=run_export)
+    word = argv[0] if argv and not argv[0].startswith("-") else ""
+    meant = difflib.get_close_matches(word, COMMANDS, 1, _MISSPELLED)
+    if meant and not os.path.exists(word):
+        # Before argparse complains of the command's own arguments, or the hub is asked for a model of that name.
+        parser.error(f"there is no command and no folder {word!r}; did you mean {meant[0]!r}?")
     return parser.parse_args(argv)
 
 

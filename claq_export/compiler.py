@@ -6,6 +6,7 @@ Each stage is a method of :class:`Compilation`; ``claq_export.export`` and the c
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import time
@@ -32,7 +33,7 @@ from .calibration.stage import CalibrationStage, QuantizedSite
 from .calibration.store import LayerStore
 from .calibration.tune import TuneResult, TuneSettings, tune
 from .calibration.walk import NodeWalk, WalkMaker
-from .capture import CACHED_TASK, CapturedModel, restore_weights
+from .capture import CACHED_TASK, CapturedModel, graph_digest, restore_weights
 from .config import DECODER_OPSET, NO_CALIBRATION, Config
 from .deferred import cast_tensors, weight_bytes
 from .emit.artifact import Artifact
@@ -53,7 +54,7 @@ from .sizing import Sizing
 _log = logging.getLogger(__name__)
 
 _NOT_IN_FINGERPRINT = ("accuracy", "calibration", "tune", "opset", "last_logits", "dtype")
-"""Settings that finished layers do not depend on; calibration data counts by its content, not its file's name."""
+"""Settings that finished layers do not depend on, or not always; calibration data counts by its content, not its file's name."""
 
 
 @dataclass
@@ -315,8 +316,13 @@ class Compilation:
 
     def _importance(self, batches: Sequence[Batch] | None) -> dict[str, torch.Tensor] | None:
         """What an error of each layer's outputs counts, by gradients; None where they are not wanted or not to be had."""
-        # Gradients need the whole model in memory.
-        if batches is None or not self.config.importance or self.memory is not None:
+        if batches is None or not self.config.importance:
+            return None
+        if self.memory is not None:
+            self.reporter.warn(
+                "with a limit on memory the budget weighs each layer's error relative to its own output: gradients need the "
+                "whole model in memory; --no-importance asks for the same"
+            )
             return None
         try:
             with self.timed("importance"):
@@ -366,12 +372,19 @@ class Compilation:
 
     def _fingerprint(self, batches: Sequence[Batch] | None) -> dict[str, str]:
         settings = {key: value for key, value in self.config.to_json().items() if key not in _NOT_IN_FINGERPRINT}
+        # Without a budget importance has no effect, and neither with a limit on memory.
+        settings["importance"] = self.config.budgeted and self.config.importance and self.memory is None
+        if self.config.size is not None:
+            settings["dtype"] = self.config.dtype  # of what is not quantized, which is counted
+        layers = [(site.name, site.parts, site.in_features) for site in self.plan.sites]
         return {
             **{f"setting {name}": json.dumps(value, sort_keys=True) for name, value in settings.items()},
             "device": torch.device(self.config.devices[0]).type,
             "claq version": claq_export.__version__,
             "torch version": torch.__version__,
             "model": self.captured.source.sha256,
+            "model's graph": graph_digest(self.captured.graph_module),
+            "layers to quantize": hashlib.sha256(json.dumps(layers).encode()).hexdigest(),
             "calibration data": fingerprint(batches or []),
         }
 

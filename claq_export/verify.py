@@ -101,6 +101,7 @@ class VerificationReport:
         fidelity: output name -> deviation of the quantized from the unquantized PyTorch model; empty if none was given.
         onnxruntime: version of ONNX Runtime.
         note: why the native library was not tried, or in which way the file could not be run as it is; or empty.
+        warnings: outputs that could not be compared everywhere, because the unquantized model gives NaN there.
     """
 
     path: Path
@@ -109,6 +110,7 @@ class VerificationReport:
     fidelity: Mapping[str, Deviation]
     onnxruntime: str
     note: str
+    warnings: tuple[str, ...] = ()
 
 
 def verify_artifact(
@@ -151,7 +153,8 @@ def verify_artifact(
 
     Raises:
         VerificationError: ONNX Runtime or the ONNX checker refuses the file, an output has another type than the PyTorch
-            model's, or deviates by more than the tolerance; the message names the run, the output and the error.
+            model's, is NaN where that of the unquantized model is not, or deviates by more than the tolerance; the message names
+            the run, the output and the error.
     """
     path = Path(path)
     samples = [sample_inputs] if isinstance(sample_inputs, Mapping) else list(sample_inputs)
@@ -218,8 +221,11 @@ def verify_artifact(
         sessions["original"] = _session(Path(original_path), "original", None)
     latencies = _latencies({run: session for run, (session, _) in sessions.items()}, feeds[0], rounds)
     fidelity: dict[str, Deviation] = {}
+    originals = None
     if unquantized is not None:
         originals = [[_array(tensor) for tensor in _call(unquantized, inputs)] for inputs in samples]
+    warnings = _check_nan(path, names, expected, originals)
+    if originals is not None:
         fidelity = {
             name: _deviation([outputs[i] for outputs in expected], [outputs[i] for outputs in originals])
             for i, name in enumerate(names)
@@ -233,6 +239,7 @@ def verify_artifact(
         fidelity=fidelity,
         onnxruntime=onnxruntime.__version__,
         note=note,
+        warnings=warnings,
     )
 
 
@@ -339,6 +346,38 @@ def _check_types(path: Path, names: Sequence[str], dtypes: Sequence[torch.dtype]
             raise VerificationError(
                 f"output {output.name!r} of {path} is {onnx.TensorProto.DataType.Name(found)}, the PyTorch model's is {dtype}"
             )
+
+
+def _check_nan(
+    path: Path,
+    names: Sequence[str],
+    expected: Sequence[Sequence[npt.NDArray[Any]]],
+    originals: Sequence[Sequence[npt.NDArray[Any]]] | None,
+) -> tuple[str, ...]:
+    """NaN on both sides counts as agreement, so see that it is the unquantized model's; what is to be said where it is.
+
+    Without that model an output that is NaN everywhere is refused: nothing of it would be compared.
+    """
+    warnings = []
+    for i, name in enumerate(names):
+        found = [np.isnan(outputs[i]) for outputs in expected]
+        if not any(nan.any() for nan in found):
+            continue
+        if originals is None:
+            new = all(nan.all() for nan in found)
+        else:
+            new = any((nan & ~np.isnan(outputs[i])).any() for nan, outputs in zip(found, originals, strict=True))
+        if new:
+            raise VerificationError(
+                f"output {name!r} of {path} is NaN in the quantized PyTorch model"
+                + ("" if originals is None else ", and not in the unquantized one")
+            )
+        if originals is not None:
+            count, size = sum(int(nan.sum()) for nan in found), sum(nan.size for nan in found)
+            warnings.append(
+                f"{count} of {size} values of output {name!r} are NaN in the unquantized model too: they were not compared"
+            )
+    return tuple(warnings)
 
 
 def _session(path: Path, run: str, library: Path | None) -> tuple[onnxruntime.InferenceSession, float]:

@@ -61,6 +61,8 @@ def resolve(gm: fx.GraphModule, value: object) -> Constant | None:
         return _unexpanded(source, value)
     if not getattr(target, "is_view", False) or len(value.all_input_nodes) > 1:
         return None
+    if _is_unexpanded(source, value.args[0]):
+        return None  # the view's axes are those of the expanded value
     with torch.no_grad():
         viewed = target(source.tensor, *value.args[1:], **value.kwargs)
     if not isinstance(viewed, torch.Tensor):
@@ -68,6 +70,12 @@ def resolve(gm: fx.GraphModule, value: object) -> Constant | None:
     if memory_of(viewed)[0] != memory_of(source.tensor)[0]:
         return None
     return Constant(source.target, viewed)
+
+
+def _is_unexpanded(source: Constant, value: object) -> bool:
+    """Whether a constant has another shape than the value that it stands for."""
+    whole = value.meta.get("val") if isinstance(value, fx.Node) else None
+    return isinstance(whole, torch.Tensor) and tuple(whole.shape) != tuple(source.tensor.shape)
 
 
 def _casts_to_itself(cast: fx.Node, tensor: torch.Tensor) -> bool:

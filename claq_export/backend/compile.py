@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._dynamo.exc import TorchDynamoException
 
+from ..capture.graph import writes_in_place
 from ..errors import ClaqError, ConfigError
 from .ahead import AheadGraph, compiling_ahead, serializable
 from .dynamo import graph_parameters, trace_to_aten
@@ -55,6 +56,8 @@ def claq(
     session = session_for(parsed)
     try:
         aten = trace_to_aten(gm)
+        # Only observed graphs are walked.
+        functional = trace_to_aten(gm, functional=True) if parsed.observe and writes_in_place(aten) else aten
     except TorchDynamoException:
         raise  # Dynamo's own signals, such as to start over with other sizes
     except Exception as error:  # operators fail to trace in their own ways; each is the reason
@@ -63,7 +66,7 @@ def claq(
             stacklevel=2,
         )
         return _fall_back(gm, example_inputs, parsed)
-    graph = DynamoGraph(aten, graph_parameters(gm, example_inputs), example_inputs)
+    graph = DynamoGraph(aten, functional, graph_parameters(gm, example_inputs), example_inputs)
     try:
         _refuse_training(aten)
         rewritten = graph.rewrite(parsed.config, _store_key(session, parsed, ahead))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +13,25 @@ from torch import fx, nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
 
 _STEP = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.(\w+)")
 _TABLES = ("_modules", "_parameters", "_buffers")
 
 
-def trace_to_aten(gm: fx.GraphModule) -> fx.GraphModule:
+def trace_to_aten(gm: fx.GraphModule, functional: bool = False) -> fx.GraphModule:
     """Dynamo's graph as ATen operators in the dialect of ``torch.export``: linears and attention stay whole.
 
     Sizes are symbols of Dynamo's own shape environment, so that what tracing learns about them becomes its guards.
+
+    Args:
+        gm: the graph.
+        functional: without in-place operators. What the graph writes into its inputs is not written then: for calibration,
+            not for running.
     """
+    forward = _functionalized(gm) if functional else gm
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     values = [node.meta["example_value"] for node in placeholders]
     found = detect_fake_mode(values)
@@ -36,9 +44,26 @@ def trace_to_aten(gm: fx.GraphModule) -> fx.GraphModule:
     # would be run and fix the sizes.
     with torch.no_grad(), tracing(TracingContext(mode)), mode:
         if shape_env is None:
-            return make_fx(gm, pre_dispatch=True)(*inputs)
+            return make_fx(forward, pre_dispatch=True)(*inputs)
         with shape_env.ignore_fresh_unbacked_symbols():
-            return make_fx(gm, pre_dispatch=True)(*inputs)
+            return make_fx(forward, pre_dispatch=True)(*inputs)
+
+
+def _functionalized(gm: fx.GraphModule) -> Callable[..., Any]:
+    """The graph as a function whose trace has a new value where the graph writes into one."""
+
+    def forward(*inputs: Any) -> Any:
+        with FunctionalTensorMode(pre_dispatch=True, export=True):
+            outputs = gm(*tree_map_only(torch.Tensor, FunctionalTensor.to_functional, inputs))
+            return tree_map_only(FunctionalTensor, _present_value, outputs)
+
+    return forward
+
+
+def _present_value(tensor: FunctionalTensor) -> torch.Tensor:
+    torch._sync(tensor)
+    value: torch.Tensor = torch._from_functional_tensor(tensor.elem)
+    return value
 
 
 def _like(value: Any) -> Any:

@@ -58,12 +58,19 @@ class DynamoGraph:
 
     Args:
         aten: the traced graph; it is left as it is.
+        functional: the same without in-place operators, for calibration.
         parameters: which of its inputs are parameters.
         example_inputs: as Dynamo gave them.
     """
 
-    def __init__(self, aten: fx.GraphModule, parameters: GraphParameters, example_inputs: Sequence[Any]) -> None:
-        self._aten = aten
+    def __init__(
+        self,
+        aten: fx.GraphModule,
+        functional: fx.GraphModule,
+        parameters: GraphParameters,
+        example_inputs: Sequence[Any],
+    ) -> None:
+        self._aten, self._functional = aten, functional
         self.names = dict(parameters.names)
         self.root = parameters.root
         self._shapes = {i: example_inputs[i] for i in self.names}
@@ -90,8 +97,10 @@ class DynamoGraph:
         )
 
     def captured(self, args: Sequence[Any]) -> CapturedModel:
-        """The graph with the parameters among ``args`` as its own, as the compiler takes it; each call makes a new one."""
-        module = self._with_parameters({position: args[position] for position in self.names}, keep_inputs=False)
+        """The functional graph with the parameters among ``args`` as its own, as the compiler takes it; each call makes a new
+        one."""
+        parameters = {position: args[position] for position in self.names}
+        module = self._with_parameters(self._functional, parameters, keep_inputs=False)
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         examples = {node.name: args[i] for node, i in zip(placeholders, self.inputs, strict=True)}
         return CapturedModel(
@@ -108,7 +117,7 @@ class DynamoGraph:
         if config.include and not (config := self.settings(config)).include:
             return Rewritten(self._aten, (), (), (), ("none of the layers included is in this graph",))
         config = self.settings(config)
-        module = self._with_parameters(self._shapes, keep_inputs=True)
+        module = self._with_parameters(self._aten, self._shapes, keep_inputs=True)
         context = PassContext()
         planning_pipeline(
             config.include,
@@ -141,12 +150,14 @@ class DynamoGraph:
         freeable = tuple(i for i in weights if all(user.target in ours for user in placeholders[i].users))
         return Rewritten(module, tuple(weights), tuple(biases), freeable, notes)
 
-    def _with_parameters(self, values: Mapping[int, torch.Tensor], keep_inputs: bool) -> fx.GraphModule:
-        """A copy of the graph whose parameters are attributes under their names."""
+    def _with_parameters(
+        self, source: fx.GraphModule, values: Mapping[int, torch.Tensor], keep_inputs: bool
+    ) -> fx.GraphModule:
+        """A copy of a graph whose parameters are attributes under their names."""
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
-        graph.output(graph.graph_copy(self._aten.graph, copies))
-        module = fx.GraphModule(self._aten, graph)
+        graph.output(graph.graph_copy(source.graph, copies))
+        module = fx.GraphModule(source, graph)
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         last = placeholders[-1]
         for position, value in values.items():

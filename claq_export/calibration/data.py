@@ -33,6 +33,9 @@ _CHARACTERS_PER_TOKEN = 6
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"\u201c(]?[A-Z])")
 
+_HINTS = {"attention_mask": "; it is 1 for tokens and 0 for padding, in the shape of input_ids"}
+"""What an input is, for who left it out of an archive."""
+
 Batch = dict[str, torch.Tensor]
 
 
@@ -146,7 +149,7 @@ def read_arrays(path: str | Path, input_names: Sequence[str], samples: int, seed
         CalibrationError: the file is missing, damaged, too large, holds objects, or its arrays are not the model's inputs.
     """
     path = Path(path)
-    rows = read_npz(path, input_names, CalibrationError)
+    rows = read_npz(path, input_names, CalibrationError, hints=_HINTS)
     lengths = {len(array) if array.ndim else 0 for array in rows.values()}
     if len(lengths) != 1 or 0 in lengths:
         raise CalibrationError(f"calibration file {str(path)!r}: its arrays hold {sorted(lengths)} samples")
@@ -295,6 +298,12 @@ def batches_from_iterable(
                     f"calibration batch {number}: input {name!r} must be {example.dtype} with {example.dim()} dimensions, "
                     f"got {value.dtype} with {value.dim()}"
                 )
+        # A cache of no tokens has no elements either.
+        if not any(value.numel() for value in batch.values()) or any(
+            value.shape[:1] == (0,) for value in batch.values()
+        ):
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
+            raise CalibrationError(f"calibration batch {number} is empty: {shapes}")
         batches.append(batch)
     if not batches:
         raise CalibrationError("the calibration iterable is empty")

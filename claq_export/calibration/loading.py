@@ -48,7 +48,7 @@ def _check_lookups(captured: CapturedModel, batches: Sequence[Batch]) -> None:
     """Raise where an index lies outside of the table that it is looked up in, as tokens of another tokenizer may.
 
     Raises:
-        CalibrationError: see above; the message names the input, the table and its size.
+        CalibrationError: see above, or there is no index; the message names the input, the table and its size.
     """
     placeholders = [node for node in captured.graph_module.graph.nodes if node.op == "placeholder"]
     names = dict(zip(placeholders, captured.input_names, strict=True))
@@ -60,6 +60,10 @@ def _check_lookups(captured: CapturedModel, batches: Sequence[Batch]) -> None:
         table, name = str(node.args[0].target), names[node.args[1]]
         rows = get_attribute(captured.graph_module, table).shape[0]
         for batch in batches:
+            if not batch[name].numel():
+                raise CalibrationError(
+                    f"calibration data: {name!r} of shape {list(batch[name].shape)} holds nothing to look up in {table!r}"
+                )
             least, most = (int(value) for value in batch[name].aminmax())
             if least < 0 or most >= rows:
                 raise CalibrationError(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 import torch
+
+from ..errors import OutputError
 
 SPILL_FROM = 1 << 16
 """Bytes from which a tensor is worth a file."""
@@ -57,6 +61,9 @@ class ActivationSpill:
     Args:
         budget: bytes of large tensors that may stay in memory.
         folder: on whose file system the file lies.
+
+    Raises:
+        OutputError: also by its methods: the file cannot be made, written (the disk is full) or read.
     """
 
     def __init__(self, budget: int, folder: Path) -> None:
@@ -68,7 +75,8 @@ class ActivationSpill:
         self._free: defaultdict[int, list[int]] = defaultdict(list)  # places to use again, by their size in bytes
 
     def __enter__(self) -> Self:
-        self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)
+        with self._naming("written"):
+            self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)
         return self
 
     def __exit__(
@@ -87,8 +95,9 @@ class ActivationSpill:
         offset = places.pop() if places else self._end
         self._end = max(self._end, offset + len(data))
         written = 0
-        while written < len(data):  # one call writes 2 GB at most
-            written += os.pwrite(self._file.fileno(), data[written:], offset + written)
+        with self._naming("written"):
+            while written < len(data):  # one call writes 2 GB at most
+                written += os.pwrite(self._file.fileno(), data[written:], offset + written)
         return Spilled(self, offset, tensor)
 
     def read(self, buffer: torch.Tensor, offset: int) -> None:
@@ -96,11 +105,23 @@ class ActivationSpill:
         assert self._file is not None
         data = memoryview(buffer.numpy())  # type: ignore[arg-type]
         done = 0
-        while done < len(data):
-            read = os.preadv(self._file.fileno(), [data[done:]], offset + done)
-            if not read:
-                raise OSError("the file of spilled activations ends too early")
-            done += read
+        with self._naming("read"):
+            while done < len(data):
+                read = os.preadv(self._file.fileno(), [data[done:]], offset + done)
+                if not read:
+                    raise OSError("the file ends too early")
+                done += read
+
+    @contextmanager
+    def _naming(self, done: str) -> Iterator[None]:
+        """Say of an ``OSError`` raised inside what it concerns."""
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"calibration's activations cannot be {done} in {str(self._folder)!r}: {error.strerror or error}; "
+                f"{self._end:,} bytes lie there. Fewer --samples or shorter ones take less room"
+            ) from error
 
     def free(self, offset: int, size: int) -> None:
         """A place in the file may be used again."""

@@ -1,7 +1,7 @@
 """Finished layers on disk, so that an interrupted run goes on where it stopped.
 
-A work folder belongs to one run: its fingerprint covers the model's weights, the calibration batches, the settings
-and the versions. Whatever moment the process dies at, the folder is one that the same command goes on with: the marker
+A work folder belongs to one run: its fingerprint covers the model's weights and graph, the calibration batches, the
+settings and the versions. Whatever moment the process dies at, the folder is one that the same command goes on with: the marker
 with the fingerprint is written before anything else and removed after everything else, and a layer is there whole or
 not at all (temporary name, flush, rename).
 """
@@ -27,6 +27,9 @@ from ..format.layer import QuantizedLinear
 from ..inputs import SafetensorsFile, read_json_object
 
 _MARKER = "claq-run.json"
+_LOCK = "claq-run.lock"
+"""Locked by the process that the folder is for. The marker cannot be: it is replaced."""
+
 _PLANS = "plans.safetensors"
 
 
@@ -50,13 +53,11 @@ class LayerStore:
         self._lock: int | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            earlier = self._earlier_run()
-            marker = self.folder / _MARKER
-            if earlier is None:
-                write_atomically(marker, json.dumps(self._fingerprint, indent=1).encode())
-            self._lock = lock_file(marker)
+            self._earlier_run()  # refuses a folder that is not one of claq's before a file is made in it
+            self._lock = lock_file(self.folder / _LOCK)
             if self._lock is None:
                 raise OutputError(f"work folder {str(self.folder)!r} is in use by another process")
+            earlier = self._earlier_run()
             if earlier is not None and earlier != self._fingerprint:
                 if resume is not False:
                     raise OutputError(
@@ -65,18 +66,22 @@ class LayerStore:
                         "starts afresh, --work names another folder"
                     )
                 self._discard_layers()
-                os.close(self._lock)
-                write_atomically(marker, json.dumps(self._fingerprint, indent=1).encode())
-                self._lock = lock_file(marker)
+            if earlier != self._fingerprint:
+                write_atomically(self.folder / _MARKER, json.dumps(self._fingerprint, indent=1).encode())
         except OSError as error:
+            self.close()
             raise OutputError(f"work folder {str(self.folder)!r} cannot be used: {error}") from error
+        except OutputError:
+            self.close()
+            raise
 
     def _earlier_run(self) -> dict[str, str] | None:
         """Fingerprint of the run the folder belongs to; None if the folder holds nothing yet."""
         marker = self.folder / _MARKER
         if not marker.is_file():
-            # A process that died while it wrote the marker leaves the marker's temporary file and nothing else.
-            others = [path.name for path in self.folder.iterdir() if not path.name.startswith(f".{_MARKER}.")]
+            # A process that died while it wrote the marker, or that is about to write it, has these files and no others.
+            names = [path.name for path in self.folder.iterdir()]
+            others = [name for name in names if name != _LOCK and not name.startswith(f".{_MARKER}.")]
             if others:
                 raise OutputError(
                     f"{str(self.folder)!r} is not empty and is not a work folder of claq; name another with --work"
@@ -86,7 +91,7 @@ class LayerStore:
 
     def _discard_layers(self) -> None:
         for path in self.folder.iterdir():
-            if path.name != _MARKER:
+            if path.name not in (_MARKER, _LOCK):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _path(self, name: str) -> Path:
@@ -168,10 +173,11 @@ class LayerStore:
             raise OutputError(f"{what} cannot be written to {str(self.folder)!r}: {error}") from error
 
     def remove(self) -> None:
-        """Delete the work folder (the run is complete), the marker last."""
+        """Delete the work folder (the run is complete), the marker after the layers, the lock last."""
         try:
             self._discard_layers()
             (self.folder / _MARKER).unlink(missing_ok=True)
+            (self.folder / _LOCK).unlink(missing_ok=True)
             self.folder.rmdir()
         except OSError as error:
             raise OutputError(f"work folder {str(self.folder)!r} cannot be removed: {error}") from error

@@ -61,11 +61,6 @@ def _in_order(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return list(order)
 
 
-def _is_mutable(target: Any) -> bool:
-    schema = getattr(target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
-
-
 _Signature = frozenset[Any]
 """What a value depends on: identities of input tensors, and plain numbers such as sizes."""
 
@@ -74,7 +69,7 @@ class NodeWalk:
     """One walk over a graph module of ATen operators, for a list of batches.
 
     Args:
-        graph_module: unlifted graph (parameters are ``get_attr`` nodes).
+        graph_module: unlifted graph (parameters are ``get_attr`` nodes) whose operators write into none of their arguments.
         batches: inputs by name; their order is that of the graph's placeholders.
         stop_at: linear nodes the visitor is called for; nothing that they do not depend on is computed.
         lookups: embedding nodes -> what gives the rows for their indices, in the place of the table in the graph.
@@ -249,9 +244,6 @@ class NodeWalk:
             weight = self._weights[node]
             if weight is not None:
                 args = (args[0], weight.to(args[0]), *args[2:])
-        if _is_mutable(node.target):
-            # An in-place operator must not write into a value that another batch or node shares.
-            args, kwargs = fx.node.map_aggregate((args, kwargs), _clone)
         try:
             return self._callable(node)(*args, **kwargs)
         except RuntimeError as error:
@@ -369,7 +361,3 @@ class _Inputs(Sequence[torch.Tensor]):
             return [self[i] for i in range(*index.indices(len(self)))]
         value = self._values[index]
         return value.read() if isinstance(value, Spilled) else value
-
-
-def _clone(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .captured import CapturedModel, Source, text_inputs
+from .captured import CapturedModel, Source, graph_digest, text_inputs
 from .decoder import CACHED_TASK, capture_decoder
 from .module import capture_module
 from .pretrained import capture_pretrained, load_pretrained
@@ -19,6 +19,7 @@ __all__ = [
     "capture_decoder",
     "capture_module",
     "capture_pretrained",
+    "graph_digest",
     "let_go_of_weights",
     "load_pretrained",
     "restore_weights",

@@ -34,13 +34,27 @@ def module_source(model: nn.Module) -> Source:
     """Source of a module given in Python: its class, and a digest of names, dtypes, shapes and bytes of its state."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        if isinstance(tensor, torch.Tensor):
+            _add_tensor(digest, name, tensor)
     kind = type(model)
     return Source(path=f"{kind.__module__}.{kind.__qualname__}", sha256=digest.hexdigest())
+
+
+def graph_digest(graph_module: torch.fx.GraphModule) -> str:
+    """Hex digest of what a graph computes, its parameters left out: operators, their arguments, buffers and constants."""
+    digest = hashlib.sha256()
+    for node in graph_module.graph.nodes:
+        digest.update(f"{node.format_node()}\n".encode())
+    for name, tensor in graph_module.named_buffers():
+        if not is_deferred(tensor):
+            _add_tensor(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def _add_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
 
 
 @dataclass

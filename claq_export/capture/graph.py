@@ -97,6 +97,13 @@ def _inline_regions(module: torch.fx.GraphModule) -> None:
         graph.erase_node(node)
 
 
+def writes_in_place(module: torch.fx.GraphModule) -> bool:
+    """Whether an operator of the graph, or of a region in it, writes into one of its arguments."""
+    graphs = [part.graph for part in module.modules() if isinstance(part, torch.fx.GraphModule)]
+    schemas = [getattr(node.target, "_schema", None) for graph in graphs for node in graph.nodes]
+    return any(schema is not None and schema.is_mutable for schema in schemas)
+
+
 def is_check(node: torch.fx.Node) -> bool:
     """Whether the node only checks sizes, dtypes or values."""
     if node.op == "call_module":

@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError, ConfigError
 from ..experts import traceable_experts
 from .captured import CapturedModel, module_source
-from .graph import unlift
+from .graph import unlift, writes_in_place
 from .masks import traceable_masks
+from .precision import check_present
 from .reasons import explain, user_frame
 from .tasks import TaskModel
 
@@ -88,11 +89,13 @@ def capture_module(
 
     Raises:
         ConfigError: names or dynamic shapes do not fit the model's inputs and outputs.
+        ModelError: a weight has no values.
         CaptureError: the model does not run on the example, or cannot be turned into a graph; the message says why.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     title = type(model.model).__name__ if isinstance(model, TaskModel) else type(model).__name__
+    check_present(model, title)
     if isinstance(model, TaskModel):
         input_names = input_names or model.input_names
         output_names = output_names or model.output_names
@@ -319,7 +322,12 @@ def _export(
         ]
     try:
         with _silenced(), traceable_masks():
-            return torch.export.export(flat, tuple(arguments.tensors), dynamic_shapes=(tuple(shapes),), strict=False)
+            exported = torch.export.export(
+                flat, tuple(arguments.tensors), dynamic_shapes=(tuple(shapes),), strict=False
+            )
+            # Passes and calibration know a value by its node: one that is written into must be another node afterwards.
+            # An empty table decomposes nothing.
+            return exported.run_decompositions({}) if writes_in_place(exported.graph_module) else exported
     except Exception as error:  # torch.export raises many unrelated types; each is reported as the reason
         raise CaptureError(explain(error, title, arguments.names)) from error
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from ..deferred import ReadingInterpreter, materialize
@@ -55,17 +56,42 @@ def inputs_in_dtype(example: Any, dtype: torch.dtype) -> Any:
     return pytree.tree_map(cast, example)
 
 
+def check_present(model: nn.Module, title: str) -> None:
+    """See that all parameters and buffers have values.
+
+    Raises:
+        ModelError: one is on the meta device, or of a lazy module that was never called; the message names ``title``, the
+            model, and the tensors.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
+    if lazy:
+        raise ModelError(
+            f"{title} has lazy modules that were never called, so {_some(lazy)} have no shape; call it on an example first"
+        )
+    absent = [name for name, tensor in tensors if tensor.is_meta]
+    if absent:
+        raise ModelError(
+            f"{title} is on the meta device: {_some(absent)} have no values; load its weights first (to_empty, then "
+            "load_state_dict)"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 def check_weights(model: nn.Module, title: str) -> None:
     """See that no parameter is NaN or infinite and no buffer NaN (a mask may hold infinities).
 
     Raises:
-        ModelError: one is; the message names ``title``, the model, and the tensors.
+        ModelError: one is, or has no values; the message names ``title``, the model, and the tensors.
     """
+    check_present(model, title)
     bad = [name for name, weight in model.named_parameters() if not _all_finite(weight.detach())]
     bad += [name for name, buffer in model.named_buffers() if buffer.is_floating_point() and buffer.isnan().any()]
     if bad:
-        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
-        raise ModelError(f"{title} has NaN or infinite weights in {', '.join(bad[:4])}{more}")
+        raise ModelError(f"{title} has NaN or infinite weights in {_some(bad)}")
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:
@@ -89,10 +115,8 @@ def check_range(model: nn.Module, dtype: torch.dtype) -> None:
             if magnitude > largest:
                 beyond.append(f"{name} ({magnitude:.4g})")
     if beyond:
-        more = f" and {len(beyond) - 4} more" if len(beyond) > 4 else ""
         raise ModelError(
-            f"{name_of(dtype)} ends at {largest:.5g}, beyond which lie values of {', '.join(beyond[:4])}{more}; "
-            f"{advice(dtype)}"
+            f"{name_of(dtype)} ends at {largest:.5g}, beyond which lie values of {_some(beyond)}; {advice(dtype)}"
         )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import ModelError, OutputError
 from ..format.checkpoint import TENSORS_FILE, VERSION
+from ..format.files import StagedFiles, write_atomically
 from ..inputs import contained, read_json_object
 
 CONFIG = "config.json"
@@ -43,36 +44,40 @@ _COMPANIONS = (
 def copy_companions(source: Path, folder: Path) -> list[Path]:
     """Copy configuration and tokenizer files from a Hugging Face folder; none if the source is not a folder.
 
-    A tokenizer's class gets the name that older readers know, else files are as they were.
+    A tokenizer's class gets the name that older readers know, else files are as they were. They appear together, once all
+    are complete.
 
     Raises:
         ModelError: a file is a link out of the source, or no JSON object where it should be one.
         OutputError: a file cannot be written.
     """
-    copied = []
-    if source.is_dir() and source.resolve() != folder.resolve():
+    copied: list[Path] = []
+    if not source.is_dir() or source.resolve() == folder.resolve():
+        return copied
+    with StagedFiles(folder) as staged:
         for name in _COMPANIONS:
             if (source / name).is_file():
                 # A link would copy a file of this machine into what is going to be published.
                 origin = contained(source, name, ModelError)
-                try:
-                    (folder / name).parent.mkdir(exist_ok=True)
-                    copied.append(Path(shutil.copyfile(origin, folder / name)))
-                    if name == _TOKENIZER:
-                        _rename_class(folder / name)
-                except OSError as error:
-                    raise OutputError(
-                        f"{name} cannot be copied to {str(folder)!r}: {error.strerror or error}"
-                    ) from error
+                (folder / name).parent.mkdir(exist_ok=True)
+                temporary = staged.stage(name)
+                shutil.copyfile(origin, temporary)
+                if name == _TOKENIZER:
+                    _rename_class(origin, temporary)
+                copied.append(folder / name)
     return copied
 
 
-def _rename_class(path: Path) -> None:
-    settings = read_json_object(path, ModelError)
+def _rename_class(origin: Path, copy: Path) -> None:
+    settings = read_json_object(origin, ModelError)
     known = _CLASSES.get(str(settings.get("tokenizer_class")))
     if known is not None:
         settings["tokenizer_class"] = known
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        copy.write_bytes(_json(settings))
+
+
+def _json(settings: dict[str, Any]) -> bytes:
+    return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def declare_quantized(folder: Path, true_bits: float, dtype: torch.dtype) -> Path | None:
@@ -100,7 +105,7 @@ def declare_quantized(folder: Path, true_bits: float, dtype: torch.dtype) -> Pat
     settings["transformers_weights"] = TENSORS_FILE
     settings["quantization_config"] = {"quant_method": "claq", "version": VERSION, "true_bits": round(true_bits, 4)}
     try:
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_atomically(path, _json(settings))
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
     return path

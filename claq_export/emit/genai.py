@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
+from ..format.files import write_atomically
 from ..inputs import read_json_object
 
 FILE = "genai_config.json"
@@ -102,7 +103,7 @@ def write_genai_config(folder: Path, model_file: str, shapes: Mapping[str, tuple
         config |= {name: generation[name] for name in tokens if generation.get(name) is not None}
     path = folder / FILE
     try:
-        path.write_text(json.dumps(genai_settings(model_file, shapes, config), indent=2) + "\n", encoding="utf-8")
+        write_atomically(path, (json.dumps(genai_settings(model_file, shapes, config), indent=2) + "\n").encode())
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
     return path

@@ -82,14 +82,26 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def lock_file(path: Path) -> int | None:
     """A descriptor that holds an exclusive lock on a file until it is closed or the process ends, however it does;
-    None if another process holds it."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    None if another process holds it. The file is made if it does not exist, and must not be replaced by another."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        # Whoever held the lock may have deleted the file before it was locked here: a third process would make a new one.
+        if _is_at(path, descriptor):
+            return descriptor
         os.close(descriptor)
-        return None
-    return descriptor
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is the one under that name."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _temporary(path: Path) -> Path:

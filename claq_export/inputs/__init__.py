@@ -1,4 +1,7 @@
-"""Everything claq reads from files that somebody else may have made passes through here, before it is believed.
+"""Readers of files that somebody else may have made: what they hold is checked before it is believed.
+
+Models, artifacts, work folders and arrays are read by them. Not here are calibration text (``calibration/data.py``), what
+transformers reads itself (configuration classes, tokenizers, its own loading of a claq folder) and what ONNX Runtime does.
 
 One module a kind of file; each states its limits, names the file in its errors and executes nothing it reads
 (``docs/security.md``). Readers take the error class of their caller's room, because a damaged model and a damaged

@@ -8,7 +8,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -33,9 +33,20 @@ _DAMAGED = (
 
 
 def read_npz(
-    path: Path, names: Sequence[str], error: type[ClaqError], limit: int = ARRAYS_LIMIT
+    path: Path,
+    names: Sequence[str],
+    error: type[ClaqError],
+    limit: int = ARRAYS_LIMIT,
+    hints: Mapping[str, str] | None = None,
 ) -> dict[str, npt.NDArray[np.generic]]:
     """The arrays of those names.
+
+    Args:
+        path: the archive.
+        names: of the arrays.
+        error: what is raised.
+        limit: bytes.
+        hints: array -> what the error says of it where it is missing.
 
     Raises:
         error: the file is missing or damaged, has no such array, or one of objects or of another size than its header says;
@@ -49,7 +60,11 @@ def read_npz(
             held = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
             missing = [name for name in names if name not in held]
             if missing:
-                raise error(f"{where} has no array {missing[0]!r}; it has {', '.join(map(repr, held))[:400] or 'none'}")
+                found = ", ".join(map(repr, held))[:400] or "none"
+                raise error(
+                    f"{where} has no array {missing[0]!r}; it has {found}, and needs one for each of "
+                    f"{', '.join(map(repr, names))}{(hints or {}).get(missing[0], '')}"
+                )
             entries = {name: held[name] for name in names}
             if sum(entry.file_size for entry in entries.values()) > limit:
                 raise error(f"{where} unpacks to more than {limit >> 20} MiB")

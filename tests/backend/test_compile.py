@@ -70,6 +70,29 @@ def test_observe_then_swap_gives_the_layers_of_quantize(settings: dict[str, Any]
     torch.testing.assert_close(run(x), expected(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dynamic", [False, None])
+def test_observed_writes_into_parts_of_values_are_followed(dynamic: bool | None) -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(FEATURES, 64), nn.Linear(128, FEATURES)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = torch.zeros(*x.shape[:-1], 128)
+            out[..., :64] = 1.0
+            out[..., 64:] = self.first(x)
+            return self.second(out)
+
+    model, batches = Joined().eval(), [*data(2), *data(2, 3)]
+    expected = claq_export.quantize(copy.deepcopy(model), (batches[0],), Config(calibration=batches))
+    run = compiled(model, observe=4, dynamic=dynamic)
+    for x in batches:
+        torch.testing.assert_close(run(x), model(x))
+    x = data(1, seed=9)[0]
+    torch.testing.assert_close(run(x), expected(x), rtol=1e-3, atol=1e-3)
+
+
 def test_progress_lines_tell_of_observation_and_swap(capsys: pytest.CaptureFixture[str]) -> None:
     run = compiled(Net(), observe=2, progress=True)
     told = []

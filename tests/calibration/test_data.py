@@ -141,11 +141,27 @@ def test_python_batches_are_checked() -> None:
         ({"x": good[0]}, "no input 'y'"),
         ((torch.ones(3), good[1]), "must be torch.float32 with 2 dimensions"),
         ("text", "must be a mapping"),
+        ((torch.ones(0, 3), torch.ones(0, dtype=torch.int64)), r"batch 0 is empty: x \[0, 3\], y \[0\]"),
+        ((torch.ones(0, 3), good[1]), "batch 0 is empty"),
     ]:
         with pytest.raises(CalibrationError, match=message):
             batches_from_iterable([wrong], ("x", "y"), example, 10)
     with pytest.raises(CalibrationError, match="empty"):
         batches_from_iterable([], ("x", "y"), example, 10)
+
+
+def test_tokens_that_are_none_are_refused(tiny_bert: Path, tmp_path: Path) -> None:
+    captured, _ = capture(tiny_bert)
+    empty = torch.zeros(2, 0, dtype=torch.int64)
+    for batch in (dict.fromkeys(captured.input_names, empty), captured.example_inputs | {"input_ids": empty}):
+        with pytest.raises(
+            CalibrationError, match=r"is empty: input_ids \[2, 0\]|'input_ids' of shape \[2, 0\] holds nothing"
+        ):
+            load_calibration(captured, Config(calibration=[batch]))
+    np.savez(tmp_path / "tokens.npz", input_ids=np.ones((2, 4), np.int64), token_type_ids=np.zeros((2, 4), np.int64))
+    wanted = r"no array 'attention_mask'.*each of 'input_ids', 'attention_mask', 'token_type_ids'; it is 1 for tokens"
+    with pytest.raises(CalibrationError, match=wanted):
+        load_calibration(captured, Config(calibration=tmp_path / "tokens.npz"))
 
 
 def test_sentences_are_cut_where_a_capital_follows() -> None:

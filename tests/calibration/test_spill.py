@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
+from full_disk import files_limited_to
 
 from claq_export.calibration.spill import ActivationSpill
+from claq_export.errors import OutputError
 
 
 def test_tensors_come_back_as_they_were(tmp_path):
@@ -36,3 +41,19 @@ def test_a_killed_process_can_leave_nothing(tmp_path):
     with ActivationSpill(0, tmp_path) as spill:
         spill.put(torch.zeros(1000))
         assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_becomes_full_is_named(tmp_path):
+    with ActivationSpill(0, tmp_path) as spill:
+        kept = spill.put(torch.full((100,), 7.0))
+        with (
+            files_limited_to(1000),
+            pytest.raises(OutputError, match=rf"activations cannot be written in '{tmp_path}'.*"),
+        ):
+            spill.put(torch.zeros(1000))
+        assert torch.equal(kept.read(), torch.full((100,), 7.0))
+    with (
+        pytest.raises(OutputError, match="activations cannot be written in '/nowhere'"),
+        ActivationSpill(0, Path("/nowhere")),
+    ):
+        pass

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+from claq_export.algorithm import Hessian
 from claq_export.calibration.walk import JointWalk, NodeWalk
 from claq_export.capture import capture_module
 from claq_export.errors import CalibrationError
@@ -104,6 +105,47 @@ def test_in_place_operators_do_not_leak_between_batches() -> None:
     NodeWalk(gm, batches, [sites["linear"].node]).run(lambda node, inputs: seen.extend(inputs))
     for batch, got in zip(batches, seen, strict=True):
         torch.testing.assert_close(got, table + batch["x"])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_writes_through_views_are_followed(grad: bool) -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(48, 64)
+            self.second = nn.Linear(128, 48)
+            self.register_buffer("table", torch.zeros(128))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.set_grad_enabled(grad):
+                out = self.table.expand(len(x), 128).clone()
+                out[:, :64] = 1.0
+                out[:, 64:] = self.first(x)
+                out.t()[0].mul_(x[:, 0])
+                before = out * 1.0
+                out.clamp_(min=0)
+            return self.second(out) + before[:, :48]
+
+    model = Joined().eval()
+    batches = [{"x": torch.randn(3, 48)} for _ in range(3)]
+    gm, sites = planned(model, batches[0]["x"])
+    wanted: list[torch.Tensor] = []
+    hook = model.second.register_forward_pre_hook(lambda module, args: wanted.append(args[0].detach().clone()))
+    for batch in batches:
+        model(**batch)
+    hook.remove()
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def visit(node: fx.Node, inputs: Sequence[torch.Tensor]) -> None:
+        seen[next(name for name, site in sites.items() if node in site.nodes)] = list(inputs)
+
+    NodeWalk(gm, batches, [site.node for site in sites.values()]).run(visit)
+    assert list(seen) == ["first", "second"]
+    hessians = [Hessian(128, token_clip=None) for _ in range(2)]
+    for hessian, inputs in zip(hessians, (seen["second"], wanted), strict=True):
+        for x in inputs:
+            hessian.add(x)
+    torch.testing.assert_close(hessians[0].matrix, hessians[1].matrix)
 
 
 def test_wrong_batches_are_refused(model: Model) -> None:

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from full_disk import files_limited_to
 
-from claq_export.emit.companions import copy_companions
-from claq_export.errors import ModelError
+from claq_export.emit.companions import copy_companions, declare_quantized
+from claq_export.errors import ModelError, OutputError
 
 
 def test_a_tokenizer_of_transformers_5_opens_in_version_4_too(tiny_llama: Path, tmp_path: Path) -> None:
@@ -48,3 +50,20 @@ def test_other_classes_are_copied_byte_for_byte(tmp_path: Path) -> None:
     (source / "tokenizer_config.json").write_text("[1]")
     with pytest.raises(ModelError, match=r"tokenizer_config\.json must hold a JSON object"):
         copy_companions(source, target)
+
+
+def test_a_full_disk_leaves_the_files_of_an_earlier_export(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder, word in ((source, "new"), (target, "old")):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"word": word}))
+        (folder / "tokenizer.json").write_text(json.dumps({word: "x" * 4000}))
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    with files_limited_to(1000), pytest.raises(OutputError):
+        copy_companions(source, target)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    (target / "config.json").write_text(json.dumps({"word": "x" * 4000}))
+    with files_limited_to(1000), pytest.raises(OutputError, match=r"config\.json cannot be written"):
+        declare_quantized(target, 4.0, torch.float32)
+    assert json.loads((target / "config.json").read_text()) == {"word": "x" * 4000}
+    assert len(list(target.iterdir())) == 2

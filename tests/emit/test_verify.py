@@ -286,3 +286,30 @@ def test_a_library_that_does_not_exist(written: tuple[Path, Pair], tmp_path: Pat
 def test_no_inputs(written: tuple[Path, Pair]) -> None:
     with pytest.raises(ValueError, match="at least one set of sample inputs"):
         verify_artifact(written[0], written[1], [])
+
+
+def test_nan_agrees_with_nan_of_the_unquantized_model_alone(tmp_path: Path) -> None:
+    class Broken(torch.nn.Module):
+        def __init__(self, model: torch.nn.Module, where: float) -> None:
+            super().__init__()
+            self.model, self.where = model, where
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = tuple(self.model(x).values()) if isinstance(self.model, Original) else self.model(x)
+            return torch.where(x[:, :1] > self.where, torch.nan, y[0]), y[1]
+
+    pair = Pair()
+    inputs = {"x": torch.tensor([[-1.0], [1.0]]) * torch.ones(64)}
+    for where, nan in ((-2.0, 64), (0.0, 32)):
+        path = emit(tmp_path, Broken(pair, where), f"{nan}.onnx")
+        with pytest.raises(
+            VerificationError, match="NaN in the quantized PyTorch model, and not in the unquantized one"
+        ):
+            verify_artifact(path, Broken(pair, where), inputs, unquantized=Original(pair), library=False, rounds=0)
+        report = verify_artifact(
+            path, Broken(pair, where), inputs, unquantized=Broken(Original(pair), where), library=False, rounds=0
+        )
+        assert [warning.split(" are NaN")[0] for warning in report.warnings] == [f"{nan} of 64 values of output 'y'"]
+    path = emit(tmp_path, Broken(pair, -2.0))
+    with pytest.raises(VerificationError, match=r"NaN in the quantized PyTorch model$"):
+        verify_artifact(path, Broken(pair, -2.0), inputs, library=False, rounds=0)

@@ -19,7 +19,7 @@ from tiny_models import sentences
 from torch import nn
 
 from claq_export import Config, export, quantize
-from claq_export.cli import main
+from claq_export.cli import main, parse
 from claq_export.errors import CaptureError, ConfigError, ModelError, OutputError
 from claq_export.evaluation.models import open_tokenizer
 
@@ -280,6 +280,18 @@ def test_modules_that_cannot_be_exported_are_told_why(tmp_path: Path) -> None:
         broken[0].bias[1] = torch.nan
     with pytest.raises(ModelError, match=r"^Sequential has NaN or infinite weights in 0\.bias$"):
         export(broken, (x,), out, config)
+    with torch.device("meta"):
+        absent = perceptron()
+    lazy = nn.Sequential(nn.Linear(64, 64), nn.LazyLinear(64)).eval()
+    for work in (lambda given: export(given, (x,), out, config), lambda given: quantize(given, (x,), config)):
+        with pytest.raises(
+            ModelError, match=r"^Sequential is on the meta device: 0\.weight, 0\.bias, .* have no values"
+        ):
+            work(absent)
+        with pytest.raises(
+            ModelError, match=r"^Sequential has lazy modules that were never called, so 1\.weight, 1\.bias"
+        ):
+            work(lazy)
     with pytest.raises(CaptureError, match="cannot capture a TorchScript module"):
         export(torch.jit.trace(perceptron(), x), (x,), out, config)
     with pytest.raises(ConfigError, match=r"the model must be an nn\.Module, a folder or a hub id, got function"):
@@ -296,6 +308,16 @@ def test_a_report_that_cannot_be_written_is_known_at_the_start(model: Path, tmp_
     with pytest.raises(OutputError, match="file' is not writable"):
         export(model, out=tmp_path / "out" / "model.onnx", report=tmp_path / "file" / "r.html")
     assert not (tmp_path / "out" / "model.onnx").exists()
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("generat", "generate"), ("evla", "eval"), ("verfy", "verify")])
+def test_a_misspelled_command_is_no_model(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([typed, "folder", "--prompt", "hi"])
+    assert exit_.value.code == 2
+    assert f"there is no command and no folder {typed!r}; did you mean {meant!r}?" in capsys.readouterr().err
+    assert not parse(["--no-verify", "folder"]).verify
+    assert parse(["owner/generator"]).model == "owner/generator"
 
 
 def test_what_does_not_exist_is_named_with_what_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import filecmp
 import json
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -140,6 +142,50 @@ def test_resume_refuses_another_run_by_name(tiny_bert: Path, text: Path, tmp_pat
     other = claq_export.Config(calibration=text, bits=3)
     with pytest.raises(claq_export.errors.OutputError, match=r"changed since that run: setting bits \(4 -> 3\)"):
         claq_export.export(tiny_bert, out=out, config=other, work=work)
+
+
+class Narrow(nn.Module):
+    """Two layers with a function of the caller between them, whose weights are always the same."""
+
+    def __init__(self, between: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.between = nn.Linear(64, 64), nn.Linear(64, 64), between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.between(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"between": torch.tanh}, "model's graph"),
+        ({"between": lambda x: x * torch.tensor([1.0, 2.0]).repeat(32)}, "model's graph"),
+        ({"settings": {"dtype": "float16"}}, r"setting dtype"),
+        ({"memory": 3_000_000_000}, r"setting importance \(true -> false\)"),
+    ],
+)
+def test_what_layers_depend_on_is_noticed(change: dict[str, Any], named: str, tmp_path: Path) -> None:
+    batches = [torch.randn(4, 64, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+
+    def export(reporter: ProgressReporter | None = None, **changes: Any) -> None:
+        settings = {"size": 12_000, "calibration": batches} | changes.get("settings", {})
+        claq_export.export(
+            Narrow(changes.get("between", lambda x: x * torch.tensor([1.0, 3.0]).repeat(32).to(x))),
+            batches[0],
+            tmp_path / "model.onnx",
+            claq_export.Config(**settings),
+            work=tmp_path / "work",
+            memory=changes.get("memory"),
+            verify=False,
+            reporter=reporter,
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        export(Stop(1))
+    with pytest.raises(claq_export.errors.OutputError, match=f"changed since that run: .*{named}"):
+        export(**change)
+    export()
 
 
 def test_budget_is_met_in_true_bits(tiny_llama: Path, text: Path, tmp_path: Path) -> None:

@@ -78,6 +78,59 @@ def test_one_process_at_a_time(tmp_path):
     LayerStore(tmp_path, {"model": "a"}).close()
 
 
+_BEGINS = """
+import sys, time
+from claq_export.calibration.store import LayerStore
+from claq_export.errors import OutputError
+sys.stdin.readline()
+try:
+    store = LayerStore(sys.argv[1], {"model": "a"})
+    print("owns", flush=True)
+    sys.stdin.readline()
+except OutputError as error:
+    print(error, flush=True)
+"""
+
+
+def test_of_processes_that_begin_at_once_one_owns_the_folder(tmp_path):
+    program = [sys.executable, "-c", _BEGINS]
+    others = [
+        subprocess.Popen([*program, tmp_path / "work"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for other in others:
+        other.stdin.write("\n")
+        other.stdin.flush()
+    said = [other.stdout.readline() for other in others]
+    for other in others:
+        other.communicate("\n")
+    assert sum(line == "owns\n" for line in said) == 1, said
+
+
+def test_a_marker_written_by_another_process_meanwhile_is_seen(tmp_path, monkeypatch):
+    """The other one begins between this one's look into the empty folder and its lock."""
+    look, began = LayerStore._earlier_run, []
+
+    def slow_look(self):
+        found = look(self)
+        if not began:
+            began.append(None)
+            began.append(LayerStore(tmp_path, {"model": "a"}))
+        return found
+
+    monkeypatch.setattr(LayerStore, "_earlier_run", slow_look)
+    with pytest.raises(OutputError, match="in use by another process"):
+        LayerStore(tmp_path, {"model": "a"})
+    began.pop().close()
+
+
+def test_a_folder_of_others_is_left_as_it_was(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(OutputError, match="not a work folder"):
+        LayerStore(tmp_path, {"model": "a"})
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 def test_a_pair_of_two_exports_is_refused(tmp_path):
     from quantized_layers import random_layer
 

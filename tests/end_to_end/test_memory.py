@@ -17,6 +17,7 @@ from tiny_models import save_tiny_llama, sentences, shard
 import claq_export
 from claq_export import api, deferred, preflight, verify
 from claq_export.calibration import spill
+from claq_export.calibration.progress import ProgressReporter
 from claq_export.calibration.spill import ActivationSpill
 from claq_export.capture import load_pretrained
 from claq_export.capture.lazy import StoredParameter
@@ -68,6 +69,24 @@ def test_the_same_artifact_with_and_without_a_limit(tmp_path, everything_deferre
     assert len(spilled) > 6
     assert result.original_bytes > result.artifact_bytes
     assert not (tmp_path / "limited" / "model.onnx.work").exists()
+
+
+def test_a_budget_is_weighed_by_gradients_without_a_limit_alone(tmp_path, everything_deferred):
+    class Warnings(ProgressReporter):
+        def warn(self, message):
+            found.append(message)
+
+    source = save_tiny_llama(tmp_path / "model")
+    settings = {"bits": 3.5, "calibration": sentences(20), "samples": 4, "sequence_length": 16}
+    for importance, warned in ((False, 0), (True, 1)):
+        config = claq_export.Config(importance=importance, **settings)
+        found = []
+        options = {"config": config, "cache": False, "verify": False, "reporter": Warnings(quiet=True)}
+        claq_export.export(source, out=tmp_path / "limited" / "model.onnx", memory=64 << 30, **options)
+        assert ["gradients need the whole model in memory" in message for message in found] == [True] * warned
+        if not importance:
+            claq_export.export(source, out=tmp_path / "whole" / "model.onnx", **options)
+            same_artifacts(tmp_path / "whole", tmp_path / "limited")
 
 
 def test_without_a_limit_activations_past_a_share_of_the_weights_go_to_disk(tmp_path, monkeypatch):
