@@ -98,7 +98,8 @@ class WeightStore:
         self.key = key
         self.saved_in: Path | None = None
         self._entries: dict[int, Entry] = {}
-        self._products: dict[int, _Cached] = {}
+        # A shared weight may be used with a bias and without, alone and beside others.
+        self._products: dict[tuple[int, int, tuple[bool, ...]], _Cached] = {}
         self._rows: dict[int, _Cached] = {}
 
     def find(self, weight: torch.Tensor) -> Entry | None:
@@ -153,10 +154,11 @@ class WeightStore:
             transposed: the parameters are stored as ``[in_features, out_features]``.
         """
         tensors = (*weights, *biases)
-        cached = self._products.get(id(weights[0]))
+        key = (id(weights[0]), len(weights), tuple([bias is None for bias in biases]))
+        cached = self._products.get(key)
         if cached is None or not cached.serves(tensors):
             cached = _Cached(_references(tensors), self._build(weights, biases or [None] * len(weights), transposed))
-            self._products[id(weights[0])] = cached
+            self._products[key] = cached
         return cached.run
 
     def _build(

@@ -56,6 +56,15 @@ def test_products_and_rows(dtype: torch.dtype, backend: str) -> None:
         close(embedding_of(torch.tensor([1, 7]), weights[1], key), dense[16:][[1, 7]], dtype)
 
 
+def test_a_shared_weight_is_prepared_once_for_each_way_it_is_used() -> None:
+    weights, _ = stacked("shared", torch.float32)
+    bias, store = torch.randn(16), STORES["shared"]
+    ways = [(weights[:1], [bias]), (weights[:1], [None]), (weights[:1], []), (weights, [bias, None]), (weights, [])]
+    first = [store.product(some, biases, False) for some, biases in ways]
+    assert all(store.product(some, biases, False) is run for (some, biases), run in zip(ways, first, strict=True))
+    assert len(set(map(id, first))) == len(ways)
+
+
 def test_transposed_parameters() -> None:
     weights, dense = stacked("transposed", torch.float32, transposed=True)
     x = torch.randn(5, 40)

@@ -25,8 +25,8 @@ struct Vnni {
   using Activation = __m512i;
   static constexpr int rows_ahead(int width) { return 2 * width; }
   static constexpr int few_rows_vectors(int) { return 4; }
-  static constexpr int row_vectors(int) { return 1; }
-  static constexpr int kTileRows = 4, kTileVectors = 3, kShallowRows = 0;
+  static constexpr int row_vectors(int) { return 4; }
+  static constexpr int kTileRows = 4, kTileVectors = 3, kShallowRows = 48;
 
   static __m512i begin(int32_t correction) { return _mm512_set1_epi32(correction); }
   static Weights weights(__m512i decoded) { return decoded; }
