@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 RESULTS = Path(__file__).parent / "results"
 # (kernel family, processor as a reader knows it, the goal for 1, 4, 16, 128 and 512 rows of x)
 MACHINES = [
+    ("avx512vnni", "Intel Granite Rapids (AVX-512 with VBMI)", (0.8, 0.6, 0.6, 0.85, 0.85)),
     ("avx512bwvnni", "Intel Cascade Lake (AVX-512 with VNNI)", (0.8, 0.6, 0.6, 0.85, 0.85)),
     ("avx2", "AMD Zen 3 (AVX2)", (1.0,) * 5),
 ]
@@ -101,13 +102,13 @@ def draw_decoding(axes: Axes, documents: Sequence[tuple[str, dict[str, Any]]]) -
 
 
 def main() -> None:
-    figure, axes = pyplot.subplots(1, 3, figsize=(13.5, 4.3), dpi=120, gridspec_kw={"width_ratios": [1, 1, 0.95]})
+    figure, axes = pyplot.subplots(1, 4, figsize=(17, 4.3), dpi=110, gridspec_kw={"width_ratios": [1, 1, 1, 0.95]})
     for place, (family, title, goal) in zip(axes, MACHINES, strict=False):
         draw_products(place, load(f"cpu_matmul_{family}.json"), title, goal)
     axes[0].set_ylabel("time / MatMulNBits (below 1: claq is faster)")
     axes[0].legend(fontsize=8, frameon=False, loc="upper right")
     names = {"avx512bwvnni": "Cascade Lake", "avx2": "Zen 3"}
-    draw_decoding(axes[2], [(names[family], load(f"decoder_{family}.json")) for family, *_ in MACHINES])
+    draw_decoding(axes[3], [(name, load(f"decoder_{family}.json")) for family, name in names.items()])
     figure.tight_layout()
     figure.savefig(RESULTS / "speed.png")
 

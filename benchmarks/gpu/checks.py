@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from layers import BOUNDS, arguments, layer_of
-from machine import REAL, Machine
+from machine import REAL, Machine, reason_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ def run_checks(wanted: list[Check], dry: bool, deadline: float) -> list[dict[str
             torch.manual_seed(len(results))  # it asks the GPU, too
             error = error_of(check, machine)
         except Exception as failure:  # Triton's compiler and launcher raise errors of many types; each is a finding
-            results.append({**text, "passed": False, "failure": f"{type(failure).__name__}: {failure}"[:500]})
+            results.append({**text, "passed": False, "failure": reason_of(failure)})
             if not dry and not _still_works():
                 return results + [
                     {
@@ -124,7 +124,5 @@ def correctness(machine: Machine, seconds: float, processes: int = 8) -> list[di
             try:
                 results += task.result()
             except Exception as failure:  # the process died, or could not begin
-                results.append(
-                    {"checks": len(part), "passed": False, "failure": f"{type(failure).__name__}: {failure}"[:500]}
-                )
+                results.append({"checks": len(part), "passed": False, "failure": reason_of(failure)})
         return results

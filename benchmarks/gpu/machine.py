@@ -12,6 +12,11 @@ from typing import Any
 import torch
 
 
+def reason_of(failure: BaseException) -> str:
+    """An error on one line: on a GPU each is a finding, and must not take the other findings with it."""
+    return f"{type(failure).__name__}: {failure}".replace("\n", " ")[:500]
+
+
 @dataclass(frozen=True)
 class Sizes:
     """How large things are.

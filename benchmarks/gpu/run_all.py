@@ -2,11 +2,12 @@
 
     python benchmarks/gpu/run_all.py [--minutes 8] [--tune [--write-dispatch]] [--quick] [--dry-run]
 
-First every kernel against the dense weight in float64, then times at rotating copies of the weights (so that the L2 cache
-does not hold them), launched one by one and as a CUDA graph, beside cuBLAS bf16, torch's int4 kernel and GemLite where it
-is installed. Bandwidth is that of the packed weight, as a share of what a plain copy reaches in the same run. Last, where
-libclaq and kernels compiled ahead of time are at hand (make kernels), benchmarks/gpu/runtime.py checks and times those, and
-ONNX Runtime's logits on CUDA. Writes benchmarks/results/gpu_<device>.json and .md. Needs torch with CUDA, and triton.
+First every kernel against the dense weight in float64, then the operators as users call them and torch.compile, then times
+at rotating copies of the weights (so that the L2 cache does not hold them), launched one by one and as a CUDA graph, beside
+cuBLAS bf16, torch's int4 kernel and GemLite where it is installed. Bandwidth is that of the packed weight, as a share of
+what a plain copy reaches in the same run. Last, where libclaq and kernels compiled ahead of time are at hand (make kernels),
+benchmarks/gpu/runtime.py checks and times those, and ONNX Runtime's logits on CUDA. Writes benchmarks/results/gpu_<device>.json and .md. Needs torch with CUDA,
+and triton.
 
 --dry-run goes the same way without a GPU: tiny sizes in Triton's interpreter, times that mean nothing.
 """
@@ -35,7 +36,8 @@ import torch  # noqa: E402
 from checks import correctness  # noqa: E402
 from goals import goals  # noqa: E402
 from layers import arguments, copies_of, layer_of, weight_bytes  # noqa: E402
-from machine import Machine  # noqa: E402
+from machine import Machine, reason_of  # noqa: E402
+from operators import operators  # noqa: E402
 from peers import cublas, gemlite, torch_int4  # noqa: E402
 from tiles import write_dispatch  # noqa: E402
 
@@ -45,11 +47,6 @@ MIXES = {"2": (2,), "3": (3,), "4": (4,), "2+4": (2,) * 9 + (4,)}
 SHARE_OF_CHECKS = 0.4
 """Most of the time that checks may take; nearly all of it goes into compiling kernels."""
 SECONDS_FOR_RUNTIME = 150
-
-
-def reason_of(failure: BaseException) -> str:
-    """An error on one line: on a GPU each is a finding, and must not take the other findings with it."""
-    return f"{type(failure).__name__}: {failure}".replace("\n", " ")[:500]
 
 
 def timings(
@@ -208,7 +205,12 @@ def table(result: dict[str, Any]) -> str:
         f"{len(failed)} failed, {len(checks) - passed - len(failed)} were not reached. The run took {result['seconds']:.0f} s.",
         "",
     ]
-    lines += [f"- FAILED: {failure}" for failure in (*result["failures"], *failed)]
+    wrong = [finding for finding in result["operators"] if not finding["passed"]]
+    lines += [
+        f"{len(result['operators']) - len(wrong)} of {len(result['operators'])} operators and compiled models agree.",
+        "",
+    ]
+    lines += [f"- FAILED: {failure}" for failure in (*result["failures"], *failed, *wrong)]
     lines += ["| goal | bound | worst measured | |", "|---|---|---|---|"]
     for goal in result["goals"]:
         value = "not measured" if goal["value"] is None else f"{goal['value']:.2f}"
@@ -292,6 +294,7 @@ def main() -> int:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "checks": [],
+        "operators": [],
         "copy_bandwidth": 0.0,
         "lookups": [],
         "timings": [],
@@ -325,6 +328,7 @@ def main() -> int:
     for check in result["checks"]:
         if check.get("passed") is False:
             print("FAILED", check, flush=True)
+    step("operators", lambda: operators(machine, result["operators"], save))
     step("copy_bandwidth", machine.copy_bandwidth)
     step("lookups", lambda: lookups(machine, deadline))
     bandwidth = result["copy_bandwidth"] or float("nan")
@@ -335,7 +339,8 @@ def main() -> int:
     print(table(result))
     if options.write_dispatch:
         write_dispatch(result["tuning"], torch.cuda.get_device_capability(), f"benchmarks/results/{name}.json")
-    failed = result["failures"] or any(check.get("passed") is False for check in result["checks"])
+    findings = (*result["checks"], *result["operators"])
+    failed = result["failures"] or any(finding.get("passed") is False for finding in findings)
     return 1 if failed else 0
 
 

@@ -32,14 +32,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from layers import BOUNDS, arguments, layer_of  # noqa: E402
+from layers import BOUNDS, arguments, copies_of, layer_of  # noqa: E402
 from machine import REAL  # noqa: E402
 
 from claq_export.format.layer import QuantizedLinear  # noqa: E402
 from claq_export.kernels.native import DTYPES, describe_layer  # noqa: E402
 
 MAIN = REAL.main
-ROTATED = 8
 REPEATS = 30
 
 
@@ -205,13 +204,14 @@ def _milliseconds(calls: list[Any]) -> float:
 def time_all(runtime: Runtime) -> list[dict[str, Any]]:
     """Milliseconds a call in a CUDA graph, rotating weights: ahead of time, just in time (where Triton is), cuBLAS."""
     out_features, in_features = MAIN[1], MAIN[0]
-    dense = [torch.randn(in_features, out_features, dtype=torch.bfloat16, device="cuda") for _ in range(ROTATED)]
+    copies = -(-REAL.rotation // (2 * in_features * out_features))
+    dense = [torch.randn(in_features, out_features, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
     jit = None
     if importlib.util.find_spec("triton"):
         from claq_export.kernels.triton.launch import linear as jit
     found = []
     for bits in (2, 3, 4):
-        layers = [layer_of(in_features, out_features, (bits,)).to("cuda") for _ in range(ROTATED)]
+        layers = copies_of(layer_of(in_features, out_features, (bits,)).to("cuda"), REAL.rotation)
         bias = torch.zeros(out_features, dtype=torch.bfloat16, device="cuda")
         natives = [Layer(runtime, layer, bias) for layer in layers]
         for rows in (1, 4, 16, 128, 512):

@@ -129,6 +129,8 @@ def test_everything_is_gone_through_in_a_dry_run(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "gpu_dry_run.json").read_text())
     assert len(result["checks"]) == 5
     assert all(check["passed"] for check in result["checks"])
+    assert len(result["operators"]) == 3 * 2 * 2 + 3 + 1
+    assert all(finding["passed"] for finding in result["operators"])
     assert {row["vectors"] for row in result["timings"] if "vectors" in row} == {1, 16}
     skipped = {row["mix"]: row["skipped"] for row in result["timings"] if "skipped" in row}
     assert skipped["gemlite"] == "a dry run has no GPU"
@@ -137,6 +139,7 @@ def test_everything_is_gone_through_in_a_dry_run(tmp_path: Path) -> None:
     assert {row["vectors"] for row in result["tuning"]} == {1, 16, 128}
     assert result["goals"] == []
     page = (tmp_path / "gpu_dry_run.md").read_text()
+    assert "16 of 16 operators and compiled models agree" in page
     assert "5 of 5 comparisons with the dense weight passed, 0 failed, 0 were not reached" in page
     assert "Fastest tiles for mix 3, M = 128" in page
 
