@@ -6,8 +6,9 @@ First every kernel against the dense weight in float64, then the operators as us
 at rotating copies of the weights (so that the L2 cache does not hold them), launched one by one and as a CUDA graph, beside
 cuBLAS bf16, torch's int4 kernel and GemLite where it is installed. Bandwidth is that of the packed weight, as a share of
 what a plain copy reaches in the same run. Last, where libclaq and kernels compiled ahead of time are at hand (make kernels),
-benchmarks/gpu/runtime.py checks and times those, and ONNX Runtime's logits on CUDA. Writes benchmarks/results/gpu_<device>.json and .md. Needs torch with CUDA,
-and triton.
+benchmarks/gpu/runtime.py checks and times those, and ONNX Runtime's logits on CUDA.
+
+Writes benchmarks/results/gpu_<device>.json and .md. Needs torch with CUDA, and triton.
 
 --dry-run goes the same way without a GPU: tiny sizes in Triton's interpreter, times that mean nothing.
 """
