@@ -68,7 +68,9 @@ def test_address_and_undefined_behaviour(tmp_path):
         check_with("address,undefined", tmp_path)
         return
     emulated = f"-DCLAQ_EMULATED_AVX512={ROOT / 'tests/runtime/emulated_avx512'}"
-    assert "avx512vnni avx512bwvnni avx512bw avx2" in check_with("address,undefined", tmp_path, emulated)
+    checked = check_with("address,undefined", tmp_path, emulated)
+    assert "avx512vnni avx512bwvnni avx512bw " in checked  # whatever this processor has besides
+    assert "portable: 0 failures" in checked
 
 
 @needs_cmake
