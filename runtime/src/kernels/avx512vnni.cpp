@@ -1,6 +1,8 @@
 // AVX-512 with VBMI and VNNI: a code word is a 32-bit lane. One shift and one ternary logic step make four byte indices of a
 // lane's four columns, one byte permutation looks up their centroids, one dot-product instruction multiplies them by four
 // activations: 64 weights in about four instructions at any width.
+#include <cpuid.h>
+
 #include "avx512_float.h"
 #include "avx512_int8.h"
 #include "avx512_outliers.h"
@@ -16,7 +18,12 @@ bool supported() {
 }
 
 // Where gathers are fast: Intel's cores from Sapphire Rapids on, which have this; not Ice Lake's, whose microcode makes them slow, nor Zen's.
-bool gathers() { return __builtin_cpu_supports("avx512fp16"); }
+bool gathers() {
+  // Not __builtin_cpu_supports, which knows this feature from GCC 12 on only.
+  constexpr unsigned kFeatures = 7, kFp16 = 1u << 23;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(kFeatures, 0, &a, &b, &c, &d) && (d & kFp16);
+}
 
 struct Vnni {
   using Table = __m512i;
