@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from layers import BOUNDS, arguments, layer_of
-from machine import REAL, Machine, reason_of
+from machine import REAL, Machine, exact_products, reason_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,6 @@ def _still_works() -> bool:
 def run_checks(wanted: list[Check], dry: bool, deadline: float) -> list[dict[str, Any]]:
     """Results of checks, in a process of its own; those that ``deadline`` (of ``time.time()``) cuts off are skipped."""
     machine = Machine(dry)
-    torch.backends.cuda.matmul.allow_tf32 = False
     results = []
     for check in wanted:
         text = {**dataclasses.asdict(check), "dtype": str(check.dtype)}
@@ -94,7 +93,8 @@ def run_checks(wanted: list[Check], dry: bool, deadline: float) -> list[dict[str
             continue
         try:
             torch.manual_seed(len(results))  # it asks the GPU, too
-            error = error_of(check, machine)
+            with exact_products():
+                error = error_of(check, machine)
         except Exception as failure:  # Triton's compiler and launcher raise errors of many types; each is a finding
             results.append({**text, "passed": False, "failure": reason_of(failure)})
             if not dry and not _still_works():

@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from machine import Sizes
+
 from claq_export.format.layer import QuantizedLinear, index_dtype, storage_order
 
 BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-6}
@@ -61,11 +63,10 @@ def weight_bytes(layer: QuantizedLinear) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in layer.tensors().values())
 
 
-def copies_of(layer: QuantizedLinear, rotation: int, most: int = 64) -> list[QuantizedLinear]:
-    """The layer and clones of it, as many as fill ``rotation`` bytes."""
-    count = min(most, max(2, -(-rotation // weight_bytes(layer))))
+def copies_of(layer: QuantizedLinear, sizes: Sizes) -> list[QuantizedLinear]:
+    """The layer and clones of it, as many as no L2 cache holds."""
     clones = [
         dataclasses.replace(layer, **{name: tensor.clone() for name, tensor in layer.tensors().items()})
-        for _ in range(count - 1)
+        for _ in range(sizes.copies(weight_bytes(layer)) - 1)
     ]
     return [layer, *clones]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,24 @@ import torch
 def reason_of(failure: BaseException) -> str:
     """An error on one line: on a GPU each is a finding, and must not take the other findings with it."""
     return f"{type(failure).__name__}: {failure}".replace("\n", " ")[:500]
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """PyTorch's own products as exact as they can be while results are compared: cuBLAS sums in float32, without TF32."""
+    settings, before = torch.backends.cuda.matmul, {}
+    for name in (
+        "allow_tf32",
+        "allow_fp16_reduced_precision_reduction",
+        "allow_bf16_reduced_precision_reduction",
+    ):
+        before[name] = getattr(settings, name)
+        setattr(settings, name, False)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(settings, name, value)
 
 
 @dataclass(frozen=True)
@@ -27,7 +46,7 @@ class Sizes:
         vectors: numbers of vectors at the main shape; the others take ``few_vectors``.
         table: rows and columns of an embedding.
         tokens: rows looked up at a time.
-        rotation: bytes of weights that are gone through before one is read again; several times any L2 cache.
+        rotation: bytes of weights that are gone through before one is read again, at least; see :func:`rotation_of`.
         copied: bytes of the copy whose bandwidth is the yardstick.
     """
 
@@ -39,6 +58,10 @@ class Sizes:
     tokens: tuple[int, ...]
     rotation: int
     copied: int
+
+    def copies(self, size: int) -> int:
+        """How many copies of a weight of ``size`` bytes are gone through."""
+        return max(2, -(-self.rotation // size))
 
 
 REAL = Sizes(
@@ -63,6 +86,15 @@ TINY = Sizes(
 )
 
 
+def rotation_of(cache: int, free: int) -> int:
+    """Bytes of weights to go through, so that an L2 cache of ``cache`` bytes holds none of them when its turn comes again.
+
+    Three times the cache at least. Our weights and those of three others are held at once, and need room for results
+    beside them: never more than an eighth of the ``free`` memory.
+    """
+    return min(max(REAL.rotation, 3 * cache), free // 8)
+
+
 class Machine:
     """A GPU, or the interpreter that stands for one in a dry run.
 
@@ -76,7 +108,11 @@ class Machine:
         if dry:
             os.environ["TRITON_INTERPRET"] = "1"
         self.device = "cpu" if dry else "cuda"
-        self.sizes = TINY if dry else REAL
+        if dry:
+            self.sizes = TINY
+        else:
+            cache = torch.cuda.get_device_properties().L2_cache_size
+            self.sizes = replace(REAL, rotation=rotation_of(cache, torch.cuda.mem_get_info()[0]))
 
     @property
     def name(self) -> str:
@@ -108,43 +144,70 @@ class Machine:
         if not self.dry:
             torch.cuda.synchronize()
 
+    def warm_up(self, seconds: float = 0.3) -> None:
+        """Work until the clocks have risen: an idle GPU runs slowly at first."""
+        side = 16 if self.dry else 4096
+        x = torch.zeros(side, side, device=self.device)
+        end = time.perf_counter() + (0.0 if self.dry else seconds)
+        while time.perf_counter() < end:
+            for _ in range(8):
+                torch.mm(x, x)
+            self.synchronize()
+
+    def captured(self, call: Callable[[], object]) -> Callable[[], object]:
+        """The call as a CUDA graph: each replay returns the captured call's result, which it has written anew."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()  # kernels are compiled and checked outside of the graph
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+
+        def replay() -> object:
+            graph.replay()
+            return result
+
+        return replay
+
     def seconds(self, calls: list[Callable[[], object]], graph: bool, repeats: int = 7) -> float:
         """Median time of one call, going round ``calls``; as one CUDA graph or launched one by one."""
-        if self.dry:
-            start = time.perf_counter()
-            for call in calls:
-                call()
-            return (time.perf_counter() - start) / len(calls)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for call in calls[:2]:
-                call()
-        torch.cuda.synchronize()
 
         def everything() -> None:
             for call in calls:
                 call()
 
-        if graph:
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
-                everything()
-            turn = captured.replay
-        else:
-            turn = everything
+        if self.dry:
+            return self._once(everything) / len(calls)
+        turn = self.captured(everything) if graph else everything
         turn()
-        times = []
-        for _ in range(repeats):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            turn()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3 / len(calls))
-        return statistics.median(times)
+        return statistics.median(self._once(turn) for _ in range(repeats)) / len(calls)
+
+    def interleaved(self, calls: Mapping[str, Callable[[], object]], repeats: int = 31) -> dict[str, float]:
+        """Median time of each call, taken in turns: whatever slows the machine slows all of them."""
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(2 if self.dry else repeats):
+            for name, call in calls.items():
+                self.synchronize()
+                times[name].append(self._once(call))
+        return {name: statistics.median(found) for name, found in times.items()}
+
+    def _once(self, call: Callable[[], object]) -> float:
+        if self.dry:
+            began = time.perf_counter()
+            call()
+            return time.perf_counter() - began
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
 
     def copy_bandwidth(self) -> float:
         """Bytes a second of a device copy, reading and writing counted."""
+        self.warm_up()
         source = torch.empty(self.sizes.copied, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         return 2 * source.numel() / self.seconds([lambda: target.copy_(source)] * 4, graph=False)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 
 import torch
-from machine import Machine
+from machine import Machine, reason_of
 
 Times = dict[int, float] | str
 """Seconds by number of vectors, or why there are none."""
@@ -14,7 +14,7 @@ Times = dict[int, float] | str
 
 def cublas(machine: Machine, in_features: int, out_features: int, vectors: Iterable[int]) -> dict[int, float]:
     """Seconds of a bf16 matrix product, weights rotating."""
-    count = max(2, -(-machine.sizes.rotation // (in_features * out_features * 2)))
+    count = machine.sizes.copies(in_features * out_features * 2)
     weights = [
         torch.randn(out_features, in_features, device=machine.device, dtype=torch.bfloat16) * 0.02 for _ in range(count)
     ]
@@ -27,7 +27,7 @@ def cublas(machine: Machine, in_features: int, out_features: int, vectors: Itera
 
 def torch_int4(machine: Machine, in_features: int, out_features: int, vectors: Iterable[int]) -> Times:
     """Seconds of torch's 4-bit kernel (groups of 128), which torchao's int4 weights run on."""
-    count = max(2, -(-machine.sizes.rotation // (in_features * out_features // 2)))
+    count = machine.sizes.copies(in_features * out_features // 2)
     try:
         packed = [
             torch.ops.aten._convert_weight_to_int4pack(
@@ -41,8 +41,8 @@ def torch_int4(machine: Machine, in_features: int, out_features: int, vectors: I
             x = torch.randn(m, in_features, device=machine.device, dtype=torch.bfloat16)
             calls = [lambda w=w, x=x: torch.ops.aten._weight_int4pack_mm(x, w, 128, scales) for w in packed]
             times[m] = machine.seconds(calls, graph=True)
-    except (RuntimeError, NotImplementedError) as error:
-        return str(error).splitlines()[0][:200]
+    except (RuntimeError, NotImplementedError) as failure:
+        return reason_of(failure)
     return times
 
 
@@ -55,7 +55,7 @@ def gemlite(machine: Machine, in_features: int, out_features: int, vectors: Iter
     try:
         from gemlite.core import DType, GemLiteLinear
 
-        count = max(2, -(-machine.sizes.rotation // (in_features * out_features // 2)))
+        count = machine.sizes.copies(in_features * out_features // 2)
         layers = []
         for _ in range(count):
             layer = GemLiteLinear(
@@ -74,6 +74,6 @@ def gemlite(machine: Machine, in_features: int, out_features: int, vectors: Iter
         for m in vectors:
             x = torch.randn(m, in_features, device=machine.device, dtype=torch.bfloat16)
             times[m] = machine.seconds([lambda layer=layer, x=x: layer(x) for layer in layers], graph=True)
-    except Exception as error:  # somebody else's kernels: whatever stops them is what the table says
-        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    except Exception as failure:  # somebody else's kernels: whatever stops them is what the table says
+        return reason_of(failure)
     return times

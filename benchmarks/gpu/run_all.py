@@ -2,13 +2,18 @@
 
     python benchmarks/gpu/run_all.py [--minutes 8] [--tune [--write-dispatch]] [--quick] [--dry-run]
 
-First every kernel against the dense weight in float64, then the operators as users call them and torch.compile, then times
-at rotating copies of the weights (so that the L2 cache does not hold them), launched one by one and as a CUDA graph, beside
-cuBLAS bf16, torch's int4 kernel and GemLite where it is installed. Bandwidth is that of the packed weight, as a share of
-what a plain copy reaches in the same run. Last, where libclaq and kernels compiled ahead of time are at hand (make kernels),
+First every kernel against the dense weight in float64, then the operators as users call them, and small models under
+torch.compile and in CUDA graphs. Then times: of a model beside eager and Inductor's, and of products at rotating copies of
+the weights (so that the L2 cache does not hold them), launched one by one and as a CUDA graph, beside cuBLAS bf16, torch's
+int4 kernel and GemLite where it is installed. Bandwidth is that of the packed weight, as a share of what a plain copy
+reaches in the same run, at its beginning or end. Last, where libclaq and kernels compiled ahead of time are at hand,
 benchmarks/gpu/runtime.py checks and times those, and ONNX Runtime's logits on CUDA.
 
-Writes benchmarks/results/gpu_<device>.json and .md. Needs torch with CUDA, and triton.
+Writes gpu_<device>.json and .md into benchmarks/results, or with --results FOLDER elsewhere, after every measurement. Needs
+torch with CUDA, and triton. For the last part, on a machine without network and compiler of kernels:
+
+    make kernels                                        # before, on any machine; runtime/kernels is carried along
+    pip install ./runtime --no-build-isolation          # there: with cmake, scikit-build-core and a C++ compiler
 
 --dry-run goes the same way without a GPU: tiny sizes in Triton's interpreter, times that mean nothing.
 """
@@ -38,7 +43,8 @@ from checks import correctness  # noqa: E402
 from goals import goals  # noqa: E402
 from layers import arguments, copies_of, layer_of, weight_bytes  # noqa: E402
 from machine import Machine, reason_of  # noqa: E402
-from operators import operators  # noqa: E402
+from models import model_times, models  # noqa: E402
+from operators import find, operators  # noqa: E402
 from peers import cublas, gemlite, torch_int4  # noqa: E402
 from tiles import write_dispatch  # noqa: E402
 
@@ -52,7 +58,6 @@ SECONDS_FOR_RUNTIME = 150
 
 def timings(
     machine: Machine,
-    bandwidth: float,
     deadline: float,
     quick: bool,
     rows: list[dict[str, Any]],
@@ -75,12 +80,11 @@ def timings(
             if time.monotonic() > deadline:
                 rows.append({**head, "skipped": "out of time"})
                 continue
-            layers = copies_of(layer_of(*shape, widths, outliers).to(machine.device), sizes.rotation)
+            layers = copies_of(layer_of(*shape, widths, outliers).to(machine.device), sizes)
             size = weight_bytes(layers[0])
             for m in vectors:
                 x = torch.randn(m, shape[0], device=machine.device, dtype=torch.bfloat16)
-                used = layers if m <= 128 else layers[:4]
-                calls = [lambda layer=layer, x=x: linear(*arguments(layer, x), dispatch=dispatch) for layer in used]
+                calls = [lambda layer=layer, x=x: linear(*arguments(layer, x), dispatch=dispatch) for layer in layers]
                 row: dict[str, Any] = {**head, "vectors": m, "bytes": size}
                 try:
                     row["graph_us"] = machine.seconds(calls, graph=True) * 1e6
@@ -90,18 +94,39 @@ def timings(
                     print(rows[-1], flush=True)
                     save()
                     continue
-                row["copy_bandwidth_percent"] = 100 * size / (row["graph_us"] * 1e-6) / bandwidth
                 row["cublas_bf16_us"] = dense[m] * 1e6
                 for peer, times in peers.items():
                     row[f"{peer}_us"] = times[m] * 1e6 if isinstance(times, dict) and m in times else None
-                if m in (1, 16) and shape == sizes.main:
-                    row["kernels_us"] = machine.kernel_times(calls)
                 rows.append(row)
                 print(row, flush=True)
                 save()
         for peer, times in peers.items():
             if isinstance(times, str):
                 rows.append({"shape": shape, "mix": peer, "outliers": 0.0, "skipped": times})
+
+
+def profiles(machine: Machine, rows: list[dict[str, Any]]) -> None:
+    """Append the times of the kernels of one call to ``rows``. A profiler slows what runs after it: this comes last."""
+    from claq_export.kernels.triton.launch import linear
+
+    main, dispatch = machine.sizes.main, machine.dispatch()
+    for (name, widths), outliers in product(MIXES.items(), (0.0, 0.005)):
+        if outliers and name != "4":
+            continue
+        layers = copies_of(layer_of(*main, widths, outliers).to(machine.device), machine.sizes)
+        for m in (1, 16):
+            x = torch.randn(m, main[0], device=machine.device, dtype=torch.bfloat16)
+            calls = [partial(linear, *arguments(layer, x), dispatch=dispatch) for layer in layers]
+            head = {"mix": name, "outliers": outliers, "vectors": m}
+            rows.append({**head, "kernels_us": machine.kernel_times(calls)})
+
+
+def set_shares(result: dict[str, Any]) -> None:
+    """Give every timed product the share of the copy bandwidth that it reached: of the faster of the copies so far."""
+    bandwidth = max(result["copies"].values(), default=float("nan"))
+    for row in result["timings"]:
+        if "skipped" not in row:
+            row["copy_bandwidth_percent"] = 100 * row["bytes"] / (row["graph_us"] * 1e-6) / bandwidth
 
 
 def lookups(machine: Machine, deadline: float) -> list[dict[str, Any]]:
@@ -149,7 +174,7 @@ def tune(machine: Machine, deadline: float) -> list[dict[str, Any]]:
         gemv, gemm = gemv[:2], gemm[:1]
     rows: list[dict[str, Any]] = []
     for name in ("2", "4", "3"):
-        layers = copies_of(layer_of(*main, MIXES[name]).to(machine.device), machine.sizes.rotation)
+        layers = copies_of(layer_of(*main, MIXES[name]).to(machine.device), machine.sizes)
         for m, configs in ((1, gemv), (16, gemm), (128, gemm)):
             x = torch.randn(m, main[0], device=machine.device, dtype=torch.bfloat16)
             for config in configs:
@@ -193,16 +218,31 @@ def _peer(row: dict[str, Any], peer: str) -> str:
     return f"{row[f'{peer}_us']:.1f}" if row[f"{peer}_us"] else ""
 
 
+def _model_table(rows: list[dict[str, Any]]) -> list[str]:
+    names = ("eager", "inductor", "claq")
+    lines = ["", "A transformer's block in 16 bits, one token a sequence, microseconds:", ""]
+    lines += ["| sequences | launched | eager | Inductor | claq, 4 bits |", "|---|---|---|---|---|"]
+    for row in rows:
+        head = f"| {row['batch']} | {'CUDA graph' if row['graph'] else 'one by one'} |"
+        if "skipped" in row:
+            lines.append(f"{head} not measured: {row['skipped']} |")
+            continue
+        cells = [f"{row['us'][name]:.1f}" if name in row["us"] else f"failed: {row['failures'][name]}" for name in names]
+        lines.append(f"{head} {' | '.join(cells)} |")
+    return lines
+
+
 def table(result: dict[str, Any]) -> str:
     """The results as Markdown."""
     checks = result["checks"]
     failed = [check for check in checks if check.get("passed") is False]
     passed = sum(check.get("passed") is True for check in checks)
+    copies = ", ".join(f"{speed / 1e12:.2f} TB/s at the {when}" for when, speed in result["copies"].items())
     lines = [
         f"# Triton kernels on {result['device']}",
         "",
         f"`benchmarks/gpu/run_all.py`, {result['date']}, torch {result['torch']}, triton {result['triton']}; copy bandwidth "
-        f"{result['copy_bandwidth'] / 1e12:.2f} TB/s. {passed} of {len(checks)} comparisons with the dense weight passed, "
+        f"{copies}. {passed} of {len(checks)} comparisons with the dense weight passed, "
         f"{len(failed)} failed, {len(checks) - passed - len(failed)} were not reached. The run took {result['seconds']:.0f} s.",
         "",
     ]
@@ -233,7 +273,8 @@ def table(result: dict[str, Any]) -> str:
             f"{row['copy_bandwidth_percent']:.0f} | {row['cublas_bf16_us']:.1f} | "
             f"{row['cublas_bf16_us'] / row['graph_us']:.2f} | {_peer(row, 'int4pack')} | {_peer(row, 'gemlite')} |"
         )
-    lines += ["", "Rows of a table looked up:", "", "| table | mix | rows | graph us | eager us | dense bf16 us |"]
+    lines += [*_model_table(result["models"]), "", "Rows of a table looked up; the few that are read again come from the L2 cache:"]
+    lines += ["", "| table | mix | rows | graph us | eager us | dense bf16 us |"]
     lines.append("|---|---|---|---|---|---|")
     for row in result["lookups"]:
         if "skipped" in row:
@@ -244,8 +285,8 @@ def table(result: dict[str, Any]) -> str:
             f"{row['eager_us']:.1f} | {row['dense_us']:.1f} |"
         )
     lines += ["", "Kernels of one call, microseconds:", ""]
-    for row in result["timings"]:
-        if row.get("kernels_us"):
+    for row in result["kernels"]:
+        if row["kernels_us"]:
             parts = ", ".join(f"{name} {us:.1f}" for name, us in row["kernels_us"].items())
             lines.append(f"- {row['mix']}, outliers {row['outliers']:.3f}, M = {row['vectors']}: {parts}")
     for name in sorted({(row["mix"], row["vectors"]) for row in result["tuning"]}):
@@ -296,10 +337,12 @@ def main() -> int:
         "triton": triton.__version__,
         "checks": [],
         "operators": [],
-        "copy_bandwidth": 0.0,
+        "copies": {},
+        "models": [],
         "lookups": [],
         "timings": [],
         "tuning": [],
+        "kernels": [],
         "goals": [],
         "ahead_of_time": {"not tried": "the run had ended"},
         "failures": [],
@@ -310,6 +353,7 @@ def main() -> int:
 
     def save() -> None:
         # After every step: a GPU is lent for minutes, and whatever ends the run must not take the findings with it.
+        set_shares(result)
         result["goals"] = [] if machine.dry else goals(result["timings"], smallest)
         result["seconds"] = time.monotonic() - started
         (options.results / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -329,13 +373,16 @@ def main() -> int:
     for check in result["checks"]:
         if check.get("passed") is False:
             print("FAILED", check, flush=True)
-    step("operators", lambda: operators(machine, result["operators"], save))
-    step("copy_bandwidth", machine.copy_bandwidth)
+    step("operators", lambda: find(operators(machine), result["operators"], save))
+    step("operators", lambda: find(models(machine), result["operators"], save))
+    step("copies", lambda: {"beginning": machine.copy_bandwidth()})
     step("lookups", lambda: lookups(machine, deadline))
-    bandwidth = result["copy_bandwidth"] or float("nan")
-    step("timings", lambda: timings(machine, bandwidth, deadline, options.quick, result["timings"], save))
+    step("models", lambda: model_times(machine, deadline, result["models"], save))
+    step("timings", lambda: timings(machine, deadline, options.quick, result["timings"], save))
     if options.tune:
         step("tuning", lambda: tune(machine, deadline))
+    step("copies", lambda: {**result["copies"], "end": machine.copy_bandwidth()})
+    step("kernels", lambda: profiles(machine, result["kernels"]))
     step("ahead_of_time", lambda: ahead_of_time(machine, options.results, started + total - time.monotonic()))
     print(table(result))
     if options.write_dispatch:

@@ -1,7 +1,8 @@
 """Check and time libclaq's GPU layers: the kernels compiled ahead of time, launched as ONNX Runtime's operator launches them.
 
     make kernels                                     # on any machine: cubins and PTX into runtime/kernels
-    python benchmarks/gpu/runtime.py [--kernels runtime/kernels] [--library libclaq.so]
+    pip install ./runtime --no-build-isolation       # libclaq, without a network: cmake and scikit-build-core at hand
+    python benchmarks/gpu/runtime.py [--kernels runtime/kernels] [--library libclaq.so] [--results FOLDER]
 
 Every width and dtype with few and many rows, with and without cuBLAS, against the dense weight in float64, and looked-up
 rows bit for bit; the cubins of this GPU and the PTX that any later one would take; a call captured in a CUDA graph; times
@@ -19,7 +20,6 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
 from layers import BOUNDS, arguments, copies_of, layer_of  # noqa: E402
-from machine import REAL  # noqa: E402
+from machine import REAL, Machine, reason_of  # noqa: E402
 
 from claq_export.format.layer import QuantizedLinear  # noqa: E402
 from claq_export.kernels.native import DTYPES, describe_layer  # noqa: E402
@@ -130,10 +130,15 @@ def check_all(runtime: Runtime, source: str) -> list[dict[str, Any]]:
                         x = torch.randn(rows, in_features, dtype=dtype)
                         expected = x.double() @ weight.T + (bias.double() if with_bias else 0)
                         for cublas in (True, False):
-                            y = native(x.cuda(), cublas).double().cpu()
-                            error = float((y - expected).abs().max() / expected.abs().max())
+                            error, failure = float("inf"), {}
+                            try:
+                                y = native(x.cuda(), cublas).double().cpu()
+                                error = float((y - expected).abs().max() / expected.abs().max())
+                            except RuntimeError as reason:  # of libclaq or CUDA: the other checks go on
+                                failure = {"failure": reason_of(reason)}
                             found.append(
                                 {
+                                    **failure,
                                     "package": source,
                                     "dtype": str(dtype).removeprefix("torch."),
                                     "widths": list(widths),
@@ -170,57 +175,37 @@ def graph_agrees(runtime: Runtime) -> bool:
     """Whether a call captured in a CUDA graph gives the bits of a plain one, also for other activations."""
     native = Layer(runtime, layer_of(512, 320, (2, 4), 0.01).to("cuda"), torch.randn(320, dtype=torch.float16).cuda())
     x = torch.randn(1, 512, dtype=torch.float16, device="cuda")
-    native(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = native(x)
+    replay = Machine().captured(partial(native, x))
     x.copy_(torch.randn_like(x))
-    graph.replay()
-    torch.cuda.synchronize()
-    return bool(torch.equal(y, native(x)))
-
-
-def _milliseconds(calls: list[Any]) -> float:
-    """Median of a CUDA graph that goes through all calls, per call."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for call in calls]
-    times = []
-    for _ in range(REPEATS):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / len(calls))
-    del kept
-    return statistics.median(times)
+    return bool(torch.equal(replay(), native(x)))
 
 
 def time_all(runtime: Runtime) -> list[dict[str, Any]]:
     """Milliseconds a call in a CUDA graph, rotating weights: ahead of time, just in time (where Triton is), cuBLAS."""
+    machine = Machine()
+    machine.warm_up()
     out_features, in_features = MAIN[1], MAIN[0]
-    copies = -(-REAL.rotation // (2 * in_features * out_features))
+    copies = machine.sizes.copies(2 * in_features * out_features)
     dense = [torch.randn(in_features, out_features, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
     jit = None
     if importlib.util.find_spec("triton"):
         from claq_export.kernels.triton.launch import linear as jit
+
+    def milliseconds(calls: list[Callable[[], object]]) -> float:
+        return 1e3 * machine.seconds(calls, graph=True, repeats=REPEATS)
+
     found = []
     for bits in (2, 3, 4):
-        layers = copies_of(layer_of(in_features, out_features, (bits,)).to("cuda"), REAL.rotation)
+        layers = copies_of(layer_of(in_features, out_features, (bits,)).to("cuda"), machine.sizes)
         bias = torch.zeros(out_features, dtype=torch.bfloat16, device="cuda")
         natives = [Layer(runtime, layer, bias) for layer in layers]
         for rows in (1, 4, 16, 128, 512):
             x = torch.randn(rows, in_features, dtype=torch.bfloat16, device="cuda")
             row: dict[str, Any] = {"bits": bits, "rows": rows}
-            row["ahead"] = _milliseconds([partial(native, x) for native in natives])
-            row["cublas"] = _milliseconds([partial(torch.matmul, x, weight) for weight in dense])
+            row["ahead"] = milliseconds([partial(native, x) for native in natives])
+            row["cublas"] = milliseconds([partial(torch.matmul, x, weight) for weight in dense])
             if jit is not None:
-                row["just in time"] = _milliseconds([partial(jit, *arguments(layer, x)) for layer in layers])
+                row["just in time"] = milliseconds([partial(jit, *arguments(layer, x)) for layer in layers])
             found.append(row)
     return found
 
@@ -274,6 +259,8 @@ def page(report: dict[str, Any]) -> str:
         f"torch {report['torch']}. A call captured in a CUDA graph gives {GRAPH[report['graph']]} bits.",
         f"ONNX Runtime: {json.dumps(report['onnxruntime'])}.",
         "",
+        *(f"- FAILED: {failure}" for failure in report["failures"]),
+        "",
         "| package | checks | wrong | worst error by dtype |",
         "|---|---|---|---|",
     ]
@@ -311,39 +298,43 @@ def main() -> int:
         options.library = claq_runtime.library_path()
     os.environ["CLAQ_CUDA_KERNELS"] = str(options.kernels)
     runtime = Runtime(options.library)
-    cubin = summary_of_checks(runtime, "cubin")
     if options.only_checks:
-        print(json.dumps(cubin))
-        return int(bool(cubin["wrong"]))
+        found = summary_of_checks(runtime, "PTX")
+        print(json.dumps(found))
+        return int(bool(found["wrong"]))
     device = torch.cuda.get_device_name()
     report: dict[str, Any] = {
         "device": device,
         "torch": torch.__version__,
-        "cubin": cubin,
+        "cubin": {"failed": "not reached", "wrong": []},
         "PTX": {"failed": "not reached", "wrong": []},
         "graph": None,
         "times": [],
         "onnxruntime": {"failed": "not reached"},
+        "failures": [],
     }
+    options.results.mkdir(parents=True, exist_ok=True)
     name = "gpu_runtime_" + re.sub(r"\W+", "_", device).strip("_").lower()
     # What takes longest comes last, and whatever is known is written: the caller's time may end in between.
     parts: dict[str, Callable[[], Any]] = {
+        "cubin": lambda: summary_of_checks(runtime, "cubin"),
         "graph": lambda: graph_agrees(runtime),
         "onnxruntime": lambda: onnxruntime_agrees(options.library),
         "times": lambda: time_all(runtime),
         "PTX": lambda: checks_of_ptx(options.kernels, options.library),
     }
     for part, measure in parts.items():
+        try:
+            report[part] = measure()
+        except Exception as failure:  # of libclaq, CUDA or Triton: the other parts go on
+            report["failures"].append(f"{part}: {reason_of(failure)}")
         (options.results / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
         (options.results / f"{name}.md").write_text(page(report))
-        report[part] = measure()
-    (options.results / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.results / f"{name}.md").write_text(page(report))
     print(page(report))
-    wrong = [*cubin["wrong"], *report["PTX"]["wrong"]]
+    wrong = [*report["cubin"]["wrong"], *report["PTX"]["wrong"]]
     for row in wrong[:20]:
         print("WRONG", row)
-    return int(bool(wrong) or not report["graph"])
+    return int(bool(wrong or report["failures"]) or not report["graph"])
 
 
 if __name__ == "__main__":
