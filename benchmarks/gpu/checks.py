@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -111,11 +112,12 @@ def run_checks(wanted: list[Check], dry: bool, deadline: float) -> list[dict[str
     return results
 
 
-def correctness(machine: Machine, seconds: float, processes: int = 8) -> list[dict[str, Any]]:
+def correctness(machine: Machine, seconds: float) -> list[dict[str, Any]]:
     """Run the checks in several processes, whose time goes mostly into compiling kernels."""
     wanted, deadline = checks(machine.dry), time.time() + seconds
     if machine.dry:
         return run_checks(wanted, True, deadline)
+    processes = min(16, os.cpu_count() or 1)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         parts = [wanted[i::processes] for i in range(processes)]
         tasks = [pool.submit(run_checks, part, False, deadline) for part in parts]

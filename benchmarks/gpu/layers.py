@@ -10,7 +10,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-
 from machine import Sizes
 
 from claq_export.format.layer import QuantizedLinear, index_dtype, storage_order

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import time
+import warnings
+from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from triton_interpreter import problem
 
 from claq_export.emit.function import PRODUCTS
@@ -20,12 +25,24 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "gpu"
 
 
+@pytest.fixture
+def neighbours(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Modules of the benchmarks can import one another; none of them stays imported."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield
+    for name in set(sys.modules) - before:
+        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
 def load(name: str) -> Any:
-    """A module of the benchmarks that imports none of its neighbours."""
+    """A module of the benchmarks; the fixture ``neighbours`` lets it import others."""
     spec = spec_from_file_location(f"gpu_{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their module
     spec.loader.exec_module(module)
     return module
 
@@ -115,6 +132,87 @@ def test_a_wheel_travels_in_pieces(tmp_path: Path) -> None:
         module.join(tmp_path / "out", tmp_path / "again")
 
 
+def test_no_cache_holds_the_weights_that_are_gone_through() -> None:
+    module = load("machine")
+    h200, gigabyte = 60 << 20, 1 << 30
+    assert module.rotation_of(h200, 139 * gigabyte) == 512 << 20
+    assert module.rotation_of(300 << 20, 139 * gigabyte) == 900 << 20
+    assert module.rotation_of(h200, 2 * gigabyte) == gigabyte // 4  # what is free is not used up
+    sizes = dataclasses.replace(module.REAL, rotation=module.rotation_of(h200, 139 * gigabyte))
+    weight = 4096 * 11008 // 4
+    assert sizes.copies(weight) * weight >= 3 * h200
+    assert sizes.copies(gigabyte) == 2
+
+
+def test_settings_of_products_are_restored() -> None:
+    module = load("machine")
+    settings = torch.backends.cuda.matmul
+    names = ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = [getattr(settings, name) for name in names]
+    inside: list[bool] = []
+
+    def fail() -> None:
+        with module.exact_products():
+            inside.extend(getattr(settings, name) for name in names)
+            raise ValueError("a failed check")
+
+    with pytest.raises(ValueError, match="a failed check"):
+        fail()
+    assert inside == [False] * 3
+    assert [getattr(settings, name) for name in names] == before
+
+
+def test_calls_are_timed_in_turns() -> None:
+    machine = object.__new__(load("machine").Machine)  # without the interpreter that a dry run turns on
+    machine.dry = True
+    calls: list[str] = []
+    times = machine.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")})
+    assert calls == ["a", "b", "a", "b"]
+    assert set(times) == {"a", "b"}
+
+
+@pytest.mark.usefixtures("neighbours")
+def test_a_failed_finding_takes_no_other_along() -> None:
+    module = load("operators")
+    saved: list[int] = []
+    found: list[dict[str, Any]] = []
+
+    def fell_back() -> tuple[float, float]:
+        warnings.warn(f"{module.FELL_BACK} for some kind: it differs", RuntimeWarning, stacklevel=2)
+        return 0.0, 0.0
+
+    def broken() -> tuple[float, float]:
+        raise RuntimeError("illegal\naddress")
+
+    def absent() -> tuple[float, float]:
+        raise module.NotHere("no graphs")
+
+    findings = {
+        "right": lambda: (1e-4, 1e-3),
+        "wrong": lambda: (float("nan"), 1e-3),
+        "fell back": fell_back,
+        "broken": broken,
+        "absent": absent,
+    }
+    module.find(findings.items(), found, time.monotonic() + 60, lambda: saved.append(len(found)))
+    assert [entry.get("passed") for entry in found] == [True, False, False, False, None]
+    assert found[2]["failure"] == "a CUDA kernel of claq is not used for some kind: it differs"
+    assert found[3]["failure"] == "RuntimeError: illegal address"
+    assert found[4] == {"what": "absent", "skipped": "no graphs"}
+    assert saved == [1, 2, 3, 4, 5]
+    module.find(findings.items(), found, time.monotonic() - 1, lambda: None)
+    assert [entry["skipped"] for entry in found[5:]] == ["out of time"] * 5
+
+
+@pytest.mark.usefixtures("neighbours")
+def test_bandwidth_is_a_share_of_the_faster_copy() -> None:
+    module = load("run_all")
+    rows = [{"bytes": 1000, "graph_us": 10.0}, {"skipped": "out of time"}]
+    module.set_shares({"copies": {"beginning": 1e8, "end": 2e8}, "timings": rows})
+    assert rows[0]["copy_bandwidth_percent"] == pytest.approx(50)
+    assert "copy_bandwidth_percent" not in rows[1]
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -129,8 +227,21 @@ def test_everything_is_gone_through_in_a_dry_run(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "gpu_dry_run.json").read_text())
     assert len(result["checks"]) == 5
     assert all(check["passed"] for check in result["checks"])
-    assert len(result["operators"]) == 3 * 2 * 2 + 3 + 1
-    assert all(finding["passed"] for finding in result["operators"])
+    reached = [finding for finding in result["operators"] if "skipped" not in finding]
+    assert len(reached) == 3 * 2 * 2 * 2 + 3 + 1 + 2
+    assert all(finding["passed"] for finding in reached)
+    left = [finding["skipped"] for finding in result["operators"] if "skipped" in finding]
+    assert left == ["a dry run has no CUDA graphs"] * 2
+    assert set(result["copies"]) == {"beginning", "end"}
+    assert [(row["batch"], row["graph"]) for row in result["models"]] == [
+        (1, False),
+        (1, True),
+        (32, False),
+        (32, True),
+    ]
+    assert all(row["skipped"] == "a dry run has no CUDA graphs" for row in result["models"] if row["graph"])
+    assert all(set(row["us"]) == {"eager", "inductor", "claq"} for row in result["models"] if not row["graph"])
+    assert {(row["mix"], row["vectors"]) for row in result["kernels"]} >= {("2", 1), ("2+4", 16)}
     assert {row["vectors"] for row in result["timings"] if "vectors" in row} == {1, 16}
     skipped = {row["mix"]: row["skipped"] for row in result["timings"] if "skipped" in row}
     assert skipped["gemlite"] == "a dry run has no GPU"
@@ -139,7 +250,8 @@ def test_everything_is_gone_through_in_a_dry_run(tmp_path: Path) -> None:
     assert {row["vectors"] for row in result["tuning"]} == {1, 16, 128}
     assert result["goals"] == []
     page = (tmp_path / "gpu_dry_run.md").read_text()
-    assert "16 of 16 operators and compiled models agree" in page
+    assert "30 of 30 operators and models agree" in page
+    assert "- not tried: quantized modules in a CUDA graph, MLP: a dry run has no CUDA graphs" in page
     assert "5 of 5 comparisons with the dense weight passed, 0 failed, 0 were not reached" in page
     assert "Fastest tiles for mix 3, M = 128" in page
 
