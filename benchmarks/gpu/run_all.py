@@ -132,11 +132,10 @@ def set_shares(result: dict[str, Any]) -> None:
             row["copy_bandwidth_percent"] = 100 * row["bytes"] / (row["graph_us"] * 1e-6) / bandwidth
 
 
-def lookups(machine: Machine, deadline: float) -> list[dict[str, Any]]:
-    """Times of looking up rows of a table, beside a dense bf16 table."""
+def lookups(machine: Machine, deadline: float, rows: list[dict[str, Any]], save: Callable[[], None]) -> None:
+    """Append times of looking up rows of a table, beside a dense bf16 table, to ``rows``."""
     from claq_export.kernels.triton.launch import embedding
 
-    rows: list[dict[str, Any]] = []
     (vocabulary, width), dispatch = machine.sizes.table, machine.dispatch()
 
     def look_up(table: QuantizedLinear, ids: torch.Tensor) -> torch.Tensor:
@@ -159,11 +158,12 @@ def lookups(machine: Machine, deadline: float) -> list[dict[str, Any]]:
             row["dense_us"] = machine.seconds(others, graph=True) * 1e6
             rows.append(row)
             print(row, flush=True)
-    return rows
+            save()
 
 
-def tune(machine: Machine, deadline: float) -> list[dict[str, Any]]:
-    """Microseconds of the few-vectors and tensor-core kernels over tile sizes: numbers for kernels/triton/dispatch.json."""
+def tune(machine: Machine, deadline: float, rows: list[dict[str, Any]], save: Callable[[], None]) -> None:
+    """Append microseconds of the few-vectors and tensor-core kernels over tile sizes to ``rows``: numbers for
+    kernels/triton/dispatch.json."""
     from claq_export.kernels.triton.dispatch import GemmConfig, GemvConfig
     from claq_export.kernels.triton.launch import linear
 
@@ -175,14 +175,13 @@ def tune(machine: Machine, deadline: float) -> list[dict[str, Any]]:
     ]
     if machine.dry:
         gemv, gemm = gemv[:2], gemm[:1]
-    rows: list[dict[str, Any]] = []
     for name in ("2", "4", "3"):
         layers = copies_of(layer_of(*main, MIXES[name]).to(machine.device), machine.sizes)
         for m, configs in ((1, gemv), (16, gemm), (128, gemm)):
             x = torch.randn(m, main[0], device=machine.device, dtype=torch.bfloat16)
             for config in configs:
                 if time.monotonic() > deadline:
-                    return rows
+                    return
                 if isinstance(config, GemvConfig):
                     dispatch = dataclasses.replace(base, gemv=config)
                 else:
@@ -198,7 +197,7 @@ def tune(machine: Machine, deadline: float) -> list[dict[str, Any]]:
                     time_us = reason_of(failure)
                 rows.append({"mix": name, "vectors": m, "tile": dataclasses.asdict(config), "us": time_us})
                 print(rows[-1], flush=True)
-    return rows
+                save()
 
 
 def ahead_of_time(machine: Machine, results: Path, seconds: float) -> dict[str, Any]:
@@ -385,12 +384,12 @@ def main() -> int:
     step("operators", lambda: find(operators(machine), result["operators"], end_of_operators, save))
     step("operators", lambda: find(models(machine), result["operators"], end_of_operators, save))
     step("copies", lambda: {"beginning": machine.copy_bandwidth()})
-    step("lookups", lambda: lookups(machine, deadline))
+    step("lookups", lambda: lookups(machine, deadline, result["lookups"], save))
     end_of_timings = deadline - SECONDS_FOR_MODEL_TIMES
     step("timings", lambda: timings(machine, end_of_timings, options.quick, result["timings"], save))
     step("models", lambda: model_times(machine, deadline, result["models"], save))
     if options.tune:
-        step("tuning", lambda: tune(machine, deadline))
+        step("tuning", lambda: tune(machine, deadline, result["tuning"], save))
     step("copies", lambda: {**result["copies"], "end": machine.copy_bandwidth()})
     step("kernels", lambda: profiles(machine, deadline, result["kernels"]))
     step("ahead_of_time", lambda: ahead_of_time(machine, options.results, started + total - time.monotonic()))

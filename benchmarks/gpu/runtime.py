@@ -180,8 +180,9 @@ def graph_agrees(runtime: Runtime) -> bool:
     return bool(torch.equal(replay(), native(x)))
 
 
-def time_all(runtime: Runtime) -> list[dict[str, Any]]:
-    """Milliseconds a call in a CUDA graph, rotating weights: ahead of time, just in time (where Triton is), cuBLAS."""
+def time_all(runtime: Runtime, found: list[dict[str, Any]], save: Callable[[], None]) -> None:
+    """Append milliseconds a call in a CUDA graph to ``found``, weights rotating: ahead of time, just in time (where Triton
+    is), cuBLAS; or why there are none. ``save`` is called after each row."""
     machine = Machine()
     machine.warm_up()
     out_features, in_features = MAIN[1], MAIN[0]
@@ -191,10 +192,12 @@ def time_all(runtime: Runtime) -> list[dict[str, Any]]:
     if importlib.util.find_spec("triton"):
         from claq_export.kernels.triton.launch import linear as jit
 
-    def milliseconds(calls: list[Callable[[], object]]) -> float:
-        return 1e3 * machine.seconds(calls, graph=True, repeats=REPEATS)
+    def milliseconds(calls: list[Callable[[], object]]) -> float | str:
+        try:
+            return 1e3 * machine.seconds(calls, graph=True, repeats=REPEATS)
+        except Exception as failure:  # of libclaq, CUDA or Triton: the other columns go on
+            return reason_of(failure)
 
-    found = []
     for bits in (2, 3, 4):
         layers = copies_of(layer_of(in_features, out_features, (bits,)).to("cuda"), machine.sizes)
         bias = torch.zeros(out_features, dtype=torch.bfloat16, device="cuda")
@@ -207,7 +210,7 @@ def time_all(runtime: Runtime) -> list[dict[str, Any]]:
             if jit is not None:
                 row["just in time"] = milliseconds([partial(jit, *arguments(layer, x)) for layer in layers])
             found.append(row)
-    return found
+            save()
 
 
 def onnxruntime_agrees(library: str) -> dict[str, Any]:
@@ -279,8 +282,9 @@ def page(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for row in report["times"]:
-        jit = f"{row['just in time']:.4f}" if "just in time" in row else ""
-        lines.append(f"| {row['bits']} | {row['rows']} | {row['ahead']:.4f} | {jit} | {row['cublas']:.4f} |")
+        times = [row.get(column, "") for column in ("ahead", "just in time", "cublas")]
+        cells = [time if isinstance(time, str) else f"{time:.4f}" for time in times]
+        lines.append(f"| {row['bits']} | {row['rows']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -315,21 +319,27 @@ def main() -> int:
     }
     options.results.mkdir(parents=True, exist_ok=True)
     name = "gpu_runtime_" + re.sub(r"\W+", "_", device).strip("_").lower()
+
+    def save() -> None:
+        (options.results / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        (options.results / f"{name}.md").write_text(page(report))
+
     # What takes longest comes last, and whatever is known is written: the caller's time may end in between.
     parts: dict[str, Callable[[], Any]] = {
         "cubin": lambda: summary_of_checks(runtime, "cubin"),
         "graph": lambda: graph_agrees(runtime),
         "onnxruntime": lambda: onnxruntime_agrees(options.library),
-        "times": lambda: time_all(runtime),
+        "times": lambda: time_all(runtime, report["times"], save),
         "PTX": lambda: checks_of_ptx(options.kernels, options.library),
     }
     for part, measure in parts.items():
         try:
-            report[part] = measure()
+            found = measure()
+            if found is not None:
+                report[part] = found
         except Exception as failure:  # of libclaq, CUDA or Triton: the other parts go on
             report["failures"].append(f"{part}: {reason_of(failure)}")
-        (options.results / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-        (options.results / f"{name}.md").write_text(page(report))
+        save()
     print(page(report))
     wrong = [*report["cubin"]["wrong"], *report["PTX"]["wrong"]]
     for row in wrong[:20]:
