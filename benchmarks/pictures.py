@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 RESULTS = Path(__file__).parent / "results"
 # (kernel family, processor as a reader knows it, the goal for 1, 4, 16, 128 and 512 rows of x)
 MACHINES = [
-    ("avx512vnni", "Intel Granite Rapids (AVX-512 with VBMI)", (0.8, 0.6, 0.6, 0.85, 0.85)),
+    ("avx512amx", "Intel Granite Rapids (AVX-512 and AMX)", (0.8, 0.6, 0.6, 0.85, 0.85)),
     ("avx512bwvnni", "Intel Cascade Lake (AVX-512 with VNNI)", (0.8, 0.6, 0.6, 0.85, 0.85)),
     ("avx2", "AMD Zen 3 (AVX2)", (1.0,) * 5),
 ]

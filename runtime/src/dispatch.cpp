@@ -10,7 +10,7 @@ namespace {
 
 constexpr const Family* kBestFirst[] = {
 #if defined(__x86_64__)
-    &kAvx512Vnni, &kAvx512BwVnni, &kAvx512Bw, &kAvxVnni, &kAvx2,
+    &kAvx512Amx, &kAvx512Vnni, &kAvx512BwVnni, &kAvx512Bw, &kAvxVnni, &kAvx2,
 #endif
 #if defined(__aarch64__)
     &kNeon,

@@ -45,7 +45,8 @@ struct Family {
   void (*transpose)(const LayerView& layer, Activations& activations, int64_t tile);
 
   // sums[m - m0][n - n0] = sum over stored columns of activation * centroid, for output rows [n0, n1), rows [m0, m1).
-  // `stride` is that of `sums`, at least n1 - n0 rounded up to kNarrowestTile; `scratch` holds kScratchBytes, aligned to 64.
+  // `stride` is that of `sums`, at least n1 - n0 rounded up to kNarrowestTile, and `sums` has room for rows up to the next multiple of
+  // kMostTileRows; `scratch` holds kScratchBytes, aligned to 64.
   // For int8, m0 and m1 are multiples of kPackedRows, or m1 is the number of rows.
   void (*sums_int8)(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                     float* sums, int64_t stride, void* scratch);
@@ -81,6 +82,7 @@ extern const Family kAvxVnni;
 extern const Family kAvx512Bw;
 extern const Family kAvx512BwVnni;
 extern const Family kAvx512Vnni;
+extern const Family kAvx512Amx;
 #endif
 #if defined(__aarch64__)
 extern const Family kNeon;

@@ -28,7 +28,7 @@ constexpr int64_t kFewRows = 32;
 // With outliers and more rows the outputs that are computed together are this many: the more, the more often a tile of transposed activations
 // is used once it is cached; the fewer, the nearer are their sums when the outliers are added.
 constexpr int64_t kOutlierOutputs = 1024;
-constexpr int64_t kMostSums = kMostChunkRows * kOutlierOutputs;
+constexpr int64_t kMostSums = kMostChunkRows * kOutlierOutputs;  // rows rounded up to kMostTileRows, too
 constexpr int64_t kChunkElements = 1024 * 1024;  // rows of x are taken in chunks of at most this many activations
 
 constexpr double kActivationsPerSecond = 1e9;  // a rounded estimate, only used to decide into how many tasks to split
@@ -274,7 +274,7 @@ void run(const claq_layer& handle, claq_dtype dtype, int32_t accuracy_level, con
   activations.stride = layer.columns + 64;
   activations.alone = rows == 1;
   const int64_t elements = chunk * activations.stride;
-  const int64_t packed_rows = chunk == 1 ? 1 : (chunk + kPackedRows - 1) / kPackedRows * kPackedRows;
+  const int64_t packed_rows = chunk == 1 ? 1 : (chunk + kMostTileRows - 1) / kMostTileRows * kMostTileRows;
   const int64_t block_elements = call.int8 ? packed_rows * layer.blocks : 0;
   const int64_t quantized_elements = call.int8 ? packed_rows * layer.columns * call.family.activation_bytes : 0;
   const bool tiled = call.int8 && call.family.prepare_tile && chunk >= kFewestTiledRows;

@@ -63,13 +63,13 @@ def check_with(sanitizers: str, build: Path, *options: str) -> str:
 @needs_cmake
 @pytest.mark.slow
 def test_address_and_undefined_behaviour(tmp_path):
-    """On x86-64 with the intrinsics of AVX-512 as plain C++, so that its kernels run on any CPU and every access is seen."""
+    """On x86-64 with AVX-512 and AMX as plain C++, so that their kernels run on any CPU and every access is seen."""
     if platform.machine() not in ("x86_64", "AMD64"):
         check_with("address,undefined", tmp_path)
         return
     emulated = f"-DCLAQ_EMULATED_AVX512={ROOT / 'tests/runtime/emulated_avx512'}"
     checked = check_with("address,undefined", tmp_path, emulated)
-    assert "avx512vnni avx512bwvnni avx512bw " in checked  # whatever this processor has besides
+    assert "avx512amx avx512vnni avx512bwvnni avx512bw " in checked  # whatever this processor has besides
     assert "portable: 0 failures" in checked
 
 

@@ -229,12 +229,13 @@ void shallow_panel_sums(const LayerView& layer, const Activations& activations, 
   }
 }
 
-// More rows: panels of several tiles, narrow and deep if there are many.
-template <class Isa>
-void deep_panel_sums(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
-                     float* sums, int64_t stride, uint8_t* panel) {
+// More rows: panels of several tiles, narrow and deep if there are many. multiply(place, n, part, sums, later) multiplies the tile at
+// output n of the panel `place`, which begins at `part`, by all rows, and has `later` fetch meanwhile.
+template <class Isa, class Multiply>
+CLAQ_INLINE void deep_panels(const LayerView& layer, int64_t rows, int64_t n0, int64_t n1, float* sums, uint8_t* panel,
+                             const Multiply& multiply) {
   constexpr int64_t kTile = 16 * Isa::kTileVectors, kParts = kPanelParts<Isa>;
-  int64_t tiles = kPanelSums / (m1 - m0) / kTile;
+  int64_t tiles = kPanelSums / rows / kTile;
   tiles = tiles < 1 ? 1 : tiles > kParts ? kParts : tiles;
   const int64_t depth = kParts / tiles;
   for (int64_t n = n0; n < n1; n += tiles * kTile) {
@@ -250,11 +251,19 @@ void deep_panel_sums(const LayerView& layer, const Activations& activations, int
                                   : PanelPlace{0, layer.blocks < depth ? layer.blocks : depth, n + tiles * kTile, n1};
       for (int64_t t = n; t < place.n1; t += kTile) {
         const uint8_t* part = panel + (t - n) / kTile * place.blocks * kPanelBlock<Isa>;
-        multiply_panel_tile<Isa>(layer, activations, m0, m1, place, t, part, sums + t - n0, stride,
-                                 {layer, next.first_block, next.blocks, next.n0 + t - n, next.n1});
+        multiply(place, t, part, sums + t - n0, CodeFetcher<Isa>(layer, next.first_block, next.blocks, next.n0 + t - n, next.n1));
       }
     }
   }
+}
+
+template <class Isa>
+void deep_panel_sums(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+                     float* sums, int64_t stride, uint8_t* panel) {
+  const auto multiply = [&](const PanelPlace& place, int64_t n, const uint8_t* part, float* to, const CodeFetcher<Isa>& later) CLAQ_STEP {
+    multiply_panel_tile<Isa>(layer, activations, m0, m1, place, n, part, to, stride, later);
+  };
+  deep_panels<Isa>(layer, m1 - m0, n0, n1, sums, panel, multiply);
 }
 
 }  // namespace

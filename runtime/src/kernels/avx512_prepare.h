@@ -182,11 +182,22 @@ struct LineOrder {
 template <int kRows>
 alignas(64) constexpr LineOrder<kRows> kLineOrder;
 
+// How lines of kLineRows rows are packed: as PackedPlace says, or sixteen rows as avx512amx.cpp wants them.
+template <int kRows>
+struct PackedByEight {
+  static constexpr int kLineRows = kRows;
+  static constexpr bool kBySixteen = false;
+};
+struct PackedBySixteen {
+  static constexpr int kLineRows = 16;
+  static constexpr bool kBySixteen = true;
+};
+
 // Block b from lines that line_of gives for each of its columns; returns the rows that int8 arithmetic cannot hold, as bits.
-template <int kRows, int kWidth, class LineOf>
+template <class Packing, int kWidth, class LineOf>
 CLAQ_INLINE __mmask16 prepare_block(const LayerView& layer, const PackedPlace& place, const PackedPlace& next, int64_t b,
                                     float* transposed, LineOf line_of) {
-  constexpr int kInVector = 16 / kRows, kVectors = kBlock / kInVector;
+  constexpr int kRows = Packing::kLineRows, kInVector = 16 / kRows, kVectors = kBlock / kInVector;
   const auto& order = kLineOrder<kRows>;
   const __m512 scales[2] = {_mm512_loadu_ps(layer.scale + b * kBlock), _mm512_loadu_ps(layer.scale + b * kBlock + 16)};
   const __m512i magnitude_bits = _mm512_set1_epi32(0x7fffffff);
@@ -238,6 +249,7 @@ CLAQ_INLINE __mmask16 prepare_block(const LayerView& layer, const PackedPlace& p
   const __m512 inverse = _mm512_maskz_div_ps(kept, _mm512_set1_ps(127.0f), largest);
   const __m512 scale = _mm512_maskz_div_ps(kept, largest, _mm512_set1_ps(127.0f));
   __m512i sum = _mm512_setzero_si512();
+  [[maybe_unused]] __m512 groups[kVectors / 4];
   unrolled<kVectors / 4>([&](auto four) CLAQ_STEP {
     __m512i rounded[4];
     unrolled<4>([&](auto i) CLAQ_STEP {
@@ -251,7 +263,9 @@ CLAQ_INLINE __mmask16 prepare_block(const LayerView& layer, const PackedPlace& p
         bytes, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
     const int64_t group = b * kGroupsPerBlock + four.kValue * kInVector;
     int8_t* to = place.quantized + group * 4 * place.rows;
-    if constexpr (kRows == 16) {
+    if constexpr (Packing::kBySixteen) {
+      groups[four.kValue] = _mm512_castsi512_ps(bytes);
+    } else if constexpr (kRows == 16) {
       _mm256_mask_storeu_epi32(to, first_lanes(place.rows), _mm512_castsi512_si256(bytes));
       _mm256_mask_storeu_epi32(next.quantized + group * 4 * next.rows, first_lanes(next.rows), _mm512_extracti64x4_epi64(bytes, 1));
     } else {
@@ -261,6 +275,14 @@ CLAQ_INLINE __mmask16 prepare_block(const LayerView& layer, const PackedPlace& p
                                _mm512_maskz_compress_epi32(static_cast<__mmask16>(rows), bytes));
     }
   });
+  if constexpr (Packing::kBySixteen) {
+    transpose_rows(groups);
+    unrolled<kGroupsPerBlock>([&](auto i) CLAQ_STEP {
+      _mm512_store_ps(reinterpret_cast<float*>(place.quantized + b * kBlock * kRows + 64 * i.kValue), groups[i.kValue]);
+    });
+    _mm512_storeu_ps(place.scale + b * kRows, scale);
+    return special;
+  }
   sum = over_lines(sum, [](__m512i p, __m512i q) CLAQ_STEP { return _mm512_add_epi32(p, q); });
   const __m512i correction = _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), sum), 7);
   const __mmask16 rows = first_lanes(place.rows);
@@ -274,9 +296,10 @@ CLAQ_INLINE __mmask16 prepare_block(const LayerView& layer, const PackedPlace& p
   return special;
 }
 
-template <int kRows, int kWidth>
+template <class Packing, int kWidth>
 __mmask16 prepare_segment(const LayerView& layer, const float* const* x, int count, const Range& blocks, const PackedPlace& place,
                           const PackedPlace& next, const float* features, float* transposed) {
+  constexpr int kRows = Packing::kLineRows;
   __mmask16 special = 0;
   for (int64_t b = blocks.begin; b < blocks.end; ++b) {
     if (layer.identity_order) {
@@ -286,21 +309,22 @@ __mmask16 prepare_segment(const LayerView& layer, const float* const* x, int cou
         for (int i = 0; i < kBlock * kRows; i += 16) _mm512_store_ps(lines + i, _mm512_setzero_ps());
       }
       store_lines<kRows>(x, count, feature, left < kBlock ? layer.in_features : feature + kBlock, lines);
-      special |= prepare_block<kRows, kWidth>(layer, place, next, b, transposed,
-                                              [&](int column) CLAQ_STEP { return lines + column * kRows; });
+      special |= prepare_block<Packing, kWidth>(layer, place, next, b, transposed,
+                                                [&](int column) CLAQ_STEP { return lines + column * kRows; });
     } else {
       const int32_t* gather = layer.gather + b * kBlock;
-      special |= prepare_block<kRows, kWidth>(layer, place, next, b, transposed,
-                                              [&](int column) CLAQ_STEP { return features + int64_t{gather[column]} * kRows; });
+      special |= prepare_block<Packing, kWidth>(layer, place, next, b, transposed,
+                                                [&](int column) CLAQ_STEP { return features + int64_t{gather[column]} * kRows; });
     }
   }
   return special;
 }
 
 // Lanes are rows of x here: gathering is loading their lines, and little is summed across lanes.
-template <int kRows>
+template <class Packing>
 void prepare_lines(const LayerView& layer, const float* const* x, int count, Activations& activations, int64_t first,
                    int64_t first_block, int64_t last_block, float* features, uint8_t* exact) {
+  constexpr int kRows = Packing::kLineRows;
   if (!layer.identity_order) {
     features += 16;
     for (int i = 1; i <= kRows; ++i) features[-i] = 0.0f;  // line -1, for padding
@@ -314,18 +338,26 @@ void prepare_lines(const LayerView& layer, const float* const* x, int count, Act
   float* transposed = activations.transposed ? activations.transposed + first * layer.columns : nullptr;
   __mmask16 special = 0;
   for (int s = 0; s < layer.segment_count; ++s) {
-    const auto segment = layer.segments[s].width == 4 ? prepare_segment<kRows, 4> : prepare_segment<kRows, 2>;
+    const auto segment = layer.segments[s].width == 4 ? prepare_segment<Packing, 4> : prepare_segment<Packing, 2>;
     special |= segment(layer, x, count, overlap(layer.segments[s], first_block, last_block), place, next, features, transposed);
   }
   for (int i = 0; i < count; ++i) exact[i] = (special >> i) & 1;
 }
 
+template <class Packing>
+void prepare_rows_of_tile(const LayerView& layer, const float* const* x, Activations& activations, int64_t first, int64_t first_block,
+                          int64_t last_block, float* features, uint8_t* exact) {
+  const int64_t left = activations.rows - first;
+  const int count = left < Packing::kLineRows ? static_cast<int>(left) : Packing::kLineRows;
+  prepare_lines<Packing>(layer, x, count, activations, first, first_block, last_block, features, exact);
+}
+
 inline void prepare_tile(const LayerView& layer, const float* const* x, Activations& activations, int64_t first, int64_t first_block,
                          int64_t last_block, float* features, uint8_t* exact) {
-  const int64_t left = activations.rows - first;
-  const int count = left < kRowsAtOnce ? static_cast<int>(left) : static_cast<int>(kRowsAtOnce);
-  const auto lines = activations.line_rows == 4 ? prepare_lines<4> : activations.line_rows == 8 ? prepare_lines<8> : prepare_lines<16>;
-  lines(layer, x, count, activations, first, first_block, last_block, features, exact);
+  const auto prepare = activations.line_rows == 4   ? prepare_rows_of_tile<PackedByEight<4>>
+                       : activations.line_rows == 8 ? prepare_rows_of_tile<PackedByEight<8>>
+                                                    : prepare_rows_of_tile<PackedByEight<16>>;
+  prepare(layer, x, activations, first, first_block, last_block, features, exact);
 }
 
 }  // namespace

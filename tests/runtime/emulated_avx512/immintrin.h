@@ -1,10 +1,11 @@
-// AVX-512 intrinsics in plain C++, for the kernels that use them to be compiled and tested on CPUs without AVX-512.
+// AVX-512 intrinsics and AMX in plain C++, for the kernels that use them to be compiled and tested on CPUs without.
 //
 // Shadows the compiler's <immintrin.h> (tests/runtime/test_sanitizers.py puts this folder first): after the real header, whose
 // 128- and 256-bit intrinsics stay, each 512-bit one that the kernels use is a function here that does to lanes what Intel's
 // intrinsics guide says. Loads and stores under masks touch selected elements only, and aligned ones check their alignment.
 #pragma once
 
+#include <cpuid.h>
 #include_next <immintrin.h>
 
 #include <cmath>
@@ -174,6 +175,10 @@ inline Int mm512_and_si512(const Int& a, const Int& b) {
 inline Int mm512_or_si512(const Int& a, const Int& b) {
   const auto x = lanes<uint32_t>(a), y = lanes<uint32_t>(b);
   return make<Int, uint32_t>([&](int i) { return x[i] | y[i]; });
+}
+inline Int mm512_xor_si512(const Int& a, const Int& b) {
+  const auto x = lanes<uint32_t>(a), y = lanes<uint32_t>(b);
+  return make<Int, uint32_t>([&](int i) { return x[i] ^ y[i]; });
 }
 inline Int mm512_max_epu32(const Int& a, const Int& b) {
   const auto x = lanes<uint32_t>(a), y = lanes<uint32_t>(b);
@@ -448,7 +453,65 @@ inline __m128 mm_maskz_div_ps(__mmask8 m, __m128 a, __m128 b) {
   return mm512_extractf32x4_ps(mm512_maskz_div_ps(m & 15, zero_extended<F32>(a), zero_extended<F32>(b)), 0);
 }
 
+// ---- the tile registers of AMX: sizes are those of the configuration, and what lies beyond them is not touched
+
+struct Tile {
+  int rows, row_bytes;
+  uint8_t at[16][64];
+};
+inline Tile* tiles() {
+  static thread_local Tile registers[8];
+  return registers;
+}
+inline void load_tile_configuration(const void* from) {
+  uint8_t bytes[64];
+  check_aligned(from, 64);
+  std::memcpy(bytes, from, sizeof bytes);
+  for (int i = 0; i < 8; ++i) {
+    const int rows = bytes[48 + i], row_bytes = bytes[16 + 2 * i] | bytes[17 + 2 * i] << 8;
+    if (bytes[0] != 1 || rows > 16 || row_bytes > 64) std::abort();
+    tiles()[i] = Tile{rows, row_bytes, {}};
+  }
+}
+inline void release_tiles() {
+  for (int i = 0; i < 8; ++i) tiles()[i] = Tile{};
+}
+inline Tile& used_tile(int i) {
+  if (tiles()[i].rows == 0) {
+    std::fprintf(stderr, "tile register %d is not configured\n", i);
+    std::abort();
+  }
+  return tiles()[i];
+}
+inline void zero_tile(int i) { std::memset(used_tile(i).at, 0, sizeof Tile::at); }
+inline void load_tile(int i, const void* from, int64_t row_stride) {
+  Tile& tile = used_tile(i);
+  zero_tile(i);
+  for (int row = 0; row < tile.rows; ++row) std::memcpy(tile.at[row], static_cast<const char*>(from) + row * row_stride, tile.row_bytes);
+}
+inline void store_tile(int i, void* to, int64_t row_stride) {
+  const Tile& tile = used_tile(i);
+  for (int row = 0; row < tile.rows; ++row) std::memcpy(static_cast<char*>(to) + row * row_stride, tile.at[row], tile.row_bytes);
+}
+inline void add_signed_products(int sum, int a, int b) {
+  const Tile &x = used_tile(a), &y = used_tile(b);
+  Tile& result = used_tile(sum);
+  if (result.rows != x.rows || result.row_bytes != y.row_bytes || x.row_bytes != 4 * y.rows) std::abort();
+  for (int row = 0; row < x.rows; ++row) {
+    int32_t sums[16];
+    std::memcpy(sums, result.at[row], sizeof sums);
+    for (int n = 0; n < y.row_bytes / 4; ++n) {
+      for (int k = 0; k < x.row_bytes; ++k) {
+        sums[n] += static_cast<int8_t>(x.at[row][k]) * static_cast<int8_t>(y.at[k / 4][4 * n + k % 4]);
+      }
+    }
+    std::memcpy(result.at[row], sums, sizeof sums);
+  }
+}
+
 }  // namespace emulated
+
+#define CLAQ_EMULATED_TILES  // see amx_tiles.h
 
 // The CPU is asked about nothing else by the files that see this header.
 #define __builtin_cpu_supports(feature) 1
@@ -540,6 +603,8 @@ inline __m128 mm_maskz_div_ps(__mmask8 m, __m128 a, __m128 b) {
 #define _mm512_and_si512 emulated::mm512_and_si512
 #undef _mm512_or_si512
 #define _mm512_or_si512 emulated::mm512_or_si512
+#undef _mm512_xor_si512
+#define _mm512_xor_si512 emulated::mm512_xor_si512
 #undef _mm512_max_epu32
 #define _mm512_max_epu32 emulated::mm512_max_epu32
 #undef _mm512_slli_epi32
