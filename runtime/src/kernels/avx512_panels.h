@@ -121,7 +121,7 @@ class CodeFetcher {
   int64_t stride_, left_;
 };
 
-// kRows rows from row `lane` of a tile of kPacked. The sums are kept in registers over all blocks of the panel: beside the
+// kRows rows from row `lane` of a tile of kPacked. The sums begin with block 0, and are kept in registers over all blocks of the panel: beside the
 // dot products a block then costs a conversion and a multiply-add, and no memory traffic.
 template <class Isa, int kPacked, int kRows, int kVectors>
 void multiply_tile(const PackedPlace& place, int lane, int64_t first_block, int64_t blocks, const uint8_t* panel, float* sums,
@@ -133,7 +133,7 @@ void multiply_tile(const PackedPlace& place, int lane, int64_t first_block, int6
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) total[i][v] = _mm512_loadu_ps(sums + i * stride + 16 * v);
+    for (int v = 0; v < kVectors; ++v) total[i][v] = first_block == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * stride + 16 * v);
   }
   for (int64_t b = 0; b < blocks; ++b) {
     __m512i acc[kRows][kVectors];

@@ -55,8 +55,10 @@ CLAQ_INLINE void begin_product(const TilePair& pair, int64_t block) {
 struct Totals {
   __m512 row[kTileRows];
 
-  CLAQ_INLINE void load(const TilePair& pair, int64_t stride) {
-    unrolled<kTileRows>([&](auto i) CLAQ_STEP { row[i.kValue] = _mm512_loadu_ps(pair.sums + i.kValue * stride); });
+  // Of a pair's first blocks from 0 on, which nothing was written for.
+  CLAQ_INLINE void begin(const TilePair& pair, int64_t stride, bool first) {
+    if (first) unrolled<kTileRows>([&](auto i) CLAQ_STEP { row[i.kValue] = _mm512_setzero_ps(); });
+    else unrolled<kTileRows>([&](auto i) CLAQ_STEP { row[i.kValue] = _mm512_loadu_ps(pair.sums + i.kValue * stride); });
   }
   CLAQ_INLINE void store(const TilePair& pair, int64_t stride) const {
     unrolled<kTileRows>([&](auto i) CLAQ_STEP { _mm512_storeu_ps(pair.sums + i.kValue * stride, row[i.kValue]); });
@@ -69,10 +71,10 @@ struct Totals {
   }
 };
 
-// Adds to the sums of `count` pairs, next() one after the other, of at least kConverted blocks: the products of a pair are begun while the
-// last ones of the pair before are stored and converted.
+// Adds to the sums of `count` pairs, next() one after the other, of at least kConverted blocks, or begins them: the products of a pair are
+// begun while the last ones of the pair before are stored and converted.
 template <class Next>
-CLAQ_INLINE void multiply_pairs(int64_t count, int64_t blocks, int64_t stride, const Next& next) {
+CLAQ_INLINE void multiply_pairs(int64_t count, int64_t blocks, int64_t stride, bool first, const Next& next) {
   constexpr int64_t kProducts = 4;
   // Not one object with the totals: what a tile is stored to counts as memory that any assembly may read.
   alignas(64) int32_t products[kProducts][kTileRows * 16];
@@ -95,7 +97,7 @@ CLAQ_INLINE void multiply_pairs(int64_t count, int64_t blocks, int64_t stride, c
   TilePair pair = next();
   for (int64_t b = 0; b < kConverted; ++b) begin(pair, b);
   for (;;) {
-    totals.load(pair, stride);
+    totals.begin(pair, stride, first);
     for (int64_t b = kConverted; b < blocks; ++b) {
       begin(pair, b);
       convert(pair, b - kConverted);
@@ -121,12 +123,12 @@ CLAQ_INLINE void multiply_pairs(int64_t count, int64_t blocks, int64_t stride, c
 
 // The same for fewer blocks.
 template <class Next>
-CLAQ_INLINE void multiply_short_pairs(int64_t count, int64_t blocks, int64_t stride, const Next& next) {
+CLAQ_INLINE void multiply_short_pairs(int64_t count, int64_t blocks, int64_t stride, bool first, const Next& next) {
   alignas(64) int32_t product[kTileRows * 16];
   for (; count > 0; --count) {
     const TilePair pair = next();
     Totals totals;
-    totals.load(pair, stride);
+    totals.begin(pair, stride, first);
     for (int64_t b = 0; b < blocks; ++b) {
       begin_product<0>(pair, b);
       store_tile<kSumsTile>(product, 64);
@@ -155,14 +157,14 @@ void multiply_panel_tile_by_tiles(const LayerView& layer, const Activations& act
     }
     return pair;
   };
-  if (place.blocks >= kConverted) multiply_pairs(count, place.blocks, stride, next);
-  else multiply_short_pairs(count, place.blocks, stride, next);
+  const bool first = place.first_block == 0;
+  if (place.blocks >= kConverted) multiply_pairs(count, place.blocks, stride, first, next);
+  else multiply_short_pairs(count, place.blocks, stride, first, next);
 }
 
 void sums_int8_by_tiles(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums,
                         int64_t stride, void* scratch) {
   if (!uses_tiles(activations.rows)) return sums_int8<Vnni>(layer, activations, m0, m1, n0, n1, sums, stride, scratch);
-  clear_sums((m1 - m0 + kTileRows - 1) / kTileRows * kTileRows, n1 - n0, sums, stride);
   configure_tiles(kShapes);
   deep_panels<Signed>(layer, m1 - m0, n0, n1, sums, static_cast<uint8_t*>(scratch),
                       [&](const PanelPlace& place, int64_t n, const uint8_t* part, float* to, const CodeFetcher<Signed>& later) CLAQ_STEP {
