@@ -222,6 +222,36 @@ def test_external_data_file(tmp_path):
     assert relative_error(session.run(None, {"x": x})[0], layer.reference(x)) < 2e-6
 
 
+def test_turns_with_int8_products_of_onnx_runtime():
+    """Both configure the tile registers of AMX where there are any, on the same thread."""
+    layer = make_layer(96, 256, {4: 256})
+    random = np.random.default_rng(1)
+    x = random.normal(size=(33, 256)).astype(np.float32)
+    codes = random.integers(0, 256, (33, 256), dtype=np.uint8)
+    weight = random.integers(-128, 128, (256, 80), dtype=np.int8)
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "weight"], ["y"])],
+        "integers",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, [None, 256])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, [None, 80])],
+        [onnx.numpy_helper.from_array(weight, "weight")],
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    integers = make_session(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), options
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = make_session(make_model(layer, accuracy_level=4), options)
+    expected = codes.astype(np.int32) @ weight.astype(np.int32)
+    first = session.run(None, {"x": x[None]})[0]
+    assert 1e-5 < relative_error(first, layer.reference(x[None])) < 1e-2
+    for _ in range(3):
+        np.testing.assert_array_equal(integers.run(None, {"x": codes})[0], expected)
+        np.testing.assert_array_equal(session.run(None, {"x": x[None]})[0], first)
+
+
 @pytest.mark.parametrize("accuracy_level", [0, 4])
 def test_concurrent_runs(accuracy_level):
     layer = make_layer(700, 300, {4: 128, 3: 96, 2: 96}, ordered=True, outliers=0.01, bias=True)
