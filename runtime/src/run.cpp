@@ -28,6 +28,8 @@ constexpr int64_t kFewRows = 32;
 // With outliers and more rows the outputs that are computed together are this many: the more, the more often a tile of transposed activations
 // is used once it is cached; the fewer, the nearer are their sums when the outliers are added.
 constexpr int64_t kOutlierOutputs = 1024;
+// A layer of few columns has its transposed activations near for few outputs, too.
+constexpr int64_t kNearColumns = 768, kNearOutlierOutputs = 192;
 constexpr int64_t kMostSums = kMostChunkRows * kOutlierOutputs;  // rows rounded up to kMostTileRows, too
 constexpr int64_t kChunkElements = 1024 * 1024;  // rows of x are taken in chunks of at most this many activations
 
@@ -181,7 +183,8 @@ void compute_rows(const Call& call, const Activations& activations, bool int8, i
   const LayerView& layer = call.layer;
   const int64_t sums = m1 - m0 <= kFewRows ? kFewRowsSums : int8 ? kCachedSums : call.family.float_sums;
   const bool by_outliers = layer.outlier_ptr && m1 - m0 > kFewRows;
-  const int64_t tile = tile_length(m1 - m0, n1 - n0, by_outliers ? (m1 - m0) * kOutlierOutputs : sums);
+  const int64_t together = layer.columns <= kNearColumns ? kNearOutlierOutputs : kOutlierOutputs;
+  const int64_t tile = tile_length(m1 - m0, n1 - n0, by_outliers ? (m1 - m0) * together : sums);
   const int64_t part = tile_length(m1 - m0, tile, sums);
   const auto kernel = int8 ? call.family.sums_int8 : call.family.sums_float;
   for (int64_t t0 = n0; t0 < n1; t0 += tile) {
