@@ -241,8 +241,6 @@ def test_turns_with_int8_products_of_onnx_runtime():
     integers = make_session(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), options
     )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
     session = make_session(make_model(layer, accuracy_level=4), options)
     expected = codes.astype(np.int32) @ weight.astype(np.int32)
     first = session.run(None, {"x": x[None]})[0]

@@ -121,8 +121,8 @@ class CodeFetcher {
   int64_t stride_, left_;
 };
 
-// kRows rows from row `lane` of a tile of kPacked. The sums begin with block 0, and are kept in registers over all blocks of the panel: beside the
-// dot products a block then costs a conversion and a multiply-add, and no memory traffic.
+// kRows rows from row `lane` of a tile of kPacked. The sums begin with block 0, and are kept in registers over all blocks of the
+// panel: beside the dot products a block then costs a conversion and a multiply-add, and no memory traffic.
 template <class Isa, int kPacked, int kRows, int kVectors>
 void multiply_tile(const PackedPlace& place, int lane, int64_t first_block, int64_t blocks, const uint8_t* panel, float* sums,
                    int64_t stride) {

@@ -322,9 +322,11 @@ __mmask16 prepare_segment(const LayerView& layer, const float* const* x, int cou
 
 // Lanes are rows of x here: gathering is loading their lines, and little is summed across lanes.
 template <class Packing>
-void prepare_lines(const LayerView& layer, const float* const* x, int count, Activations& activations, int64_t first,
-                   int64_t first_block, int64_t last_block, float* features, uint8_t* exact) {
+void prepare_lines(const LayerView& layer, const float* const* x, Activations& activations, int64_t first, int64_t first_block,
+                   int64_t last_block, float* features, uint8_t* exact) {
   constexpr int kRows = Packing::kLineRows;
+  const int64_t left = activations.rows - first;
+  const int count = left < kRows ? static_cast<int>(left) : kRows;
   if (!layer.identity_order) {
     features += 16;
     for (int i = 1; i <= kRows; ++i) features[-i] = 0.0f;  // line -1, for padding
@@ -344,20 +346,12 @@ void prepare_lines(const LayerView& layer, const float* const* x, int count, Act
   for (int i = 0; i < count; ++i) exact[i] = (special >> i) & 1;
 }
 
-template <class Packing>
-void prepare_rows_of_tile(const LayerView& layer, const float* const* x, Activations& activations, int64_t first, int64_t first_block,
-                          int64_t last_block, float* features, uint8_t* exact) {
-  const int64_t left = activations.rows - first;
-  const int count = left < Packing::kLineRows ? static_cast<int>(left) : Packing::kLineRows;
-  prepare_lines<Packing>(layer, x, count, activations, first, first_block, last_block, features, exact);
-}
-
 inline void prepare_tile(const LayerView& layer, const float* const* x, Activations& activations, int64_t first, int64_t first_block,
                          int64_t last_block, float* features, uint8_t* exact) {
-  const auto prepare = activations.line_rows == 4   ? prepare_rows_of_tile<PackedByEight<4>>
-                       : activations.line_rows == 8 ? prepare_rows_of_tile<PackedByEight<8>>
-                                                    : prepare_rows_of_tile<PackedByEight<16>>;
-  prepare(layer, x, activations, first, first_block, last_block, features, exact);
+  const auto lines = activations.line_rows == 4   ? prepare_lines<PackedByEight<4>>
+                     : activations.line_rows == 8 ? prepare_lines<PackedByEight<8>>
+                                                  : prepare_lines<PackedByEight<16>>;
+  lines(layer, x, activations, first, first_block, last_block, features, exact);
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 #include <cpuid.h>
 
-#include "avx512_int8.h"
+#include "avx512_vnni.h"
 
 namespace claq {
 namespace {
@@ -23,20 +23,12 @@ inline bool gathers() {
   return __get_cpuid_count(kFeatures, 0, &a, &b, &c, &d) && (d & kFp16);
 }
 
-struct Vnni {
+struct Vnni : VnniProducts {
   using Table = __m512i;
   static constexpr bool kHeldTables = true;
-  using Weights = __m512i;  // centroids + 128, hence the correction that a sum begins with
-  using Activation = __m512i;
   static constexpr int rows_ahead(int width) { return 2 * width; }
   static constexpr int few_rows_vectors(int) { return 4; }
   static constexpr int row_vectors(int) { return 4; }
-  static constexpr int kTileRows = 4, kTileVectors = 3, kShallowRows = 48;
-
-  static __m512i begin(int32_t correction) { return _mm512_set1_epi32(correction); }
-  static Weights weights(__m512i decoded) { return decoded; }
-  static Activation activation(const int8_t* four) { return broadcast_four(four); }
-  static __m512i dot(__m512i sum, Weights w, Activation x) { return _mm512_dpbusd_epi32(sum, w, x); }
 
   template <int kWidth>
   static __m512i load_table(const uint8_t* table, int group) {

@@ -11,7 +11,7 @@
 namespace claq {
 namespace {
 
-constexpr int kTileRows = 16;
+constexpr int kTileRows = kRowsAtOnce;
 
 // A tile of rows takes about as long as six rows take with VNNI, however many of its rows there are.
 inline bool uses_tiles(int64_t rows) { return rows == kTileRows || rows >= 3 * kTileRows / 2; }
@@ -175,7 +175,7 @@ void sums_int8_by_tiles(const LayerView& layer, const Activations& activations, 
 
 void prepare_tile_of_tiles(const LayerView& layer, const float* const* x, Activations& activations, int64_t first, int64_t first_block,
                            int64_t last_block, float* features, uint8_t* exact) {
-  const auto prepare = uses_tiles(activations.rows) ? prepare_rows_of_tile<PackedBySixteen> : prepare_tile;
+  const auto prepare = uses_tiles(activations.rows) ? prepare_lines<PackedBySixteen> : prepare_tile;
   prepare(layer, x, activations, first, first_block, last_block, features, exact);
 }
 

@@ -1,9 +1,9 @@
 // AVX-512 with VNNI and without VBMI (Cascade Lake): sixteen-entry byte shuffles merged under constant masks, dot products.
 #include "avx512_float.h"
-#include "avx512_int8.h"
 #include "avx512_outliers.h"
 #include "avx512_prepare.h"
 #include "avx512_shuffle.h"
+#include "avx512_vnni.h"
 #include "plain_loops.h"
 
 namespace claq {
@@ -14,18 +14,10 @@ bool supported() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
 
-struct BwVnni : ShuffleDecoder<0> {
-  using Weights = __m512i;  // centroids + 128, hence the correction that a sum begins with
-  using Activation = __m512i;
+struct BwVnni : ShuffleDecoder<0>, VnniProducts {
   static constexpr int rows_ahead(int) { return 3; }
   static constexpr int few_rows_vectors(int width) { return width == 3 ? 3 : 4; }
   static constexpr int row_vectors(int) { return 4; }
-  static constexpr int kTileRows = 4, kTileVectors = 3, kShallowRows = 48;
-
-  static __m512i begin(int32_t correction) { return _mm512_set1_epi32(correction); }
-  static Weights weights(__m512i decoded) { return decoded; }
-  static Activation activation(const int8_t* four) { return broadcast_four(four); }
-  static __m512i dot(__m512i sum, Weights w, Activation x) { return _mm512_dpbusd_epi32(sum, w, x); }
 };
 
 }  // namespace
