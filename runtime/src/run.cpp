@@ -28,8 +28,7 @@ constexpr int64_t kFewRows = 32;
 // With outliers and more rows the outputs that are computed together are this many: the more, the more often a tile of transposed activations
 // is used once it is cached; the fewer, the nearer are their sums when the outliers are added.
 constexpr int64_t kOutlierOutputs = 1024;
-// A layer of few columns has its transposed activations near for few outputs, too.
-constexpr int64_t kNearColumns = 768, kNearOutlierOutputs = 192;
+constexpr int64_t kOutlierRows = 2 * kMostTileRows;  // whose outliers are added together
 constexpr int64_t kMostSums = kMostChunkRows * kOutlierOutputs;  // rows rounded up to kMostTileRows, too
 constexpr int64_t kChunkElements = 1024 * 1024;  // rows of x are taken in chunks of at most this many activations
 
@@ -177,32 +176,59 @@ struct Scratch {
   float* finished;
 };
 
+// Adds the outliers to the sums of rows [m0, m1) of the chunk and outputs [n0, n1), and writes the results.
+void finish_sums(const Call& call, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums,
+                 int64_t stride, float* finished) {
+  const LayerView& layer = call.layer;
+  if (layer.outlier_ptr) call.family.add_outliers(layer, activations, m0, m1, n0, n1, sums, stride);
+  for_each_part(call, n0, n1, [&](const Part& part, int64_t column, int64_t columns, int64_t place) {
+    for (int64_t m = m0; m < m1; ++m) {
+      const int64_t offset = (call.first_row + m) * part.columns + column;
+      float* row = call.dtype == CLAQ_FLOAT32 ? static_cast<float*>(part.y) + offset : finished;
+      call.family.finish_row(layer, n0 + place, n0 + place + columns, sums + (m - m0) * stride + place, row);
+      if (call.dtype != CLAQ_FLOAT32) store_row(call.family, call.dtype, row, columns, part.y, offset);
+    }
+  });
+}
+
 // Results of output rows [n0, n1) for rows [m0, m1) of the chunk.
 void compute_rows(const Call& call, const Activations& activations, bool int8, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                   const Scratch& scratch) {
   const LayerView& layer = call.layer;
-  const int64_t sums = m1 - m0 <= kFewRows ? kFewRowsSums : int8 ? kCachedSums : call.family.float_sums;
-  const bool by_outliers = layer.outlier_ptr && m1 - m0 > kFewRows;
-  const int64_t together = layer.columns <= kNearColumns ? kNearOutlierOutputs : kOutlierOutputs;
-  const int64_t tile = tile_length(m1 - m0, n1 - n0, by_outliers ? (m1 - m0) * together : sums);
-  const int64_t part = tile_length(m1 - m0, tile, sums);
+  const int64_t rows = m1 - m0, sums = rows <= kFewRows ? kFewRowsSums : int8 ? kCachedSums : call.family.float_sums;
   const auto kernel = int8 ? call.family.sums_int8 : call.family.sums_float;
+  if (!layer.outlier_ptr || rows <= kFewRows) {
+    const int64_t tile = tile_length(rows, n1 - n0, sums);
+    for (int64_t t0 = n0; t0 < n1; t0 += tile) {
+      const int64_t t1 = std::min(n1, t0 + tile);
+      if (rows > kFewRows) fetch_results(call, m0, m1, t0, t1);
+      kernel(layer, activations, m0, m1, t0, t1, scratch.sums, tile, scratch.kernel);
+      finish_sums(call, activations, m0, m1, t0, t1, scratch.sums, tile, scratch.finished);
+    }
+    return;
+  }
+  // The sums of each part lie together, and a few rows of all parts are finished while their transposed activations are near.
+  const int64_t tile = tile_length(rows, n1 - n0, rows * kOutlierOutputs), length = tile_length(rows, tile, sums);
+  const int64_t padded_rows = (rows + kMostTileRows - 1) / kMostTileRows * kMostTileRows;
   for (int64_t t0 = n0; t0 < n1; t0 += tile) {
     const int64_t t1 = std::min(n1, t0 + tile);
-    if (m1 - m0 > kFewRows) fetch_results(call, m0, m1, t0, t1);
-    for (int64_t s0 = t0; s0 < t1; s0 += part) {
-      kernel(layer, activations, m0, m1, s0, std::min(t1, s0 + part), scratch.sums + s0 - t0, tile, scratch.kernel);
-    }
-    if (layer.outlier_ptr) call.family.add_outliers(layer, activations, m0, m1, t0, t1, scratch.sums, tile);
-    for_each_part(call, t0, t1, [&](const Part& part, int64_t column, int64_t columns, int64_t place) {
-      const float* sums_of_part = scratch.sums + place;
-      for (int64_t m = m0; m < m1; ++m) {
-        const int64_t offset = (call.first_row + m) * part.columns + column;
-        float* row = call.dtype == CLAQ_FLOAT32 ? static_cast<float*>(part.y) + offset : scratch.finished;
-        call.family.finish_row(layer, t0 + place, t0 + place + columns, sums_of_part + (m - m0) * tile, row);
-        if (call.dtype != CLAQ_FLOAT32) store_row(call.family, call.dtype, row, columns, part.y, offset);
+    // Calls use(first output, last one, their sums, stride) for each part.
+    const auto for_parts = [&](auto use) {
+      for (int64_t s0 = t0; s0 < t1; s0 += length) {
+        const int64_t s1 = std::min(t1, s0 + length);
+        use(s0, s1, scratch.sums + (s0 - t0) * padded_rows, (s1 - s0 + kNarrowestTile - 1) / kNarrowestTile * kNarrowestTile);
       }
+    };
+    for_parts([&](int64_t s0, int64_t s1, float* part, int64_t stride) {
+      kernel(layer, activations, m0, m1, s0, s1, part, stride, scratch.kernel);
     });
+    for (int64_t r0 = m0; r0 < m1; r0 += kOutlierRows) {
+      const int64_t r1 = std::min(m1, r0 + kOutlierRows);
+      for_parts([&](int64_t s0, int64_t s1, float* part, int64_t stride) {
+        fetch_results(call, r0, r1, s0, s1);
+        finish_sums(call, activations, r0, r1, s0, s1, part + (r0 - m0) * stride, stride, scratch.finished);
+      });
+    }
   }
 }
 
