@@ -2,7 +2,7 @@
 
     python benchmarks/runtime_load.py               # writes benchmarks/results/runtime_load.md and .json
 
-An artifact of about 300 MB of ClaqMatMul layers with external data is written to a temporary folder and loaded in fresh
+Artifacts of about 300 MB of codes in ClaqMatMul layers with external data are written to a temporary folder and loaded in fresh
 processes. The figures come from /proc/<pid>/smaps_rollup, hence Linux only: Rss is all that a process has in memory, Pss
 divides each page by the number of processes that share it.
 """
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +27,17 @@ from onnx import TensorProto, helper, save_model
 
 import claq_runtime
 
-SIZE, OUT_FEATURES, BITS = 4096, 4096, 4
+SIZE, OUT_FEATURES = 4096, 4096
+CASES = ((4, 0.005), (4, 0.01), (2, 0.01))  # bits, share of outliers
 
 
-def write_artifact(folder: Path, layers: int) -> Path:
+def write_artifact(folder: Path, layers: int, bits: int, outliers: float) -> Path:
     """A chain of layers as claq-export writes it: tensors of external data start at a page."""
     data = folder / "model.onnx.data"
     nodes, initializers, offset = [], [], 0
     with data.open("wb") as file:
         for i in range(layers):
-            tensors, attributes = random_claq(np.random.default_rng(i), SIZE, OUT_FEATURES, BITS, 0.005)
+            tensors, attributes = random_claq(np.random.default_rng(i), SIZE, OUT_FEATURES, bits, outliers)
             names = []
             for name, array in tensors.items():
                 names.append(f"{name}{i}")
@@ -121,18 +123,10 @@ def read_seconds(path: Path) -> float:
     return time.perf_counter() - begin
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=300)
-    parser.add_argument("--out", default=str(Path(__file__).parent / "results"), help="folder of the report, or -")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        child(arguments.child)
-        return
+def measure(megabytes: int, bits: int, outliers: float) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        layers = max(1, round(arguments.megabytes * 1e6 / (SIZE * OUT_FEATURES * BITS / 8)))
-        path = write_artifact(Path(folder), layers)
+        layers = max(1, round(megabytes * 1e6 / (SIZE * OUT_FEATURES * bits / 8)))
+        path = write_artifact(Path(folder), layers, bits, outliers)
         data = path.with_name("model.onnx.data")
         size = path.stat().st_size + data.stat().st_size
         read = float(np.median([read_seconds(data) for _ in range(5)]))
@@ -152,40 +146,73 @@ def main() -> None:
         for process in (first, second):
             tell(process)
             process.wait()
-    added = alone["after"]["Rss"] - alone["before"]["Rss"]
-    private = alone["after"]["Anonymous"] - alone["before"]["Anonymous"]
-    document = {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "onnxruntime": onnxruntime.__version__,
+    added = {name: alone["after"][name] - alone["before"][name] for name in ("Rss", "Anonymous", "Pss")}
+    return {
+        "bits": bits,
+        "outliers": outliers,
+        "layers": layers,
         "artifact_bytes": size,
-        "session_resident_bytes": added,
-        "session_private_bytes": private,
-        "resident_to_artifact": added / size,
-        "one_process_pss_bytes": alone["after"]["Pss"] - alone["before"]["Pss"],
+        "session_resident_bytes": added["Rss"],
+        "session_private_bytes": added["Anonymous"],
+        "resident_to_artifact": added["Rss"] / size,
+        "one_process_pss_bytes": added["Pss"],
         "two_processes_pss_bytes_each": shared["Pss"] - alone["before"]["Pss"],
         "session_creation_seconds": float(np.median(creations)),
         "read_file_seconds": read,
         "creation_to_read": float(np.median(creations)) / read,
     }
-    mega = 1e6
+
+
+def table(cases: list[dict]) -> list[str]:
+    def row(label: str, cell: Callable[[dict], str]) -> str:
+        return f"| {label} | " + " | ".join(cell(case) for case in cases) + " |"
+
+    def megabytes(name: str) -> Callable[[dict], str]:
+        return lambda case: f"{case[name] / 1e6:.1f} MB"
+
+    return [
+        row("", lambda case: f"{case['bits']} bits, {case['outliers']:.1%} outliers"),
+        "|---" * (len(cases) + 1) + "|",
+        row("layers", lambda case: str(case["layers"])),
+        row("artifact", megabytes("artifact_bytes")),
+        row(
+            "resident memory a session adds, after a run",
+            lambda case: f"{case['session_resident_bytes'] / 1e6:.1f} MB = {case['resident_to_artifact']:.3f} x",
+        ),
+        row("of it not file-backed, hence private", megabytes("session_private_bytes")),
+        row("proportional share (Pss), one process", megabytes("one_process_pss_bytes")),
+        row("proportional share, each of two processes", megabytes("two_processes_pss_bytes_each")),
+        row("session creation, median of 5", lambda case: f"{case['session_creation_seconds']:.3f} s"),
+        row("reading the file, median of 5", lambda case: f"{case['read_file_seconds']:.3f} s"),
+        row("creation / reading", lambda case: f"{case['creation_to_read']:.2f} x"),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=300)
+    parser.add_argument("--out", default=str(Path(__file__).parent / "results"), help="folder of the report, or -")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child)
+        return
+    cases = [measure(arguments.megabytes, bits, outliers) for bits, outliers in CASES]
+    document = {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "kernels": claq_runtime.kernels()[0],
+        "onnxruntime": onnxruntime.__version__,
+        "cases": cases,
+    }
     lines = [
         "# Loading an artifact",
         "",
-        f"Written by `benchmarks/runtime_load.py` on {document['date']}: {document['cpu']}, ONNX Runtime "
-        f"{document['onnxruntime']}; {layers} layers of {SIZE}x{OUT_FEATURES}, {BITS} bits, 0.5 % outliers.",
+        f"Written by `benchmarks/runtime_load.py` on {document['date']}: {document['cpu']}, kernels {document['kernels']}, "
+        f"ONNX Runtime {document['onnxruntime']}; layers of {SIZE}x{OUT_FEATURES}.",
         "",
-        "| figure | value |",
-        "|---|---|",
-        f"| artifact | {size / mega:.1f} MB |",
-        f"| resident memory a session adds, after a run | {added / mega:.1f} MB = {document['resident_to_artifact']:.3f} x |",
-        f"| of it not file-backed, hence private | {private / mega:.1f} MB |",
-        f"| proportional share (Pss), one process | {document['one_process_pss_bytes'] / mega:.1f} MB |",
-        f"| proportional share, each of two processes | {document['two_processes_pss_bytes_each'] / mega:.1f} MB |",
-        f"| session creation, median of 5 | {document['session_creation_seconds']:.3f} s |",
-        f"| reading the file, median of 5 | {read:.3f} s |",
-        f"| creation / reading | {document['creation_to_read']:.2f} x |",
+        *table(cases),
         "",
     ]
     print("\n".join(lines))

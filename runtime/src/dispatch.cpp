@@ -1,5 +1,7 @@
 // Chooses a kernel family by the features of the CPU, a name in the layer's descriptor or CLAQ_KERNEL.
+#include <atomic>
 #include <cstdlib>
+#include <iterator>
 #include <string>
 
 #include "family.h"
@@ -18,7 +20,30 @@ constexpr const Family* kBestFirst[] = {
     &kPortable,
 };
 
+// Asked once and remembered: a virtual machine is left for each question to the CPU, which takes tens of microseconds. Not a static
+// variable that is set where it is first seen: a child that is forked meanwhile would wait for it for ever.
+enum class Answer : int8_t { kUnknown, kNo, kYes };
+
+bool ask_once(std::atomic<Answer>& known, bool (*question)()) {
+  if (known.load(std::memory_order_relaxed) == Answer::kUnknown) known.store(question() ? Answer::kYes : Answer::kNo, std::memory_order_relaxed);
+  return known.load(std::memory_order_relaxed) == Answer::kYes;
+}
+
+struct Known {
+  std::atomic<Answer> supported, gathers;
+};
+Known known[std::size(kBestFirst)];
+
+bool supported(size_t i) { return ask_once(known[i].supported, kBestFirst[i]->supported); }
+
 }  // namespace
+
+bool gathers(const Family& family) {
+  if (!family.gathers) return false;
+  size_t i = 0;
+  while (kBestFirst[i] != &family) ++i;
+  return ask_once(known[i].gathers, family.gathers);
+}
 
 const Family& choose_family(const char* name) {
   const char* source = "kernel";
@@ -27,12 +52,12 @@ const Family& choose_family(const char* name) {
     source = "CLAQ_KERNEL";
   }
   const bool automatic = !name || !*name || std::string(name) == "auto";
-  for (const Family* family : kBestFirst) {
-    if (automatic ? family->supported() : std::string(name) == family->name) {
-      if (!automatic && !family->supported()) {
+  for (size_t i = 0; i < std::size(kBestFirst); ++i) {
+    if (automatic ? supported(i) : std::string(name) == kBestFirst[i]->name) {
+      if (!automatic && !supported(i)) {
         throw InvalidArgument(std::string(source) + ": this CPU cannot run '" + name + "'; it can run: " + family_names());
       }
-      return *family;
+      return *kBestFirst[i];
     }
   }
   throw InvalidArgument(std::string(source) + ": no kernel family is called '" + name + "'; this CPU can run: " +
@@ -48,8 +73,8 @@ Vectors choose_vectors(const char* name) {
 const char* family_names() {
   static const std::string names = [] {
     std::string text;
-    for (const Family* family : kBestFirst) {
-      if (family->supported()) text += (text.empty() ? "" : " ") + std::string(family->name);
+    for (size_t i = 0; i < std::size(kBestFirst); ++i) {
+      if (supported(i)) text += (text.empty() ? "" : " ") + std::string(kBestFirst[i]->name);
     }
     return text;
   }();

@@ -92,6 +92,9 @@ extern const Family kNeon;
 // not supported here.
 const Family& choose_family(const char* name);
 
+// Family::gathers of it, asked once.
+bool gathers(const Family& family);
+
 const char* family_names();
 
 // The vectors of loops in plain C++ that are compiled once for each width: those of the family that choose_family gives.

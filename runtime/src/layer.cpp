@@ -1,9 +1,11 @@
 #include "layer.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "family.h"
 #include "half.h"
+#include "mapped_pages.h"
 #include "validate.h"
 
 namespace claq {
@@ -58,11 +60,47 @@ std::vector<float> to_float(const claq_tensor& tensor) {
   return values;
 }
 
+size_t item_bytes(int32_t dtype) {
+  switch (dtype) {
+    case CLAQ_FLOAT32:
+    case CLAQ_INT32:
+    case CLAQ_UINT32: return 4;
+    case CLAQ_FLOAT16:
+    case CLAQ_BFLOAT16:
+    case CLAQ_UINT16: return 2;
+    default: return 1;
+  }
+}
+
+// Puts a copy in the place of a tensor whose elements lie across their alignment, as tools other than ours may save them. What is not a
+// tensor at all is left for validate() to refuse.
+void align(claq_tensor& tensor, std::vector<std::unique_ptr<char[]>>& copies) {
+  const size_t item = item_bytes(tensor.dtype);
+  if (!tensor.data || !tensor.shape || reinterpret_cast<uintptr_t>(tensor.data) % item == 0) return;
+  size_t bytes = item;
+  for (int32_t i = 0; i < tensor.rank; ++i) {
+    if (tensor.shape[i] < 0 || __builtin_mul_overflow(bytes, static_cast<size_t>(tensor.shape[i]), &bytes)) return;
+  }
+  copies.emplace_back(new char[bytes]);  // aligned for every element
+  std::memcpy(copies.back().get(), tensor.data, bytes);
+  tensor.data = copies.back().get();
+}
+
+// Of a vector that was copied and is hardly read again: a mapped file's pages need not stay in memory.
+void release_copied(const claq_tensor& vector, size_t item) {
+  release_mapped_pages(vector.data, static_cast<size_t>(vector.shape[0]) * item);
+}
+
 }  // namespace
 
-std::unique_ptr<claq_layer> make_layer(const claq_layer_desc& desc) {
-  validate(desc);
+std::unique_ptr<claq_layer> make_layer(const claq_layer_desc& given, LayerUse use) {
   auto layer = std::make_unique<claq_layer>();
+  claq_layer_desc desc = given;
+  for (claq_tensor* tensor : {&desc.codes, &desc.codebook, &desc.scale, &desc.row_scale, &desc.order, &desc.outlier_ptr, &desc.outlier_index,
+                              &desc.outlier_value, &desc.bias}) {
+    align(*tensor, layer->aligned);
+  }
+  validate(desc);
   layer->family = &choose_family(desc.kernel);
   LayerView& view = layer->view;
   view.in_features = desc.in_features;
@@ -73,6 +111,7 @@ std::unique_ptr<claq_layer> make_layer(const claq_layer_desc& desc) {
 
   layer->table = build_table(view, static_cast<const int8_t*>(desc.codebook.data), desc.codebook.shape[0]);
   view.table = layer->table.data();
+  release_copied(desc.codebook, sizeof(int8_t));
   view.lowest_centroid = std::find(layer->table.begin(), layer->table.end(), 0) != layer->table.end();
   layer->scale = to_float(desc.scale);
   view.scale = layer->scale.data();
@@ -99,8 +138,12 @@ std::unique_ptr<claq_layer> make_layer(const claq_layer_desc& desc) {
     view.outlier_index = desc.outlier_index.data;
     view.wide_outlier_index = desc.outlier_index.dtype == CLAQ_INT32;
     view.outlier_value = static_cast<const uint16_t*>(desc.outlier_value.data);
-    if (layer->family->outlier_slices) view.outlier_slices = layer->sliced.make(view);
-    view.gathers = layer->family->gathers && layer->family->gathers();
+    if (use == LayerUse::kAny && layer->family->outlier_slices) {
+      view.outlier_slices = layer->sliced.make(view);
+      release_copied(desc.outlier_index, view.wide_outlier_index ? sizeof(int32_t) : sizeof(uint16_t));
+      release_copied(desc.outlier_value, sizeof(uint16_t));
+    }
+    view.gathers = gathers(*layer->family);
   }
   if (desc.bias.shape[0] != 0) {
     layer->bias = to_float(desc.bias);

@@ -38,6 +38,7 @@ struct claq_layer {
   std::vector<float> row_scale;
   std::vector<int32_t> gather;
   std::vector<float> bias;
+  std::vector<std::unique_ptr<char[]>> aligned;  // copies of tensors that no kernel could read where they lie
   claq::SlicedOutliers sliced;
   // Count of code bytes read by all layers when this one was last run (run.cpp).
   mutable std::atomic<uint64_t> read_at{0};
@@ -45,6 +46,9 @@ struct claq_layer {
 
 namespace claq {
 
-std::unique_ptr<claq_layer> make_layer(const claq_layer_desc& desc);
+// A layer that is only gathered from (an embedding) keeps nothing that only products read.
+enum class LayerUse { kAny, kGather };
+
+std::unique_ptr<claq_layer> make_layer(const claq_layer_desc& desc, LayerUse use = LayerUse::kAny);
 
 }  // namespace claq

@@ -13,10 +13,11 @@ int64_t most_padded(int64_t entries) { return entries + entries / 2 + 8 * kSlice
 
 const OutlierSlices* SlicedOutliers::make(const LayerView& layer) {
   arrange(layer);
+  value_.reset(new uint16_t[static_cast<size_t>(length_)]);
   if (layer.wide_outlier_index) copy(layer, wide_index_);
   else copy(layer, narrow_index_);
-  const void* index = layer.wide_outlier_index ? static_cast<const void*>(wide_index_.data()) : narrow_index_.data();
-  view_ = {slices_.data(), count_.data(), output_.data(), slot_.data(), index, value_.data()};
+  const void* index = layer.wide_outlier_index ? static_cast<const void*>(wide_index_.get()) : narrow_index_.get();
+  view_ = {slices_.data(), count_.data(), output_.data(), slot_.data(), index, value_.get()};
   return &view_;
 }
 
@@ -27,45 +28,48 @@ void SlicedOutliers::arrange(const LayerView& layer) {
   slot_.resize(count_.size());
   const auto entries_of = [&](int64_t n) { return n < layer.out_features ? layer.outlier_ptr[n + 1] - layer.outlier_ptr[n] : 0; };
   for (int64_t first = 0; first < slots; first += kNarrowestTile) {
-    std::array<uint8_t, kNarrowestTile> order;
-    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<uint8_t>(i);
-    std::stable_sort(order.begin(), order.end(), [&](uint8_t a, uint8_t b) { return entries_of(first + a) > entries_of(first + b); });
+    // Most entries first, then in order; each as entries and output in one number, which compares fastest.
+    constexpr int64_t kOutputs = 256;
+    std::array<int64_t, kNarrowestTile> order;
+    for (size_t i = 0; i < order.size(); ++i) order[i] = -kOutputs * entries_of(first + static_cast<int64_t>(i)) + static_cast<int64_t>(i);
+    std::sort(order.begin(), order.end());
     for (size_t i = 0; i < order.size(); ++i) {
       const size_t place = static_cast<size_t>(first) + i;
-      output_[place] = order[i];
-      count_[place] = entries_of(first + order[i]);
-      slot_[static_cast<size_t>(first) + order[i]] = static_cast<uint8_t>(i);
+      output_[place] = static_cast<uint8_t>(order[i] & (kOutputs - 1));
+      count_[place] = entries_of(first + output_[place]);
+      slot_[static_cast<size_t>(first) + output_[place]] = static_cast<uint8_t>(i);
     }
   }
-  int64_t length = 0;
   for (int64_t first = 0; first < slots; first += kSliceOutputs) {
     const int32_t* counts = count_.data() + first;
     int64_t entries = 0;
     for (int s = 0; s < kSliceOutputs; ++s) entries += counts[s];
     const int64_t padded = int64_t{kSliceOutputs} * counts[0];
     const bool regular = padded <= most_padded(entries);
-    slices_.push_back({length, regular ? counts[0] : kAsRows});
-    if (regular) length += padded;
+    slices_.push_back({length_, regular ? counts[0] : kAsRows});
+    if (regular) length_ += padded;
   }
-  value_.resize(static_cast<size_t>(length));
 }
 
 template <class Index>
-void SlicedOutliers::copy(const LayerView& layer, std::vector<Index>& index) {
-  index.resize(value_.size());
+void SlicedOutliers::copy(const LayerView& layer, std::unique_ptr<Index[]>& index) {
+  index.reset(new Index[static_cast<size_t>(length_)]);
   const auto* from = static_cast<const Index*>(layer.outlier_index);
   for (size_t slice = 0; slice < slices_.size(); ++slice) {
     if (slices_[slice].steps == kAsRows) continue;
     const auto tile = static_cast<int64_t>(slice) * kSliceOutputs / kNarrowestTile * kNarrowestTile;
-    for (size_t s = 0; s < kSliceOutputs; ++s) {
-      const size_t place = slice * kSliceOutputs + s;
-      if (count_[place] == 0) continue;
-      const int64_t entry = layer.outlier_ptr[tile + output_[place]];
-      size_t to = static_cast<size_t>(slices_[slice].first) + s;
-      for (int64_t i = entry; i < entry + count_[place]; ++i, to += kSliceOutputs) {
-        index[to] = from[i];
-        value_[to] = layer.outlier_value[i];
+    const size_t place = slice * kSliceOutputs;
+    int64_t entry[kSliceOutputs];
+    for (size_t s = 0; s < kSliceOutputs; ++s) entry[s] = count_[place + s] ? layer.outlier_ptr[tile + output_[place + s]] : 0;
+    int64_t to = slices_[slice].first;
+    size_t present = kSliceOutputs;  // slots that have an entry j; the first ones have the most
+    for (int64_t j = 0; j < slices_[slice].steps; ++j, to += kSliceOutputs) {
+      while (count_[place + present - 1] <= j) --present;
+      for (size_t s = 0; s < present; ++s) {
+        index[static_cast<size_t>(to) + s] = from[entry[s] + j];
+        value_[static_cast<size_t>(to) + s] = layer.outlier_value[entry[s] + j];
       }
+      for (size_t s = present; s < kSliceOutputs; ++s) index[static_cast<size_t>(to) + s] = value_[static_cast<size_t>(to) + s] = 0;
     }
   }
 }

@@ -87,14 +87,23 @@ struct Handle {
   claq_layer* layer = nullptr;
   claq_status status;
   char error[512] = "";
+  std::vector<std::vector<char>> moved;
 
-  Handle(const TestLayer& source, const char* kernel) {
+  // With a shift the tensors lie that many bytes behind where their elements would be aligned.
+  Handle(const TestLayer& source, const char* kernel, size_t shift = 0) {
     std::vector<std::vector<int64_t>> shapes;
     shapes.reserve(9);
     const auto tensor = [&](const auto& values, int32_t dtype, std::vector<int64_t> shape = {}) {
       if (shape.empty()) shape.push_back(static_cast<int64_t>(values.size()));
       shapes.push_back(shape);
-      return claq_tensor{values.data(), shapes.back().data(), static_cast<int32_t>(shape.size()), dtype};
+      const void* data = values.data();
+      if (shift > 0 && !values.empty()) {
+        const size_t bytes = values.size() * sizeof(values[0]);
+        moved.emplace_back(shift + bytes);
+        std::memcpy(moved.back().data() + shift, values.data(), bytes);
+        data = moved.back().data() + shift;
+      }
+      return claq_tensor{data, shapes.back().data(), static_cast<int32_t>(shape.size()), dtype};
     };
     claq_layer_desc desc{};
     desc.struct_size = sizeof desc;
@@ -138,6 +147,9 @@ void check_agreement(std::mt19937& random, const std::vector<std::string>& kerne
   const Handle portable(layer, "portable");
   expect(portable.status == CLAQ_OK, portable.error);
   const std::vector<float> exact = run(portable, layer, x, 4, 1), close = run(portable, layer, x, 0, 1);
+  const Handle shifted(layer, nullptr, 1);
+  expect(shifted.status == CLAQ_OK, shifted.error);
+  expect(run(shifted, layer, x, 4, 1) == exact, "tensors at odd addresses differ");
   for (const std::string& kernel : kernels) {
     const Handle handle(layer, kernel.c_str());
     expect(handle.status == CLAQ_OK, handle.error);

@@ -115,6 +115,16 @@ def test_bad_layer_is_refused(damage, message):
         NativeLayer(layer)
 
 
+def test_tensors_at_odd_addresses_are_read():
+    layer, shifted = good(), good()
+    for name, tensor in layer.tensors.items():
+        buffer = bytearray(1) + tensor.tobytes()
+        shifted.tensors[name] = np.frombuffer(buffer, tensor.dtype, offset=1).reshape(tensor.shape)
+    assert not shifted.tensors["codes"].flags.aligned
+    x = np.random.default_rng(0).normal(size=(3, layer.attributes["in_features"])).astype(np.float32)
+    np.testing.assert_array_equal(NativeLayer(shifted).run(x, 4), NativeLayer(layer).run(x, 4))
+
+
 def test_all_outlier_parts_are_empty_or_none():
     layer = good()
     for name in ("outlier_ptr", "outlier_index", "outlier_value"):

@@ -48,7 +48,7 @@ std::unique_ptr<Kernel> create(const Api& api, const OrtKernelInfo* info, Operat
   read_layer(api, info, kind, node);
   const bool gathers = kind == Operator::kGather;
   auto kernel = std::make_unique<Kernel>(Kernel{api, kind, nullptr, gathers ? 0 : accuracy_level(api, info), {}, 0, {}, nullptr});
-  kernel->layer = make_layer(node.desc);
+  kernel->layer = make_layer(node.desc, gathers ? LayerUse::kGather : LayerUse::kAny);
   if (!gathers) kernel->outputs = read_outputs(api, info, kind, kernel->layer->view.out_features);
   if (kind == Operator::kMatMulAddNorm) {
     kernel->epsilon = read_epsilon(api, info);
