@@ -10,6 +10,7 @@
 
 #include "family.h"
 #include "layout.h"
+#include "lines.h"
 
 // For steps of inner loops: a call would pass vectors through memory.
 #define CLAQ_INLINE inline __attribute__((always_inline))
@@ -31,7 +32,8 @@ inline void clear_sums(int64_t rows, int64_t count, float* sums, int64_t stride)
 }
 
 // r[i] lane j becomes r[j] lane i.
-CLAQ_INLINE void transpose_8x8(__m256 (&r)[8]) {
+CLAQ_INLINE void transpose_lines(__m128 (&r)[4]) { _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]); }
+CLAQ_INLINE void transpose_lines(__m256 (&r)[8]) {
   __m256 t[8];
 #pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2) {
@@ -193,7 +195,7 @@ inline void store_lines(const float* const* x, int count, int64_t begin, int64_t
       rows[i] = i >= count ? _mm256_setzero_ps()
                            : present >= 8 ? _mm256_loadu_ps(x[i] + k) : _mm256_maskload_ps(x[i] + k, lane_mask(present));
     }
-    transpose_8x8(rows);
+    transpose_lines(rows);
     for (int i = 0; i < 8 && i < present; ++i) _mm256_store_ps(lines + (k - begin + i) * kRowsAtOnce, rows[i]);
   }
 }
@@ -331,32 +333,6 @@ inline void add_outliers_of_row(const LayerView& layer, const Index* columns, co
   }
 }
 
-// Lines of `transposed`: the activations of one column in 4 or 8 rows of x.
-template <int kRows>
-struct Line;
-template <>
-struct Line<4> {
-  using Type = __m128;
-  static CLAQ_INLINE Type load(const float* from) { return _mm_load_ps(from); }
-  static CLAQ_INLINE Type same(const float* value) { return _mm_broadcast_ss(value); }
-  static CLAQ_INLINE Type zero() { return _mm_setzero_ps(); }
-  static CLAQ_INLINE Type add(Type a, Type b) { return _mm_add_ps(a, b); }
-  static CLAQ_INLINE Type multiply_add(Type a, Type b, Type c) { return _mm_fmadd_ps(a, b, c); }
-  static CLAQ_INLINE void transpose(Type (&r)[4]) { _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]); }
-  static CLAQ_INLINE void add_to(float* sum, Type value) { _mm_storeu_ps(sum, _mm_add_ps(_mm_loadu_ps(sum), value)); }
-};
-template <>
-struct Line<8> {
-  using Type = __m256;
-  static CLAQ_INLINE Type load(const float* from) { return _mm256_load_ps(from); }
-  static CLAQ_INLINE Type same(const float* value) { return _mm256_broadcast_ss(value); }
-  static CLAQ_INLINE Type zero() { return _mm256_setzero_ps(); }
-  static CLAQ_INLINE Type add(Type a, Type b) { return _mm256_add_ps(a, b); }
-  static CLAQ_INLINE Type multiply_add(Type a, Type b, Type c) { return _mm256_fmadd_ps(a, b, c); }
-  static CLAQ_INLINE void transpose(Type (&r)[8]) { transpose_8x8(r); }
-  static CLAQ_INLINE void add_to(float* sum, Type value) { _mm256_storeu_ps(sum, _mm256_add_ps(_mm256_loadu_ps(sum), value)); }
-};
-
 // The outliers of output n for a tile of rows: each is a fused multiply-add with a line.
 template <int kRows, class Index>
 CLAQ_INLINE typename Line<kRows>::Type outliers_of_output(const LayerView& layer, const Index* columns, const float* transposed, int64_t n) {
@@ -369,7 +345,7 @@ CLAQ_INLINE typename Line<kRows>::Type outliers_of_output(const LayerView& layer
   alignas(32) float values[kOutlierLanes];
   const auto add = [&](const float* from, int j) {
     const float* line = transposed + static_cast<int64_t>(columns[i + j]) * kRows;
-    lanes[j] = L::multiply_add(L::same(from + j), L::load(line), lanes[j]);
+    lanes[j] = L::add_product(L::set(from[j]), L::load(line), lanes[j]);
   };
   for (; i + kOutlierLanes <= end; i += kOutlierLanes) {
     _mm256_store_ps(values, outlier_values(layer, i));
@@ -406,7 +382,7 @@ inline void add_outliers_of_tile(const LayerView& layer, const Index* columns, c
     for (int i = 0; i < kRows; ++i) {
       results[i] = n + i < n1 ? outliers_of_output<kRows>(layer, columns, transposed, n + i) : L::zero();
     }
-    L::transpose(results);
+    transpose_lines(results);
     for (int i = 0; i < kRows; ++i) {
       const int64_t row = first + i;
       if (row >= m && row < last) L::add_to(sums + (row - m) * stride + n - n0, results[i]);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "avx512_common.h"
+#include "lines.h"
 
 namespace claq {
 namespace {
@@ -151,8 +152,8 @@ inline void add_outliers_of_row(const LayerView& layer, const float* scaled, int
 
 // ---- more rows: a line of a column has 4, 8 or 16 of them
 
-template <int kRows>
-struct Line {
+template <>
+struct Line<16> {
   using Type = __m512;
   static Type zero() { return _mm512_setzero_ps(); }
   static Type set(float v) { return _mm512_set1_ps(v); }
@@ -160,26 +161,6 @@ struct Line {
   static void store(float* p, Type v) { _mm512_store_ps(p, v); }
   static Type add(Type a, Type b) { return _mm512_add_ps(a, b); }
   static Type add_product(Type a, Type b, Type sum) { return _mm512_fmadd_ps(a, b, sum); }
-};
-template <>
-struct Line<8> {
-  using Type = __m256;
-  static Type zero() { return _mm256_setzero_ps(); }
-  static Type set(float v) { return _mm256_set1_ps(v); }
-  static Type load(const float* p) { return _mm256_load_ps(p); }
-  static void store(float* p, Type v) { _mm256_store_ps(p, v); }
-  static Type add(Type a, Type b) { return _mm256_add_ps(a, b); }
-  static Type add_product(Type a, Type b, Type sum) { return _mm256_fmadd_ps(a, b, sum); }
-};
-template <>
-struct Line<4> {
-  using Type = __m128;
-  static Type zero() { return _mm_setzero_ps(); }
-  static Type set(float v) { return _mm_set1_ps(v); }
-  static Type load(const float* p) { return _mm_load_ps(p); }
-  static void store(float* p, Type v) { _mm_store_ps(p, v); }
-  static Type add(Type a, Type b) { return _mm_add_ps(a, b); }
-  static Type add_product(Type a, Type b, Type sum) { return _mm_fmadd_ps(a, b, sum); }
 };
 
 // The outliers of one output for kTiles lines: entry j is the kStride * j-th of `index` and of the values, which value(i) gives. The results go
