@@ -2,12 +2,16 @@
 
     python benchmarks/cpu_matmul.py                 # everything; writes benchmarks/results/cpu_matmul_KERNEL.md and .json
     python benchmarks/cpu_matmul.py --shapes 4096x11008 --rows 1,16 --threads 1 --out -
+    python benchmarks/cpu_matmul.py --weights 64 --shapes 1536x576,576x1536,384x1536 --rows 1,4,16     # narrow layers in a model
 
 KERNEL is the family of kernels, so that the results of different machines stand side by side.
 A shape is KxN (in_features x out_features). Every operator of a row of the table runs in turn, many times, and the
 medians are compared, so that whatever else the machine does falls on all of them alike. With one thread the times are
 processor times of that thread, which others' use of the machine inflates less than wall times. Small layers are run
-several times within one session run, each with weights of its own, because a session run has a fixed cost.
+several times within one session run, each with weights of its own, because a session run has a fixed cost. With the 4
+million weights of the default they stay in a second-level cache, and on two threads the first operators wait for the
+second thread to wake: with 64 million, as many as a small model has, most weights come from beyond and both threads are
+awake. Such a report is cpu_matmul_KERNEL_64m.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ ROWS = [1, 4, 16, 128, 512]
 # (operator, bits, variant): the variant of MatMulNBits is its block, of ClaqMatMul its accuracy level.
 PEERS = {4: [("nbits", 4, 32), ("nbits", 4, 128)], 2: [("nbits", 2, 32), ("nbits", 2, 128)]}
 PEER_BITS = {2: 2, 3: 4, 4: 4}
-WEIGHTS_IN_SESSION = 4_000_000
+MILLIONS_IN_SESSION = 4
 
 
 def random_claq(rng: np.random.Generator, k: int, n: int, bits: int, outliers: float) -> tuple[dict, dict]:
@@ -180,9 +184,9 @@ def cpu_name() -> str:
     return platform.processor()
 
 
-def measure(shape: str, threads: int, rows: list[int], seconds: float, bandwidth: float) -> list[dict]:
+def measure(shape: str, threads: int, rows: list[int], seconds: float, bandwidth: float, millions: int) -> list[dict]:
     k, n = (int(part) for part in shape.split("x"))
-    copies = max(1, WEIGHTS_IN_SESSION // (k * n))
+    copies = max(1, millions * 1_000_000 // (k * n))
     kinds = [("matmul",), *PEERS[4], *PEERS[2]]
     kinds += [("claq", bits, level, 0.0) for bits in (4, 3, 2) for level in (4, 0)]
     kinds += [("claq", bits, 4, 0.01) for bits in (4, 3, 2)]
@@ -281,7 +285,8 @@ def report(document: dict) -> str:
         f"(load average {document['load']:.1f} at the start, this benchmark not counted), "
         f"ONNX Runtime {document['onnxruntime']}, claq-runtime {document['claq_runtime']}, kernels "
         f"{document['kernel']}. Times are medians of interleaved runs; a ratio below 1 means that claq is faster. "
-        "MatMulNBits is the faster of block 32 and 128 at accuracy_level 4; 3 bits are compared with its 4 bits.",
+        "MatMulNBits is the faster of block 32 and 128 at accuracy_level 4; 3 bits are compared with its 4 bits. "
+        f"A session has {document.get('millions', MILLIONS_IN_SESSION)} million weights, or one operator if that has more.",
         "",
     ]
     for threads in document["threads"]:
@@ -316,6 +321,9 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=2.0, help="least time for each shape, number of rows and threads"
     )
+    parser.add_argument(
+        "--weights", type=int, default=MILLIONS_IN_SESSION, metavar="MILLIONS", help="weights in a session, in millions"
+    )
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"), help="folder of the report, or -")
     parser.add_argument(
         "--keep",
@@ -336,12 +344,14 @@ def main() -> None:
         "onnxruntime": onnxruntime.__version__,
         "claq_runtime": claq_runtime.__version__,
         "kernel": kernel_name(),
+        "millions": arguments.weights,
         "rows": rows,
         "threads": threads,
         "copy_bandwidth": {str(t): bandwidth[t] for t in threads},
         "results": [],
     }
-    path = Path(arguments.out) / f"cpu_matmul_{document['kernel']}.json"
+    suffix = "" if arguments.weights == MILLIONS_IN_SESSION else f"_{arguments.weights}m"
+    path = Path(arguments.out) / f"cpu_matmul_{document['kernel']}{suffix}.json"
     if arguments.keep:
         before = json.loads(path.read_text())
         document["results"] = [entry for entry in before["results"] if entry["threads"] not in threads]
@@ -349,7 +359,7 @@ def main() -> None:
         document["copy_bandwidth"] = {**before["copy_bandwidth"], **document["copy_bandwidth"]}
     for t in threads:
         for shape in arguments.shapes.split(","):
-            document["results"] += measure(shape, t, rows, arguments.seconds, bandwidth[t])
+            document["results"] += measure(shape, t, rows, arguments.seconds, bandwidth[t], arguments.weights)
             # Written after each shape: a run of all of them takes long.
             if arguments.out != "-":
                 path.parent.mkdir(parents=True, exist_ok=True)
