@@ -110,7 +110,7 @@ def test_perplexity_of_a_real_model_against_transformers_own_loss():
         tokens.append(int(model.logits(torch.tensor([tokens]))[0, -1].argmax()))
     windows = torch.tensor(tokens).reshape(2, 32)
     quality = language_quality(model, windows, model)
-    losses = [float(model.module(input_ids=w[None], labels=w[None]).loss) for w in windows]
+    losses = [model.module(input_ids=w[None], labels=w[None]).loss.item() for w in windows]
     assert quality.negative_log_likelihood == pytest.approx(sum(losses) / 2, rel=1e-5)
     assert quality.kl_max == 0.0
     assert 1 < quality.perplexity < 10
