@@ -1,8 +1,9 @@
 """ClaqMatMul against ggml's (llama.cpp's) matrix product with Q4_K and Q2_K weights, same shapes, interleaved in one run.
 
     python benchmarks/cpu_llama.py --ggml BUILD       # folder with libggml-base.so and libggml-cpu.so; writes cpu_llama_KERNEL.md
-    # where that comes from: pip download llama-cpp-python --no-deps --no-binary :all:, unpack, and in vendor/llama.cpp/ggml
-    # cmake -B BUILD -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DGGML_OPENMP=OFF && cmake --build BUILD --target ggml
+    # where that comes from: pip download llama-cpp-python --no-deps --no-binary :all:, unpack, and in vendor/llama.cpp
+    # cmake -B BUILD -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_{TESTS,EXAMPLES,TOOLS,SERVER}=OFF -DBUILD_SHARED_LIBS=ON
+    #       -DGGML_NATIVE=ON -DGGML_OPENMP=OFF && cmake --build BUILD --target ggml
 
 One thread, processor time of that thread, medians. Q4_K is 4.5 bits a weight, Q2_K is 2.625; both quantize activations to int8 in
 blocks of 256, and both operators here do that within the time that is measured.
