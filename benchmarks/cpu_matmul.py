@@ -286,7 +286,7 @@ def report(document: dict) -> str:
         f"ONNX Runtime {document['onnxruntime']}, claq-runtime {document['claq_runtime']}, kernels "
         f"{document['kernel']}. Times are medians of interleaved runs; a ratio below 1 means that claq is faster. "
         "MatMulNBits is the faster of block 32 and 128 at accuracy_level 4; 3 bits are compared with its 4 bits. "
-        f"A session has {document.get('millions', MILLIONS_IN_SESSION)} million weights, or one operator if that has more.",
+        f"A session has {document['millions']} million weights, or one operator if that has more.",
         "",
     ]
     for threads in document["threads"]:

@@ -87,10 +87,9 @@ def draw_decoding(axes: Axes, documents: Sequence[tuple[str, dict[str, Any]]]) -
     }
     height = 0.8 / len(documents)
     for number, (machine, document) in enumerate(documents):
-        measured = [name for name in shown if name in document["decode_tokens_per_second"]]
-        speeds = [document["decode_tokens_per_second"][name]["median"] for name in measured]
-        places = np.array([list(shown).index(name) for name in measured]) + height * (number - (len(documents) - 1) / 2)
-        colours = ["black" if name.startswith("claq") else "silver" for name in measured]
+        speeds = [document["decode_tokens_per_second"][name]["median"] for name in shown]
+        places = np.arange(len(shown)) + height * (number - (len(documents) - 1) / 2)
+        colours = ["black" if name.startswith("claq") else "silver" for name in shown]
         bars = axes.barh(places, speeds, height * 0.92, color=colours, alpha=1 - 0.3 * number)
         texts = [f"{speed:.0f}  {machine}" for speed in speeds]
         axes.bar_label(bars, texts, fontsize=8, padding=3)

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "dtype.h"
 #include "elements.h"
 #include "family.h"
 #include "run.h"
@@ -14,8 +15,6 @@ namespace {
 
 constexpr int64_t kMostProductRows = 256;     // of a product on its way into other arrays; `run` takes no more at a time either
 constexpr double kElementsPerSecond = 1e9;  // a rounded estimate, only used to decide into how many tasks to split
-
-size_t size_of(claq_dtype dtype) { return dtype == CLAQ_FLOAT32 ? sizeof(float) : sizeof(uint16_t); }
 
 // Runs body(first, last) over [0, rows), which hold `elements` elements.
 template <class Body>

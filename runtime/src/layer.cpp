@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "dtype.h"
 #include "family.h"
 #include "half.h"
 #include "mapped_pages.h"
@@ -60,22 +61,10 @@ std::vector<float> to_float(const claq_tensor& tensor) {
   return values;
 }
 
-size_t item_bytes(int32_t dtype) {
-  switch (dtype) {
-    case CLAQ_FLOAT32:
-    case CLAQ_INT32:
-    case CLAQ_UINT32: return 4;
-    case CLAQ_FLOAT16:
-    case CLAQ_BFLOAT16:
-    case CLAQ_UINT16: return 2;
-    default: return 1;
-  }
-}
-
 // Puts a copy in the place of a tensor whose elements lie across their alignment, as tools other than ours may save them. What is not a
 // tensor at all is left for validate() to refuse.
 void align(claq_tensor& tensor, std::vector<std::unique_ptr<char[]>>& copies) {
-  const size_t item = item_bytes(tensor.dtype);
+  const size_t item = size_of(tensor.dtype);
   if (!tensor.data || !tensor.shape || reinterpret_cast<uintptr_t>(tensor.data) % item == 0) return;
   size_t bytes = item;
   for (int32_t i = 0; i < tensor.rank; ++i) {
@@ -87,8 +76,8 @@ void align(claq_tensor& tensor, std::vector<std::unique_ptr<char[]>>& copies) {
 }
 
 // Of a vector that was copied and is hardly read again: a mapped file's pages need not stay in memory.
-void release_copied(const claq_tensor& vector, size_t item) {
-  release_mapped_pages(vector.data, static_cast<size_t>(vector.shape[0]) * item);
+void release_copied(const claq_tensor& vector) {
+  release_mapped_pages(vector.data, static_cast<size_t>(vector.shape[0]) * size_of(vector.dtype));
 }
 
 }  // namespace
@@ -111,7 +100,7 @@ std::unique_ptr<claq_layer> make_layer(const claq_layer_desc& given, LayerUse us
 
   layer->table = build_table(view, static_cast<const int8_t*>(desc.codebook.data), desc.codebook.shape[0]);
   view.table = layer->table.data();
-  release_copied(desc.codebook, sizeof(int8_t));
+  release_copied(desc.codebook);
   view.lowest_centroid = std::find(layer->table.begin(), layer->table.end(), 0) != layer->table.end();
   layer->scale = to_float(desc.scale);
   view.scale = layer->scale.data();
@@ -140,8 +129,8 @@ std::unique_ptr<claq_layer> make_layer(const claq_layer_desc& given, LayerUse us
     view.outlier_value = static_cast<const uint16_t*>(desc.outlier_value.data);
     if (use == LayerUse::kAny && layer->family->outlier_slices) {
       view.outlier_slices = layer->sliced.make(view);
-      release_copied(desc.outlier_index, view.wide_outlier_index ? sizeof(int32_t) : sizeof(uint16_t));
-      release_copied(desc.outlier_value, sizeof(uint16_t));
+      release_copied(desc.outlier_index);
+      release_copied(desc.outlier_value);
     }
     view.gathers = gathers(*layer->family);
   }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <array>
 
+#include "round_up.h"
+
 namespace claq {
 namespace {
 
@@ -22,7 +24,7 @@ const OutlierSlices* SlicedOutliers::make(const LayerView& layer) {
 }
 
 void SlicedOutliers::arrange(const LayerView& layer) {
-  const int64_t slots = (layer.out_features + kNarrowestTile - 1) / kNarrowestTile * kNarrowestTile;
+  const int64_t slots = round_up(layer.out_features, kNarrowestTile);
   count_.resize(static_cast<size_t>(slots));
   output_.resize(count_.size());
   slot_.resize(count_.size());

@@ -5,10 +5,12 @@
 #include <cstring>
 #include <string>
 
+#include "dtype.h"
 #include "elements.h"
 #include "family.h"
 #include "layer.h"
 #include "parallel.h"
+#include "round_up.h"
 #include "run_row.h"
 #include "workspace.h"
 
@@ -93,7 +95,7 @@ void for_each_part(const Call& call, int64_t n0, int64_t n1, Use use) {
 // a function that only fetches ahead for one without effect, and leaves its calls out.
 __attribute__((always_inline)) inline void fetch_results(const Call& call, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
   constexpr int64_t kLine = 64;
-  const int64_t item = call.dtype == CLAQ_FLOAT32 ? 4 : 2;
+  const auto item = static_cast<int64_t>(size_of(call.dtype));
   int64_t begin = 0;
   for (int p = 0; p < call.count; begin += call.parts[p].columns, ++p) {
     const int64_t columns = call.parts[p].columns, first = std::max(n0 - begin, int64_t{0}), last = std::min(n1 - begin, columns);
@@ -134,7 +136,7 @@ void prepare_tiles(const Call& call, const Host& host, Activations& activations,
   const int64_t tasks = task_count(host, static_cast<double>(rows * layer.columns) / kActivationsPerSecond, tiles * most_parts);
   const int64_t parts = std::min(most_parts, (tasks + tiles - 1) / tiles), units = tiles * parts;
   for_each(host, tasks, [&](int64_t task) {
-    const int64_t feature_elements = tile_rows * ((length + 15) / 16 * 16 + 1);
+    const int64_t feature_elements = tile_rows * (round_up(length, 16) + 1);
     Workspace workspace(Workspace::bytes_for<float>(feature_elements) +
                         (call.dtype == CLAQ_FLOAT32 ? 0 : Workspace::bytes_for<float>(tile_rows * length)));
     float* features = workspace.take<float>(feature_elements);
@@ -167,7 +169,7 @@ int64_t tile_length(int64_t rows, int64_t outputs, int64_t sums) {
   const int64_t wanted = rows == 1 ? kRowSums : sums;
   const int64_t most = std::clamp(wanted / rows / kNarrowestTile * kNarrowestTile, kNarrowestTile, kLongestTile);
   const int64_t tiles = (outputs + most - 1) / most;
-  return ((outputs + tiles - 1) / tiles + kNarrowestTile - 1) / kNarrowestTile * kNarrowestTile;
+  return round_up((outputs + tiles - 1) / tiles, kNarrowestTile);
 }
 
 struct Scratch {
@@ -209,14 +211,14 @@ void compute_rows(const Call& call, const Activations& activations, bool int8, i
   }
   // The sums of each part lie together, and a few rows of all parts are finished while their transposed activations are near.
   const int64_t tile = tile_length(rows, n1 - n0, rows * kOutlierOutputs), length = tile_length(rows, tile, sums);
-  const int64_t padded_rows = (rows + kMostTileRows - 1) / kMostTileRows * kMostTileRows;
+  const int64_t padded_rows = round_up(rows, kMostTileRows);
   for (int64_t t0 = n0; t0 < n1; t0 += tile) {
     const int64_t t1 = std::min(n1, t0 + tile);
     // Calls use(first output, last one, their sums, stride) for each part.
     const auto for_parts = [&](auto use) {
       for (int64_t s0 = t0; s0 < t1; s0 += length) {
         const int64_t s1 = std::min(t1, s0 + length);
-        use(s0, s1, scratch.sums + (s0 - t0) * padded_rows, (s1 - s0 + kNarrowestTile - 1) / kNarrowestTile * kNarrowestTile);
+        use(s0, s1, scratch.sums + (s0 - t0) * padded_rows, round_up(s1 - s0, kNarrowestTile));
       }
     };
     for_parts([&](int64_t s0, int64_t s1, float* part, int64_t stride) {
@@ -257,7 +259,7 @@ void compute(const Call& call, const Activations& activations, const uint8_t* ex
 // Summed as a whole, then shared out.
 void run_row_of_parts(const Family& family, const LayerView& layer, claq_dtype dtype, bool int8, const void* x, const Part* parts, int count,
                       const Host& host) {
-  const size_t item = dtype == CLAQ_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
+  const size_t item = size_of(dtype);
   Workspace workspace(static_cast<size_t>(layer.out_features) * item);
   const char* from = workspace.first<char>();
   run_row(family, layer, dtype, int8, x, workspace.first<char>(), host);
@@ -303,13 +305,13 @@ void run(const claq_layer& handle, claq_dtype dtype, int32_t accuracy_level, con
   activations.stride = layer.columns + 64;
   activations.alone = rows == 1;
   const int64_t elements = chunk * activations.stride;
-  const int64_t packed_rows = chunk == 1 ? 1 : (chunk + kMostTileRows - 1) / kMostTileRows * kMostTileRows;
+  const int64_t packed_rows = chunk == 1 ? 1 : round_up(chunk, kMostTileRows);
   const int64_t block_elements = call.int8 ? packed_rows * layer.blocks : 0;
   const int64_t quantized_elements = call.int8 ? packed_rows * layer.columns * call.family.activation_bytes : 0;
   const bool tiled = call.int8 && call.family.prepare_tile && chunk >= kFewestTiledRows;
   const int64_t scaled_elements = !call.int8 || (layer.outlier_ptr && !tiled) ? elements : 0;
   activations.line_rows = !tiled || chunk > 8 ? call.family.tile_rows : chunk > 4 ? 8 : 4;
-  const int64_t transposed_rows = (chunk + activations.line_rows - 1) / activations.line_rows * activations.line_rows;
+  const int64_t transposed_rows = round_up(chunk, activations.line_rows);
   const bool transposes = layer.outlier_ptr && chunk >= kFewestTiledRows && call.family.transpose;
   const int64_t transposed_elements = transposes ? transposed_rows * layer.columns : 0;
   Workspace workspace(Workspace::bytes_for<float>(scaled_elements) + Workspace::bytes_for<float>(transposed_elements) +

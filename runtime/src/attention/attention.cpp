@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../family.h"
+#include "../round_up.h"
 #include "../workspace.h"
 #include "loops.h"
 
@@ -38,8 +39,6 @@ void validate(const claq_attention_desc& a) {
   check(!a.present_key == !a.present_value, "present_key and present_value: expected both or neither");
   check(a.past == 0 || (a.past_key && a.past_value && a.present_key), "past_key, past_value or present_key: is NULL, but there is a past");
 }
-
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // Keys or values of one head, or the part of them that begins at a token.
 struct Rows {

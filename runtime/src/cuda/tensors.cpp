@@ -60,16 +60,6 @@ void* widened(const claq_tensor& tensor, const Allocate& allocate) {
 
 }  // namespace
 
-size_t size_of(int32_t dtype) {
-  switch (dtype) {
-    case CLAQ_INT8: return 1;
-    case CLAQ_UINT16:
-    case CLAQ_FLOAT16:
-    case CLAQ_BFLOAT16: return 2;
-    default: return 4;
-  }
-}
-
 Tensors::Tensors(const claq_layer_desc& desc, claq_dtype type_of_values, const Allocate& allocate)
     : dtype(type_of_values), type(name_of(type_of_values)) {
   validate_on_host(desc);

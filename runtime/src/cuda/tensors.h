@@ -6,6 +6,7 @@
 #include <functional>
 #include <string>
 
+#include "../dtype.h"
 #include "claq.h"
 
 namespace claq::cuda {
@@ -34,7 +35,5 @@ struct Tensors {
   std::string type;
   std::string index;
 };
-
-size_t size_of(int32_t dtype);
 
 }  // namespace claq::cuda

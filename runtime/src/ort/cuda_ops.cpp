@@ -97,7 +97,7 @@ class MatMul {
     bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
     // A product that is not the result lies behind the layer's own memory.
     const bool apart = kind_ == Operator::kMatMulSwiGlu || kind_ == Operator::kMatMulSplit || kind_ == Operator::kMatMulRotary;
-    const size_t product_bytes = apart ? static_cast<size_t>(tensors.rows * layer.out_features) * cuda::size_of(layer.dtype) : 0;
+    const size_t product_bytes = apart ? static_cast<size_t>(tensors.rows * layer.out_features) * size_of(layer.dtype) : 0;
     OrtAllocator* allocator = memory_.allocator();
     void* workspace = nullptr;
     check(api_.scratch(context, allocator->Info(allocator), bytes + product_bytes, &workspace));
