@@ -7,8 +7,7 @@
 
 namespace claq {
 
-// Rounded speed of a thread, a second, only used to decide into how many tasks to split: a product of M rows takes
-// weights / Speed::weights + M * weights / Speed::products.
+// Rounded speed of a thread, a second, only used to decide into how many tasks to split; see product_seconds.
 struct Speed {
   double weights, products;
 };
@@ -71,6 +70,15 @@ struct Family {
   // sums[i] += sums[stride + i], then sums[2 * stride + i], ... of `parts` parts in all; count <= stride.
   void (*add_parts)(float* sums, int64_t stride, int64_t parts, int64_t count);
 };
+
+// Roughly what a product of `rows` rows takes one thread, to be given to task_count. Code words in one core's cache count half: a second
+// thread would have to be twice as useful, which takes a part of them from where they are.
+inline double product_seconds(const Family& family, const LayerView& layer, bool int8, int64_t rows) {
+  const Speed& speed = int8 ? family.int8 : family.float32;
+  const double weights = static_cast<double>(layer.columns) * static_cast<double>(layer.out_features);
+  const double seconds = weights / speed.weights + weights * static_cast<double>(rows) / speed.products;
+  return layer.core_cached ? seconds / 2 : seconds;
+}
 
 // Bytes of scratch for one call of sums_*; the largest need of any family.
 constexpr int64_t kScratchBytes = 256 * 1024;

@@ -88,6 +88,7 @@ struct LayerView {
   const float* bias;  // null: none
   bool lowest_centroid;  // some centroid is -128, which has no negative in a byte
   bool fetch_ahead;      // the codes are not in a cache; see run.cpp
+  bool core_cached;      // the codes are in a cache that a core has for itself
 };
 
 // The features that prepare_tile needs for blocks [first_block, last_block).

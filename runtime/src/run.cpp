@@ -36,21 +36,28 @@ constexpr int64_t kChunkElements = 1024 * 1024;  // rows of x are taken in chunk
 
 constexpr double kActivationsPerSecond = 1e9;  // a rounded estimate, only used to decide into how many tasks to split
 
+// Of a level, as the system reports it; 0 where it does not.
+uint64_t cache_bytes([[maybe_unused]] int level) {
+#if defined(_SC_LEVEL2_CACHE_SIZE) && defined(_SC_LEVEL3_CACHE_SIZE)
+  const long known = sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
+  if (known > 0) return static_cast<uint64_t>(known);
+#endif
+  return 0;
+}
+
 // How many bytes of codes may be read before a layer's own are no longer in a cache: half of the last level, as far as a thread
 // can have it. What the system reports may be the sum of many caches (256 MB on an EPYC whose cores reach 32 MB of it).
 // Known from loading on: a child that is forked while another thread asks for the first time would wait for it for ever.
 const uint64_t kCachedCodeBytes = [] {
-  uint64_t size = uint64_t{32} << 20;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  const long known = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (known > 0) size = std::min(size, static_cast<uint64_t>(known));
-#endif
-  return size / 2;
+  const uint64_t most = uint64_t{32} << 20, known = cache_bytes(3);
+  return (known ? std::min(most, known) : most) / 2;
 }();
 
-// Fetching code words ahead costs a quarter of the speed if they are in a cache, and gains a third if they are not. They are
-// there if few other bytes of codes were read in this process since this layer's were.
-bool reads_from_memory(const claq_layer& handle) {
+// The same for the second level, which every core has for itself.
+const uint64_t kCoreCachedCodeBytes = cache_bytes(2);
+
+// How many bytes of codes were read in this process since this layer's were, its own included.
+uint64_t bytes_since(const claq_layer& handle) {
   static std::atomic<uint64_t> total{0};
   const LayerView& layer = handle.view;
   uint64_t bytes = 0;
@@ -58,8 +65,7 @@ bool reads_from_memory(const claq_layer& handle) {
     bytes += static_cast<uint64_t>(layer.segments[s].blocks * layer.segments[s].width * layer.out_features) * sizeof(uint32_t);
   }
   const uint64_t now = total.fetch_add(bytes, std::memory_order_relaxed) + bytes;
-  const uint64_t last = handle.read_at.exchange(now, std::memory_order_relaxed);
-  return now - last > kCachedCodeBytes;
+  return now - handle.read_at.exchange(now, std::memory_order_relaxed);
 }
 
 // Rows of x that are taken together: the weights are decoded once for each chunk, and its activations stay in the cache.
@@ -293,7 +299,10 @@ void run(const claq_layer& handle, claq_dtype dtype, int32_t accuracy_level, con
   }
 
   LayerView layer = handle.view;
-  layer.fetch_ahead = reads_from_memory(handle);
+  const uint64_t since = bytes_since(handle);
+  // Fetching code words ahead costs a quarter of the speed if they are in a cache, and gains a third if they are not.
+  layer.fetch_ahead = since > kCachedCodeBytes;
+  layer.core_cached = since <= kCoreCachedCodeBytes;
   if (rows == 1 && column_parts(layer) > 1) {
     if (count == 1) return run_row(*handle.family, layer, dtype, accuracy_level == 4, x, parts[0].y, host);
     return run_row_of_parts(*handle.family, layer, dtype, accuracy_level == 4, x, parts, count, host);
@@ -324,8 +333,6 @@ void run(const claq_layer& handle, claq_dtype dtype, int32_t accuracy_level, con
   activations.block_correction = workspace.take<int32_t>(block_elements);
   uint8_t* exact = workspace.take<uint8_t>(chunk * kMostColumnParts);
 
-  const double weights = static_cast<double>(layer.columns) * static_cast<double>(layer.out_features);
-  const Speed& speed = call.int8 ? call.family.int8 : call.family.float32;
   for (int64_t first = 0; first < rows; first += chunk) {
     call.first_row = first;
     activations.rows = std::min(chunk, rows - first);
@@ -349,9 +356,8 @@ void run(const claq_layer& handle, claq_dtype dtype, int32_t accuracy_level, con
     }
     if (activations.transposed && !tiled) transpose(call, host, activations);
 
-    const double seconds = weights / speed.weights + weights * static_cast<double>(activations.rows) / speed.products;
     const int64_t tiles = (layer.out_features + kNarrowestTile - 1) / kNarrowestTile;
-    const int64_t tasks = task_count(host, seconds, tiles);
+    const int64_t tasks = task_count(host, product_seconds(call.family, layer, call.int8, activations.rows), tiles);
     for_each(host, tasks, [&](int64_t task) {
       const int64_t n0 = tiles * task / tasks * kNarrowestTile;
       const int64_t n1 = std::min(layer.out_features, tiles * (task + 1) / tasks * kNarrowestTile);

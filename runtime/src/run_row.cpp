@@ -13,7 +13,7 @@ namespace {
 // Of more outputs (a vocabulary) the sums of all parts would take longer than what the parts save.
 constexpr int64_t kMostOutputs = kLongestTile;
 constexpr int64_t kMostParts = 4;
-constexpr int64_t kPartWeights = 120 * 1000;  // about 5 µs, see kAwakeTaskSeconds
+constexpr int64_t kPartWeights = 120 * 1000;  // about 2 µs, or 5 from memory, see kAwakeTaskSeconds
 constexpr int64_t kStripeOutputs = 1024;      // of a part, where there are more threads than parts: the least
 constexpr double kFinishedPerSecond = 1e9;    // rounded: outliers and partial sums, to decide into how many tasks to split
 
@@ -83,10 +83,8 @@ void run_row(const Family& family, const LayerView& layer, claq_dtype dtype, boo
   float* sums = workspace.take<float>(parts * stride);
 
   const float* row = load_row(family, dtype, x, 0, layer.in_features, buffer);
-  const double weights = static_cast<double>(layer.columns) * static_cast<double>(outputs);
-  const Speed& speed = int8 ? family.int8 : family.float32;
   const int64_t most_stripes = std::max<int64_t>(1, outputs / kStripeOutputs);
-  const int64_t wanted = task_count(host, weights / speed.weights + weights / speed.products, parts * most_stripes);
+  const int64_t wanted = task_count(host, product_seconds(family, layer, int8, 1), parts * most_stripes);
   const int64_t stripes = (wanted + parts - 1) / parts, units = parts * stripes, tasks = stripes > 1 ? units : wanted;
   std::atomic<bool> exact{false};
   const auto prepare = [&](const LayerView& columns, Activations& prepared) {

@@ -21,8 +21,7 @@ template <class Isa>
 void sums_int8(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums,
                int64_t stride, void* scratch) {
   if (m1 - m0 > kPackedRows) {
-    const auto panel_sums = m1 - m0 <= Isa::kShallowRows ? shallow_panel_sums<Isa> : deep_panel_sums<Isa>;
-    return panel_sums(layer, activations, m0, m1, n0, n1, sums, stride, static_cast<uint8_t*>(scratch));
+    return panel_sums<Isa>(layer, activations, m0, m1, n0, n1, sums, stride, static_cast<uint8_t*>(scratch));
   }
   clear_sums(m1 - m0, n1 - n0, sums, stride);
   const PackedPlace place = packed_place(layer, activations, m0);

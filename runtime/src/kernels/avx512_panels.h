@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kPanelBytes = 24 * 1024;    // for the first-level cache
 constexpr int64_t kPanelSums = 2 * 1024;  // sums that a deep panel may work on, so that they are seldom loaded and stored
-constexpr int kShallowBlocks = 4, kShallowTiles = 2;
+constexpr int kShallowTiles = 2;
 
 // The stripe of outputs [n0, n1) and the blocks [first_block, first_block + blocks) that a panel holds: for each tile of outputs and
 // each block its groups, a group as kTileVectors vectors (also in a tile of fewer).
@@ -205,15 +205,16 @@ void multiply_panel_tile(const LayerView& layer, const Activations& activations,
   });
 }
 
-// Few rows: a few tiles of outputs after the other over a few blocks, then the blocks below. Rows of code words are read in long
-// runs, which decoding waits for least.
-template <class Isa>
-void shallow_panel_sums(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
-                        float* sums, int64_t stride, uint8_t* panel) {
+// Few rows: a few tiles of outputs after the other over kBlocks blocks, then the blocks below. Rows of code words are read in long runs,
+// which decoding waits for least. multiply(place, n, part, sums, later) multiplies the tile at output n of the panel `place`, which
+// begins at `part`, by all rows, and has `later` fetch meanwhile.
+template <class Isa, int kBlocks, class Multiply>
+CLAQ_INLINE void shallow_panels(const LayerView& layer, int64_t n0, int64_t n1, float* sums, uint8_t* panel, const Multiply& multiply) {
   constexpr int64_t kTile = 16 * Isa::kTileVectors, kStripe = kShallowTiles * kTile;
-  for (int64_t block = 0; block < layer.blocks; block += kShallowBlocks) {
-    const int64_t left = layer.blocks - block, blocks = left < kShallowBlocks ? left : kShallowBlocks;
-    const int64_t below = left < 2 * kShallowBlocks ? left - blocks : kShallowBlocks;
+  static_assert(kBlocks * kShallowTiles <= kPanelParts<Isa>);
+  for (int64_t block = 0; block < layer.blocks; block += kBlocks) {
+    const int64_t left = layer.blocks - block, blocks = left < kBlocks ? left : kBlocks;
+    const int64_t below = left < 2 * kBlocks ? left - blocks : kBlocks;
     for (int64_t n = n0; n < n1; n += kStripe) {
       const PanelPlace place{block, blocks, n, n1 - n < kStripe ? n1 : n + kStripe};
       const bool beside = !layer.fetch_ahead && place.n1 < n1;
@@ -222,15 +223,13 @@ void shallow_panel_sums(const LayerView& layer, const Activations& activations, 
       decode_panel<Isa>(layer, place, panel);
       for (int64_t t = n; t < place.n1; t += kTile) {
         const uint8_t* part = panel + (t - n) / kTile * blocks * kPanelBlock<Isa>;
-        multiply_panel_tile<Isa>(layer, activations, m0, m1, place, t, part, sums + t - n0, stride,
-                                 {layer, later_block, later_blocks, later_n + t - n, n1});
+        multiply(place, t, part, sums + t - n0, CodeFetcher<Isa>(layer, later_block, later_blocks, later_n + t - n, n1));
       }
     }
   }
 }
 
-// More rows: panels of several tiles, narrow and deep if there are many. multiply(place, n, part, sums, later) multiplies the tile at
-// output n of the panel `place`, which begins at `part`, by all rows, and has `later` fetch meanwhile.
+// More rows: panels of several tiles, narrow and deep if there are many.
 template <class Isa, class Multiply>
 CLAQ_INLINE void deep_panels(const LayerView& layer, int64_t rows, int64_t n0, int64_t n1, float* sums, uint8_t* panel,
                              const Multiply& multiply) {
@@ -258,12 +257,13 @@ CLAQ_INLINE void deep_panels(const LayerView& layer, int64_t rows, int64_t n0, i
 }
 
 template <class Isa>
-void deep_panel_sums(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
-                     float* sums, int64_t stride, uint8_t* panel) {
+void panel_sums(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums,
+                int64_t stride, uint8_t* panel) {
   const auto multiply = [&](const PanelPlace& place, int64_t n, const uint8_t* part, float* to, const CodeFetcher<Isa>& later) CLAQ_STEP {
     multiply_panel_tile<Isa>(layer, activations, m0, m1, place, n, part, to, stride, later);
   };
-  deep_panels<Isa>(layer, m1 - m0, n0, n1, sums, panel, multiply);
+  if (m1 - m0 <= Isa::kShallowRows) shallow_panels<Isa, 4>(layer, n0, n1, sums, panel, multiply);
+  else deep_panels<Isa>(layer, m1 - m0, n0, n1, sums, panel, multiply);
 }
 
 }  // namespace

@@ -13,8 +13,12 @@ namespace {
 
 constexpr int kTileRows = kRowsAtOnce;
 
-// A tile of rows takes about as long as six rows take with VNNI, however many of its rows there are.
-inline bool uses_tiles(int64_t rows) { return rows == kTileRows || rows >= 3 * kTileRows / 2; }
+// A tile of rows takes about as long as eleven rows take with VNNI, two as long as twenty, however many of their rows there are.
+inline bool uses_tiles(int64_t rows) { return rows > kTileRows ? rows >= 21 : rows >= 12; }
+
+// Of up to two tiles of rows panels are shallow.
+constexpr int64_t kShallowRows = 2 * kTileRows;
+constexpr int kShallowBlocks = 6;
 
 // Rows of x are packed as [rows / 16][block][16][kBlock], scales as [rows / 16][block][16], all sixteen rows always; see PackedBySixteen.
 constexpr int64_t kActivationTile = kTileRows * kBlock;
@@ -138,8 +142,9 @@ CLAQ_INLINE void multiply_short_pairs(int64_t count, int64_t blocks, int64_t str
   }
 }
 
-// The tile at output n of a panel by all rows, rounded up to whole tiles: those that are not there are zeros with a scale of 0.
-void multiply_panel_tile_by_tiles(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, const PanelPlace& place,
+// The tile at output n of a panel by all rows, rounded up to whole tiles: those that are not there are zeros with a scale of 0. Inlined:
+// `later` would be stored by its fields and loaded as a vector, which waits for all stores before.
+CLAQ_INLINE void multiply_panel_tile_by_tiles(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, const PanelPlace& place,
                                   int64_t n, const uint8_t* part, float* sums, int64_t stride, CodeFetcher<Signed> later) {
   const int64_t outputs = (place.n1 - n + 15) / 16, vectors = outputs < Signed::kTileVectors ? outputs : Signed::kTileVectors;
   const int64_t count = (m1 - m0 + kTileRows - 1) / kTileRows * vectors, fetched = (later.rows() + count - 1) / count;
@@ -166,10 +171,12 @@ void sums_int8_by_tiles(const LayerView& layer, const Activations& activations, 
                         int64_t stride, void* scratch) {
   if (!uses_tiles(activations.rows)) return sums_int8<Vnni>(layer, activations, m0, m1, n0, n1, sums, stride, scratch);
   configure_tiles(kShapes);
-  deep_panels<Signed>(layer, m1 - m0, n0, n1, sums, static_cast<uint8_t*>(scratch),
-                      [&](const PanelPlace& place, int64_t n, const uint8_t* part, float* to, const CodeFetcher<Signed>& later) CLAQ_STEP {
-                        multiply_panel_tile_by_tiles(layer, activations, m0, m1, place, n, part, to, stride, later);
-                      });
+  auto* panel = static_cast<uint8_t*>(scratch);
+  const auto multiply = [&](const PanelPlace& place, int64_t n, const uint8_t* part, float* to, const CodeFetcher<Signed>& later) CLAQ_STEP {
+    multiply_panel_tile_by_tiles(layer, activations, m0, m1, place, n, part, to, stride, later);
+  };
+  if (m1 - m0 <= kShallowRows) shallow_panels<Signed, kShallowBlocks>(layer, n0, n1, sums, panel, multiply);
+  else deep_panels<Signed>(layer, m1 - m0, n0, n1, sums, panel, multiply);
   release_tiles();
 }
 
@@ -183,7 +190,7 @@ bool supported() { return has_vbmi_and_vnni() && tiles_supported(); }
 
 }  // namespace
 
-const Family kAvx512Amx = {"avx512amx", supported, {60e9, 450e9}, {60e9, 60e9}, kRowsAtOnce, 1, true, gathers, kWideFloatSums, prepare_row,
+const Family kAvx512Amx = {"avx512amx", supported, {60e9, 200e9}, {60e9, 60e9}, kRowsAtOnce, 1, true, gathers, kWideFloatSums, prepare_row,
                            prepare_tile_of_tiles, transpose, sums_int8_by_tiles, sums_float, add_outliers, finish_row, half_row_to_float,
                            float_row_to_half, swiglu, add_parts};
 
