@@ -279,6 +279,10 @@ int main() {
   std::istringstream names(claq_kernels());
   for (std::string name; names >> name;) kernels.push_back(name);
   for (int i = 0; i < 40; ++i) check_agreement(random, kernels, random_layer(random), 1 + random() % 40);
+  // The first and the last numbers of rows that AMX has ways of its own for.
+  for (const size_t rows : {7, 8, 12, 16, 21, 32, 33}) {
+    for (int i = 0; i < 2; ++i) check_agreement(random, kernels, random_layer(random), rows);
+  }
   // Of a row alone the columns are shared out if there are many weights.
   for (int i = 0; i < 8; ++i) check_agreement(random, kernels, random_layer(random, 1500), 1);
   for (int i = 0; i < 20; ++i) check_gather(random);

@@ -256,10 +256,29 @@ class NativeLayer:
         return LIBRARY.claq_layer_kernel(self._handle).decode()
 
     def run(self, x: np.ndarray, accuracy_level: int = 0, threads: int = 1) -> np.ndarray:
+        pool = ctypes.cast(LIBRARY.claq_pool_parallel_for, ctypes.c_void_p) if threads > 1 else None
+        return self._run(x, accuracy_level, pool, threads)
+
+    def most_tasks(self, x: np.ndarray, accuracy_level: int = 0) -> int:
+        """Into how many tasks the work of a run is split at most."""
+        totals = [1]
+
+        @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+        def one_after_the_other(_context: int, task: int, total: int, data: int) -> None:
+            totals.append(total)
+            call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)(task)
+            for i in range(total):
+                call(data, i)
+
+        self._run(x, accuracy_level, ctypes.cast(one_after_the_other, ctypes.c_void_p), None)
+        return max(totals)
+
+    def _run(
+        self, x: np.ndarray, accuracy_level: int, parallel_for: ctypes.c_void_p | None, context: int | None
+    ) -> np.ndarray:
         x = np.ascontiguousarray(x)
         y = np.full((x.shape[0], self._out_features), np.nan, x.dtype)
         error = ctypes.create_string_buffer(512)
-        pool = ctypes.cast(LIBRARY.claq_pool_parallel_for, ctypes.c_void_p) if threads > 1 else None
         status = LIBRARY.claq_run(
             self._handle,
             DTYPES[x.dtype],
@@ -267,8 +286,8 @@ class NativeLayer:
             x.ctypes.data,
             x.shape[0],
             y.ctypes.data,
-            pool,
-            threads,
+            parallel_for,
+            context,
             error,
             len(error),
         )

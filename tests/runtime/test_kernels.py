@@ -1,5 +1,8 @@
 """Every kernel family against the portable one bit for bit (int8) and against float64 (float32), on random layers."""
 
+import os
+import subprocess
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -54,6 +57,15 @@ def test_int8_is_the_portable_result_bit_for_bit(family, layer, rows, seed):
     x = activations(rows, layer, seed)
     expected = NativeLayer(layer, "portable").run(x, accuracy_level=4)
     np.testing.assert_array_equal(NativeLayer(layer, family).run(x, accuracy_level=4), expected)
+
+
+@pytest.mark.skipif("avx512amx" not in FAMILIES, reason="seven and eight rows are a case of their own on AMX alone")
+@settings(max_examples=80, deadline=None)
+@given(layer=layers(), rows=st.sampled_from([7, 8]), seed=st.integers(0, 2**31))
+def test_rows_that_amx_streams_are_the_portable_result_bit_for_bit(layer, rows, seed):
+    x = activations(rows, layer, seed)
+    expected = NativeLayer(layer, "portable").run(x, accuracy_level=4, threads=2)
+    np.testing.assert_array_equal(NativeLayer(layer, "avx512amx").run(x, accuracy_level=4, threads=2), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -178,6 +190,23 @@ def test_a_row_alone_is_that_of_many_to_rounding(family, accuracy_level):
     np.testing.assert_array_equal(
         np.concatenate([native.run(row[None], accuracy_level) for row in halves]), single.astype(np.float16)
     )
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="nothing to share out among one thread")
+def test_a_short_product_is_shared_out_unless_a_core_has_its_codes_cached():
+    known = subprocess.run(["getconf", "LEVEL2_CACHE_SIZE"], capture_output=True, text=True, check=False).stdout.strip()
+    if known in ("", "0", "undefined"):
+        pytest.skip("the system does not say how large the second-level cache is")
+    cache = int(known)
+    # 60 µs by what the family is taken to do: three times what a thread is woken for, half of it only one and a half times.
+    native = NativeLayer(make_layer(320, 96, {4: 96}), "portable")
+    other = NativeLayer(make_layer(2 * cache // 512, 1024, {4: 1024}))  # twice the cache
+    x = np.ones((1, 96), np.float32)
+    other.run(np.ones((1, 1024), np.float32))
+    assert native.most_tasks(x) > 1
+    assert native.most_tasks(x) == 1
+    other.run(np.ones((1, 1024), np.float32))
+    assert native.most_tasks(x) > 1
 
 
 def test_many_rows_cross_chunk_borders():

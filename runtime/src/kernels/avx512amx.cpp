@@ -1,6 +1,8 @@
-// AVX-512 with VBMI and VNNI, and AMX for more rows: a panel of decoded centroids is a sequence of tiles of AMX as it lies, one for each
-// block and sixteen outputs, and is multiplied by tiles of sixteen rows of x and a block. What a product of two tiles comes to goes
-// through memory to be converted, scaled and added in float32, block by block, as in the other families.
+// AVX-512 with VBMI and VNNI, and AMX for more rows: seven and eight of them are streamed (amx_stream.h); for more a panel of decoded
+// centroids is a sequence of tiles of AMX as it lies, one for each block and sixteen outputs, and is multiplied by tiles of sixteen rows of
+// x and a block. What a product of two tiles comes to goes through memory to be converted, scaled and added in float32, block by block, as
+// in the other families.
+#include "amx_stream.h"
 #include "amx_tiles.h"
 #include "avx512_float.h"
 #include "avx512_outliers.h"
@@ -15,6 +17,9 @@ constexpr int kTileRows = kRowsAtOnce;
 
 // A tile of rows takes about as long as eleven rows take with VNNI, two as long as twenty, however many of their rows there are.
 inline bool uses_tiles(int64_t rows) { return rows > kTileRows ? rows >= 21 : rows >= 12; }
+
+// With fewer rows VNNI takes as long, or less.
+constexpr int64_t kFewestStreamedRows = 7;
 
 // Of up to two tiles of rows panels are shallow.
 constexpr int64_t kShallowRows = 2 * kTileRows;
@@ -169,7 +174,15 @@ CLAQ_INLINE void multiply_panel_tile_by_tiles(const LayerView& layer, const Acti
 
 void sums_int8_by_tiles(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums,
                         int64_t stride, void* scratch) {
-  if (!uses_tiles(activations.rows)) return sums_int8<Vnni>(layer, activations, m0, m1, n0, n1, sums, stride, scratch);
+  if (!uses_tiles(activations.rows)) {
+    const PackedPlace place = packed_place(layer, activations, m0);
+    if (m1 - m0 != place.rows || place.rows < kFewestStreamedRows) {
+      return sums_int8<Vnni>(layer, activations, m0, m1, n0, n1, sums, stride, scratch);
+    }
+    const auto stream = place.rows == 7 ? stream_by_tiles<Signed, 7> : stream_by_tiles<Signed, 8>;
+    clear_sums(m1 - m0, n1 - n0, sums, stride);
+    return stream(layer, place, n0, n1, sums, stride);
+  }
   configure_tiles(kShapes);
   auto* panel = static_cast<uint8_t*>(scratch);
   const auto multiply = [&](const PanelPlace& place, int64_t n, const uint8_t* part, float* to, const CodeFetcher<Signed>& later) CLAQ_STEP {
