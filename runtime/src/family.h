@@ -71,8 +71,8 @@ struct Family {
   void (*add_parts)(float* sums, int64_t stride, int64_t parts, int64_t count);
 };
 
-// Roughly what a product of `rows` rows takes one thread, to be given to task_count. Code words in one core's cache count half: a second
-// thread would have to be twice as useful, which takes a part of them from where they are.
+// Roughly what a product of `rows` rows takes one thread, to be given to task_count. Half of it where a core has the code words in its own
+// cache: short sessions that wake a thread for these take longer, and what another core is to read has to be fetched from the first.
 inline double product_seconds(const Family& family, const LayerView& layer, bool int8, int64_t rows) {
   const Speed& speed = int8 ? family.int8 : family.float32;
   const double weights = static_cast<double>(layer.columns) * static_cast<double>(layer.out_features);
