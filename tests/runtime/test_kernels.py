@@ -12,7 +12,7 @@ from runtime_layers import Layer, NativeError, NativeLayer, make_layer
 import claq_runtime
 
 FAMILIES = claq_runtime.kernels()
-# Up to 48 rows panels are shallow on AVX-512, above them deep; chunks of rows of x have 256.
+# Up to 48 rows (32 by tiles of AMX) panels are shallow on AVX-512, above them deep; chunks of rows of x have 256.
 ROWS = st.one_of(st.integers(1, 40), st.sampled_from([48, 49, 130, 300]))
 FAST = [name for name in FAMILIES if name != "portable"]
 

@@ -1,7 +1,7 @@
-// int8 sums of some rows of x by tiles, without panels: codes are read once, in order, as in avx512_stream.h. What tile instructions cost does
-// not depend on how full the tiles are, so two blocks of columns share a product: their centroids lie below each other in a tile of sixteen
-// groups, and each row of x stands twice in the other tile, once with its columns of the first block and zeros, once with zeros and those
-// of the second. The blocks' sums come out apart, and are scaled and added one after the other, as in the other families.
+// int8 sums of some rows of x by tiles, without panels: codes are read once, in order, as in avx512_stream.h. What tile instructions cost
+// depends little on how full the tiles are, so two blocks of columns share a product: their centroids lie below each other in a tile of
+// sixteen groups, and each row of x stands twice in the other tile, once with its columns of the first block and zeros, once with zeros and
+// those of the second. The blocks' sums come out apart, and are scaled and added one after the other, as in the other families.
 #pragma once
 
 #include "amx_tiles.h"
@@ -59,7 +59,8 @@ constexpr int64_t kStreamedTile = 2 * kGroupsPerBlock * 64;  // bytes of the cen
 
 // A block's half of the tiles of kStreamedOutputs outputs, of which with kTail `count` exist. `later` is fetched meanwhile.
 template <class Isa, int kWidth, bool kTail>
-CLAQ_INLINE void decode_half(const uint32_t* codes, int64_t row_stride, int64_t count, const uint32_t* later, const __m512i* tables, uint8_t* to) {
+CLAQ_INLINE void decode_half(const uint32_t* codes, int64_t row_stride, int64_t count, const uint32_t* later, const __m512i* tables,
+                             uint8_t* to) {
   WordsInMemory<kTail> words[kStreamedVectors];
   unrolled<kStreamedVectors>([&](auto v) CLAQ_STEP {
     words[v.kValue] = {codes + 16 * v.kValue, row_stride, kTail ? first_lanes(count - 16 * v.kValue) : __mmask16{0xffff}};
@@ -67,7 +68,9 @@ CLAQ_INLINE void decode_half(const uint32_t* codes, int64_t row_stride, int64_t 
   unrolled<4>([&](auto i) CLAQ_STEP {
     typename Isa::template Step<kWidth> steps[kStreamedVectors];
     unrolled<kStreamedVectors>([&](auto v) CLAQ_STEP {
-      if constexpr (i.kValue < kWidth) _mm_prefetch(reinterpret_cast<const char*>(later + i.kValue * row_stride + 16 * v.kValue), _MM_HINT_T0);
+      if constexpr (i.kValue < kWidth) {
+        _mm_prefetch(reinterpret_cast<const char*>(later + i.kValue * row_stride + 16 * v.kValue), _MM_HINT_T0);
+      }
       steps[v.kValue] = Isa::template step<kWidth, 1>(words + v.kValue, i.kValue);
     });
     unrolled<2>([&](auto second) CLAQ_STEP {
@@ -105,7 +108,6 @@ constexpr int kStreamedX = 0, kStreamedWeights = 2, kStreamedSums = 4;
 template <class Isa, int kWidth, int kRows>
 void stream_segment_by_tiles(const LayerView& layer, const Segment& segment, const PackedPlace& place, int64_t n0, int64_t n1, float* sums,
                              int64_t stride) {
-  constexpr int64_t kProducts = 4, kAdded = 3;  // a product is added when kAdded others have begun
   static const float kNoScale[kRows] = {};
   alignas(64) int8_t x[2 * kRows * 64] = {};
   alignas(64) __m512i tables[2][kGroupsPerBlock];
@@ -120,7 +122,7 @@ void stream_segment_by_tiles(const LayerView& layer, const Segment& segment, con
     zero_tile<kStreamedSums + kParity>();
     add_signed_products<kStreamedSums + kParity, kStreamedX, kStreamedWeights + kParity>();
     if (count > 0) store_tile<kStreamedSums + 1 - kParity>(products[(count - 1) % kProducts], 64);
-    if (count >= kAdded) add_product<kRows>(begun[(count - kAdded) % kProducts], products[(count - kAdded) % kProducts], stride);
+    if (count >= kConverted) add_product<kRows>(begun[(count - kConverted) % kProducts], products[(count - kConverted) % kProducts], stride);
     ++count;
   };
   const int64_t row_stride = layer.out_features;
@@ -161,7 +163,7 @@ void stream_segment_by_tiles(const LayerView& layer, const Segment& segment, con
     if (n < n1) step(n, Constant<1>());
   }
   store_tile<kStreamedSums + 1>(products[(count - 1) % kProducts], 64);
-  for (int64_t i = count < kAdded ? 0 : count - kAdded; i < count; ++i) {
+  for (int64_t i = count < kConverted ? 0 : count - kConverted; i < count; ++i) {
     add_product<kRows>(begun[i % kProducts], products[i % kProducts], stride);
   }
 }
@@ -171,14 +173,9 @@ template <class Isa, int kRows>
 void stream_by_tiles(const LayerView& layer, const PackedPlace& place, int64_t n0, int64_t n1, float* sums, int64_t stride) {
   constexpr TileShape kX{2 * kRows, 64}, kWeights{2 * kGroupsPerBlock, 64}, kNone{0, 0};
   configure_tiles({kX, kNone, kWeights, kWeights, kX, kX, kNone, kNone});
-  for (int s = 0; s < layer.segment_count; ++s) {
-    const Segment& segment = layer.segments[s];
-    switch (segment.width) {
-      case 4: stream_segment_by_tiles<Isa, 4, kRows>(layer, segment, place, n0, n1, sums, stride); break;
-      case 3: stream_segment_by_tiles<Isa, 3, kRows>(layer, segment, place, n0, n1, sums, stride); break;
-      default: stream_segment_by_tiles<Isa, 2, kRows>(layer, segment, place, n0, n1, sums, stride); break;
-    }
-  }
+  for_segments(layer, [&](const Segment& segment, auto width) CLAQ_STEP {
+    stream_segment_by_tiles<Isa, decltype(width)::kValue, kRows>(layer, segment, place, n0, n1, sums, stride);
+  });
   release_tiles();
 }
 

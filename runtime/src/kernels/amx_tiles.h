@@ -82,6 +82,10 @@ CLAQ_INLINE void add_signed_products() {
 }
 #endif
 
+// A product of two tiles is stored when the next one has been begun, and converted two later: instructions that follow each other more
+// closely wait. kProducts are stored in turn.
+constexpr int64_t kConverted = 3, kProducts = 4;
+
 inline void configure_tiles(const TileShape (&shapes)[8]) {
   alignas(64) uint8_t bytes[64] = {1};  // the palette, then row bytes as 16 bits each, then rows
   for (int i = 0; i < 8; ++i) {

@@ -39,6 +39,19 @@ inline void for_tail(int64_t left, const Tile& tile) {
   }
 }
 
+// Calls use(segment, Constant<its width>) for each segment of the layer.
+template <class Use>
+CLAQ_INLINE void for_segments(const LayerView& layer, const Use& use) {
+  for (int s = 0; s < layer.segment_count; ++s) {
+    const Segment& segment = layer.segments[s];
+    switch (segment.width) {
+      case 4: use(segment, Constant<4>{}); break;
+      case 3: use(segment, Constant<3>{}); break;
+      default: use(segment, Constant<2>{}); break;
+    }
+  }
+}
+
 // Sixteen code words of one row of `codes`; lanes past the last output read as 0.
 template <bool kTail>
 inline __m512i load_words(const uint32_t* words, __mmask16 mask) {

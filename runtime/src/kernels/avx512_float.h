@@ -206,13 +206,9 @@ inline void sums_float(const LayerView& layer, const Activations& activations, i
     for (int64_t m = m0; m < m1; ++m) {
       const float* scaled = activations.scaled + m * activations.stride;
       float* row = sums + (m - m0) * stride;
-      for (int s = 0; s < layer.segment_count; ++s) {
-        switch (layer.segments[s].width) {
-          case 4: row_segment<4>(layer, layer.segments[s], scaled, n0, n1, row); break;
-          case 3: row_segment<3>(layer, layer.segments[s], scaled, n0, n1, row); break;
-          default: row_segment<2>(layer, layer.segments[s], scaled, n0, n1, row); break;
-        }
-      }
+      for_segments(layer, [&](const Segment& segment, auto width) CLAQ_STEP {
+        row_segment<decltype(width)::kValue>(layer, segment, scaled, n0, n1, row);
+      });
     }
     return;
   }

@@ -8,7 +8,8 @@
 //   weights(decoded), activation(four), begin(correction), dot(sum, weights, activation): the arithmetic;
 //   rows_ahead(width): how many rows of code words ahead they are fetched for a few rows of x; row_vectors(width),
 //     few_rows_vectors(width): vectors of outputs side by side for a row alone and for two to four;
-//   kTileRows, kTileVectors: a register tile of the panels; kShallowRows: up to how many rows panels are shallow (avx512_panels.h).
+//   kTileRows, kTileVectors: a register tile of the panels; kShallowRows: up to how many rows panels are shallow, and kShallowBlocks: how
+//     many blocks deep these are (avx512_panels.h).
 #pragma once
 
 #include "avx512_panels.h"

@@ -205,12 +205,13 @@ void multiply_panel_tile(const LayerView& layer, const Activations& activations,
   });
 }
 
-// Few rows: a few tiles of outputs after the other over kBlocks blocks, then the blocks below. Rows of code words are read in long runs,
+// Few rows: a few tiles of outputs after the other over a few blocks, then the blocks below. Rows of code words are read in long runs,
 // which decoding waits for least. multiply(place, n, part, sums, later) multiplies the tile at output n of the panel `place`, which
 // begins at `part`, by all rows, and has `later` fetch meanwhile.
-template <class Isa, int kBlocks, class Multiply>
+template <class Isa, class Multiply>
 CLAQ_INLINE void shallow_panels(const LayerView& layer, int64_t n0, int64_t n1, float* sums, uint8_t* panel, const Multiply& multiply) {
   constexpr int64_t kTile = 16 * Isa::kTileVectors, kStripe = kShallowTiles * kTile;
+  constexpr int64_t kBlocks = Isa::kShallowBlocks;
   static_assert(kBlocks * kShallowTiles <= kPanelParts<Isa>);
   for (int64_t block = 0; block < layer.blocks; block += kBlocks) {
     const int64_t left = layer.blocks - block, blocks = left < kBlocks ? left : kBlocks;
@@ -262,7 +263,7 @@ void panel_sums(const LayerView& layer, const Activations& activations, int64_t 
   const auto multiply = [&](const PanelPlace& place, int64_t n, const uint8_t* part, float* to, const CodeFetcher<Isa>& later) CLAQ_STEP {
     multiply_panel_tile<Isa>(layer, activations, m0, m1, place, n, part, to, stride, later);
   };
-  if (m1 - m0 <= Isa::kShallowRows) shallow_panels<Isa, 4>(layer, n0, n1, sums, panel, multiply);
+  if (m1 - m0 <= Isa::kShallowRows) shallow_panels<Isa>(layer, n0, n1, sums, panel, multiply);
   else deep_panels<Isa>(layer, m1 - m0, n0, n1, sums, panel, multiply);
 }
 

@@ -136,14 +136,9 @@ void stream_segment(const LayerView& layer, const Segment& segment, const Packed
 
 template <class Isa, int kRows>
 void stream(const LayerView& layer, const PackedPlace& place, int64_t n0, int64_t n1, float* sums, int64_t stride) {
-  for (int s = 0; s < layer.segment_count; ++s) {
-    const Segment& segment = layer.segments[s];
-    switch (segment.width) {
-      case 4: stream_segment<Isa, 4, kRows>(layer, segment, place, n0, n1, sums, stride); break;
-      case 3: stream_segment<Isa, 3, kRows>(layer, segment, place, n0, n1, sums, stride); break;
-      default: stream_segment<Isa, 2, kRows>(layer, segment, place, n0, n1, sums, stride); break;
-    }
-  }
+  for_segments(layer, [&](const Segment& segment, auto width) CLAQ_STEP {
+    stream_segment<Isa, decltype(width)::kValue, kRows>(layer, segment, place, n0, n1, sums, stride);
+  });
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ namespace {
 struct VnniProducts {
   using Weights = __m512i;  // centroids + 128, hence the correction that a sum begins with
   using Activation = __m512i;
-  static constexpr int kTileRows = 4, kTileVectors = 3, kShallowRows = 48;
+  static constexpr int kTileRows = 4, kTileVectors = 3, kShallowRows = 48, kShallowBlocks = 4;
 
   static __m512i begin(int32_t correction) { return _mm512_set1_epi32(correction); }
   static Weights weights(__m512i decoded) { return decoded; }

@@ -21,10 +21,6 @@ inline bool uses_tiles(int64_t rows) { return rows > kTileRows ? rows >= 21 : ro
 // With fewer rows VNNI takes as long, or less.
 constexpr int64_t kFewestStreamedRows = 7;
 
-// Of up to two tiles of rows panels are shallow.
-constexpr int64_t kShallowRows = 2 * kTileRows;
-constexpr int kShallowBlocks = 6;
-
 // Rows of x are packed as [rows / 16][block][16][kBlock], scales as [rows / 16][block][16], all sixteen rows always; see PackedBySixteen.
 constexpr int64_t kActivationTile = kTileRows * kBlock;
 
@@ -34,6 +30,8 @@ constexpr TileShape kShapes[8] = {{kTileRows, kBlock}, {kTileRows, kBlock}, {kGr
                                   {kTileRows, 64},     {kTileRows, 64},     {0, 0},                {0, 0}};
 
 struct Signed : Vnni {
+  static constexpr int kShallowRows = 2 * kRowsAtOnce, kShallowBlocks = 6;
+
   // Centroids as they are, without the 128 that VNNI wants.
   template <int kWidth>
   static __m512i load_table(const uint8_t* table, int group) {
@@ -48,9 +46,6 @@ struct TilePair {
   const uint8_t* weights;
   float* sums;  // of row i: + i * stride
 };
-
-// A product is stored when the next one has been begun, and converted two later: instructions that follow each other more closely wait.
-constexpr int64_t kConverted = 3;
 
 template <int kParity>
 CLAQ_INLINE void begin_product(const TilePair& pair, int64_t block) {
@@ -84,7 +79,6 @@ struct Totals {
 // begun while the last ones of the pair before are stored and converted.
 template <class Next>
 CLAQ_INLINE void multiply_pairs(int64_t count, int64_t blocks, int64_t stride, bool first, const Next& next) {
-  constexpr int64_t kProducts = 4;
   // Not one object with the totals: what a tile is stored to counts as memory that any assembly may read.
   alignas(64) int32_t products[kProducts][kTileRows * 16];
   Totals totals;
@@ -149,8 +143,9 @@ CLAQ_INLINE void multiply_short_pairs(int64_t count, int64_t blocks, int64_t str
 
 // The tile at output n of a panel by all rows, rounded up to whole tiles: those that are not there are zeros with a scale of 0. Inlined:
 // `later` would be stored by its fields and loaded as a vector, which waits for all stores before.
-CLAQ_INLINE void multiply_panel_tile_by_tiles(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, const PanelPlace& place,
-                                  int64_t n, const uint8_t* part, float* sums, int64_t stride, CodeFetcher<Signed> later) {
+CLAQ_INLINE void multiply_panel_tile_by_tiles(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1,
+                                              const PanelPlace& place, int64_t n, const uint8_t* part, float* sums, int64_t stride,
+                                              CodeFetcher<Signed> later) {
   const int64_t outputs = (place.n1 - n + 15) / 16, vectors = outputs < Signed::kTileVectors ? outputs : Signed::kTileVectors;
   const int64_t count = (m1 - m0 + kTileRows - 1) / kTileRows * vectors, fetched = (later.rows() + count - 1) / count;
   const int8_t* x = activations.quantized + m0 * layer.columns + place.first_block * kActivationTile;
@@ -175,14 +170,14 @@ CLAQ_INLINE void multiply_panel_tile_by_tiles(const LayerView& layer, const Acti
 // Shallow panels for a few rows, else deep ones. Functions of their own: inlined into the one below, they made GCC arrange the loops for a
 // row alone so that these took 12 to 16 % longer.
 template <bool kShallow>
-__attribute__((noinline)) void panel_sums_by_tiles(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0,
-                                                   int64_t n1, float* sums, int64_t stride, void* scratch) {
+__attribute__((noinline)) void panel_sums_by_tiles(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1,
+                                                   int64_t n0, int64_t n1, float* sums, int64_t stride, void* scratch) {
   configure_tiles(kShapes);
   auto* panel = static_cast<uint8_t*>(scratch);
   const auto multiply = [&](const PanelPlace& place, int64_t n, const uint8_t* part, float* to, const CodeFetcher<Signed>& later) CLAQ_STEP {
     multiply_panel_tile_by_tiles(layer, activations, m0, m1, place, n, part, to, stride, later);
   };
-  if constexpr (kShallow) shallow_panels<Signed, kShallowBlocks>(layer, n0, n1, sums, panel, multiply);
+  if constexpr (kShallow) shallow_panels<Signed>(layer, n0, n1, sums, panel, multiply);
   else deep_panels<Signed>(layer, m1 - m0, n0, n1, sums, panel, multiply);
   release_tiles();
 }
@@ -190,7 +185,7 @@ __attribute__((noinline)) void panel_sums_by_tiles(const LayerView& layer, const
 void sums_int8_by_tiles(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums,
                         int64_t stride, void* scratch) {
   if (uses_tiles(activations.rows)) {
-    const auto by_tiles = m1 - m0 <= kShallowRows ? panel_sums_by_tiles<true> : panel_sums_by_tiles<false>;
+    const auto by_tiles = m1 - m0 <= Signed::kShallowRows ? panel_sums_by_tiles<true> : panel_sums_by_tiles<false>;
     return by_tiles(layer, activations, m0, m1, n0, n1, sums, stride, scratch);
   }
   const PackedPlace place = packed_place(layer, activations, m0);
