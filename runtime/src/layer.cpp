@@ -6,7 +6,7 @@
 #include "dtype.h"
 #include "family.h"
 #include "half.h"
-#include "mapped_pages.h"
+#include "pages.h"
 #include "validate.h"
 
 namespace claq {

@@ -1,4 +1,4 @@
-#include "mapped_pages.h"
+#include "pages.h"
 
 #if defined(__linux__)
 #include <fcntl.h>
@@ -13,6 +13,20 @@ namespace claq {
 
 #if defined(__linux__)
 namespace {
+
+// The pages that lie in [data, data + bytes) as a whole, by their numbers.
+struct Pages {
+  uint64_t first, count, size;
+  void* data() const { return reinterpret_cast<void*>(first * size); }
+  size_t bytes() const { return count * size; }
+};
+
+Pages whole_pages(const void* data, size_t bytes) {
+  const auto size = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  const uint64_t first = (begin + size - 1) / size, end = (begin + bytes) / size;
+  return {first, end > first ? end - first : 0, size};
+}
 
 // Bits of an entry of /proc/self/pagemap (Documentation/admin-guide/mm/pagemap.rst of Linux), which any process may read of itself.
 constexpr uint64_t kPresent = uint64_t{1} << 63, kSwapped = uint64_t{1} << 62, kOfFile = uint64_t{1} << 61;
@@ -38,16 +52,22 @@ bool all_of_files(int pagemap, uint64_t first, uint64_t count) {
 }  // namespace
 
 void release_mapped_pages(const void* data, size_t bytes) noexcept {
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), begin = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = (begin + page - 1) / page, end = (begin + bytes) / page;
-  if (first >= end) return;
+  const Pages pages = whole_pages(data, bytes);
+  if (pages.count == 0) return;
   const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
   if (pagemap < 0) return;
-  if (all_of_files(pagemap, first, end - first)) madvise(reinterpret_cast<void*>(first * page), (end - first) * page, MADV_DONTNEED);
+  if (all_of_files(pagemap, pages.first, pages.count)) madvise(pages.data(), pages.bytes(), MADV_DONTNEED);
   close(pagemap);
+}
+
+void populate_pages(void* data, size_t bytes) noexcept {
+  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which older headers lack; kernels that do refuse it
+  const Pages pages = whole_pages(data, bytes);
+  if (pages.count > 0) madvise(pages.data(), pages.bytes(), kPopulateWrite);
 }
 #else
 void release_mapped_pages(const void*, size_t) noexcept {}
+void populate_pages(void*, size_t) noexcept {}
 #endif
 
 }  // namespace claq
