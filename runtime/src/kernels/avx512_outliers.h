@@ -35,11 +35,16 @@ CLAQ_INLINE void for_entries(int64_t count, const Step& step) {
 // Entries are read once a call, from wherever the weights are: those of the next slices are fetched meanwhile.
 constexpr int64_t kEntriesAhead = 768;
 
+template <class Element>
+CLAQ_INLINE void fetch_line_ahead(const Element* entries) {
+  _mm_prefetch(reinterpret_cast<const char*>(entries + kEntriesAhead), _MM_HINT_T0);
+}
+
 template <class Index>
 CLAQ_INLINE void fetch_entries(const Index* index, const uint16_t* values, int64_t count) {
-  for (int64_t i = kEntriesAhead; i < count + kEntriesAhead; i += 32) {
-    _mm_prefetch(reinterpret_cast<const char*>(index + i), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(values + i), _MM_HINT_T0);
+  for (int64_t i = 0; i < count; i += 32) {
+    fetch_line_ahead(index + i);
+    fetch_line_ahead(values + i);
   }
 }
 
@@ -96,6 +101,9 @@ CLAQ_INLINE __m512 row_of_slice(const OutlierSlice& slice, const OutlierSlices& 
     if constexpr (!kGathers) copy_activations(scaled, index + first * kSliceOutputs, steps * kSliceOutputs, copies);
     for_entries(steps, [&](int64_t j, auto lane) CLAQ_STEP {
       const int64_t at = (first + j) * kSliceOutputs;
+      // A line in a step, of columns and of values by turns: all of a slice's at once kept the loop waiting.
+      if constexpr (lane.kValue % 2) fetch_line_ahead(values + at);
+      else fetch_line_ahead(index + at);
       // A slot that has no entry j has a value of 0 there, and what it is multiplied by may be infinite.
       const __mmask16 mask = _mm512_cmpgt_epi32_mask(counts, _mm512_set1_epi32(static_cast<int32_t>(first + j)));
       const __m512 value = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + at)));
@@ -134,7 +142,6 @@ inline void add_outliers_of_row(const LayerView& layer, const float* scaled, int
     for (int64_t s = 0; s < kNarrowestTile; s += kSliceOutputs) {
       const OutlierSlice& slice = slices.slices[(n + s) / kSliceOutputs];
       if (slice.steps != kAsRows) {
-        fetch_entries(static_cast<const Index*>(slices.index) + slice.first, slices.value + slice.first, slice.steps * kSliceOutputs);
         _mm512_store_ps(of_slots + s, row_of_slice<kGathers, Index>(slice, slices, slices.count + n + s, scaled));
         continue;
       }
