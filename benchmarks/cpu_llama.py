@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from cpu_matmul import ROWS, SHAPES, build_session, cpu_name, kernel_name
+from cpu_matmul import ROWS, SHAPES, build_session, cpu_name, kernel_name, report_name
 
 import claq_runtime
 
@@ -200,8 +200,8 @@ def main() -> None:
         if arguments.out != "-":
             folder = Path(arguments.out)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"cpu_llama_{document['kernel']}.json").write_text(json.dumps(document, indent=1) + "\n")
-            (folder / f"cpu_llama_{document['kernel']}.md").write_text(report(document))
+            (folder / f"cpu_llama_{report_name()}.json").write_text(json.dumps(document, indent=1) + "\n")
+            (folder / f"cpu_llama_{report_name()}.md").write_text(report(document))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python benchmarks/cpu_matmul.py --shapes 4096x11008 --rows 1,16 --threads 1 --out -
     python benchmarks/cpu_matmul.py --weights 64 --shapes 1536x576,576x1536,384x1536 --rows 1,4,16     # narrow layers in a model
 
-KERNEL is the family of kernels, so that the results of different machines stand side by side.
+KERNEL is the family of kernels, so that the results of different machines stand side by side. hide_cpu_features.py makes
+claq and ONNX Runtime do without some instructions of this machine; KERNEL then ends with what was hidden.
 A shape is KxN (in_features x out_features). Every operator of a row of the table runs in turn, many times, and the
 medians are compared, so that whatever else the machine does falls on all of them alike. With one thread the times are
 processor times of that thread, which others' use of the machine inflates less than wall times. Small layers are run
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from hide_cpu_features import hidden_features
 from onnx import TensorProto, helper, numpy_helper
 
 import claq_runtime
@@ -173,11 +175,21 @@ def copy_bandwidth(threads: int) -> float:
 
 
 def kernel_name() -> str:
-    """The family of kernels that is measured; reports of different machines are told apart by it."""
+    """The family of kernels that is measured."""
     return os.environ.get("CLAQ_KERNEL") or claq_runtime.kernels()[0]
 
 
+def report_name() -> str:
+    """What tells reports of different machines apart."""
+    return "_".join([kernel_name(), *(["without", *hidden_features()] if hidden_features() else [])])
+
+
 def cpu_name() -> str:
+    hidden = f" ({', '.join(hidden_features())} hidden from all that was measured)" if hidden_features() else ""
+    return processor_name() + hidden
+
+
+def processor_name() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -351,7 +363,7 @@ def main() -> None:
         "results": [],
     }
     suffix = "" if arguments.weights == MILLIONS_IN_SESSION else f"_{arguments.weights}m"
-    path = Path(arguments.out) / f"cpu_matmul_{document['kernel']}{suffix}.json"
+    path = Path(arguments.out) / f"cpu_matmul_{report_name()}{suffix}.json"
     if arguments.keep:
         before = json.loads(path.read_text())
         document["results"] = [entry for entry in before["results"] if entry["threads"] not in threads]

@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from cpu_matmul import cpu_name, kernel_name
+from cpu_matmul import cpu_name, report_name
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from transformers import AutoModel
@@ -124,7 +124,7 @@ def main() -> None:
     if arguments.out != "-":
         target = Path(arguments.out)
         target.mkdir(parents=True, exist_ok=True)
-        (target / f"minilm_latency_{kernel_name()}.md").write_text("\n".join(lines))
+        (target / f"minilm_latency_{report_name()}.md").write_text("\n".join(lines))
 
 
 if __name__ == "__main__":
