@@ -29,8 +29,8 @@ inline void fetch_table(const uint8_t* table, int width) {
 class StreamFetcher {
  public:
   StreamFetcher(const LayerView& layer, int64_t n0, int64_t n1)
-      : wanted_(layer.fetch_ahead),
-        in_order_(n1 - n0 == layer.out_features && n1 - n0 <= kFewOutputs),
+      : in_order_(n1 - n0 == layer.out_features && n1 - n0 <= kFewOutputs),
+        wanted_(in_order_ || layer.fetch_ahead),
         row_stride_(layer.out_features),
         outputs_((n1 - n0 + kDecodedOutputs - 1) / kDecodedOutputs * kDecodedOutputs),
         blocks_(kStepsAhead * kDecodedOutputs / outputs_),
@@ -66,7 +66,8 @@ class StreamFetcher {
  private:
   static constexpr int64_t kStepsAhead = 16;
   // All outputs of a block, if they are few, are fetched in the order in which they lie, not in that of the steps, which take a
-  // short piece of each of the block's rows of words: so the hardware goes along.
+  // short piece of each of the block's rows of words: so the hardware goes along. Also from a cache: the pieces end before the hardware
+  // has learned of them, and it costs nothing where it knows.
   static constexpr int64_t kFewOutputs = 2048;
   static constexpr int64_t kMostBytesAhead = 16 * 1024;
 
@@ -75,7 +76,7 @@ class StreamFetcher {
     for (int64_t i = 0; i < count; i += 64) _mm_prefetch(first + i, _MM_HINT_T0);
   }
 
-  bool wanted_, in_order_;
+  bool in_order_, wanted_;
   int64_t row_stride_, outputs_, blocks_, rest_, wrap_from_, bytes_ahead_;
 };
 
