@@ -11,7 +11,7 @@ out:
 
 - leaks, because Python never frees all it has (test_sanitizers.py checks them with a C++ program);
 - ``little_memory``: the sanitizer's own tables do not fit under a limit on addresses;
-- test_cuda.py, whose fake driver has to be loaded ahead of the sanitizer's library;
+- test_cuda.py and test_dispatch.py, whose fake driver and cpuid have to be loaded ahead of the sanitizer's library;
 - test_sanitizers.py itself;
 - under ThreadSanitizer the tests that run layers inside of ONNX Runtime: it does not see how those threads wait for one
   another and would report races where there are none.
@@ -31,6 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = [
     "--ignore=tests/runtime/test_cuda.py",
+    "--ignore=tests/runtime/test_dispatch.py",
     "--ignore=tests/runtime/test_sanitizers.py",
 ]
 _CHECK = "tests/runtime/test_service.py::test_holds[{}]"

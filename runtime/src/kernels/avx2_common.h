@@ -1,4 +1,4 @@
-// What the AVX2 families share: activations, outliers, the epilogue and 16-bit conversions.
+// What the AVX2 families share: activations, the epilogue and 16-bit conversions.
 //
 // Included only by files that are compiled for AVX2, FMA and F16C. Everything is in an unnamed namespace and nothing of the
 // C++ library is used, so that no AVX2 instance of a shared inline function can end up in other code.
@@ -11,9 +11,7 @@
 #include "family.h"
 #include "layout.h"
 #include "lines.h"
-
-// For steps of inner loops: a call would pass vectors through memory.
-#define CLAQ_INLINE inline __attribute__((always_inline))
+#include "unrolled.h"
 
 namespace claq {
 namespace {
@@ -276,146 +274,6 @@ inline void transpose(const LayerView& layer, Activations& activations, int64_t 
     rows[count] = activations.scaled + (first + count) * activations.stride;
   }
   store_lines(rows, count, 0, layer.columns, activations.transposed + first * layer.columns);
-}
-
-// ---- outliers
-
-CLAQ_INLINE __m256 outlier_values(const LayerView& layer, int64_t i) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(layer.outlier_value + i)));
-}
-
-// Loads and insertions take half the time of a gather instruction here.
-template <class Index>
-CLAQ_INLINE __m256 load_eight(const float* from, const Index* at) {
-  __m128 low = _mm_load_ss(from + at[0]), high = _mm_load_ss(from + at[4]);
-  low = _mm_insert_ps(low, _mm_load_ss(from + at[1]), 0x10);
-  high = _mm_insert_ps(high, _mm_load_ss(from + at[5]), 0x10);
-  low = _mm_insert_ps(low, _mm_load_ss(from + at[2]), 0x20);
-  high = _mm_insert_ps(high, _mm_load_ss(from + at[6]), 0x20);
-  low = _mm_insert_ps(low, _mm_load_ss(from + at[3]), 0x30);
-  high = _mm_insert_ps(high, _mm_load_ss(from + at[7]), 0x30);
-  return _mm256_set_m128(high, low);
-}
-
-// Column and value of entries that a register of eight takes in part: the last `count` of the eight before `end`, moved to the
-// first lanes, zeros behind them. No jump depends on how many there are: it would be mispredicted in every output.
-template <class Index>
-CLAQ_INLINE __m256 add_last_entries(const LayerView& layer, const Index* columns, const float* scaled, int32_t end, int count, __m256 lanes) {
-  alignas(32) static const int32_t kFrom[16] = {0, 1, 2, 3, 4, 5, 6, 7, -1, -1, -1, -1, -1, -1, -1, -1};
-  const __m256i from = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kFrom + 8 - count));
-  const __m256 present = _mm256_castsi256_ps(_mm256_cmpgt_epi32(from, _mm256_set1_epi32(-1)));
-  const auto move = [&](__m256 eight) { return _mm256_and_ps(present, _mm256_permutevar8x32_ps(eight, from)); };
-  return _mm256_fmadd_ps(move(outlier_values(layer, end - 8)), move(load_eight(scaled, columns + end - 8)), lanes);
-}
-
-template <class Index>
-inline void add_outliers_of_row(const LayerView& layer, const Index* columns, const float* scaled, int64_t n0, int64_t n1, float* sums) {
-  for (int64_t n = n0; n < n1; ++n) {
-    int32_t i = layer.outlier_ptr[n];
-    const int32_t end = layer.outlier_ptr[n + 1];
-    if (i == end) continue;
-    __m256 lanes = _mm256_setzero_ps();
-    for (; i + kOutlierLanes <= end; i += kOutlierLanes) {
-      lanes = _mm256_fmadd_ps(outlier_values(layer, i), load_eight(scaled, columns + i), lanes);
-    }
-    if (end >= 8) {
-      lanes = add_last_entries(layer, columns, scaled, end, end - i, lanes);
-    } else {
-      alignas(32) float few[8] = {};
-      for (int j = 0; i < end; ++i, ++j) {
-        few[j] = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(layer.outlier_value[i]))) * scaled[columns[i]];
-      }
-      lanes = _mm256_load_ps(few);
-    }
-    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
-    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-    sums[n - n0] += _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-  }
-}
-
-// The outliers of output n for a tile of rows: each is a fused multiply-add with a line.
-template <int kRows, class Index>
-CLAQ_INLINE typename Line<kRows>::Type outliers_of_output(const LayerView& layer, const Index* columns, const float* transposed, int64_t n) {
-  using L = Line<kRows>;
-  int32_t i = layer.outlier_ptr[n];
-  const int32_t end = layer.outlier_ptr[n + 1];
-  typename L::Type lanes[kOutlierLanes];
-#pragma GCC unroll 8
-  for (int j = 0; j < kOutlierLanes; ++j) lanes[j] = L::zero();
-  alignas(32) float values[kOutlierLanes];
-  const auto add = [&](const float* from, int j) {
-    const float* line = transposed + static_cast<int64_t>(columns[i + j]) * kRows;
-    lanes[j] = L::add_product(L::set(from[j]), L::load(line), lanes[j]);
-  };
-  for (; i + kOutlierLanes <= end; i += kOutlierLanes) {
-    _mm256_store_ps(values, outlier_values(layer, i));
-#pragma GCC unroll 8
-    for (int j = 0; j < kOutlierLanes; ++j) add(values, j);
-  }
-  const int left = end - i;
-  const float* last = values;
-  if (end >= kOutlierLanes) {  // eight at once are there
-    _mm256_store_ps(values, outlier_values(layer, end - kOutlierLanes));
-    last += kOutlierLanes - left;
-  } else {
-    for (int j = 0; j < left; ++j) values[j] = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(layer.outlier_value[i + j])));
-  }
-#pragma GCC unroll 8
-  for (int j = 0; j < kOutlierLanes - 1; ++j) {
-    if (j < left) add(last, j);
-  }
-#pragma GCC unroll 3
-  for (int width = kOutlierLanes / 2; width > 0; width /= 2) {
-#pragma GCC unroll 4
-    for (int j = 0; j < width; ++j) lanes[j] = L::add(lanes[j], lanes[j + width]);
-  }
-  return lanes[0];
-}
-
-// Rows [m, last) of x are rows of the tile that begins at row `first`.
-template <int kRows, class Index>
-inline void add_outliers_of_tile(const LayerView& layer, const Index* columns, const float* transposed, int64_t first, int64_t m,
-                                 int64_t last, int64_t n0, int64_t n1, float* sums, int64_t stride) {
-  using L = Line<kRows>;
-  for (int64_t n = n0; n < n1; n += kRows) {
-    typename L::Type results[kRows];
-    for (int i = 0; i < kRows; ++i) {
-      results[i] = n + i < n1 ? outliers_of_output<kRows>(layer, columns, transposed, n + i) : L::zero();
-    }
-    transpose_lines(results);
-    for (int i = 0; i < kRows; ++i) {
-      const int64_t row = first + i;
-      if (row >= m && row < last) L::add_to(sums + (row - m) * stride + n - n0, results[i]);
-    }
-  }
-}
-
-template <class Index>
-inline void add_outliers_with(const LayerView& layer, const Index* columns, const Activations& activations, int64_t m0, int64_t m1,
-                              int64_t n0, int64_t n1, float* sums, int64_t stride) {
-  for (int64_t m = m0; m < m1;) {
-    float* to = sums + (m - m0) * stride;
-    if (!activations.transposed) {
-      add_outliers_of_row(layer, columns, activations.scaled + m * activations.stride, n0, n1, to);
-      ++m;
-      continue;
-    }
-    const int64_t first = m / activations.line_rows * activations.line_rows;
-    const int64_t last = first + activations.line_rows < m1 ? first + activations.line_rows : m1;
-    const float* transposed = activations.transposed + first * layer.columns;
-    if (activations.line_rows == 4) add_outliers_of_tile<4>(layer, columns, transposed, first, m, last, n0, n1, to, stride);
-    else add_outliers_of_tile<8>(layer, columns, transposed, first, m, last, n0, n1, to, stride);
-    m = last;
-  }
-}
-
-inline void add_outliers(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
-                         float* sums, int64_t stride) {
-  if (layer.wide_outlier_index) {
-    add_outliers_with(layer, static_cast<const int32_t*>(layer.outlier_index), activations, m0, m1, n0, n1, sums, stride);
-  } else {
-    add_outliers_with(layer, static_cast<const uint16_t*>(layer.outlier_index), activations, m0, m1, n0, n1, sums, stride);
-  }
 }
 
 // ---- epilogue and conversions

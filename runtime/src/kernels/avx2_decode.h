@@ -151,12 +151,6 @@ inline const uint8_t* block_table(const LayerView& layer, const Segment& segment
   return layer.table + segment.table_offset + (((block - segment.first_block) * kBlock) << segment.width);
 }
 
-// A number as a type, to choose an instance of a template at run time.
-template <int kNumber>
-struct Constant {
-  static constexpr int kValue = kNumber;
-};
-
 template <class Body>
 CLAQ_INLINE void with_width(int width, const Body& body) {
   if (width == 4) body(Constant<4>{});

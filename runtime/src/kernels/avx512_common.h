@@ -10,9 +10,7 @@
 
 #include "family.h"
 #include "layout.h"
-
-// For steps of inner loops: a call would pass vectors through memory.
-#define CLAQ_INLINE inline __attribute__((always_inline))
+#include "unrolled.h"
 
 namespace claq {
 namespace {
@@ -23,12 +21,6 @@ constexpr int64_t kRowsAtOnce = 16;  // of x, that are made and transposed toget
 inline __mmask16 first_lanes(int64_t count) {
   return count >= 16 ? __mmask16{0xffff} : count <= 0 ? __mmask16{0} : static_cast<__mmask16>((1u << count) - 1u);
 }
-
-// A number as a type: to choose an instance of a template at run time, or a counter that is a constant.
-template <int kNumber>
-struct Constant {
-  static constexpr int kValue = kNumber;
-};
 
 // Calls tile(Constant<left>) for 0 < left <= kMost, nothing for 0.
 template <int kMost, class Tile>
@@ -64,18 +56,6 @@ inline void clear_sums(int64_t rows, int64_t count, float* sums, int64_t stride)
     for (int64_t n = 0; n < count; n += 16) _mm512_storeu_ps(sums + m * stride + n, _mm512_setzero_ps());
   }
 }
-
-// step(Constant<0>()), step(Constant<1>()), ...: a loop whose counter is a constant from the start. Sums in an array that a loop counts
-// through are taken to registers only if the loop is unrolled early enough, and a pragma does not do that: they stayed on the stack.
-template <int kCount, int kFirst = 0, class Step>
-CLAQ_INLINE void unrolled(Step step) {
-  if constexpr (kFirst < kCount) {
-    step(Constant<kFirst>());
-    unrolled<kCount, kFirst + 1>(step);
-  }
-}
-
-#define CLAQ_STEP __attribute__((always_inline))
 
 // ---- lines: the values of kRows rows of x at one feature or column, side by side; a vector holds 16 / kRows of them
 

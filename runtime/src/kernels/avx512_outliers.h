@@ -2,53 +2,10 @@
 #pragma once
 
 #include "avx512_common.h"
-#include "lines.h"
+#include "sliced_outliers.h"
 
 namespace claq {
 namespace {
-
-// Entry i of an output is summed in lane i % 8, and the lanes then by halves. Outputs come in the order of LayerView::outlier_slices: a loop
-// over the entries of one is as long as the one before it, and is seldom mispredicted, and for one row of x sixteen outputs fill a vector.
-// What is summed in that order is put into the order of the outputs a tile at a time.
-
-// lanes[0] = the sum of kOutlierLanes lanes by halves.
-template <class Type, class Add>
-CLAQ_INLINE Type sum_of_lanes(Type (&lanes)[kOutlierLanes], Add add) {
-  static_assert(kOutlierLanes == 8);
-  unrolled<4>([&](auto j) CLAQ_STEP { lanes[j.kValue] = add(lanes[j.kValue], lanes[j.kValue + 4]); });
-  unrolled<2>([&](auto j) CLAQ_STEP { lanes[j.kValue] = add(lanes[j.kValue], lanes[j.kValue + 2]); });
-  return add(lanes[0], lanes[1]);
-}
-
-// step(j, Constant<j % 8>()) for j in [0, count).
-template <class Step>
-CLAQ_INLINE void for_entries(int64_t count, const Step& step) {
-  int64_t j = 0;
-  for (; j + kOutlierLanes <= count; j += kOutlierLanes) {
-    unrolled<kOutlierLanes>([&](auto lane) CLAQ_STEP { step(j + lane.kValue, lane); });
-  }
-  unrolled<kOutlierLanes - 1>([&](auto lane) CLAQ_STEP {
-    if (lane.kValue < count - j) step(j + lane.kValue, lane);
-  });
-}
-
-// Entries are read once a call, from wherever the weights are: those of the next slices are fetched meanwhile.
-constexpr int64_t kEntriesAhead = 768;
-
-template <class Element>
-CLAQ_INLINE void fetch_line_ahead(const Element* entries) {
-  _mm_prefetch(reinterpret_cast<const char*>(entries + kEntriesAhead), _MM_HINT_T0);
-}
-
-template <class Index>
-CLAQ_INLINE void fetch_entries(const Index* index, const uint16_t* values, int64_t count) {
-  for (int64_t i = 0; i < count; i += 32) {
-    fetch_line_ahead(index + i);
-    fetch_line_ahead(values + i);
-  }
-}
-
-CLAQ_INLINE float half_to_single(uint16_t half) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half))); }
 
 // Adds what the slots of a tile came to, [kNarrowestTile], to the sums of its first `count` outputs.
 CLAQ_INLINE void add_in_order(const float* of_slots, const uint8_t* slot, int64_t count, float* sums) {
@@ -101,9 +58,7 @@ CLAQ_INLINE __m512 row_of_slice(const OutlierSlice& slice, const OutlierSlices& 
     if constexpr (!kGathers) copy_activations(scaled, index + first * kSliceOutputs, steps * kSliceOutputs, copies);
     for_entries(steps, [&](int64_t j, auto lane) CLAQ_STEP {
       const int64_t at = (first + j) * kSliceOutputs;
-      // A line in a step, of columns and of values by turns: all of a slice's at once kept the loop waiting.
-      if constexpr (lane.kValue % 2) fetch_line_ahead(values + at);
-      else fetch_line_ahead(index + at);
+      fetch_slice_ahead<decltype(lane)::kValue>(index + at, values + at);
       // A slot that has no entry j has a value of 0 there, and what it is multiplied by may be infinite.
       const __mmask16 mask = _mm512_cmpgt_epi32_mask(counts, _mm512_set1_epi32(static_cast<int32_t>(first + j)));
       const __m512 value = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + at)));
@@ -169,51 +124,6 @@ struct Line<16> {
   static Type add(Type a, Type b) { return _mm512_add_ps(a, b); }
   static Type add_product(Type a, Type b, Type sum) { return _mm512_fmadd_ps(a, b, sum); }
 };
-
-// The outliers of one output for kTiles lines: entry j is the kStride * j-th of `index` and of the values, which value(i) gives. The results go
-// to to[0], and those of the next line `next_result` floats on.
-template <int kRows, int kTiles, int kStride, class Index, class Value>
-CLAQ_INLINE void lines_of_output(const Index* index, int64_t count, const Value& value, const float* transposed, int64_t next_tile,
-                                 float* to, int64_t next_result) {
-  using L = Line<kRows>;
-  typename L::Type lanes[kTiles][kOutlierLanes];
-  unrolled<kTiles>([&](auto t) CLAQ_STEP {
-    unrolled<kOutlierLanes>([&](auto j) CLAQ_STEP { lanes[t.kValue][j.kValue] = L::zero(); });
-  });
-  for_entries(count, [&](int64_t j, auto lane) CLAQ_STEP {
-    const float* line = transposed + static_cast<int64_t>(index[kStride * j]) * kRows;
-    const auto factor = L::set(value(kStride * j));
-    unrolled<kTiles>([&](auto t) CLAQ_STEP {
-      lanes[t.kValue][lane.kValue] = L::add_product(factor, L::load(line + t.kValue * next_tile), lanes[t.kValue][lane.kValue]);
-    });
-  });
-  unrolled<kTiles>([&](auto t) CLAQ_STEP { L::store(to + t.kValue * next_result, sum_of_lanes(lanes[t.kValue], L::add)); });
-}
-
-constexpr int64_t kConvertedFloats = 4096;
-
-CLAQ_INLINE void convert_values(const uint16_t* values, int64_t count, float* converted) {
-  for (int64_t i = 0; i < count; i += kSliceOutputs) {
-    _mm512_store_ps(converted + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i))));
-  }
-}
-
-// Slices of outputs, a line of each: a loop for each output. Where rows are finite each is taken to have as many entries as the longest.
-template <bool kFinite, int kRows, int kTiles, class Index>
-CLAQ_INLINE void lines_of_slice(const OutlierSlice& slice, const Index* index, const uint16_t* values, const int32_t* count,
-                                const float* transposed, int64_t next_tile, float* to, int64_t next_result) {
-  alignas(64) float converted[kConvertedFloats];
-  const int64_t entries = slice.steps * kSliceOutputs;
-  if (entries <= kConvertedFloats) convert_values(values, entries, converted);
-  for (int64_t i = 0; i < kSliceOutputs; ++i) {
-    const int64_t steps = kFinite ? slice.steps : count[i];
-    const auto lines = [&](const auto& value) CLAQ_STEP {
-      lines_of_output<kRows, kTiles, kSliceOutputs>(index + i, steps, value, transposed, next_tile, to + i * kRows, next_result);
-    };
-    if (entries <= kConvertedFloats) lines([&](int64_t k) CLAQ_STEP { return converted[k + i]; });
-    else lines([&](int64_t k) CLAQ_STEP { return half_to_single(values[k + i]); });
-  }
-}
 
 // The vector that has 16 / kRows of the lines, beside each other.
 template <int kRows, class Index>

@@ -1,4 +1,5 @@
 // AVX2 with the VNNI dot product on 256-bit registers.
+#include "avx2_outliers.h"
 #include "avx2_sums.h"
 #include "plain_loops.h"
 
@@ -11,7 +12,7 @@ bool supported() {
 
 }  // namespace
 
-const Family kAvxVnni = {"avxvnni", supported, {30e9, 100e9}, {12e9, 35e9}, kRowsAtOnce, kActivationBytes, false, nullptr, kCachedSums, prepare_row, prepare_tile,
+const Family kAvxVnni = {"avxvnni", supported, {30e9, 100e9}, {12e9, 35e9}, kRowsAtOnce, kActivationBytes, true, nullptr, kCachedSums, prepare_row, prepare_tile,
                          transpose, sums_int8, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu, add_parts};
 
 }  // namespace claq

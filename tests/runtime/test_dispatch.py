@@ -1,0 +1,61 @@
+"""Which kernels are chosen, seen in processes to which benchmarks/hide_cpu_features.py shows fewer instructions than there are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import claq_runtime
+
+LAUNCHER = Path(__file__).parents[2] / "benchmarks" / "hide_cpu_features.py"
+CPUINFO = Path("/proc/cpuinfo")
+
+pytestmark = pytest.mark.skipif(
+    not CPUINFO.exists() or "cpuid_fault" not in CPUINFO.read_text(), reason="the CPU does not let cpuid fault"
+)
+
+
+def kernels_without(features: str, folder: Path) -> list[str]:
+    """What a process and a child of it find, which must be the same."""
+    script = folder / "kernels.py"
+    script.write_text(
+        "import json, subprocess, sys, claq_runtime\n"
+        "child = [] if len(sys.argv) > 1 else json.loads(subprocess.check_output([sys.executable, __file__, 'child']))\n"
+        "kernels = claq_runtime.kernels()\n"
+        "assert not child or child == kernels, (child, kernels)\n"
+        "print(json.dumps(kernels))\n"
+    )
+    done = subprocess.run([sys.executable, LAUNCHER, features, script], capture_output=True, text=True)
+    if "does not let cpuid fault" in done.stderr:
+        pytest.skip("the kernel does not let cpuid fault")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("features", "gone"),
+    [
+        ("amx", {"avx512amx"}),
+        ("amx,avx512vbmi", {"avx512amx", "avx512vnni"}),
+        ("amx,avx512", {"avx512amx", "avx512vnni", "avx512bwvnni", "avx512bw"}),
+        ("amx,avx512,avxvnni", {"avx512amx", "avx512vnni", "avx512bwvnni", "avx512bw", "avxvnni"}),
+    ],
+)
+def test_kernels_that_the_cpu_does_not_claim_are_not_offered(features: str, gone: set[str], tmp_path: Path) -> None:
+    expected = [name for name in claq_runtime.kernels() if name not in gone]
+    assert kernels_without(features, tmp_path) == expected
+
+
+def test_an_unknown_feature_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "nothing.py"
+    script.write_text("print('ran')\n")
+    done = subprocess.run([sys.executable, LAUNCHER, "avx1024", script], capture_output=True, text=True)
+    if "does not let cpuid fault" in done.stderr:
+        pytest.skip("the kernel does not let cpuid fault")
+    assert done.returncode == 2
+    assert "avx1024 is unknown, expected avx512" in done.stderr
+    assert "ran" not in done.stdout
