@@ -6,8 +6,8 @@
 
 CLAQ_KERNEL forces claq's kernels alone; ONNX Runtime and PyTorch choose theirs by the instruction `cpuid`, whose answers
 hide_cpu_features.c changes. Linux on x86-64 with `cpuid_fault` in /proc/cpuinfo (Intel's processors have it, some
-hypervisors too), and a C compiler. What was chosen when a program was compiled
-or linked, a llama.cpp for one processor or the C library's memcpy, stays as it is.
+hypervisors too), and a C compiler. What was chosen when a program was compiled or started, a llama.cpp for one processor or
+the C library's memcpy, stays as it is.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ constexpr int kOutlierLanes = 8;
 constexpr int64_t kNarrowestTile = 96;
 constexpr int64_t kLongestTile = 96 * 120;
 
-// Outliers as the AVX-512 families take them (outlier_slices.cpp). Outputs are put in order of how many they have, a tile of kNarrowestTile
+// Outliers as the families of AVX2 and AVX-512 take them (outlier_slices.cpp). Outputs are put in order of how many they have, a tile of kNarrowestTile
 // at a time, and sixteen neighbours in that order are a slice: entry j of its slot s is at first + 16 * j + s, and up to the longest all
 // have entries, the rest of value 0.
 constexpr int kSliceOutputs = 16;

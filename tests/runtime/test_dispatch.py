@@ -1,4 +1,4 @@
-"""Which kernels are chosen, seen in processes to which benchmarks/hide_cpu_features.py shows fewer instructions than there are."""
+"""Which kernels are chosen, in processes to which benchmarks/hide_cpu_features.py shows fewer instructions than there are."""
 
 from __future__ import annotations
 
