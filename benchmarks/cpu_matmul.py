@@ -181,12 +181,13 @@ def kernel_name() -> str:
 
 def report_name() -> str:
     """What tells reports of different machines apart."""
-    return "_".join([kernel_name(), *(["without", *hidden_features()] if hidden_features() else [])])
+    hidden = hidden_features()
+    return "_".join([kernel_name(), "without", *hidden]) if hidden else kernel_name()
 
 
 def cpu_name() -> str:
-    hidden = f" ({', '.join(hidden_features())} hidden from all that was measured)" if hidden_features() else ""
-    return processor_name() + hidden
+    hidden = hidden_features()
+    return f"{processor_name()} ({', '.join(hidden)} hidden from all that was measured)" if hidden else processor_name()
 
 
 def processor_name() -> str:

@@ -83,7 +83,7 @@ __attribute__((constructor)) static void start(void) {
   struct sigaction action;
   memset(&action, 0, sizeof action);
   action.sa_sigaction = at_fault;
-  action.sa_flags = SA_SIGINFO | SA_NODEFER;
+  action.sa_flags = SA_SIGINFO;
   if (sigaction(SIGSEGV, &action, NULL) != 0 || let_cpuid_pass(0) != 0) {
     fprintf(stderr, "CLAQ_HIDDEN_FEATURES: this processor or kernel does not let cpuid fault\n");
     exit(2);

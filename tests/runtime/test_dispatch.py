@@ -19,6 +19,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def run_without(features: str, script: Path) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, LAUNCHER, features, script], capture_output=True, text=True)
+    if "does not let cpuid fault" in done.stderr:
+        pytest.skip("the kernel does not let cpuid fault")
+    return done
+
+
 def kernels_without(features: str, folder: Path) -> list[str]:
     """What a process and a child of it find, which must be the same."""
     script = folder / "kernels.py"
@@ -29,9 +36,7 @@ def kernels_without(features: str, folder: Path) -> list[str]:
         "assert not child or child == kernels, (child, kernels)\n"
         "print(json.dumps(kernels))\n"
     )
-    done = subprocess.run([sys.executable, LAUNCHER, features, script], capture_output=True, text=True)
-    if "does not let cpuid fault" in done.stderr:
-        pytest.skip("the kernel does not let cpuid fault")
+    done = run_without(features, script)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -53,9 +58,7 @@ def test_kernels_that_the_cpu_does_not_claim_are_not_offered(features: str, gone
 def test_an_unknown_feature_is_named(tmp_path: Path) -> None:
     script = tmp_path / "nothing.py"
     script.write_text("print('ran')\n")
-    done = subprocess.run([sys.executable, LAUNCHER, "avx1024", script], capture_output=True, text=True)
-    if "does not let cpuid fault" in done.stderr:
-        pytest.skip("the kernel does not let cpuid fault")
+    done = run_without("avx1024", script)
     assert done.returncode == 2
     assert "avx1024 is unknown, expected avx512" in done.stderr
     assert "ran" not in done.stdout

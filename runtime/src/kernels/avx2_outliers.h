@@ -9,40 +9,6 @@ namespace {
 
 // ---- one row of x
 
-CLAQ_INLINE __m256 eight_values(const uint16_t* values) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
-}
-
-// Loads and insertions take half the time of a gather instruction on Zen 3.
-template <class Index>
-CLAQ_INLINE __m256 load_eight(const float* from, const Index* at) {
-  __m128 low = _mm_load_ss(from + at[0]), high = _mm_load_ss(from + at[4]);
-  low = _mm_insert_ps(low, _mm_load_ss(from + at[1]), 0x10);
-  high = _mm_insert_ps(high, _mm_load_ss(from + at[5]), 0x10);
-  low = _mm_insert_ps(low, _mm_load_ss(from + at[2]), 0x20);
-  high = _mm_insert_ps(high, _mm_load_ss(from + at[6]), 0x20);
-  low = _mm_insert_ps(low, _mm_load_ss(from + at[3]), 0x30);
-  high = _mm_insert_ps(high, _mm_load_ss(from + at[7]), 0x30);
-  return _mm256_set_m128(high, low);
-}
-
-// One output, as the format has it.
-template <class Index>
-inline float row_of_output(const Index* columns, const uint16_t* values, int64_t count, const float* scaled) {
-  __m256 sums = _mm256_setzero_ps();
-  int64_t i = 0;
-  for (; i + kOutlierLanes <= count; i += kOutlierLanes) {
-    sums = _mm256_fmadd_ps(eight_values(values + i), load_eight(scaled, columns + i), sums);
-  }
-  alignas(32) float lanes[kOutlierLanes];
-  _mm256_store_ps(lanes, sums);
-  for (; i < count; ++i) {
-    float& lane = lanes[i % kOutlierLanes];
-    lane = __builtin_fmaf(half_to_single(values[i]), scaled[columns[i]], lane);
-  }
-  return sum_of_lanes(lanes, [](float a, float b) CLAQ_STEP { return a + b; });
-}
-
 // What the sixteen outputs of a slice come to, eight at a time.
 template <class Index>
 CLAQ_INLINE void row_of_slice(const OutlierSlice& slice, const OutlierSlices& slices, const int32_t* count, const float* scaled, float* to) {
@@ -67,24 +33,14 @@ CLAQ_INLINE void row_of_slice(const OutlierSlice& slice, const OutlierSlices& sl
 
 template <class Index>
 inline void add_outliers_of_row(const LayerView& layer, const float* scaled, int64_t n0, int64_t n1, float* sums) {
-  const OutlierSlices& slices = *layer.outlier_slices;
-  alignas(32) float of_slots[kNarrowestTile];
-  for (int64_t n = n0; n < n1; n += kNarrowestTile) {
-    for (int64_t s = 0; s < kNarrowestTile; s += kSliceOutputs) {
-      const OutlierSlice& slice = slices.slices[(n + s) / kSliceOutputs];
-      if (slice.steps != kAsRows) {
-        row_of_slice<Index>(slice, slices, slices.count + n + s, scaled, of_slots + s);
-        continue;
-      }
-      for (int64_t i = s; i < s + kSliceOutputs; ++i) {
-        const int64_t entry = slices.count[n + i] ? layer.outlier_ptr[n + slices.output[n + i]] : 0;
-        of_slots[i] = row_of_output(static_cast<const Index*>(layer.outlier_index) + entry, layer.outlier_value + entry, slices.count[n + i],
-                                    scaled);
-      }
-    }
-    const int64_t count = n1 - n < kNarrowestTile ? n1 - n : kNarrowestTile;
-    for (int64_t i = 0; i < count; ++i) sums[n - n0 + i] += of_slots[slices.slot[n + i]];
-  }
+  add_slices_of_row<Index>(
+      layer, scaled, n0, n1, sums,
+      [&](const OutlierSlice& slice, const int32_t* count, float* to) CLAQ_STEP {
+        row_of_slice<Index>(slice, *layer.outlier_slices, count, scaled, to);
+      },
+      [](const float* of_slots, const uint8_t* slot, int64_t count, float* to) CLAQ_STEP {
+        for (int64_t i = 0; i < count; ++i) to[i] += of_slots[slot[i]];
+      });
 }
 
 // ---- more rows: a line of a column has 4 or 8 of them
@@ -99,20 +55,15 @@ inline void add_outliers_of_tile(const LayerView& layer, const float* transposed
   for (int64_t n = n0; n < n1; n += kNarrowestTile) {
     for (int64_t s = 0; s < kNarrowestTile; s += kSliceOutputs) {
       const OutlierSlice& slice = slices.slices[(n + s) / kSliceOutputs];
-      const int32_t* count = slices.count + n + s;
       float* to = lines + s * kRows;
-      if (slice.steps != kAsRows) {
-        const Index* index = static_cast<const Index*>(slices.index) + slice.first;
-        const uint16_t* values = slices.value + slice.first;
-        if (m == 0) fetch_entries(index, values, slice.steps * kSliceOutputs);  // later rows find them in a cache
-        lines_of_slice<kFinite, kRows, 1>(slice, index, values, count, transposed, 0, to, 0);
+      if (slice.steps == kAsRows) {
+        lines_of_rows<kRows, 1, Index>(layer, n, s, transposed, 0, to, 0);
         continue;
       }
-      for (int64_t i = 0; i < kSliceOutputs; ++i) {
-        const int64_t entry = count[i] ? layer.outlier_ptr[n + slices.output[n + s + i]] : 0;
-        const auto value = [&](int64_t k) CLAQ_STEP { return half_to_single(layer.outlier_value[entry + k]); };
-        lines_of_output<kRows, 1, 1>(static_cast<const Index*>(layer.outlier_index) + entry, count[i], value, transposed, 0, to + i * kRows, 0);
-      }
+      const Index* index = static_cast<const Index*>(slices.index) + slice.first;
+      const uint16_t* values = slices.value + slice.first;
+      if (m == 0) fetch_entries(index, values, slice.steps * kSliceOutputs);  // later rows find them in a cache
+      lines_of_slice<kFinite, kRows, 1>(slice, index, values, slices.count + n + s, transposed, 0, to, 0);
     }
     const uint8_t* slot = slices.slot + n;
     const int64_t count = n1 - n < kNarrowestTile ? n1 - n : kNarrowestTile;

@@ -70,46 +70,14 @@ CLAQ_INLINE __m512 row_of_slice(const OutlierSlice& slice, const OutlierSlices& 
   return sum_of_lanes(lanes, [](__m512 a, __m512 b) CLAQ_STEP { return _mm512_add_ps(a, b); });
 }
 
-// One output, as the format has it.
-template <class Index>
-inline float row_of_output(const Index* index, const uint16_t* values, int64_t count, const float* scaled) {
-  __m256 lanes = _mm256_setzero_ps();
-  alignas(64) float copies[kCopiedFloats];
-  for (int64_t first = 0; first < count; first += kCopiedFloats) {
-    const int64_t some = count - first < kCopiedFloats ? count - first : kCopiedFloats;
-    copy_activations(scaled, index + first, some, copies);
-    for (int64_t i = 0; i < some; i += kOutlierLanes) {
-      const auto mask = static_cast<__mmask8>(first_lanes(some - i));
-      const __m256 value = _mm256_cvtph_ps(_mm_maskz_loadu_epi16(mask, values + first + i));
-      lanes = _mm256_fmadd_ps(value, _mm256_maskz_loadu_ps(mask, copies + i), lanes);
-    }
-  }
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-
 template <bool kGathers, class Index>
 inline void add_outliers_of_row(const LayerView& layer, const float* scaled, int64_t n0, int64_t n1, float* sums) {
-  const OutlierSlices& slices = *layer.outlier_slices;
-  alignas(64) float of_slots[kNarrowestTile];
-  for (int64_t n = n0; n < n1; n += kNarrowestTile) {
-    for (int64_t s = 0; s < kNarrowestTile; s += kSliceOutputs) {
-      const OutlierSlice& slice = slices.slices[(n + s) / kSliceOutputs];
-      if (slice.steps != kAsRows) {
-        _mm512_store_ps(of_slots + s, row_of_slice<kGathers, Index>(slice, slices, slices.count + n + s, scaled));
-        continue;
-      }
-      for (int64_t i = s; i < s + kSliceOutputs; ++i) {
-        const int64_t output = n + slices.output[n + i];
-        const int64_t entry = slices.count[n + i] ? layer.outlier_ptr[output] : 0;
-        of_slots[i] = row_of_output(static_cast<const Index*>(layer.outlier_index) + entry, layer.outlier_value + entry,
-                                    slices.count[n + i], scaled);
-      }
-    }
-    const int64_t count = n1 - n < kNarrowestTile ? n1 - n : kNarrowestTile;
-    add_in_order(of_slots, slices.slot + n, count, sums + n - n0);
-  }
+  add_slices_of_row<Index>(
+      layer, scaled, n0, n1, sums,
+      [&](const OutlierSlice& slice, const int32_t* count, float* to) CLAQ_STEP {
+        _mm512_store_ps(to, row_of_slice<kGathers, Index>(slice, *layer.outlier_slices, count, scaled));
+      },
+      [](const float* of_slots, const uint8_t* slot, int64_t count, float* to) CLAQ_STEP { add_in_order(of_slots, slot, count, to); });
 }
 
 // ---- more rows: a line of a column has 4, 8 or 16 of them
@@ -186,22 +154,18 @@ inline void add_outliers_of_tiles(const LayerView& layer, const Activations& act
   for (int64_t n = n0; n < n1; n += kNarrowestTile) {
     for (int64_t s = 0; s < kNarrowestTile; s += kSliceOutputs) {
       const OutlierSlice& slice = slices.slices[(n + s) / kSliceOutputs];
+      float* to = lines + s * kRows;
+      if (slice.steps == kAsRows) {
+        lines_of_rows<kRows, kTiles, Index>(layer, n, s, transposed, next_tile, to, kResults);
+        continue;
+      }
       const Index* index = static_cast<const Index*>(slices.index) + slice.first;
       const uint16_t* values = slices.value + slice.first;
-      const int32_t* count = slices.count + n + s;
-      float* to = lines + s * kRows;
-      if (slice.steps > 0) fetch_entries(index, values, slice.steps * kSliceOutputs);
-      if (slice.steps == kAsRows) {
-        for (int64_t i = 0; i < kSliceOutputs; ++i) {
-          const int64_t entry = count[i] ? layer.outlier_ptr[n + slices.output[n + s + i]] : 0;
-          const auto value = [&](int64_t k) CLAQ_STEP { return half_to_single(layer.outlier_value[entry + k]); };
-          lines_of_output<kRows, kTiles, 1>(static_cast<const Index*>(layer.outlier_index) + entry, count[i], value, transposed, next_tile,
-                                            to + i * kRows, kResults);
-        }
-      } else if constexpr (kRows < 16) {
+      fetch_entries(index, values, slice.steps * kSliceOutputs);
+      if constexpr (kRows < 16) {
         short_lines_of_slice<kRows>(slice, index, values, transposed, to);
       } else {
-        lines_of_slice<kFinite, kRows, kTiles>(slice, index, values, count, transposed, next_tile, to, kResults);
+        lines_of_slice<kFinite, kRows, kTiles>(slice, index, values, slices.count + n + s, transposed, next_tile, to, kResults);
       }
     }
     const uint8_t* slot = slices.slot + n;
