@@ -1,8 +1,10 @@
-// A library to preload: programs see the CPU without the features that CLAQ_HIDDEN_FEATURES names. Linux on x86-64, on processors (or
-// hypervisors) that can make the instruction `cpuid` fault, `cpuid_fault` in /proc/cpuinfo. hide_cpu_features.py builds and uses it.
+// A library to preload: programs see the CPU without the features that CLAQ_HIDDEN_FEATURES names. Linux on x86-64. hide_cpu_features.py
+// builds and uses it.
 //
 // The kernel is asked to let `cpuid` fault (arch_prctl(2), ARCH_SET_CPUID); the handler executes it and clears bits of what it says. Threads
-// and forked children inherit that, programs started by exec do not, but they preload this library again.
+// and forked children inherit that, programs started by exec do not, but they preload this library again. Where a processor cannot let it
+// fault (`cpuid_fault` in /proc/cpuinfo), hide_cpu_features.py has put `invd` in its place in copies of the libraries that matter, which is as
+// long and faults in every program: CLAQ_CPUID_REPLACED is 1 then.
 
 #define _GNU_SOURCE
 #include <signal.h>
@@ -35,6 +37,7 @@ static const struct Feature kFeatures[] = {
 enum { kCount = sizeof kFeatures / sizeof *kFeatures };
 
 static int hidden[kCount];
+static int faults;  // cpuid itself does
 
 static long let_cpuid_pass(long pass) {
   enum { kArchSetCpuid = 0x1012 };
@@ -46,15 +49,16 @@ static long let_cpuid_pass(long pass) {
 static void at_fault(int signal_number, siginfo_t* info, void* context) {
   greg_t* regs = ((ucontext_t*)context)->uc_mcontext.gregs;
   const uint8_t* instruction = (const uint8_t*)regs[REG_RIP];
-  if (info->si_code != SI_KERNEL || instruction[0] != 0x0f || instruction[1] != 0xa2) {
+  const int is_cpuid = instruction[0] == 0x0f && instruction[1] == 0xa2, is_invd = instruction[0] == 0x0f && instruction[1] == 0x08;
+  if (info->si_code != SI_KERNEL || !(is_cpuid || is_invd)) {
     signal(signal_number, SIG_DFL);  // somebody's fault: it happens again, and ends the program as usual
     return;
   }
   const uint32_t leaf = (uint32_t)regs[REG_RAX], subleaf = (uint32_t)regs[REG_RCX];
   uint32_t answer[4];
-  let_cpuid_pass(1);
+  if (faults) let_cpuid_pass(1);
   __asm__ volatile("cpuid" : "=a"(answer[kEax]), "=b"(answer[kEbx]), "=c"(answer[kEcx]), "=d"(answer[kEdx]) : "a"(leaf), "c"(subleaf));
-  let_cpuid_pass(0);
+  if (faults) let_cpuid_pass(0);
   for (int i = 0; i < kCount; ++i) {
     const struct Feature* feature = &kFeatures[i];
     if (hidden[i] && feature->leaf == leaf && feature->subleaf == subleaf) answer[feature->reg] &= ~(UINT32_C(1) << feature->bit);
@@ -84,7 +88,10 @@ __attribute__((constructor)) static void start(void) {
   memset(&action, 0, sizeof action);
   action.sa_sigaction = at_fault;
   action.sa_flags = SA_SIGINFO;
-  if (sigaction(SIGSEGV, &action, NULL) != 0 || let_cpuid_pass(0) != 0) {
+  const char* replaced = getenv("CLAQ_CPUID_REPLACED");
+  const int ready = sigaction(SIGSEGV, &action, NULL) == 0;
+  faults = let_cpuid_pass(0) == 0;
+  if (!ready || !(faults || (replaced && strcmp(replaced, "1") == 0))) {
     fprintf(stderr, "CLAQ_HIDDEN_FEATURES: this processor or kernel does not let cpuid fault\n");
     exit(2);
   }

@@ -24,26 +24,16 @@ constexpr const Family* kBestFirst[] = {
 // variable that is set where it is first seen: a child that is forked meanwhile would wait for it for ever.
 enum class Answer : int8_t { kUnknown, kNo, kYes };
 
-bool ask_once(std::atomic<Answer>& known, bool (*question)()) {
-  if (known.load(std::memory_order_relaxed) == Answer::kUnknown) known.store(question() ? Answer::kYes : Answer::kNo, std::memory_order_relaxed);
-  return known.load(std::memory_order_relaxed) == Answer::kYes;
+std::atomic<Answer> known[std::size(kBestFirst)];
+
+bool supported(size_t i) {
+  if (known[i].load(std::memory_order_relaxed) == Answer::kUnknown) {
+    known[i].store(kBestFirst[i]->supported() ? Answer::kYes : Answer::kNo, std::memory_order_relaxed);
+  }
+  return known[i].load(std::memory_order_relaxed) == Answer::kYes;
 }
-
-struct Known {
-  std::atomic<Answer> supported, gathers;
-};
-Known known[std::size(kBestFirst)];
-
-bool supported(size_t i) { return ask_once(known[i].supported, kBestFirst[i]->supported); }
 
 }  // namespace
-
-bool gathers(const Family& family) {
-  if (!family.gathers) return false;
-  size_t i = 0;
-  while (kBestFirst[i] != &family) ++i;
-  return ask_once(known[i].gathers, family.gathers);
-}
 
 const Family& choose_family(const char* name) {
   const char* source = "kernel";

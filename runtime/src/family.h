@@ -24,7 +24,6 @@ struct Family {
   int64_t tile_rows;         // rows of x that prepare_tile and transpose take at a time
   int64_t activation_bytes;  // of `activations.quantized` for each row and stored column
   bool outlier_slices;       // add_outliers reads LayerView::outlier_slices
-  bool (*gathers)();         // whether this CPU is one for LayerView::gathers; null: none
   int64_t float_sums;        // of many rows of x: what sums_float is called for at most, at least kCachedSums
 
   // Fills row `row` of `activations.scaled` (if not null) from x, and if `quantize` is set that of the int8 parts. Returns
@@ -99,9 +98,6 @@ extern const Family kNeon;
 // The named family, or for null what CLAQ_KERNEL says, or the best one; throws InvalidArgument for one that is unknown or
 // not supported here.
 const Family& choose_family(const char* name);
-
-// Family::gathers of it, asked once.
-bool gathers(const Family& family);
 
 const char* family_names();
 

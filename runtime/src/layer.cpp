@@ -92,6 +92,7 @@ std::unique_ptr<claq_layer> make_layer(const claq_layer_desc& given, LayerUse us
   validate(desc);
   layer->family = &choose_family(desc.kernel);
   LayerView& view = layer->view;
+  view.tuning = choose_tuning();
   view.in_features = desc.in_features;
   view.out_features = desc.out_features;
   view.columns = desc.columns_4 + desc.columns_3 + desc.columns_2;
@@ -132,7 +133,6 @@ std::unique_ptr<claq_layer> make_layer(const claq_layer_desc& given, LayerUse us
       release_copied(desc.outlier_index);
       release_copied(desc.outlier_value);
     }
-    view.gathers = gathers(*layer->family);
   }
   if (desc.bias.shape[0] != 0) {
     layer->bias = to_float(desc.bias);

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "tuning.h"
+
 namespace claq {
 
 constexpr int kBlock = 32;          // stored columns that share an activation scale and whole rows of code words
@@ -84,7 +86,7 @@ struct LayerView {
   bool wide_outlier_index;  // int32, else uint16
   const uint16_t* outlier_value;
   const OutlierSlices* outlier_slices;  // null: no outliers, or the family does without
-  bool gathers;                         // one instruction that loads sixteen floats takes less time than sixteen
+  Tuning tuning;
   const float* bias;  // null: none
   bool lowest_centroid;  // some centroid is -128, which has no negative in a byte
   bool fetch_ahead;      // the codes are not in a cache; see run.cpp

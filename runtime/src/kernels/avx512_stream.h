@@ -75,7 +75,8 @@ CLAQ_INLINE void stream_step(const uint32_t* codes, int64_t row_stride, int64_t 
     typename Isa::template Step<kWidth> steps[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      if (i < kWidth) _mm_prefetch(reinterpret_cast<const char*>(later + i * row_stride + 16 * v), _MM_HINT_T0);
+      constexpr auto kLevel = Isa::kToSecondLevel ? _MM_HINT_T1 : _MM_HINT_T0;
+      if (i < kWidth) _mm_prefetch(reinterpret_cast<const char*>(later + i * row_stride + 16 * v), kLevel);
       if (v % kTogether == 0) steps[v] = Isa::template step<kWidth, kTogether>(words + v, i);
     }
 #pragma GCC unroll 2
@@ -118,12 +119,12 @@ void stream_segment(const LayerView& layer, const Segment& segment, const Packed
     const uint32_t* codes = layer.codes + (segment.first_row + b * kWidth) * row_stride;
     constexpr int64_t kStep = 16 * kVectors;
     const uint32_t* below = codes + kWidth * row_stride;
-    // Of the step below where the codes come from memory, else of the next one, some at a time while this one is decoded.
-    const uint32_t* later = codes + (layer.fetch_ahead ? Isa::rows_ahead(kWidth) * row_stride : kStep);
+    // Of a step below where the codes come from memory, else of the next one, some at a time while this one is decoded.
+    const uint32_t* later = codes + (Isa::kToSecondLevel || layer.fetch_ahead ? Isa::rows_ahead(kWidth) * row_stride : kStep);
     int64_t n = n0;
     for (; n + kStep <= n1; n += kStep) {
       const uint32_t* fetched = later + n;
-      if (!layer.fetch_ahead && n + 2 * kStep > n1) fetched = below + n0;
+      if (!Isa::kToSecondLevel && !layer.fetch_ahead && n + 2 * kStep > n1) fetched = below + n0;
       stream_step<Isa, kWidth, kRows, kVectors, false>(codes + n, row_stride, kStep, fetched, operands, scale, correction,
                                                        sums + n - n0, stride);
     }

@@ -3,8 +3,6 @@
 // four activations: 64 weights in about four instructions at any width.
 #pragma once
 
-#include <cpuid.h>
-
 #include "avx512_vnni.h"
 
 namespace claq {
@@ -15,20 +13,13 @@ inline bool has_vbmi_and_vnni() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
 }
 
-// Where gathers are fast: Intel's cores from Sapphire Rapids on, which have this; not Ice Lake's, whose microcode makes them slow, nor Zen's.
-inline bool gathers() {
-  // Not __builtin_cpu_supports, which knows this feature from GCC 12 on only.
-  constexpr unsigned kFeatures = 7, kFp16 = 1u << 23;
-  unsigned a, b, c, d;
-  return __get_cpuid_count(kFeatures, 0, &a, &b, &c, &d) && (d & kFp16);
-}
-
 struct Vnni : VnniProducts {
   using Table = __m512i;
   static constexpr bool kHeldTables = true;
   static constexpr int rows_ahead(int width) { return 2 * width; }
   static constexpr int few_rows_vectors(int) { return 4; }
   static constexpr int row_vectors(int) { return 4; }
+  static constexpr bool kToSecondLevel = false;
 
   template <int kWidth>
   static __m512i load_table(const uint8_t* table, int group) {

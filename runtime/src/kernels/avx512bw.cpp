@@ -24,6 +24,7 @@ struct Bw : ShuffleDecoder<-128> {
   static constexpr int rows_ahead(int) { return 3; }
   static constexpr int few_rows_vectors(int width) { return width == 3 ? 3 : 4; }
   static constexpr int row_vectors(int) { return 4; }
+  static constexpr bool kToSecondLevel = false;
   static constexpr int kTileRows = 4, kTileVectors = 3, kShallowRows = 48, kShallowBlocks = 4;
 
   static Weights widen(__m512i bytes) { return {_mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 8), _mm512_srai_epi16(bytes, 8)}; }
@@ -37,7 +38,7 @@ struct Bw : ShuffleDecoder<-128> {
 
 }  // namespace
 
-const Family kAvx512Bw = {"avx512bw", supported, {20e9, 40e9}, {20e9, 60e9}, kRowsAtOnce, 1, true, nullptr, kWideFloatSums, prepare_row, prepare_tile, transpose,
+const Family kAvx512Bw = {"avx512bw", supported, {20e9, 40e9}, {20e9, 60e9}, kRowsAtOnce, 1, true, kWideFloatSums, prepare_row, prepare_tile, transpose,
                           sums_int8<Bw>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu, add_parts};
 
 }  // namespace claq

@@ -6,8 +6,27 @@
 #include "plain_loops.h"
 
 namespace claq {
+namespace {
 
-const Family kAvx512Vnni = {"avx512vnni", has_vbmi_and_vnni, {60e9, 250e9}, {60e9, 60e9}, kRowsAtOnce, 1, true, gathers, kWideFloatSums, prepare_row, prepare_tile, transpose,
-                            sums_int8<Vnni>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu, add_parts};
+// Zen 4 reads from memory at 1.3 to 1.6 times the speed when code words are fetched to the second-level cache. With five rows and more, which
+// take their time, it is no gain.
+struct Zen : Vnni {
+  static constexpr int kMostRows = 4;
+  static constexpr bool kToSecondLevel = true;
+  static constexpr int rows_ahead(int width) { return width; }
+};
+
+void sums_int8_of_cpu(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums,
+                      int64_t stride, void* scratch) {
+  if (layer.tuning == Tuning::kZen && m1 - m0 <= Zen::kMostRows) {
+    return few_rows_sums<Zen, Zen::kMostRows>(layer, activations, m0, m1, n0, n1, sums, stride);
+  }
+  sums_int8<Vnni>(layer, activations, m0, m1, n0, n1, sums, stride, scratch);
+}
+
+}  // namespace
+
+const Family kAvx512Vnni = {"avx512vnni", has_vbmi_and_vnni, {60e9, 250e9}, {60e9, 60e9}, kRowsAtOnce, 1, true, kWideFloatSums, prepare_row, prepare_tile, transpose,
+                            sums_int8_of_cpu, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu, add_parts};
 
 }  // namespace claq
