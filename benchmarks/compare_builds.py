@@ -22,36 +22,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from cpu_matmul import ROWS, SHAPES, random_claq
 
-NAMES = ("codes", "codebook", "scale", "row_scale", "order", "outlier_ptr", "outlier_index", "outlier_value", "bias")
-DTYPES = {"float32": 1, "int8": 3, "uint16": 4, "int32": 6, "float16": 10, "uint32": 12}
-
-
-class Tensor(ctypes.Structure):
-    """``claq_tensor`` of claq.h."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("rank", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-    )
-
-
-class LayerDesc(ctypes.Structure):
-    """``claq_layer_desc`` of claq.h."""
-
-    _fields_ = (
-        ("struct_size", ctypes.c_size_t),
-        ("in_features", ctypes.c_int64),
-        ("out_features", ctypes.c_int64),
-        ("columns_4", ctypes.c_int64),
-        ("columns_3", ctypes.c_int64),
-        ("columns_2", ctypes.c_int64),
-        *((name, Tensor) for name in NAMES),
-        ("kernel", ctypes.c_char_p),
-    )
+from claq_export.kernels.native import describe_layer
 
 
 class Build:
@@ -59,18 +33,15 @@ class Build:
 
     def __init__(self, path: Path, kernel: str | None) -> None:
         self.library = ctypes.CDLL(str(path))
-        self.kernel = kernel.encode() if kernel else None
-        self.library.claq_layer_kernel.restype = ctypes.c_char_p
+        self.kernel = kernel
         self.alive: list = []
 
     def load(self, tensors: dict[str, np.ndarray], attributes: dict[str, int]) -> ctypes.c_void_p:
         """A layer on a copy of the tensors that no other build or layer reads."""
-        desc = LayerDesc(struct_size=ctypes.sizeof(LayerDesc), kernel=self.kernel, **attributes)
-        for name, array in tensors.items():
-            own = array.copy()
-            shape = (ctypes.c_int64 * own.ndim)(*own.shape)
-            setattr(desc, name, Tensor(own.ctypes.data, shape, own.ndim, DTYPES[own.dtype.name]))
-            self.alive.append((own, shape))
+        own = [torch.from_numpy(array.copy()) for array in tensors.values()]
+        self.alive.append(own)
+        columns = [attributes[f"columns_{bits}"] for bits in (4, 3, 2)]
+        desc = describe_layer(own, columns, attributes["in_features"], attributes["out_features"], self.kernel)
         layer, error = ctypes.c_void_p(), ctypes.create_string_buffer(512)
         if self.library.claq_create(ctypes.byref(desc), ctypes.byref(layer), error, ctypes.c_size_t(512)):
             raise SystemExit(f"claq_create: {error.value.decode()}")

@@ -53,7 +53,9 @@ def replace_cpuid(library: Path) -> int:
 
     The bytes alone do not tell: they occur within other instructions too, which a disassembler knows.
     """
-    listing = subprocess.run(["objdump", "-d", "--no-show-raw-insn", library], check=True, capture_output=True, text=True)
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", library], check=True, capture_output=True, text=True
+    )
     lines = (line.split("\t") for line in listing.stdout.splitlines())
     addresses = [int(line[0].strip(" :"), 16) for line in lines if len(line) > 1 and line[1].strip() == "cpuid"]
     content = bytearray(library.read_bytes())

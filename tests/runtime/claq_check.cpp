@@ -150,8 +150,11 @@ void check_agreement(std::mt19937& random, const std::vector<std::string>& kerne
   const Handle shifted(layer, nullptr, 1);
   expect(shifted.status == CLAQ_OK, shifted.error);
   expect(run(shifted, layer, x, 4, 1) == exact, "tensors at odd addresses differ");
+  static const char* const tunings[] = {"plain", "gathers", "zen"};
   for (const std::string& kernel : kernels) {
+    setenv("CLAQ_TUNING", tunings[random() % 3], 1);
     const Handle handle(layer, kernel.c_str());
+    unsetenv("CLAQ_TUNING");
     expect(handle.status == CLAQ_OK, handle.error);
     expect(run(handle, layer, x, 4, 1) == exact, kernel + " differs in int8");
     expect(run(handle, layer, x, 4, 3) == exact, kernel + " differs in int8 on three threads");

@@ -6,7 +6,9 @@ The packing here follows docs/format.md and shares no code with the package, so 
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -237,9 +239,9 @@ class NativeError(Exception):
 
 
 class NativeLayer:
-    """A layer made through the C interface, on the kernel family of that name."""
+    """A layer made through the C interface, on the kernel family of that name, tuned as CLAQ_TUNING has it."""
 
-    def __init__(self, layer: Layer, kernel: str | None = None) -> None:
+    def __init__(self, layer: Layer, kernel: str | None = None, tuning: str = "") -> None:
         self._arrays = {name: np.ascontiguousarray(array) for name, array in layer.tensors.items()}
         desc = Desc(struct_size=ctypes.sizeof(Desc), kernel=kernel.encode() if kernel else None, **layer.attributes)
         for name, array in self._arrays.items():
@@ -248,7 +250,9 @@ class NativeLayer:
         self._out_features = layer.attributes["out_features"]
         self._handle = ctypes.c_void_p()
         error = ctypes.create_string_buffer(512)
-        if LIBRARY.claq_create(ctypes.byref(desc), ctypes.byref(self._handle), error, len(error)):
+        with mock.patch.dict(os.environ, {"CLAQ_TUNING": tuning} if tuning else {}):
+            status = LIBRARY.claq_create(ctypes.byref(desc), ctypes.byref(self._handle), error, len(error))
+        if status:
             raise NativeError(error.value.decode())
 
     @property

@@ -15,7 +15,8 @@ import claq_runtime
 LAUNCHER = Path(__file__).parents[2] / "benchmarks" / "hide_cpu_features.py"
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64", reason="benchmarks/hide_cpu_features.c is for Linux on x86-64"
+    sys.platform != "linux" or platform.machine() != "x86_64",
+    reason="benchmarks/hide_cpu_features.c is for Linux on x86-64",
 )
 
 

@@ -15,6 +15,7 @@ FAMILIES = claq_runtime.kernels()
 # Up to 48 rows (32 by tiles of AMX) panels are shallow on AVX-512, above them deep; chunks of rows of x have 256.
 ROWS = st.one_of(st.integers(1, 40), st.sampled_from([48, 49, 130, 300]))
 FAST = [name for name in FAMILIES if name != "portable"]
+TUNINGS = ["plain", "gathers", "zen"]
 
 
 @st.composite
@@ -52,11 +53,21 @@ def error_scale(layer, x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("family", FAST)
 @settings(max_examples=60, deadline=None)
-@given(layer=layers(), rows=ROWS, seed=st.integers(0, 2**31))
-def test_int8_is_the_portable_result_bit_for_bit(family, layer, rows, seed):
+@given(layer=layers(), rows=ROWS, tuning=st.sampled_from(TUNINGS), seed=st.integers(0, 2**31))
+def test_int8_is_the_portable_result_bit_for_bit(family, layer, rows, tuning, seed):
     x = activations(rows, layer, seed)
     expected = NativeLayer(layer, "portable").run(x, accuracy_level=4)
-    np.testing.assert_array_equal(NativeLayer(layer, family).run(x, accuracy_level=4), expected)
+    np.testing.assert_array_equal(NativeLayer(layer, family, tuning).run(x, accuracy_level=4), expected)
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("family", [name for name in FAST if name.startswith("avx512")])
+@settings(max_examples=30, deadline=None)
+@given(layer=layers(), rows=st.integers(1, 4), seed=st.integers(0, 2**31))
+def test_few_rows_tuned_for_another_cpu_are_the_portable_result_bit_for_bit(family, tuning, layer, rows, seed):
+    x = activations(rows, layer, seed)
+    expected = NativeLayer(layer, "portable").run(x, accuracy_level=4)
+    np.testing.assert_array_equal(NativeLayer(layer, family, tuning).run(x, accuracy_level=4), expected)
 
 
 @pytest.mark.skipif("avx512amx" not in FAMILIES, reason="seven and eight rows are a case of their own on AMX alone")
@@ -89,16 +100,18 @@ def met_by_outliers(layer: Layer, features: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("accuracy_level", [0, 4])
-@pytest.mark.parametrize("rows", [1, 3, 8, 16, 20, 35])
+@pytest.mark.parametrize(
+    ("rows", "tuning"), [*((1, name) for name in TUNINGS), (3, ""), (8, ""), (16, ""), (20, ""), (35, "")]
+)
 @pytest.mark.parametrize("outliers", [0.0, 0.02])
-def test_nan_and_infinity_propagate_as_in_a_matmul(family, accuracy_level, rows, outliers):
+def test_nan_and_infinity_propagate_as_in_a_matmul(family, accuracy_level, rows, tuning, outliers):
     layer = make_layer(100, 96, {4: 32, 3: 32, 2: 32}, ordered=True, outliers=outliers, bias=True)
     x = activations(rows, layer, 1)
     x[0, 5] = np.inf
     if rows > 1:
         x[1, 7] = np.nan
         x[1, 9] = -np.inf
-    y = NativeLayer(layer, family).run(x, accuracy_level)
+    y = NativeLayer(layer, family, tuning).run(x, accuracy_level)
     with np.errstate(invalid="ignore"):
         # A weight of 0 makes NaN of infinity; compare where products are the same whatever their rounding.
         expected = (x @ layer.weight.T.astype(np.float32)) + layer.bias.astype(np.float32)
@@ -277,3 +290,8 @@ def test_environment_chooses_the_family(monkeypatch):
     monkeypatch.setenv("CLAQ_KERNEL", "sse1")
     with pytest.raises(NativeError, match="CLAQ_KERNEL: no kernel family is called 'sse1'; this CPU can run: "):
         NativeLayer(layer)
+
+
+def test_an_unknown_tuning_is_named():
+    with pytest.raises(NativeError, match="CLAQ_TUNING: is 'fast', expected plain, gathers or zen"):
+        NativeLayer(make_layer(10, 32), tuning="fast")

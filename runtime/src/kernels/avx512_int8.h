@@ -9,6 +9,7 @@
 //   rows_ahead(width): how many rows of code words ahead they are fetched for a few rows of x; kToSecondLevel: to the second-level
 //     cache, and always, else to the first and only where they come from memory; row_vectors(width), few_rows_vectors(width):
 //     vectors of outputs side by side for a row alone and for two to four;
+//   held_activations(width): whether those of a row alone are worth registers;
 //   kTileRows, kTileVectors: a register tile of the panels; kShallowRows: up to how many rows panels are shallow, and kShallowBlocks: how
 //     many blocks deep these are (avx512_panels.h).
 #pragma once

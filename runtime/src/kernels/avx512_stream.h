@@ -28,14 +28,14 @@ constexpr int kStreamTogether = kRows == 1 ? Isa::template kMostTogether<kWidth>
 // have the halves of their lanes exchanged.
 template <class Isa, int kWidth, int kRows>
 struct BlockOperands {
-  static constexpr bool kHeld = kRows == 1;
+  static constexpr bool kHeld = kRows == 1, kHeldActivations = kHeld && Isa::held_activations(kWidth);
   static constexpr int kTogether = kStreamTogether<Isa, kWidth, kRows>;
   BlockTables<Isa, kWidth, kHeld && Isa::kHeldTables> tables;
   const int8_t* x;
-  typename Isa::Activation activations[kTogether][kHeld ? kGroupsPerBlock : 1];
+  typename Isa::Activation activations[kTogether][kHeldActivations ? kGroupsPerBlock : 1];
 
   CLAQ_INLINE BlockOperands(const uint8_t* block_table, const int8_t* block_x) : tables(block_table), x(block_x) {
-    if constexpr (kHeld) {
+    if constexpr (kHeldActivations) {
 #pragma GCC unroll 8
       for (int g = 0; g < kGroupsPerBlock; ++g) {
         activations[0][g] = Isa::activation(x + 4 * g);
@@ -48,7 +48,7 @@ struct BlockOperands {
   }
   // For row m and vector v.
   CLAQ_INLINE typename Isa::Activation activation(int group, int m, int v) const {
-    if constexpr (kHeld) return activations[v % kTogether][group];
+    if constexpr (kHeldActivations) return activations[v % kTogether][group];
     else return Isa::activation(x + 4 * (kRows * group + m));
   }
 };

@@ -20,6 +20,7 @@ struct Vnni : VnniProducts {
   static constexpr int few_rows_vectors(int) { return 4; }
   static constexpr int row_vectors(int) { return 4; }
   static constexpr bool kToSecondLevel = false;
+  static constexpr bool held_activations(int) { return true; }
 
   template <int kWidth>
   static __m512i load_table(const uint8_t* table, int group) {

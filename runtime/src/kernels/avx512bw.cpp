@@ -25,6 +25,7 @@ struct Bw : ShuffleDecoder<-128> {
   static constexpr int few_rows_vectors(int width) { return width == 3 ? 3 : 4; }
   static constexpr int row_vectors(int) { return 4; }
   static constexpr bool kToSecondLevel = false;
+  static constexpr bool held_activations(int) { return true; }
   static constexpr int kTileRows = 4, kTileVectors = 3, kShallowRows = 48, kShallowBlocks = 4;
 
   static Weights widen(__m512i bytes) { return {_mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 8), _mm512_srai_epi16(bytes, 8)}; }

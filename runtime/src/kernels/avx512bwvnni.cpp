@@ -19,6 +19,7 @@ struct BwVnni : ShuffleDecoder<0>, VnniProducts {
   static constexpr int few_rows_vectors(int width) { return width == 3 ? 3 : 4; }
   static constexpr int row_vectors(int) { return 4; }
   static constexpr bool kToSecondLevel = false;
+  static constexpr bool held_activations(int) { return true; }
 };
 
 }  // namespace

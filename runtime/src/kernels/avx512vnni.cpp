@@ -2,19 +2,11 @@
 #include "avx512_float.h"
 #include "avx512_outliers.h"
 #include "avx512_prepare.h"
-#include "avx512_vbmi.h"
+#include "avx512_zen.h"
 #include "plain_loops.h"
 
 namespace claq {
 namespace {
-
-// Zen 4 reads from memory at 1.3 to 1.6 times the speed when code words are fetched to the second-level cache. With five rows and more, which
-// take their time, it is no gain.
-struct Zen : Vnni {
-  static constexpr int kMostRows = 4;
-  static constexpr bool kToSecondLevel = true;
-  static constexpr int rows_ahead(int width) { return width; }
-};
 
 void sums_int8_of_cpu(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums,
                       int64_t stride, void* scratch) {
