@@ -24,6 +24,7 @@ struct Family {
   int64_t tile_rows;         // rows of x that prepare_tile and transpose take at a time
   int64_t activation_bytes;  // of `activations.quantized` for each row and stored column
   bool outlier_slices;       // add_outliers reads LayerView::outlier_slices
+  bool short_runs;           // on Zen, a row alone may take its code words in short runs: they are fetched far ahead
   int64_t float_sums;        // of many rows of x: what sums_float is called for at most, at least kCachedSums
 
   // Fills row `row` of `activations.scaled` (if not null) from x, and if `quantize` is set that of the int8 parts. Returns

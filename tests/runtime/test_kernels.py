@@ -292,6 +292,24 @@ def test_environment_chooses_the_family(monkeypatch):
         NativeLayer(layer)
 
 
+@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("family", FAST)
+@pytest.mark.parametrize("special", [False, True])
+def test_a_row_alone_is_the_same_however_it_is_shared_out(family, tuning, special):
+    layer = make_layer(2050, 1600, {4: 800, 3: 416, 2: 384}, ordered=True, outliers=0.01, bias=True)
+    x = activations(1, layer, 0)
+    if special:
+        x[0, 5] = np.inf
+    native = NativeLayer(layer, family, tuning)
+    assert native.most_tasks(x, accuracy_level=4) > 1
+    alone = native.run(x, accuracy_level=4)
+    for threads in (2, 4):
+        np.testing.assert_array_equal(native.run(x, accuracy_level=4, threads=threads), alone)
+    if not special:
+        np.testing.assert_array_equal(alone, NativeLayer(layer, "portable").run(x, accuracy_level=4))
+        np.testing.assert_array_equal(native.run(x, threads=2), native.run(x))
+
+
 def test_an_unknown_tuning_is_named():
     with pytest.raises(NativeError, match="CLAQ_TUNING: is 'fast', expected plain, gathers or zen"):
         NativeLayer(make_layer(10, 32), tuning="fast")

@@ -207,7 +207,7 @@ bool supported() { return has_vbmi_and_vnni() && tiles_supported(); }
 
 }  // namespace
 
-const Family kAvx512Amx = {"avx512amx", supported, {60e9, 200e9}, {60e9, 60e9}, kRowsAtOnce, 1, true, kWideFloatSums, prepare_row,
+const Family kAvx512Amx = {"avx512amx", supported, {60e9, 200e9}, {60e9, 60e9}, kRowsAtOnce, 1, true, false, kWideFloatSums, prepare_row,
                            prepare_tile_of_tiles, transpose, sums_int8_by_tiles, sums_float, add_outliers, finish_row, half_row_to_float,
                            float_row_to_half, swiglu, add_parts};
 

@@ -39,7 +39,7 @@ struct Bw : ShuffleDecoder<-128> {
 
 }  // namespace
 
-const Family kAvx512Bw = {"avx512bw", supported, {20e9, 40e9}, {20e9, 60e9}, kRowsAtOnce, 1, true, kWideFloatSums, prepare_row, prepare_tile, transpose,
+const Family kAvx512Bw = {"avx512bw", supported, {20e9, 40e9}, {20e9, 60e9}, kRowsAtOnce, 1, true, false, kWideFloatSums, prepare_row, prepare_tile, transpose,
                           sums_int8<Bw>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu, add_parts};
 
 }  // namespace claq

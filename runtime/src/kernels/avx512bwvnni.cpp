@@ -24,7 +24,7 @@ struct BwVnni : ShuffleDecoder<0>, VnniProducts {
 
 }  // namespace
 
-const Family kAvx512BwVnni = {"avx512bwvnni", supported, {30e9, 150e9}, {20e9, 60e9}, kRowsAtOnce, 1, true, kWideFloatSums, prepare_row, prepare_tile, transpose,
+const Family kAvx512BwVnni = {"avx512bwvnni", supported, {30e9, 150e9}, {20e9, 60e9}, kRowsAtOnce, 1, true, false, kWideFloatSums, prepare_row, prepare_tile, transpose,
                               sums_int8<BwVnni>, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu, add_parts};
 
 }  // namespace claq

@@ -18,7 +18,7 @@ void sums_int8_of_cpu(const LayerView& layer, const Activations& activations, in
 
 }  // namespace
 
-const Family kAvx512Vnni = {"avx512vnni", has_vbmi_and_vnni, {60e9, 250e9}, {60e9, 60e9}, kRowsAtOnce, 1, true, kWideFloatSums, prepare_row, prepare_tile, transpose,
+const Family kAvx512Vnni = {"avx512vnni", has_vbmi_and_vnni, {60e9, 250e9}, {60e9, 60e9}, kRowsAtOnce, 1, true, true, kWideFloatSums, prepare_row, prepare_tile, transpose,
                             sums_int8_of_cpu, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu, add_parts};
 
 }  // namespace claq

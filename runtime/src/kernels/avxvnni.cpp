@@ -12,7 +12,7 @@ bool supported() {
 
 }  // namespace
 
-const Family kAvxVnni = {"avxvnni", supported, {30e9, 100e9}, {12e9, 35e9}, kRowsAtOnce, kActivationBytes, true, kCachedSums, prepare_row, prepare_tile,
+const Family kAvxVnni = {"avxvnni", supported, {30e9, 100e9}, {12e9, 35e9}, kRowsAtOnce, kActivationBytes, true, false, kCachedSums, prepare_row, prepare_tile,
                          transpose, sums_int8, sums_float, add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu, add_parts};
 
 }  // namespace claq

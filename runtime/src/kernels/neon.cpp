@@ -221,7 +221,7 @@ void float_row_to_half(const float* from, uint16_t* to, int64_t count) { kPortab
 
 }  // namespace
 
-const Family kNeon = {"neon", supported, {30e9, 50e9}, {12e9, 35e9}, 1, 1, false, kCachedSums, prepare_row, nullptr, nullptr, sums_int8, sums_float,
+const Family kNeon = {"neon", supported, {30e9, 50e9}, {12e9, 35e9}, 1, 1, false, false, kCachedSums, prepare_row, nullptr, nullptr, sums_int8, sums_float,
                       add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu, add_parts};
 
 }  // namespace claq

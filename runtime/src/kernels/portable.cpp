@@ -147,7 +147,7 @@ void float_row_to_half(const float* from, uint16_t* to, int64_t count) {
 
 }  // namespace
 
-const Family kPortable = {"portable", always, {1e9, 1e9}, {1e9, 1e9}, 1, 1, false, kCachedSums, prepare_row, nullptr, nullptr, sums_int8, sums_float,
+const Family kPortable = {"portable", always, {1e9, 1e9}, {1e9, 1e9}, 1, 1, false, false, kCachedSums, prepare_row, nullptr, nullptr, sums_int8, sums_float,
                           add_outliers, finish_row, half_row_to_float, float_row_to_half, swiglu, add_parts};
 
 }  // namespace claq

@@ -144,6 +144,10 @@ inline void mm256_mask_storeu_epi16(void* p, __mmask16 m, __m256i v) { masked_st
 inline __m256i mm256_maskz_loadu_epi16(__mmask16 m, const void* p) { return masked_load_of<__m256i, int16_t>(m, p); }
 inline __m256 mm256_maskz_loadu_ps(__mmask8 m, const void* p) { return masked_load_of<__m256, float>(m, p); }
 inline __m128i mm_maskz_loadu_epi16(__mmask8 m, const void* p) { return masked_load_of<__m128i, int16_t>(m, p); }
+inline F32 mm512_maskz_mov_ps(__mmask16 m, const F32& a) {
+  const auto x = lanes<float>(a);
+  return make<F32, float>([&](int i) { return (m >> i) & 1 ? x[i] : 0.0f; });
+}
 inline F32 mm512_add_ps(const F32& a, const F32& b) {
   const auto x = lanes<float>(a), y = lanes<float>(b);
   return make<F32, float>([&](int i) { return x[i] + y[i]; });
@@ -549,6 +553,8 @@ inline void add_signed_products(int sum, int a, int b) {
 #define _mm512_store_si512 emulated::mm512_store_si512
 #undef _mm512_maskz_loadu_ps
 #define _mm512_maskz_loadu_ps emulated::mm512_maskz_loadu_ps
+#undef _mm512_maskz_mov_ps
+#define _mm512_maskz_mov_ps emulated::mm512_maskz_mov_ps
 #undef _mm512_maskz_loadu_epi32
 #define _mm512_maskz_loadu_epi32 emulated::mm512_maskz_loadu_epi32
 #undef _mm512_mask_storeu_ps
