@@ -98,7 +98,7 @@ def draw_decoding(axes: Axes, documents: Sequence[tuple[str, dict[str, Any]]]) -
         axes.bar_label(bars, texts, fontsize=8, padding=3)
     axes.set_yticks(np.arange(len(shown)), list(shown.values()))
     axes.invert_yaxis()
-    axes.set_xlim(0, 400)
+    axes.set_xlim(0, 340)
     axes.set_xlabel("tokens a second")
     axes.set_title("decoding SmolLM2-135M, 4 bits\nbatch 1, two threads", fontsize=9)
     bare(axes)
