@@ -80,21 +80,32 @@ def copy_packages_without_cpuid(folder: Path) -> None:
             raise RuntimeError(f"{package}: no cpuid found in {', '.join(replaced)}")
 
 
+def environment(folder: Path) -> dict[str, str]:
+    """Builds in `folder`, which has to stay, what has to be loaded first: this process's environment with it.
+
+    A program that is started with it, and with the features to hide in VARIABLE, does without these.
+    """
+    library = folder / "hide_cpu_features.so"
+    source = Path(__file__).with_suffix(".c")
+    subprocess.run([os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
+    result = os.environ | {"LD_PRELOAD": str(library)}
+    if "cpuid_fault" not in Path("/proc/cpuinfo").read_text():
+        packages = folder / "packages"
+        copy_packages_without_cpuid(packages)
+        path = [str(packages), *filter(None, [os.environ.get("PYTHONPATH")])]
+        result |= {"CLAQ_CPUID_REPLACED": "1", "PYTHONPATH": os.pathsep.join(path)}
+    return result
+
+
 def main(arguments: list[str]) -> int:
     if len(arguments) < 2 or arguments[0].startswith("-"):
         print(__doc__)
         return 2
     features, *command = arguments
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "hide_cpu_features.so"
-        source = Path(__file__).with_suffix(".c")
-        subprocess.run([os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
-        environment = os.environ | {"LD_PRELOAD": str(library), VARIABLE: features}
-        if "cpuid_fault" not in Path("/proc/cpuinfo").read_text():
-            copy_packages_without_cpuid(Path(folder) / "packages")
-            path = [str(Path(folder) / "packages"), *filter(None, [os.environ.get("PYTHONPATH")])]
-            environment |= {"CLAQ_CPUID_REPLACED": "1", "PYTHONPATH": os.pathsep.join(path)}
-        return subprocess.run([sys.executable, *command], env=environment).returncode
+        return subprocess.run(
+            [sys.executable, *command], env=environment(Path(folder)) | {VARIABLE: features}
+        ).returncode
 
 
 if __name__ == "__main__":
