@@ -7,7 +7,7 @@ timed. The variants take turns, a few steps each, so that whatever else the mach
 and the ratio of medians to Inductor's. Greedy tokens through the backend (``fallback="eager"``, which spares a compilation of
 the prompt's graph) are compared with those of a model from ``claq_export.quantize`` with the same settings; with
 ``--artifact``, those of the backend on the artifact's weights with those that ONNX Runtime generates from the artifact.
-Writes benchmarks/results/torch_compile.md and .json.
+Writes benchmarks/results/torch_compile_KERNEL.md and .json, KERNEL being the family of claq's kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from datetime import date
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cpu_matmul import cpu_name, report_name
 
 import claq_export
 from claq_export import Config
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=32, help="tokens")
     parser.add_argument("--check-tokens", type=int, default=48, help="greedy tokens compared; 0: none")
-    parser.add_argument("--machine", default="", help="what it is; default: architecture and number of cores")
+    parser.add_argument("--machine", default="", help="what it is; default: the processor and number of cores")
     parser.add_argument("--note", default="", help="written beside the figures, such as what else the machine did")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -201,7 +201,7 @@ def main() -> None:
         "greedy tokens equal to those of claq_export.quantize": agreement,
         "to those of the exported artifact in ONNX Runtime": exported,
         "torch": torch.__version__,
-        "machine": arguments.machine or f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": arguments.machine or f"{cpu_name()}, {os.cpu_count()} cores",
         "date": date.today().isoformat(),
         "note": arguments.note,
     }
@@ -216,8 +216,9 @@ def main() -> None:
     ]
     print("\n".join(lines))
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "torch_compile.md").write_text("\n".join(lines) + "\n")
-    (RESULTS / "torch_compile.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    path = RESULTS / f"torch_compile_{report_name()}.md"
+    path.write_text("\n".join(lines) + "\n")
+    path.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
