@@ -5,10 +5,10 @@
     python benchmarks/hide_cpu_features.py amx,avx512vbmi benchmarks/cpu_matmul.py --threads 1  # AVX-512 as Cascade Lake has it
 
 CLAQ_KERNEL forces claq's kernels alone; ONNX Runtime and PyTorch choose theirs by the instruction `cpuid`, whose answers
-hide_cpu_features.c changes. Linux on x86-64 and a C compiler. With `cpuid_fault` in /proc/cpuinfo (Intel's processors have
-it, some hypervisors too) that holds for all that is loaded; elsewhere for copies of onnxruntime and claq_runtime whose
-`cpuid` has been replaced, found by objdump, which stand first in Python's path. What was chosen when a program was compiled
-or started, a llama.cpp for one processor or the C library's memcpy, stays as it is.
+hide_cpu_features.c changes. Linux on x86-64 and a C compiler. Where `cpuid` can fault (Intel's processors let it, some
+hypervisors too, `cpuid_fault` in /proc/cpuinfo) that holds for all that is loaded; elsewhere for copies of onnxruntime and
+claq_runtime whose `cpuid` has been replaced, found by objdump, which stand first in Python's path. What was chosen when a
+program was compiled or started, a llama.cpp for one processor or the C library's memcpy, stays as it is.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def environment(folder: Path) -> dict[str, str]:
     source = Path(__file__).with_suffix(".c")
     subprocess.run([os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
     result = os.environ | {"LD_PRELOAD": str(library)}
-    if "cpuid_fault" not in Path("/proc/cpuinfo").read_text():
+    # Asked of the library itself: a kernel may refuse what the processor could.
+    if subprocess.run(["true"], env=result | {VARIABLE: ""}, capture_output=True).returncode:
         packages = folder / "packages"
         copy_packages_without_cpuid(packages)
         path = [str(packages), *filter(None, [os.environ.get("PYTHONPATH")])]

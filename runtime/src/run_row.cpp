@@ -94,40 +94,45 @@ void run_row(const Family& family, const LayerView& layer, claq_dtype dtype, boo
   const auto prepare = [&](const LayerView& columns, Activations& prepared) {
     if (!family.prepare_row(columns, row, prepared, 0, int8) && int8) exact = true;
   };
-  const auto sum_part = [&](const Slice& some, int64_t part, int64_t n0, int64_t n1) {
-    const Workspace scratch(static_cast<size_t>(kScratchBytes));
-    (int8 ? family.sums_int8 : family.sums_float)(some.layer, some.activations, 0, 1, n0, n1, sums + part * stride + n0, stride,
-                                                  scratch.first<void>());
+  const auto sum_part = [&](const Slice& some, int64_t part, Range n, const Workspace& scratch) {
+    (int8 ? family.sums_int8 : family.sums_float)(some.layer, some.activations, 0, 1, n.begin, n.end, sums + part * stride + n.begin,
+                                                  stride, scratch.first<void>());
   };
   const auto part_of = [&](int64_t part) {
     const int64_t first = layer.blocks * part / parts, end = layer.blocks * (part + 1) / parts;
     return slice(family, layer, activations, first, end - first);
   };
-  const auto finish = [&](int64_t n0, int64_t n1) {
+  const auto finish = [&](Range n) {
+    const int64_t n0 = n.begin, n1 = n.end;
     family.add_parts(sums + n0, stride, parts, n1 - n0);
     if (layer.outlier_ptr) family.add_outliers(layer, activations, 0, 1, n0, n1, sums + n0, stride);
     float* finished = dtype == CLAQ_FLOAT32 ? static_cast<float*>(y) + n0 : sums + stride + n0;  // the second part's are used up
     family.finish_row(layer, n0, n1, sums + n0, finished);
     if (dtype != CLAQ_FLOAT32) store_row(family, dtype, finished, n1 - n0, y, n0);
   };
-  const auto end_of = [&](int64_t i, int64_t count) { return std::min(outputs, tiles * (i + 1) / count * kNarrowestTile); };
+  // The i-th of `count` stripes of whole tiles.
+  const auto outputs_of = [&](int64_t i, int64_t count) {
+    return Range{tiles * i / count * kNarrowestTile, std::min(outputs, tiles * (i + 1) / count * kNarrowestTile)};
+  };
 
   const bool own_outputs = family.short_runs && layer.tuning == Tuning::kZen && wanted > 1 && outputs >= wanted * kOwnOutputs;
   if (own_outputs || stripes > 1) prepare(layer, activations);  // else each part's task does, and has them in its cache
   if (own_outputs && !exact) {
     return for_each(host, wanted, [&](int64_t task) {
-      const int64_t n0 = tiles * task / wanted * kNarrowestTile, n1 = end_of(task, wanted);
-      for (int64_t part = 0; part < parts; ++part) sum_part(part_of(part), part, n0, n1);
-      finish(n0, n1);
+      const Workspace scratch(static_cast<size_t>(kScratchBytes));
+      const Range own = outputs_of(task, wanted);
+      for (int64_t part = 0; part < parts; ++part) sum_part(part_of(part), part, own, scratch);
+      finish(own);
     });
   }
   if (!exact) {
     for_each(host, tasks, [&](int64_t task) {
+      const Workspace scratch(static_cast<size_t>(kScratchBytes));
       for (int64_t unit = units * task / tasks; unit < units * (task + 1) / tasks; ++unit) {
         const int64_t part = unit / stripes, stripe = unit % stripes;
         Slice some = part_of(part);
         if (stripes == 1) prepare(some.layer, some.activations);
-        sum_part(some, part, tiles * stripe / stripes * kNarrowestTile, end_of(stripe, stripes));
+        sum_part(some, part, outputs_of(stripe, stripes), scratch);
       }
     });
   }
@@ -135,7 +140,7 @@ void run_row(const Family& family, const LayerView& layer, claq_dtype dtype, boo
 
   const int64_t outliers = layer.outlier_ptr ? layer.outlier_ptr[outputs] : 0;
   const int64_t ends = task_count(host, static_cast<double>(outliers + parts * outputs / 8) / kFinishedPerSecond, tiles);
-  for_each(host, ends, [&](int64_t task) { finish(tiles * task / ends * kNarrowestTile, end_of(task, ends)); });
+  for_each(host, ends, [&](int64_t task) { finish(outputs_of(task, ends)); });
 }
 
 }  // namespace claq
