@@ -12,7 +12,8 @@ from runtime_layers import Layer, NativeError, NativeLayer, make_layer
 import claq_runtime
 
 FAMILIES = claq_runtime.kernels()
-# Up to 48 rows (32 by tiles of AMX) panels are shallow on AVX-512, above them deep; chunks of rows of x have 256.
+# Up to 48 rows (32 by tiles of AMX) panels are shallow on AVX-512, above them deep, and on Zen up to 48 or 16 there are none;
+# chunks of rows of x have 256.
 ROWS = st.one_of(st.integers(1, 40), st.sampled_from([48, 49, 130, 300]))
 FAST = [name for name in FAMILIES if name != "portable"]
 TUNINGS = ["plain", "gathers", "zen"]
@@ -63,11 +64,24 @@ def test_int8_is_the_portable_result_bit_for_bit(family, layer, rows, tuning, se
 @pytest.mark.parametrize("tuning", TUNINGS)
 @pytest.mark.parametrize("family", [name for name in FAST if name.startswith("avx512")])
 @settings(max_examples=30, deadline=None)
-@given(layer=layers(), rows=st.integers(1, 4), seed=st.integers(0, 2**31))
+@given(layer=layers(), rows=st.sampled_from([*range(1, 18), 23, 40, 48, 49]), seed=st.integers(0, 2**31))
 def test_few_rows_tuned_for_another_cpu_are_the_portable_result_bit_for_bit(family, tuning, layer, rows, seed):
     x = activations(rows, layer, seed)
     expected = NativeLayer(layer, "portable").run(x, accuracy_level=4)
     np.testing.assert_array_equal(NativeLayer(layer, family, tuning).run(x, accuracy_level=4), expected)
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("family", [name for name in FAST if name.startswith("avx512")])
+@pytest.mark.parametrize("widths", [{4: 1600, 3: 0, 2: 1696}, {4: 800, 3: 1664, 2: 800}, {4: 0, 3: 0, 2: 3264}])
+@pytest.mark.parametrize("outputs", [1, 33, 176])
+def test_long_rows_tuned_for_another_cpu_are_the_portable_result_bit_for_bit(family, tuning, widths, outputs):
+    # More blocks of a width than are summed in registers at once.
+    layer = make_layer(outputs, 3250, widths, ordered=True, outliers=0.01, bias=True)
+    for rows in (1, 4, 7, 16, 21):
+        x = activations(rows, layer, rows)
+        expected = NativeLayer(layer, "portable").run(x, accuracy_level=4)
+        np.testing.assert_array_equal(NativeLayer(layer, family, tuning).run(x, accuracy_level=4), expected)
 
 
 @pytest.mark.skipif("avx512amx" not in FAMILIES, reason="seven and eight rows are a case of their own on AMX alone")
@@ -101,7 +115,8 @@ def met_by_outliers(layer: Layer, features: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("accuracy_level", [0, 4])
 @pytest.mark.parametrize(
-    ("rows", "tuning"), [*((1, name) for name in TUNINGS), (3, ""), (8, ""), (16, ""), (20, ""), (35, "")]
+    ("rows", "tuning"),
+    [*((1, name) for name in TUNINGS), (3, ""), (8, ""), (8, "zen"), (16, ""), (20, ""), (20, "zen"), (35, "")],
 )
 @pytest.mark.parametrize("outliers", [0.0, 0.02])
 def test_nan_and_infinity_propagate_as_in_a_matmul(family, accuracy_level, rows, tuning, outliers):

@@ -2,7 +2,7 @@
 #include "avx512_float.h"
 #include "avx512_outliers.h"
 #include "avx512_prepare.h"
-#include "avx512_zen.h"
+#include "avx512_zen_tiles.h"
 #include "plain_loops.h"
 
 namespace claq {
@@ -10,8 +10,9 @@ namespace {
 
 void sums_int8_of_cpu(const LayerView& layer, const Activations& activations, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums,
                       int64_t stride, void* scratch) {
-  if (layer.tuning == Tuning::kZen && m1 - m0 <= Zen::kMostRows) {
-    return few_rows_sums<Zen, Zen::kMostRows>(layer, activations, m0, m1, n0, n1, sums, stride);
+  if (layer.tuning == Tuning::kZen) {
+    if (m1 - m0 <= Zen::kMostRows) return few_rows_sums<Zen, Zen::kMostRows>(layer, activations, m0, m1, n0, n1, sums, stride);
+    if (in_zen_tiles(layer, m1 - m0)) return zen_tile_sums(layer, activations, m0, m1, n0, n1, sums, stride);
   }
   sums_int8<Vnni>(layer, activations, m0, m1, n0, n1, sums, stride, scratch);
 }
