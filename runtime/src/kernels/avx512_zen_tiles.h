@@ -11,6 +11,9 @@ namespace {
 constexpr int kZenTileVectors = 2;      // of outputs
 constexpr int64_t kZenTileBlocks = 24;  // that a tile goes through: its code words stay in the first-level cache for the next rows
 constexpr int64_t kZenTilesAhead = 2;   // that code words are fetched ahead, to that cache
+// The same of code words in memory, to the second-level cache: the first waits for too few lines at a time, and without this layers of few
+// outputs took up to 1.4 times as long.
+constexpr int64_t kZenFarTilesAhead = 4;
 constexpr int64_t kZenMostTileRows = 48;
 constexpr int64_t kZenMostThirdBitTileRows = 16;  // of layers with columns of 3 bits, whose decoding takes longer
 
@@ -91,13 +94,19 @@ CLAQ_INLINE void for_groups(const Words (&words)[kVectors], const uint8_t* table
   });
 }
 
-// The code words and tables of the blocks of a tile, of which `count` outputs exist (kTail), and the words to fetch meanwhile; null: none.
+// The code words and tables of the blocks of a tile, of which `count` outputs exist (kTail), and the words to fetch meanwhile, to the first- and
+// to the second-level cache; null: none.
 struct TileCodes {
   const uint32_t* codes;
   const uint8_t* table;
   int64_t blocks, row_stride, count;
-  const uint32_t* later;
+  const uint32_t *later, *far;
 };
+
+template <auto kCache, int kVectors>
+CLAQ_INLINE void fetch_vectors(const uint32_t* words) {
+  unrolled<kVectors>([&](auto v) CLAQ_STEP { _mm_prefetch(reinterpret_cast<const char*>(words + 16 * v.kValue), kCache); });
+}
 
 // All kRows rows of a packed tile; `first`: the sums begin here.
 template <int kWidth, int kRows, int kVectors, bool kTail>
@@ -111,7 +120,7 @@ void add_tile(const TileCodes& tile, const PackedPlace& place, bool first, float
   for_sums([&](auto m, auto v, const float* sum) CLAQ_STEP {
     total[m.kValue][v.kValue] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sum);
   });
-  const uint32_t *codes = tile.codes, *later = tile.later;
+  const uint32_t *codes = tile.codes, *later = tile.later, *far = tile.far;
   const uint8_t* table = tile.table;
   const int8_t* x = place.quantized;
   const float* scale = place.scale;
@@ -125,10 +134,10 @@ void add_tile(const TileCodes& tile, const PackedPlace& place, bool first, float
     __m512i dot[kRows][kVectors];
     for_sums([&](auto m, auto v, const float*) CLAQ_STEP { dot[m.kValue][v.kValue] = Vnni::begin(correction[m.kValue]); });
     const auto fetch_row = [&](auto i) CLAQ_STEP {
-      if (!later || i.kValue >= kWidth) return;
-      unrolled<kVectors>([&](auto v) CLAQ_STEP {
-        _mm_prefetch(reinterpret_cast<const char*>(later + (b * kWidth + i.kValue) * row_stride + 16 * v.kValue), _MM_HINT_T0);
-      });
+      if (i.kValue >= kWidth) return;
+      const int64_t row = (b * kWidth + i.kValue) * row_stride;
+      if (far) fetch_vectors<_MM_HINT_T1, kVectors>(far + row);
+      if (later) fetch_vectors<_MM_HINT_T0, kVectors>(later + row);
     };
     for_groups<kWidth, kVectors>(words, table, fetch_row, [&](auto group, const auto& weights) CLAQ_STEP {
       unrolled<kRows>([&](auto m) CLAQ_STEP {
@@ -165,7 +174,7 @@ void add_rows(const LayerView& layer, const Activations& activations, int64_t m0
     for_tail<kPackedRows>(place.rows, [&](auto rows) {
       add_tile<kWidth, decltype(rows)::kValue, kVectors, kTail>(tile, place, block == 0, sums + (m - m0) * stride, stride);
     });
-    tile.later = nullptr;
+    tile.later = tile.far = nullptr;
   }
 }
 
@@ -180,7 +189,7 @@ inline void zen_tile_sums(const LayerView& layer, const Activations& activations
                           float* sums, int64_t stride) {
   for_segments(layer, [&](const Segment& segment, auto width) CLAQ_STEP {
     constexpr int kWidth = decltype(width)::kValue;
-    constexpr int64_t kTile = 16 * kZenTileVectors, kAhead = kZenTilesAhead * kTile;
+    constexpr int64_t kTile = 16 * kZenTileVectors;
     const int64_t row_stride = layer.out_features, whole = n0 + (n1 - n0) / kTile * kTile;
     for (int64_t b = 0; b < segment.blocks; b += kZenTileBlocks) {
       const int64_t left = segment.blocks - b, blocks = left < kZenTileBlocks ? left : kZenTileBlocks;
@@ -188,15 +197,19 @@ inline void zen_tile_sums(const LayerView& layer, const Activations& activations
       const uint8_t* table = layer.table + segment.table_offset + ((b * kBlock) << kWidth);
       // Behind the last tiles come the first ones of the blocks below.
       const uint32_t* below = left >= 2 * kZenTileBlocks ? codes + kZenTileBlocks * kWidth * row_stride : nullptr;
+      const auto tiles_ahead = [&](int64_t n, int64_t tiles) -> const uint32_t* {
+        const int64_t ahead = n + tiles * kTile, beyond = ahead - whole;
+        return beyond < 0 ? codes + ahead : below && beyond < whole - n0 ? below + n0 + beyond : nullptr;
+      };
       for (int64_t n = n0; n < whole; n += kTile) {
-        const int64_t later = n + kAhead;
-        const uint32_t* fetched = later < whole ? codes + later : below ? below + n0 + later - whole : nullptr;
+        const uint32_t* later = tiles_ahead(n, kZenTilesAhead);
+        const uint32_t* far = layer.fetch_ahead ? tiles_ahead(n, kZenFarTilesAhead) : nullptr;
         add_rows<kWidth, kZenTileVectors, false>(layer, activations, m0, m1, segment.first_block + b,
-                                                 {codes + n, table, blocks, row_stride, kTile, fetched}, sums + n - n0, stride);
+                                                 {codes + n, table, blocks, row_stride, kTile, later, far}, sums + n - n0, stride);
       }
       for (int64_t n = whole; n < n1; n += 16) {
         add_rows<kWidth, 1, true>(layer, activations, m0, m1, segment.first_block + b,
-                                  {codes + n, table, blocks, row_stride, n1 - n, nullptr}, sums + n - n0, stride);
+                                  {codes + n, table, blocks, row_stride, n1 - n, nullptr, nullptr}, sums + n - n0, stride);
       }
     }
   });
