@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from layers import BOUNDS, arguments, layer_of
+from children import in_children
+from layers import arguments, bound_of, layer_of, share
 from machine import REAL, Machine, exact_products, reason_of
+
+GRACE_SECONDS = 30
+"""How much longer than its deadline a check that has begun may take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +58,8 @@ def checks(dry: bool = False) -> list[Check]:
     return wanted
 
 
-def error_of(check: Check, machine: Machine) -> float:
-    """Largest error relative to the largest output; of a lookup 0 or infinity."""
+def error_of(check: Check, machine: Machine) -> tuple[float, float]:
+    """Largest error relative to the largest output, and its bound; of a lookup 0 or infinity."""
     from claq_export.kernels.triton.launch import embedding, linear
 
     layer = layer_of(check.in_features, check.out_features, check.widths, check.outliers, check.full_row)
@@ -66,65 +69,46 @@ def error_of(check: Check, machine: Machine) -> float:
         ids = torch.randint(-check.out_features, check.out_features, (check.vectors,), device=machine.device)
         settings = (check.in_features, check.out_features, layer.columns, check.dtype)
         rows = embedding(ids, *there.tensors().values(), *settings, dispatch=dispatch)
-        return 0.0 if torch.equal(rows, layer.dequantize().to(machine.device)[ids].to(check.dtype)) else float("inf")
+        right = torch.equal(rows, layer.dequantize().to(machine.device)[ids].to(check.dtype))
+        return 0.0 if right else float("inf"), 0.0
     x = torch.randn(check.vectors, check.in_features, device=machine.device).to(check.dtype)
     bias = torch.randn(check.out_features, device=machine.device).to(check.dtype)
-    got = linear(*arguments(there, x, bias), dispatch=dispatch).double()
-    expected = x.double() @ layer.dequantize().to(machine.device).double().T + bias.double()
-    return float((got - expected).abs().max() / expected.abs().max())
+    got = linear(*arguments(there, x, bias), dispatch=dispatch)
+    dense = layer.dequantize().to(machine.device).double()
+    return share(got, x.double() @ dense.T + bias.double()), bound_of(x, dense)
 
 
-def _still_works() -> bool:
-    """Whether the process can go on using the GPU: after an illegal access every call fails."""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Checks that one process makes; those that ``deadline`` (of ``time.monotonic()``) cuts off are skipped."""
+
+    wanted: list[Check]
+    dry: bool
+    deadline: float
 
 
-def run_checks(wanted: list[Check], dry: bool, deadline: float) -> list[dict[str, Any]]:
-    """Results of checks, in a process of its own; those that ``deadline`` (of ``time.time()``) cuts off are skipped."""
-    machine = Machine(dry)
-    results = []
-    for check in wanted:
+def run_checks(part: Part, report: Callable[[dict[str, Any]], None]) -> None:
+    """Report the results of checks, in a process of its own."""
+    machine = Machine(part.dry)
+    lost = False
+    for number, check in enumerate(part.wanted):
         text = {**dataclasses.asdict(check), "dtype": str(check.dtype)}
-        if time.time() > deadline:
-            results.append({**text, "skipped": "out of time"})
+        if lost or time.monotonic() > part.deadline:
+            report({**text, "skipped": "the GPU was lost to a check before" if lost else "out of time"})
             continue
         try:
-            torch.manual_seed(len(results))  # it asks the GPU, too
+            torch.manual_seed(number)  # it asks the GPU, too
             with exact_products():
-                error = error_of(check, machine)
+                error, bound = error_of(check, machine)
+            report({**text, "error": error, "bound": bound, "passed": error <= bound})
         except Exception as failure:  # Triton's compiler and launcher raise errors of many types; each is a finding
-            results.append({**text, "passed": False, "failure": reason_of(failure)})
-            if not dry and not _still_works():
-                return results + [
-                    {
-                        **dataclasses.asdict(left),
-                        "dtype": str(left.dtype),
-                        "skipped": "the GPU was lost to the check before",
-                    }
-                    for left in wanted[len(results) :]
-                ]
-            continue
-        results.append({**text, "error": error, "passed": error <= BOUNDS[check.dtype]})
-    return results
+            report({**text, "passed": False, "failure": reason_of(failure)})
+            lost = not machine.usable()
 
 
-def correctness(machine: Machine, seconds: float) -> list[dict[str, Any]]:
+def correctness(machine: Machine, seconds: float, report: Callable[[dict[str, Any]], None]) -> None:
     """Run the checks in several processes, whose time goes mostly into compiling kernels."""
-    wanted, deadline = checks(machine.dry), time.time() + seconds
-    if machine.dry:
-        return run_checks(wanted, True, deadline)
-    processes = min(16, os.cpu_count() or 1)
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        parts = [wanted[i::processes] for i in range(processes)]
-        tasks = [pool.submit(run_checks, part, False, deadline) for part in parts]
-        results: list[dict[str, Any]] = []
-        for part, task in zip(parts, tasks, strict=True):
-            try:
-                results += task.result()
-            except Exception as failure:  # the process died, or could not begin
-                results.append({"checks": len(part), "passed": False, "failure": reason_of(failure)})
-        return results
+    wanted, deadline = checks(machine.dry), time.monotonic() + seconds
+    processes = 1 if machine.dry else min(16, os.cpu_count() or 1)
+    parts = [Part(wanted[i::processes], machine.dry, deadline) for i in range(processes)]
+    in_children(run_checks, parts, seconds + GRACE_SECONDS, report)

@@ -144,6 +144,14 @@ class Machine:
         if not self.dry:
             torch.cuda.synchronize()
 
+    def usable(self) -> bool:
+        """Whether this process can go on using the GPU: after an illegal access every call fails."""
+        try:
+            self.synchronize()
+        except RuntimeError:
+            return False
+        return True
+
     def warm_up(self, seconds: float = 0.3) -> None:
         """Work until the clocks have risen: an idle GPU runs slowly at first."""
         side = 16 if self.dry else 4096
@@ -182,23 +190,32 @@ class Machine:
             return self._once(everything) / len(calls)
         turn = self.captured(everything) if graph else everything
         turn()
-        return statistics.median(self._once(turn) for _ in range(repeats)) / len(calls)
+        self.warm_up(0.05)  # making the weights has left the GPU idle
+        return statistics.median(self._once(turn, queued=graph) for _ in range(repeats)) / len(calls)
 
-    def interleaved(self, calls: Mapping[str, Callable[[], object]], repeats: int = 31) -> dict[str, float]:
-        """Median time of each call, taken in turns: whatever slows the machine slows all of them."""
+    def interleaved(
+        self, calls: Mapping[str, Callable[[], object]], graph: bool, repeats: int = 31
+    ) -> dict[str, float]:
+        """Median time of each call (a CUDA graph's replay or not), taken in turns: whatever slows the machine slows all
+        of them."""
         times: dict[str, list[float]] = {name: [] for name in calls}
+        self.warm_up(0.05)
         for _ in range(2 if self.dry else repeats):
             for name, call in calls.items():
                 self.synchronize()
-                times[name].append(self._once(call))
+                times[name].append(self._once(call, queued=graph))
         return {name: statistics.median(found) for name, found in times.items()}
 
-    def _once(self, call: Callable[[], object]) -> float:
+    def _once(self, call: Callable[[], object], queued: bool = False) -> float:
+        """Seconds between two events around the call; ``queued``: behind some work, so that the launch of a graph from the
+        CPU, 5 to 10 microseconds, is over when the first event comes."""
         if self.dry:
             began = time.perf_counter()
             call()
             return time.perf_counter() - began
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if queued:
+            torch.cuda._sleep(200_000)  # clock cycles
         start.record()
         call()
         end.record()

@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from layers import BOUNDS, arguments, layer_of
+from layers import arguments, bound_of, layer_of, share
 from machine import Machine, exact_products, reason_of
 
 import claq_export.kernels.ops  # noqa: F401
@@ -26,11 +26,16 @@ class NotHere(Exception):
     """This cannot be looked at on this machine."""
 
 
-def find(findings: Iterable[Finding], found: list[dict[str, Any]], deadline: float, save: Callable[[], None]) -> None:
-    """Append every finding to ``found``; ``save`` is called after each. An error is a finding, too."""
+def find(
+    findings: Iterable[Finding], report: Callable[[dict[str, Any]], None], deadline: float, usable: Callable[[], bool]
+) -> None:
+    """Report every finding. An error is one, too; once the GPU is not ``usable`` any more, the others are left out."""
+    lost = False
     for what, error in findings:
         entry: dict[str, Any] = {"what": what}
         try:
+            if lost:
+                raise NotHere("the GPU was lost to a finding before")
             if time.monotonic() > deadline:
                 raise NotHere("out of time")
             torch.manual_seed(0)  # it asks the GPU, too
@@ -45,9 +50,8 @@ def find(findings: Iterable[Finding], found: list[dict[str, Any]], deadline: flo
             entry["skipped"] = str(reason)
         except Exception as failure:  # of CUDA, Triton, Dynamo or Inductor
             entry |= {"passed": False, "failure": reason_of(failure)}
-        found.append(entry)
-        print(entry, flush=True)
-        save()
+            lost = not usable()
+        report(entry)
 
 
 def operators(machine: Machine) -> Iterator[Finding]:
@@ -60,11 +64,6 @@ def operators(machine: Machine) -> Iterator[Finding]:
     for dtype in dtypes:
         yield f"claq::embedding, {dtype}", _lookup(machine, dtype)
     yield "opcheck of both operators", _registration(machine)
-
-
-def share(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference as a share of the largest value expected."""
-    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 def _layer(machine: Machine, outliers: float) -> tuple[QuantizedLinear, torch.Tensor]:
@@ -97,7 +96,7 @@ def _product(
         bias = torch.randn(layer.out_features if with_bias else 0, device=machine.device).to(dtype)
         got = _twice(lambda: torch.ops.claq.linear(*arguments(layer, x, bias), 0))
         expected = x.double() @ dense.T
-        return share(got, expected + bias.double() if with_bias else expected), BOUNDS[dtype]
+        return share(got, expected + bias.double() if with_bias else expected), bound_of(x, dense)
 
     return error
 

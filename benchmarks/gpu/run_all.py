@@ -14,6 +14,7 @@ torch with CUDA, and triton. For the last part, on a machine without network and
 
     make kernels                                        # before, on any machine; runtime/kernels is carried along
     pip install ./runtime --no-build-isolation          # there: with cmake, scikit-build-core and a C++ compiler
+    python benchmarks/gpu/run_all.py --runtime FOLDER   # or FOLDER/claq_runtime is carried along, from any site-packages
 
 --dry-run goes the same way without a GPU: tiny sizes in Triton's interpreter, times that mean nothing.
 """
@@ -24,9 +25,11 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -39,12 +42,13 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
 import torch  # noqa: E402
-from checks import correctness  # noqa: E402
+from checks import GRACE_SECONDS, correctness  # noqa: E402
+from children import in_children  # noqa: E402
+from findings import Part, find_all  # noqa: E402
 from goals import goals  # noqa: E402
 from layers import arguments, copies_of, layer_of, weight_bytes  # noqa: E402
 from machine import Machine, reason_of  # noqa: E402
-from models import model_times, models  # noqa: E402
-from operators import find, operators  # noqa: E402
+from models import model_times  # noqa: E402
 from peers import cublas, gemlite, torch_int4  # noqa: E402
 from tiles import write_dispatch  # noqa: E402
 
@@ -56,6 +60,7 @@ SHARE_OF_CHECKS = 0.3
 SHARE_OF_OPERATORS = 0.42
 """The part of the time after which no further operator or model is checked; they follow the kernels."""
 SECONDS_FOR_MODEL_TIMES = 60
+SECONDS_FOR_LOOKUPS = 15
 SECONDS_FOR_RUNTIME = 150
 
 
@@ -74,7 +79,11 @@ def timings(
     for shape in sizes.shapes[:1] if quick else sizes.shapes:
         vectors = sizes.vectors if shape == sizes.main else sizes.few_vectors
         few = [m for m in vectors if m <= 128]
-        dense = cublas(machine, *shape, vectors)
+        try:
+            dense = cublas(machine, *shape, vectors)
+        except Exception as failure:  # of CUDA, out of memory for one
+            rows.append({"shape": shape, "mix": "cuBLAS", "outliers": 0.0, "skipped": reason_of(failure)})
+            continue
         peers = {"int4pack": torch_int4(machine, *shape, few), "gemlite": gemlite(machine, *shape, few)}
         for (name, widths), outliers in product(MIXES.items(), (0.0, 0.005)):
             if outliers and (shape != sizes.main or name != "4"):
@@ -321,6 +330,7 @@ def main() -> int:
     parser.add_argument("--write-dispatch", action="store_true", help="put the fastest tiles into dispatch.json")
     parser.add_argument("--quick", action="store_true", help="one shape only")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes in Triton's interpreter, without a GPU")
+    parser.add_argument("--runtime", type=Path, help="folder to import claq_runtime from, where it is not installed")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder to write into")
     options = parser.parse_args()
     if options.write_dispatch and (options.dry_run or not options.tune):
@@ -331,6 +341,14 @@ def main() -> int:
     if importlib.util.find_spec("triton") is None:
         print("Triton is not installed", file=sys.stderr)
         return 2
+    if options.runtime:
+        if not (options.runtime / "claq_runtime" / "__init__.py").exists():
+            parser.error(f"--runtime: {options.runtime} holds no claq_runtime")
+        # This process and those that it starts; of site-packages as a folder nothing but claq_runtime is wanted.
+        only = Path(tempfile.mkdtemp())
+        (only / "claq_runtime").symlink_to((options.runtime / "claq_runtime").resolve())
+        sys.path.insert(0, str(only))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(only), os.environ.get("PYTHONPATH"))))
     machine = Machine(options.dry_run)
     import triton
 
@@ -376,17 +394,26 @@ def main() -> int:
             print("FAILED", result["failures"][-1], flush=True)
         save()
 
-    step("checks", lambda: correctness(machine, SHARE_OF_CHECKS * total))
-    for check in result["checks"]:
-        if check.get("passed") is False:
-            print("FAILED", check, flush=True)
+    def report_to(part: str) -> Callable[[dict[str, Any]], None]:
+        def report(finding: dict[str, Any]) -> None:
+            result[part].append(finding)
+            if part == "operators" or finding.get("passed") is False:
+                print("FAILED" if finding.get("passed") is False else "found", finding, flush=True)
+            save()
+
+        return report
+
+    save()
+    step("checks", lambda: correctness(machine, SHARE_OF_CHECKS * total, report_to("checks")))
     end_of_operators = started + SHARE_OF_OPERATORS * total
-    step("operators", lambda: find(operators(machine), result["operators"], end_of_operators, save))
-    step("operators", lambda: find(models(machine), result["operators"], end_of_operators, save))
+    for part in ("operators", "models"):
+        work = Part(part, machine.dry, end_of_operators)
+        patience = max(0.0, end_of_operators - time.monotonic()) + GRACE_SECONDS
+        step("operators", partial(in_children, find_all, [work], patience, report_to("operators")))
     step("copies", lambda: {"beginning": machine.copy_bandwidth()})
-    step("lookups", lambda: lookups(machine, deadline, result["lookups"], save))
-    end_of_timings = deadline - SECONDS_FOR_MODEL_TIMES
+    end_of_timings = deadline - SECONDS_FOR_MODEL_TIMES - SECONDS_FOR_LOOKUPS
     step("timings", lambda: timings(machine, end_of_timings, options.quick, result["timings"], save))
+    step("lookups", lambda: lookups(machine, end_of_timings + SECONDS_FOR_LOOKUPS, result["lookups"], save))
     step("models", lambda: model_times(machine, deadline, result["models"], save))
     if options.tune:
         step("tuning", lambda: tune(machine, deadline, result["tuning"], save))

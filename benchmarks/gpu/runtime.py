@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from layers import BOUNDS, arguments, copies_of, layer_of  # noqa: E402
-from machine import REAL, Machine, reason_of  # noqa: E402
+from layers import arguments, bound_of, copies_of, layer_of, share  # noqa: E402
+from machine import REAL, Machine, exact_products, reason_of  # noqa: E402
 
 from claq_export.format.layer import QuantizedLinear  # noqa: E402
 from claq_export.kernels.native import DTYPES, describe_layer  # noqa: E402
@@ -56,7 +56,7 @@ class Runtime:
             raise RuntimeError(self.error.value.decode())
 
     def usable(self) -> str:
-        self.check(self.library.claq_cuda_usable(self.error, len(self.error)))
+        self.check(self.library.claq_cuda_usable(self.error, ctypes.c_size_t(len(self.error))))
         return self.error.value.decode()
 
 
@@ -70,7 +70,11 @@ class Layer:
         self.handle = ctypes.c_void_p()
         torch.cuda.synchronize()
         status = runtime.library.claq_cuda_create(
-            ctypes.byref(description), DTYPES[self.dtype], ctypes.byref(self.handle), runtime.error, 512
+            ctypes.byref(description),
+            DTYPES[self.dtype],
+            ctypes.byref(self.handle),
+            runtime.error,
+            ctypes.c_size_t(len(runtime.error)),
         )
         runtime.check(status)
 
@@ -87,7 +91,7 @@ class Layer:
             ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
             ctypes.c_void_p(torch.cuda.current_blas_handle() if cublas else None),
             self.runtime.error,
-            512,
+            ctypes.c_size_t(len(self.runtime.error)),
         )
         self.runtime.check(status)
         return y
@@ -102,7 +106,7 @@ class Layer:
             ctypes.c_void_p(y.data_ptr()),
             ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
             self.runtime.error,
-            512,
+            ctypes.c_size_t(len(self.runtime.error)),
         )
         self.runtime.check(status)
         return y
@@ -115,60 +119,57 @@ class Layer:
 def check_all(runtime: Runtime, source: str) -> list[dict[str, Any]]:
     """Errors relative to the largest output, of every combination."""
     torch.manual_seed(0)
-    found = []
+    found: list[dict[str, Any]] = []
+
+    def check(what: dict[str, Any], error_and_bound: Callable[[], tuple[float, float]]) -> None:
+        entry: dict[str, Any] = {"package": source, **what, "error": float("inf"), "right": False}
+        try:
+            error, bound = error_and_bound()
+            entry |= {"error": error, "right": error <= bound}
+        except RuntimeError as reason:  # of libclaq or CUDA: the other checks go on
+            entry["failure"] = reason_of(reason)
+        found.append(entry)
+
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for widths in ((2,), (3,), (4,), (2, 3, 4)):
             for in_features, out_features, outliers in ((512, 320, 0.01), (300, 37, 0.0), (97, 44, 0.05)):
-                layer = layer_of(in_features, out_features, widths, outliers)
-                weight = layer.dequantize().double()
+                layer = layer_of(in_features, out_features, widths, outliers).to("cuda")
+                dense = layer.dequantize().double()
+                shape = {"dtype": str(dtype).removeprefix("torch."), "shape": [out_features, in_features]}
                 for with_bias in (True, False):
-                    bias = torch.randn(out_features if with_bias else 0, dtype=dtype)
-                    native = Layer(runtime, layer.to("cuda"), bias.cuda())
+                    bias = torch.randn(out_features if with_bias else 0, dtype=dtype, device="cuda")
+                    try:
+                        native = Layer(runtime, layer, bias)
+                    except RuntimeError as reason:
+                        failure = {"error": float("inf"), "right": False, "failure": reason_of(reason)}
+                        found.append({"package": source, **shape, "widths": list(widths), "bias": with_bias, **failure})
+                        continue
                     if not with_bias:
-                        found.append(_check_lookup(native, source))
+                        index = torch.int32 if out_features % 2 else torch.int64
+                        what = {**shape, "lookup": str(index).removeprefix("torch.")}
+                        check(what, partial(_lookup_error, native, index))
                     for rows in (1, 2, 3, 4, 7, 16, 20, 130, 600):
-                        x = torch.randn(rows, in_features, dtype=dtype)
-                        expected = x.double() @ weight.T + (bias.double() if with_bias else 0)
+                        x = torch.randn(rows, in_features, dtype=dtype, device="cuda")
+                        expected = x.double() @ dense.T + (bias.double() if with_bias else 0)
                         for cublas in (True, False):
-                            error, failure = float("inf"), {}
-                            try:
-                                y = native(x.cuda(), cublas).double().cpu()
-                                error = float((y - expected).abs().max() / expected.abs().max())
-                            except RuntimeError as reason:  # of libclaq or CUDA: the other checks go on
-                                failure = {"failure": reason_of(reason)}
-                            found.append(
-                                {
-                                    **failure,
-                                    "package": source,
-                                    "dtype": str(dtype).removeprefix("torch."),
-                                    "widths": list(widths),
-                                    "shape": [out_features, in_features],
-                                    "outliers": outliers,
-                                    "bias": with_bias,
-                                    "rows": rows,
-                                    "cublas": cublas,
-                                    "error": error,
-                                    "right": error <= BOUNDS[dtype],
-                                }
+                            case = {"widths": list(widths), "outliers": outliers, "bias": with_bias}
+                            case |= {"rows": rows, "cublas": cublas}
+                            check(
+                                {**shape, **case},
+                                lambda native=native, x=x, cublas=cublas, expected=expected, dense=dense: (
+                                    share(native(x, cublas), expected),
+                                    bound_of(x, dense),
+                                ),
                             )
     return found
 
 
-def _check_lookup(native: Layer, source: str) -> dict[str, Any]:
-    """Rows looked up, which must be those of the dense weight bit for bit."""
+def _lookup_error(native: Layer, index: torch.dtype) -> tuple[float, float]:
+    """0 where rows looked up are those of the dense weight bit for bit, else infinity; and the bound."""
     layer = native.layer
-    index = torch.int32 if layer.out_features % 2 else torch.int64
     ids = torch.randint(-layer.out_features, layer.out_features, (50,), device="cuda").to(index)
     expected = layer.dequantize().to(native.dtype)[ids.long()]
-    right = torch.equal(native.gather(ids), expected)
-    return {
-        "package": source,
-        "dtype": str(native.dtype).removeprefix("torch."),
-        "shape": [layer.out_features, layer.in_features],
-        "lookup": str(index).removeprefix("torch."),
-        "error": 0.0 if right else float("inf"),
-        "right": right,
-    }
+    return 0.0 if torch.equal(native.gather(ids), expected) else float("inf"), 0.0
 
 
 def graph_agrees(runtime: Runtime) -> bool:
@@ -187,7 +188,7 @@ def time_all(runtime: Runtime, found: list[dict[str, Any]], save: Callable[[], N
     machine.warm_up()
     out_features, in_features = MAIN[1], MAIN[0]
     copies = machine.sizes.copies(2 * in_features * out_features)
-    dense = [torch.randn(in_features, out_features, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
+    dense = [torch.randn(out_features, in_features, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
     jit = None
     if importlib.util.find_spec("triton"):
         from claq_export.kernels.triton.launch import linear as jit
@@ -206,7 +207,7 @@ def time_all(runtime: Runtime, found: list[dict[str, Any]], save: Callable[[], N
             x = torch.randn(rows, in_features, dtype=torch.bfloat16, device="cuda")
             row: dict[str, Any] = {"bits": bits, "rows": rows}
             row["ahead"] = milliseconds([partial(native, x) for native in natives])
-            row["cublas"] = milliseconds([partial(torch.matmul, x, weight) for weight in dense])
+            row["cublas"] = milliseconds([partial(torch.nn.functional.linear, x, weight) for weight in dense])
             if jit is not None:
                 row["just in time"] = milliseconds([partial(jit, *arguments(layer, x)) for layer in layers])
             found.append(row)
@@ -227,7 +228,8 @@ def onnxruntime_agrees(library: str) -> dict[str, Any]:
 
 def summary_of_checks(runtime: Runtime, source: str) -> dict[str, Any]:
     """What was found, the checks that failed, and the worst error by dtype."""
-    checks = check_all(runtime, source)
+    with exact_products():
+        checks = check_all(runtime, source)
     worst = {
         dtype: max(row["error"] for row in checks if row["dtype"] == dtype) for dtype in {r["dtype"] for r in checks}
     }

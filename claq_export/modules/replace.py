@@ -29,6 +29,7 @@ def replace_linears(
 
     Modules that share a weight share the quantized tensors. A weight that belongs to another kind of module, which may
     use it in its own way (``nn.MultiheadAttention``, for example), is overwritten with the dequantized one instead.
+    A layer goes to the device of the weight whose place it takes; one without memory (``meta``) leaves it where it is.
 
     Args:
         model: changed in place; biases stay. Expert weights stored in one tensor become a module an expert.
@@ -56,6 +57,7 @@ def replace_linears(
             _, weight = _weight_of(model, target, name)
             part = layer if rows == layer.out_features else slice_rows(layer, start, start + rows)
             start += rows
+            on_devices = {part.codes.device: part}  # modules that share a weight share its tensors, on each device
             others = [*sharing.get(id(weight), ()), *(tied or {}).get(name, ())]
             for every in dict.fromkeys([target, *others]):
                 owner, weight = _weight_of(model, every, name)
@@ -66,11 +68,14 @@ def replace_linears(
                     raise ModelError(
                         f"the weight of {every!r} has shape {list(weight.shape)}, layer {name!r} is for {list(shape)}"
                     )
+                if kind and weight.device not in on_devices:
+                    # A model without memory of its own gets its layers where they are.
+                    on_devices[weight.device] = part if weight.is_meta else part.to(weight.device)
                 if kind == "Embedding":
-                    modules[every] = ClaqEmbedding(part, weight.dtype)
+                    modules[every] = ClaqEmbedding(on_devices[weight.device], weight.dtype)
                 elif kind:
                     bias = getattr(owner, "bias", None)
-                    modules[every] = ClaqLinear(part, bias, (accuracy_levels or {}).get(name, 0))
+                    modules[every] = ClaqLinear(on_devices[weight.device], bias, (accuracy_levels or {}).get(name, 0))
                 else:
                     value = part.dequantize(weight.dtype)
                     dense.append((weight, value.T if flipped else value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from quantized_layers import random_layer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from claq_export.errors import ModelError
 from claq_export.format.checkpoint import Checkpoint, save_checkpoint
@@ -307,3 +309,27 @@ def test_a_weight_that_is_a_buffer() -> None:
     layer = random_layer(32, 8)
     model = replace_linears(Frozen(), {"mixing": layer})
     assert torch.equal(model.mixing, layer.dequantize(torch.float32))
+
+
+def test_layers_go_where_the_weights_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors stand for a GPU's; calibration leaves its layers in the host's memory."""
+    moved: list[torch.device] = []
+
+    def to(layer: QuantizedLinear, device: torch.device) -> QuantizedLinear:
+        moved.append(device)
+        return dataclasses.replace(layer, **{name: value.to("meta") for name, value in layer.tensors().items()})
+
+    monkeypatch.setattr(QuantizedLinear, "to", to)
+    with FakeTensorMode():
+        embed = nn.Embedding(20, 32, _weight=torch.empty(20, 32, device="cuda"))
+    model = nn.ModuleDict({"embed": embed, "head": nn.Linear(32, 20, bias=False)})
+    model["head"].weight = model["embed"].weight
+    replace_linears(model, {"head": random_layer(32, 20, (4,))})
+    assert moved == [torch.device("cuda", 0)]  # once: a tied table stays one
+    assert model["head"].codes.is_meta
+    assert model["head"].codes is model["embed"].codes
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(32, 20))
+    replace_linears(empty, {"0": random_layer(32, 20, (4,))})
+    assert moved == [torch.device("cuda", 0)]
+    assert empty[0].codes.device.type == "cpu"

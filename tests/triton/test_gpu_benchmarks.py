@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,8 @@ def test_calls_are_timed_in_turns() -> None:
     machine = object.__new__(load("machine").Machine)  # without the interpreter that a dry run turns on
     machine.dry = True
     calls: list[str] = []
-    times = machine.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")})
+    machine.device = "cpu"
+    times = machine.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, graph=False)
     assert calls == ["a", "b", "a", "b"]
     assert set(times) == {"a", "b"}
 
@@ -174,7 +176,6 @@ def test_calls_are_timed_in_turns() -> None:
 @pytest.mark.usefixtures("neighbours")
 def test_a_failed_finding_takes_no_other_along() -> None:
     module = load("operators")
-    saved: list[int] = []
     found: list[dict[str, Any]] = []
 
     def fell_back() -> tuple[float, float]:
@@ -194,14 +195,80 @@ def test_a_failed_finding_takes_no_other_along() -> None:
         "broken": broken,
         "absent": absent,
     }
-    module.find(findings.items(), found, time.monotonic() + 60, lambda: saved.append(len(found)))
+    module.find(findings.items(), found.append, time.monotonic() + 60, lambda: True)
     assert [entry.get("passed") for entry in found] == [True, False, False, False, None]
     assert found[2]["failure"] == "a CUDA kernel of claq is not used for some kind: it differs"
     assert found[3]["failure"] == "RuntimeError: illegal address"
     assert found[4] == {"what": "absent", "skipped": "no graphs"}
-    assert saved == [1, 2, 3, 4, 5]
-    module.find(findings.items(), found, time.monotonic() - 1, lambda: None)
-    assert [entry["skipped"] for entry in found[5:]] == ["out of time"] * 5
+    found.clear()
+    module.find(findings.items(), found.append, time.monotonic() - 1, lambda: True)
+    assert [entry["skipped"] for entry in found] == ["out of time"] * 5
+    found.clear()
+    module.find(findings.items(), found.append, time.monotonic() + 60, lambda: False)
+    assert found[3]["failure"] == "RuntimeError: illegal address"
+    assert found[4] == {"what": "absent", "skipped": "the GPU was lost to a finding before"}
+
+
+WORK = """
+import os, time
+
+def count(number, report):
+    for value in range(3):
+        report({"number": number, "value": value})
+    if number == 1:
+        os.abort()
+    while number == 2:
+        time.sleep(1)
+"""
+
+
+@pytest.mark.usefixtures("neighbours")
+def test_a_process_that_dies_or_hangs_takes_no_other_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work_of_children.py").write_text(WORK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    in_children, work = import_module("children").in_children, import_module("work_of_children").count
+    found: list[dict[str, Any]] = []
+    in_children(work, [0, 1], 60, found.append)
+    assert [[f["value"] for f in found if f.get("number") == n] for n in (0, 1)] == [[0, 1, 2]] * 2
+    assert [f for f in found if "number" not in f] == [
+        {"what": "process 2 of 2 did not end: exit status -6", "passed": False, "failure": "exit status -6"}
+    ]
+    found.clear()
+    in_children(work, [2], 20, found.append)
+    assert [f["value"] for f in found[:-1]] == [0, 1, 2]
+    assert found[-1]["failure"] == "it took longer than 20 s"
+
+
+@pytest.mark.usefixtures("neighbours")
+def test_float32_may_round_as_other_products_do() -> None:
+    module = load("layers")
+    x, dense = torch.randn(4, 4096), torch.randn(50, 4096).double()
+    assert module.bound_of(x.half(), dense) == module.BOUNDS[torch.float16]
+    assert module.bound_of(x[:, :1], dense[:, :1]) == module.BOUNDS[torch.float32]
+    own = module.share(x @ dense.float().T, x.double() @ dense.T)
+    assert module.bound_of(x, dense) == max(module.BOUNDS[torch.float32], 2 * own)
+
+
+def test_the_backend_is_found_where_claq_is_not_installed() -> None:
+    """Entry points are those of installed distributions; on a GPU machine there is only the folder."""
+    program = f"""
+import importlib.metadata, sys
+found = importlib.metadata.entry_points
+none = importlib.metadata.EntryPoints(())
+importlib.metadata.entry_points = lambda **kinds: none if kinds.get("group") == "torch_dynamo_backends" else found(**kinds)
+sys.path[:0] = [{str(ROOT)!r}, {str(FOLDER)!r}]
+import torch
+assert "claq" not in torch._dynamo.list_backends(exclude_tags=())
+import models
+models.register_backend()
+models.register_backend()
+model = torch.nn.Linear(64, 128)
+run = torch.compile(model, backend="claq", options={{"calibration": "none", "fallback": "eager"}})
+with torch.no_grad():
+    print(bool((run(x := torch.ones(2, 64)) != model(x)).any()))
+"""
+    done = run("-c", program)
+    assert done.stdout.splitlines()[-1:] == ["True"], done.stderr[-3000:]
 
 
 @pytest.mark.usefixtures("neighbours")
