@@ -9,14 +9,14 @@ from typing import Any as _Any
 
 if TYPE_CHECKING:
     from .api import ExportResult, export, quantize
-    from .backend import save_compiled
+    from .backend import requantize_compiled, save_compiled
     from .config import Config
     from .errors import ClaqError
     from .modules import load
 
 __version__ = "0.1.0"
 
-__all__ = ["ClaqError", "Config", "ExportResult", "export", "load", "quantize", "save_compiled"]
+__all__ = ["ClaqError", "Config", "ExportResult", "export", "load", "quantize", "requantize_compiled", "save_compiled"]
 
 # passes/ and kernels/ stand beside this folder in the source tree and inside it once installed. When Python finds the
 # source folder first (run from the checkout's root after a plain install), look for them beside it too.
@@ -31,6 +31,7 @@ _LAZY = {
     "export": "api",
     "load": "modules",
     "quantize": "api",
+    "requantize_compiled": "backend",
     "save_compiled": "backend",
 }
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from .algorithm.presets import PAPER_TOKEN_CLIP, PRESETS, preset_settings
-from .algorithm.settings import LayerSettings
+from .algorithm.settings import RESERVATIONS, LayerSettings
 from .errors import ConfigError
 from .format.packing import WIDTHS
+from .setting_types import in_types_of
 
 DEFAULT_CALIBRATION = "default"
 """Stands for the calibration text that the package carries."""
@@ -44,6 +45,26 @@ TORCH_ACCURACY = "fp32"
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """Types that the emitted graph may compute in."""
+
+_EXPECTED = {
+    "bits": "2, 3, 4 or a fraction from 2 to 5 (a budget)",
+    "floors": "a dictionary of name patterns and their least code widths",
+    "embedding_bits": f"one of {WIDTHS}, or 0 to leave them alone",
+    "head_bits": f"one of {WIDTHS}, or 0 to leave them alone",
+    "size": "a whole number of bytes (60_000_000) or None",
+    "tune": "a number of minutes or None",
+    "preset": f"one of {', '.join(PRESETS)} or None",
+    "calibration": 'the name of a file, "default", "none", or an iterable (a list) of texts or of model inputs',
+    "sequence_length": "a whole number of tokens or None",
+    "reservation": f"one of {', '.join(RESERVATIONS)}",
+    "include": "a name pattern or a list of them",
+    "exclude": "a name pattern or a list of them",
+    "accuracy": f"one of {', '.join(ACCURACY_LEVELS)} or None",
+    "dtype": f"one of {', '.join(DTYPES)}",
+    "algorithm": "a dictionary of settings by name",
+    "devices": "a sequence of at least one name (cpu, cuda, cuda:1, ...)",
+}
+"""What a value of the wrong type is told, where that is more than the type of the field."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +109,7 @@ class Config:
         token_clip: in a Hessian a token's norm is clipped to this multiple of the median (attention sinks would own it
             otherwise); None = leave tokens as they are.
         include, exclude: glob patterns over qualified names; a linear layer is quantized if it matches one of
-            ``include`` (all if empty) and none of ``exclude``.
+            ``include`` (all if empty) and none of ``exclude``. A string is one pattern.
         fuse_siblings: quantize linears that read the same value (q/k/v, gate/up) stacked as one.
         accuracy: arithmetic of the native kernels: ``"fp32"`` (exact to rounding) or ``"int8"`` (activations rounded to
             int8 with a scale a block of columns, as MatMulNBits does at accuracy level 4; faster). None: int8 in the exported
@@ -105,7 +126,8 @@ class Config:
         algorithm: overrides for single fields of :class:`claq_export.algorithm.settings.LayerSettings`.
 
     Raises:
-        ConfigError: a value is out of range; the message names the field.
+        ConfigError: a value is of the wrong type (:mod:`claq_export.setting_types`) or out of range; the message names the
+            field.
     """
 
     bits: float = 4
@@ -137,8 +159,9 @@ class Config:
     algorithm: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, (int, float)) or not 2 <= self.bits < 5:
-            raise ConfigError(f"bits must be 2, 3, 4 or a fraction from 2 to 5 (a budget), got {self.bits!r}")
+        self._convert()
+        if not 2 <= self.bits < 5:
+            raise ConfigError(f"bits must be {_EXPECTED['bits']}, got {self.bits!r}")
         if self.preset is not None and self.preset not in PRESETS:
             raise ConfigError(f"unknown preset {self.preset!r}; known: {', '.join(PRESETS)}")
         if self.size is not None and (self.size < 1 or self.preset is not None):
@@ -150,20 +173,22 @@ class Config:
                 raise ConfigError(f"the floor of {pattern!r} must be one of {WIDTHS} bits, got {width!r}")
         for name in ("embedding_bits", "head_bits"):
             value = getattr(self, name)
-            if isinstance(value, bool) or value not in (None, 0, *WIDTHS):
-                raise ConfigError(f"{name} must be one of {WIDTHS}, or 0 to leave them alone, got {value!r}")
+            if value not in (None, 0, *WIDTHS):
+                raise ConfigError(f"{name} must be {_EXPECTED[name]}, got {value!r}")
         if not 0 <= self.exact_tokens <= 0.1:
             raise ConfigError(f"exact_tokens must be a share of tokens from 0 to 0.1, got {self.exact_tokens!r}")
         if not 0 <= self.outliers <= 0.1:
             raise ConfigError(f"outliers must be a share of weights from 0 to 0.1, got {self.outliers!r}")
         for name in ("samples", "batch_size"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
         if self.sequence_length is not None and self.sequence_length < 2:
             raise ConfigError(f"sequence_length must be at least 2, got {self.sequence_length!r}")
         if self.tune is not None and not self.tune >= 0:
             raise ConfigError(f"tune must be a number of minutes, got {self.tune!r}")
+        if self.token_clip is not None and not self.token_clip > 0:
+            raise ConfigError(f"token_clip must be positive or None, got {self.token_clip!r}")
         if self.accuracy is not None and self.accuracy not in ACCURACY_LEVELS:
             raise ConfigError(f"accuracy must be one of {', '.join(ACCURACY_LEVELS)}, got {self.accuracy!r}")
         if self.opset not in (18, DECODER_OPSET):
@@ -173,11 +198,28 @@ class Config:
         if self.dtype != "float32" and self.opset != DECODER_OPSET:
             raise ConfigError(f"opset {self.opset} is for graphs in float32; leave it out, or dtype {self.dtype!r}")
         _check_devices(self.devices)
+        self.layer_settings()
+
+    def _convert(self) -> None:
+        """Bring all values into the types of their fields.
+
+        Raises:
+            ConfigError: one is of another type, or not a setting of the algorithm.
+        """
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("include", "exclude"):
+            if isinstance(values[name], str):
+                values[name] = (values[name],)
+        if isinstance(self.devices, (tuple, list)):
+            values["devices"] = tuple(str(one) if isinstance(one, torch.device) else one for one in self.devices)
+        values = in_types_of(Config, values, _EXPECTED)
         known = {field.name for field in dataclasses.fields(LayerSettings)}
-        unknown = sorted(set(self.algorithm) - known)
+        unknown = sorted(set(values["algorithm"]) - known)
         if unknown:
             raise ConfigError(f"unknown algorithm setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        self.layer_settings()
+        values["algorithm"] = in_types_of(LayerSettings, values["algorithm"], prefix="algorithm setting ")
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     @property
     def accuracy_level(self) -> int:
@@ -253,8 +295,8 @@ class Config:
 
 
 def _check_devices(names: Sequence[str]) -> None:
-    if isinstance(names, str) or not names:
-        raise ConfigError(f"devices must be a sequence of at least one name (cpu, cuda, cuda:1, ...), got {names!r}")
+    if not names:
+        raise ConfigError(f"devices must be {_EXPECTED['devices']}, got {names!r}")
     kinds = {_checked_device(name).type for name in names}
     if len(kinds) > 1:
         raise ConfigError(

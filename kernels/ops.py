@@ -9,7 +9,7 @@ others; on CPU the native library takes their place where it is installed (:mod:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -141,11 +141,37 @@ def _backward(_ctx: Any, *_gradients: torch.Tensor) -> None:
     )
 
 
+def register_autocast(library: torch.library.Library, name: str, operator: Callable[..., torch.Tensor]) -> None:
+    """Have an operator take its first argument ``x`` as autocast has ``aten.linear`` take its own: in the dtype of
+    autocast, unless it is of float64. (``torch.library.register_autocast`` knows one dtype for all times.)
+
+    Args:
+        library: the operator's.
+        name: its name in the library.
+        operator: what to call with the ``x`` of that dtype; the other arguments are passed on as they are, since who they
+            are is what weights are looked up by.
+    """
+
+    def implement(device: str) -> None:
+        key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+
+        def cast(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                lower = x.is_floating_point() and x.dtype != torch.float64
+                return operator(x.to(torch.get_autocast_dtype(device)) if lower else x, *rest)
+
+        library.impl(name, cast, key.name)
+
+    implement("cpu")
+    implement("cuda")
+
+
 _library.impl("linear", _reference, "CompositeExplicitAutograd")
 _library.impl("linear", _cpu, "CPU")
 _library.impl("linear", _cuda, "CUDA")
 torch.library.register_fake(OPERATOR, _fake, lib=_library)
 torch.library.register_autograd(OPERATOR, _backward, lib=_library)
+register_autocast(_library, "linear", torch.ops.claq.linear.default)
 _library.impl("embedding", _reference_embedding, "CompositeExplicitAutograd")
 _library.impl("embedding", _cpu_embedding, "CPU")
 _library.impl("embedding", _cuda_embedding, "CUDA")
@@ -155,9 +181,9 @@ torch.library.register_autograd(EMBEDDING_OPERATOR, _backward, lib=_library)
 linear = torch.ops.claq.linear.default
 """The operator. Arguments as in the schema; tensors as in ``docs/format.md``, absent parts of length zero.
 
-``x[..., in_features]`` is float32, float16 or bfloat16; the result ``[..., out_features]`` has its dtype. ``columns``
-are the stored columns of width 4, 3 and 2; ``accuracy_level`` is the arithmetic of the native kernels. There is no
-gradient.
+``x[..., in_features]`` is float32, float16 or bfloat16; the result ``[..., out_features]`` has its dtype, and under
+autocast that of autocast, as with ``aten.linear``. ``columns`` are the stored columns of width 4, 3 and 2;
+``accuracy_level`` is the arithmetic of the native kernels. There is no gradient.
 """
 
 embedding = torch.ops.claq.embedding.default

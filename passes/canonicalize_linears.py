@@ -170,8 +170,8 @@ class _Rewriter:
         for linear, other in (add.args, add.args[::-1]):
             if not isinstance(linear, fx.Node) or not is_canonical(linear) or linear.args[2] is not None:
                 continue
-            if len(linear.users) != 1:
-                continue
+            if len(linear.users) != 1 or _dtype(add) != _dtype(linear):
+                continue  # under autocast the sum may be of a wider type than the product
             weight = get_attribute(self.gm, str(linear.args[1].target))  # type: ignore[union-attr]
             constant = self.resolve(other)
             if constant is None or constant.tensor.dtype != weight.dtype:
@@ -187,6 +187,11 @@ class _Rewriter:
             self.graph.erase_node(linear)
             return fused
         return None
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
 
 
 Rule = Callable[[_Rewriter, fx.Node], "fx.Node | NoMatch"]

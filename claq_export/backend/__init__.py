@@ -6,7 +6,7 @@ PyTorch finds :func:`claq` through the entry point ``torch_dynamo_backends``; no
 from __future__ import annotations
 
 from .ahead import weights_in
-from .checkpoint import save_compiled
+from .checkpoint import requantize_compiled, save_compiled
 from .compile import claq
 
-__all__ = ["claq", "save_compiled", "weights_in"]
+__all__ = ["claq", "requantize_compiled", "save_compiled", "weights_in"]

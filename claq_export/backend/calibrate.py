@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,24 +34,53 @@ from .options import CompileOptions
 from .store import Stack, WeightStore, version_of
 
 
-@dataclass(eq=False)
 class Recording:
-    """Calls of one graph with one set of weights.
+    """Calls of one graph with one set of weights; when the first of these is gone, what was kept goes, too.
 
-    Attributes:
+    Args:
         graph: the graph.
         args: inputs of the first call, the parameters among them.
         batches: inputs of each call kept, parameters left out; None without calibration.
+
+    Attributes:
         nbytes: of the batches.
-        missing: parameters that are not quantized yet.
     """
 
-    graph: DynamoGraph
-    args: tuple[Any, ...]
-    batches: list[Batch] | None
-    nbytes: int = 0
-    missing: list[torch.Tensor] = field(default_factory=list)
-    _last: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = field(default_factory=dict)
+    def __init__(self, graph: DynamoGraph, args: Sequence[Any], batches: list[Batch] | None) -> None:
+        self.graph, self.batches, self.nbytes = graph, batches, 0
+        # A session lives as long as the process, and must not keep a model alive that is never called again.
+        self._args: list[Any] = [weakref.ref(arg) if i in graph.names else arg for i, arg in enumerate(args)]
+        self._missing: list[weakref.ref[torch.Tensor]] = []
+        self.identities: list[int] = []
+        self._last: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
+        if graph.names:
+            weakref.finalize(args[min(graph.names)], _forget, weakref.ref(self)).atexit = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether all parameters still are there."""
+        return all(self._args[position]() is not None for position in self.graph.names)
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """As they were given."""
+        return tuple(arg() if i in self.graph.names else arg for i, arg in enumerate(self._args))
+
+    @property
+    def missing(self) -> list[torch.Tensor]:
+        """Parameters that are not quantized yet."""
+        return [weight for ref in self._missing if (weight := ref()) is not None]
+
+    @missing.setter
+    def missing(self, weights: Sequence[torch.Tensor]) -> None:
+        self._missing, self.identities = [weakref.ref(weight) for weight in weights], [id(weight) for weight in weights]
+
+    def forget(self) -> None:
+        """Let go of all inputs."""
+        if self.batches is not None:
+            self.batches.clear()
+        self._last.clear()
+        self.nbytes = 0
 
     def add(self, args: Sequence[Any], room: int) -> None:
         """Keep the inputs of a call unless they take more than ``room`` bytes; the first call is always kept."""
@@ -86,7 +115,13 @@ class Recording:
 
     def parameter(self, layer: str) -> torch.Tensor:
         """The weight of a layer, by the layer's name."""
-        return _weight_of(layer, {name: self.args[position] for position, name in self.graph.names.items()})
+        args = self.args
+        return _weight_of(layer, {name: args[position] for position, name in self.graph.names.items()})
+
+
+def _forget(recording: weakref.ref[Recording]) -> None:
+    if (one := recording()) is not None:
+        one.forget()
 
 
 def quantize_recordings(

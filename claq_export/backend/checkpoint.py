@@ -12,7 +12,8 @@ from torch import nn
 
 from ..errors import ModelError, OutputError
 from ..format.checkpoint import CONFIG_FILE, TENSORS_FILE, Checkpoint, load_checkpoint, save_checkpoint
-from .release import saving
+from ..passes.fuse_siblings import stacked_name
+from .release import check_not_released, saving
 from .store import STORES, Stack, WeightStore, named_parameters
 
 
@@ -32,7 +33,8 @@ def save_compiled(model: nn.Module, folder: Path | str, config: Mapping[str, Any
         the two files, tensors first.
 
     Raises:
-        ModelError: no weight of the model is quantized yet, or it was compiled with several sets of options.
+        ModelError: no weight of the model is quantized yet, some were changed since, or it was compiled with several sets
+            of options.
         OutputError: the files cannot be written.
     """
     original = getattr(model, "_orig_mod", model)
@@ -50,6 +52,11 @@ def save_compiled(model: nn.Module, folder: Path | str, config: Mapping[str, Any
             f"this model was compiled with {len(stores)} different sets of options; save each from a model of its own"
         )
     stacks = _stacks(stores[0], names)
+    for weight, known in stores[0].entries():
+        if known.stack is not None and id(weight) in names and stores[0].find(weight) is None:
+            raise ModelError(
+                f"{names[id(weight)]} was changed after it had been quantized: call the compiled model again before saving it"
+            )
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,9 +64,15 @@ def save_compiled(model: nn.Module, folder: Path | str, config: Mapping[str, Any
         raise OutputError(f"folder {str(folder)!r} cannot be made: {error.strerror or error}") from error
     layers = {}
     parts = {}
+    named: dict[int, str] = {}
     for stack, members in stacks:
-        layers[stack.name] = stack.layer
-        parts[stack.name] = tuple((name.removesuffix(".weight"), rows) for name, rows in members)
+        # Not the stack's own name, which is that in its graph: the layers of a class that are compiled one by one share it.
+        parts_of = tuple((name.removesuffix(".weight"), rows) for name, rows in members)
+        name = parts_of[0][0] if len(parts_of) == 1 else stacked_name([part for part, _ in parts_of])
+        while name in layers:
+            name += "_"
+        named[id(stack)] = name
+        layers[name], parts[name] = stack.layer, parts_of
     levels = {stack.accuracy_level for stack, _ in stacks}
     with saving():
         state = {name: value for name, value in original.state_dict().items() if isinstance(value, torch.Tensor)}
@@ -70,7 +83,7 @@ def save_compiled(model: nn.Module, folder: Path | str, config: Mapping[str, Any
         if (entry := quantized.get(id(parameter))) is not None and entry.stack is not None:
             state.pop(name, None)
             if name != names[id(parameter)]:
-                tied.setdefault(entry.stack.name, []).append(name.removesuffix(".weight"))
+                tied.setdefault(named[id(entry.stack)], []).append(name.removesuffix(".weight"))
     written = save_checkpoint(
         folder,
         layers,
@@ -78,11 +91,30 @@ def save_compiled(model: nn.Module, folder: Path | str, config: Mapping[str, Any
         config or {},
         parts=parts,
         accuracy_level=max(levels),
-        transposed={stack.name for stack, _ in stacks if stack.transposed},
+        transposed={named[id(stack)] for stack, _ in stacks if stack.transposed},
         tied=tied,
     )
     stores[0].saved_in = folder.resolve()
     return written
+
+
+def requantize_compiled(model: nn.Module) -> None:
+    """Let the next call of a model compiled with ``backend="claq"`` quantize its weights anew.
+
+    Needed after a change that PyTorch does not count, such as ``weight.data += delta``; changes in place of the parameter
+    itself, ``load_state_dict()`` and assigning to ``.data`` are noticed. With ``observe`` calls are observed again first.
+
+    Args:
+        model: the module that was compiled, or what ``torch.compile`` returned for it.
+
+    Raises:
+        ModelError: no weight of the model was quantized, or the original ones are released.
+    """
+    parameters = list(getattr(model, "_orig_mod", model).parameters())
+    check_not_released(parameters)
+    forgotten = [store.forget(parameters) for store in {id(store): store for store in STORES.values()}.values()]
+    if not any(forgotten):
+        raise ModelError("no weight of this model has been quantized by backend='claq' yet")
 
 
 def _stacks(store: WeightStore, names: Mapping[int, str]) -> list[tuple[Stack, list[tuple[str, int]]]]:
@@ -138,6 +170,13 @@ def load_weights(folder: Path, named: Mapping[str, torch.Tensor], store: WeightS
         store.put(weight, stack, index)
         found += 1
     if named and not found:
+        for name in named:
+            several = _parts_named(name.removesuffix(".weight"), where)
+            if len(several) > 1:
+                raise ModelError(
+                    f"{folder}: {name!r} may be that of {' or '.join(several[:2])}: where layers of one class are compiled one "
+                    "by one their place in the model is not known; compile the whole model"
+                )
         raise ModelError(
             f"{folder} holds no weight of this model: it has {', '.join(list(where)[:3])}, …, the model "
             f"{', '.join(list(named)[:3])}, …"
@@ -171,7 +210,9 @@ def _stack(checkpoint: Checkpoint, layer: str, device: torch.device) -> Stack:
 
 def _part_named(name: str, where: Mapping[str, Any]) -> str | None:
     """The part of that name, or the only one that ends in it."""
-    if name in where:
-        return name
-    longer = [part for part in where if part.endswith(f".{name}")]
-    return longer[0] if len(longer) == 1 else None
+    parts = _parts_named(name, where)
+    return parts[0] if len(parts) == 1 else None
+
+
+def _parts_named(name: str, where: Mapping[str, Any]) -> list[str]:
+    return [name] if name in where else [part for part in where if part.endswith(f".{name}")]

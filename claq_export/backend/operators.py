@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.ops import register_autocast
 from .store import STORES
 
 LINEAR_SCHEMA = "linear_of(Tensor x, Tensor[] weights, Tensor?[] biases, bool transposed, str store) -> Tensor"
@@ -44,6 +45,9 @@ def _linear_fake(
 
 
 def _embedding(indices: torch.Tensor, weight: torch.Tensor, store: str) -> torch.Tensor:
+    # As nn.Embedding does, while claq::embedding counts from the end; to look would mean to wait for a GPU.
+    if indices.is_cpu and indices.numel() and (lowest := int(indices.min())) < 0:
+        raise IndexError(f"index {lowest} is out of range: the embedding has rows 0 to {weight.shape[0] - 1}")
     return STORES[store].rows(weight)(indices)
 
 
@@ -65,10 +69,13 @@ for _name, _kernel, _shape in (
     torch.library.register_fake(f"claq::{_name}", _shape, lib=_library)
     torch.library.register_autograd(f"claq::{_name}", _backward, lib=_library)
 
+register_autocast(_library, "linear_of", torch.ops.claq.linear_of.default)
+
 linear_of = torch.ops.claq.linear_of.default
 """``x[..., K]`` to ``[..., N]``: the product with the stacked parameters ``weights`` (each ``[N_i, K]``, or ``[K, N_i]``
-if ``transposed``) plus ``biases``, one a parameter or None (an empty list: none). ``store`` is the key of a
-:class:`~claq_export.backend.store.WeightStore`."""
+if ``transposed``) plus ``biases``, one a parameter or None (an empty list: none), in the dtype of ``x`` or, under autocast,
+of autocast. ``store`` is the key of a :class:`~claq_export.backend.store.WeightStore`."""
 
 embedding_of = torch.ops.claq.embedding_of.default
-"""Rows ``[*indices.shape, K]`` of the parameter ``weight[N, K]``, in its dtype."""
+"""Rows ``[*indices.shape, K]`` of the parameter ``weight[N, K]``, in its dtype; on the CPU an index below zero is an
+``IndexError``."""

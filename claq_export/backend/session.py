@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import threading
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,13 +16,21 @@ import torch
 
 from ..calibration.progress import ProgressReporter
 from ..config import NO_CALIBRATION
-from ..errors import ModelError
+from ..errors import CalibrationError, ModelError
 from .calibrate import Recording, quantize_on_data, quantize_recordings
 from .checkpoint import load_weights
 from .graph import DynamoGraph, Rewritten, SavedGraph
 from .options import CompileOptions
 from .release import check_not_released, release
-from .store import WeightStore, store_for, version_of
+from .store import WeightStore, store_for
+
+_Known = list[tuple[weakref.ref[torch.Tensor], int, int]]
+"""Weights and biases of a call, their version counters then (-1: it has none) and where their memory was."""
+
+
+def _known(tensor: torch.Tensor) -> tuple[weakref.ref[torch.Tensor], int, int]:
+    return weakref.ref(tensor), -1 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+
 
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 """Skips the autograd layer of every operator inside; it would call into Python once more for each of ours."""
@@ -46,7 +55,9 @@ class CompiledGraph:
         self._run = run
         self._watched = (*rewritten.weights, *rewritten.biases)
         self._pick = operator.itemgetter(*self._watched) if len(self._watched) > 1 else None
-        self._known: list[tuple[weakref.ref[torch.Tensor], int]] = []
+        # By identity of the first: layers of one class share this graph, and each has weights of its own.
+        self._known: dict[int, _Known] = {}
+        self._generation = session.store.generation
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph on its inputs, as Dynamo passes them.
@@ -67,17 +78,31 @@ class CompiledGraph:
         """The parameters among ``args`` that are to be quantized."""
         return [args[position] for position in self.rewritten.weights]
 
+    def watched(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        """Those, and the biases beside them."""
+        return [args[position] for position in self._watched]
+
     def remember(self, args: Sequence[Any]) -> None:
         """Note that the weights of this call have been seen to; the next call with the same ones asks no more."""
-        self._known = [(weakref.ref(args[i]), version_of(args[i])) for i in self._watched]
+        first = id(args[self._watched[0]])
+        known = [_known(args[i]) for i in self._watched]
+        if first not in self._known:
+            self._known = {key: one for key, one in self._known.items() if one[0][0]() is not None}
+        self._known[first] = known
 
     def _served(self, args: Sequence[Any]) -> bool:
-        if not self._known:
-            return False
+        if self._generation != self.session.store.generation:
+            self._generation = self.session.store.generation
+            self._known.clear()
         tensors: Sequence[Any] = self._pick(args) if self._pick is not None else (args[self._watched[0]],)
-        for (ref, version), tensor in zip(self._known, tensors, strict=True):
-            known = ref()
-            if known is None or known is not tensor or version != version_of(known):
+        known = self._known.get(id(tensors[0]))
+        if known is None:
+            return False
+        # For every weight of every call; a tensor that is the same has its dtype unless it got other memory.
+        for (ref, version, pointer), tensor in zip(known, tensors, strict=True):
+            if (own := ref()) is None or own is not tensor or own.data_ptr() != pointer:
+                return False
+            if version >= 0 and own._version != version:
                 return False
         return True
 
@@ -102,6 +127,7 @@ class Session:
             ClaqError: they cannot be quantized with these options.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
+            self.store.use(compiled.watched(args))
             weights = compiled.weights(args)
             missing = [weight for weight in weights if self.store.find(weight) is None]
             if missing:
@@ -130,18 +156,18 @@ class Session:
                 self.store.leave(weight)
 
     def _finish(self, compiled: CompiledGraph, args: Sequence[Any]) -> None:
-        self.store.refresh()
-        compiled.remember(args)
         if self.options.release_weights:
             candidates = [args[i] for i in compiled.rewritten.freeable]
             release([w for w in candidates if (e := self.store.find(w)) is not None and e.stack is not None])
+            self.store.use(compiled.watched(args))
+        compiled.remember(args)
 
     def _record(self, compiled: CompiledGraph, args: Sequence[Any], missing: Sequence[torch.Tensor]) -> Recording:
         assert isinstance(compiled.graph, DynamoGraph), "loaded graphs are not observed"
+        self._drop([one for one in self._recordings if not one.alive])
         for recording in self._recordings:
-            if recording.graph is compiled.graph and all(
-                recording.args[i] is args[i] for i in compiled.rewritten.weights
-            ):
+            known = recording.args
+            if recording.graph is compiled.graph and all(known[i] is args[i] for i in compiled.rewritten.weights):
                 break
         else:
             recording = Recording(compiled.graph, tuple(args), [])
@@ -158,8 +184,14 @@ class Session:
         return recording
 
     def observed(self, recording: Recording) -> None:
-        """A call whose inputs were recorded is over; quantize when there have been enough."""
+        """A call whose inputs were recorded is over; quantize when there have been enough.
+
+        Where that fails for what was observed (an activation that is not finite, in one call of many), the model goes on in
+        full precision, a warning says why, and calls are observed anew.
+        """
         with self._lock, torch.inference_mode(False), torch.no_grad():
+            if not any(one is recording for one in self._recordings):
+                return  # another thread's call has been the last one
             for weight in recording.missing:
                 self._calls[id(weight)] += 1
             if max(self._calls[id(weight)] for weight in recording.missing) < self.options.observe:
@@ -167,14 +199,26 @@ class Session:
             together = self._related(recording)
             with self._reporter() as reporter:
                 reporter.stage(f"claq: {self.options.observe} calls observed, quantizing the weights")
-                quantize_recordings(together, self.options.config, self.store, reporter)
-                reporter.stage("claq: quantized weights are in use from the next call on")
-            for one in together:
-                self._recordings.remove(one)
-                for weight in one.missing:
-                    self._calls.pop(id(weight), None)
-                    if self.store.find(weight) is None:
-                        self.store.leave(weight)
+                try:
+                    quantize_recordings(together, self.options.config, self.store, reporter)
+                except CalibrationError as error:
+                    message = f"backend='claq': {error}; the model goes on unquantized and is observed anew"
+                    warnings.warn(message, stacklevel=2)
+                    quantized = False
+                else:
+                    reporter.stage("claq: quantized weights are in use from the next call on")
+                    quantized = True
+                finally:
+                    self._drop(together)
+            for weight in (weight for one in together if quantized for weight in one.missing):
+                if self.store.find(weight) is None:
+                    self.store.leave(weight)
+
+    def _drop(self, recordings: Sequence[Recording]) -> None:
+        """Forget what was observed."""
+        self._recordings = [one for one in self._recordings if not any(one is other for other in recordings)]
+        for identity in (identity for one in recordings for identity in one.identities):
+            self._calls.pop(identity, None)
 
     def _related(self, recording: Recording) -> list[Recording]:
         """The recordings that share weights with one, directly or through others; it comes first."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +17,13 @@ from ..format.rows import slice_rows
 from ..kernels import ops
 from ..kernels.cpu import backend
 from ..kernels.native import NativeLinear, native_available
+from .release import is_released
 
 Product = Callable[[torch.Tensor], torch.Tensor]
+
+State = tuple[int, int, torch.dtype]
+"""What changes when a tensor gets other values, as far as PyTorch tells: its version counter; where its memory is, and its
+type, which assigning to ``.data`` changes (``module.half()``, ``module.to(device)`` do that)."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +51,13 @@ class Entry:
 
     Attributes:
         ref: the parameter.
-        version: its version counter when it was quantized.
+        state: when it was quantized.
         stack: where its quantized rows are; None for a parameter that stays as it is.
         part: which part of the stack it is.
     """
 
     ref: weakref.ref[torch.Tensor]
-    version: int
+    state: State
     stack: Stack | None
     part: int
 
@@ -78,10 +84,19 @@ class _Cached:
                 return False
         return True
 
+    def reads(self, identities: Collection[int]) -> bool:
+        """Whether one of these tensors is among those it was prepared from; of those that are gone nothing is known."""
+        return any(ref is not None and ((tensor := ref()) is None or id(tensor) in identities) for ref in self.refs)
+
 
 def version_of(tensor: torch.Tensor) -> int:
     """Counts changes in place; tensors made in inference mode have no counter and cannot be changed outside of it."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def state_of(tensor: torch.Tensor) -> State:
+    """See :data:`State`."""
+    return version_of(tensor), tensor.data_ptr(), tensor.dtype
 
 
 class WeightStore:
@@ -92,22 +107,26 @@ class WeightStore:
 
     Attributes:
         saved_in: folder that holds all that is in the store, if it was saved and nothing was put in since.
+        generation: counts what was forgotten or took the place of something else; what calls remember is no longer so then.
     """
 
     def __init__(self, key: str) -> None:
         self.key = key
         self.saved_in: Path | None = None
+        self.generation = 0
         self._entries: dict[int, Entry] = {}
         # A shared weight may be used with a bias and without, alone and beside others.
         self._products: dict[tuple[int, int, tuple[bool, ...]], _Cached] = {}
         self._rows: dict[int, _Cached] = {}
+        self._used: dict[int, tuple[weakref.ref[torch.Tensor], State]] = {}
 
     def find(self, weight: torch.Tensor) -> Entry | None:
         """The entry of a parameter; None if it is unknown or was changed since it was quantized."""
         entry = self._entries.get(id(weight))
-        if entry is None or entry.ref() is not weight or entry.version != version_of(weight):
+        if entry is None or entry.ref() is not weight:
             return None
-        return entry
+        # A weight that was released has given its memory up, and nothing can have changed it since.
+        return entry if entry.state == state_of(weight) or is_released(weight) else None
 
     def entries(self) -> Iterator[tuple[torch.Tensor, Entry]]:
         """Every living parameter with its entry."""
@@ -125,10 +144,30 @@ class WeightStore:
         """Note that a parameter stays as it is."""
         self.put(weight, None, 0)
 
+    def forget(self, weights: Iterable[torch.Tensor]) -> bool:
+        """Forget what stands for parameters, so that the next call quantizes them anew; returns whether there was anything."""
+        found = [weight for weight in weights if self._entries.pop(id(weight), None) is not None]
+        if found:
+            self.generation += 1
+            self.refresh()
+        return bool(found)
+
     def refresh(self) -> None:
-        """Forget what was prepared from weights and biases as they were."""
+        """Forget what was prepared from weights and biases."""
         self._products.clear()
         self._rows.clear()
+
+    def use(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Note the weights and biases of a call; what was prepared from one that has changed since its last is forgotten."""
+        changed = set()
+        for tensor in tensors:
+            known, state = self._used.get(id(tensor)), state_of(tensor)
+            if known is None or known[0]() is not tensor or known[1] != state:
+                changed.add(id(tensor))
+                self._used[id(tensor)] = (weakref.ref(tensor, partial(_forget, self._used, id(tensor))), state)
+        if changed:
+            self._products = {key: one for key, one in self._products.items() if not one.reads(changed)}
+            self._rows = {key: one for key, one in self._rows.items() if not one.reads(changed)}
 
     def put(self, weight: torch.Tensor, stack: Stack | None, part: int) -> None:
         """Put in what stands for one parameter: a part of a stack, or None where it stays as it is."""
@@ -140,7 +179,9 @@ class WeightStore:
                 del entries[identity]
 
         self.saved_in = None
-        entries[identity] = Entry(weakref.ref(weight, forget), version_of(weight), stack, part)
+        if identity in entries:
+            self.generation += 1
+        entries[identity] = Entry(weakref.ref(weight, forget), state_of(weight), stack, part)
         self.refresh()
 
     def product(
@@ -189,6 +230,13 @@ class WeightStore:
             cached = _Cached(_references((weight,)), run)
             self._rows[id(weight)] = cached
         return cached.run
+
+
+def _forget(
+    used: dict[int, tuple[weakref.ref[torch.Tensor], State]], identity: int, ref: weakref.ref[torch.Tensor]
+) -> None:
+    if identity in used and used[identity][0] is ref:
+        del used[identity]
 
 
 STORES: dict[str, WeightStore] = {}

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,6 +76,8 @@ class TuneResult:
     seconds: float
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def tune(
     graph_module: fx.GraphModule,
     sites: Sequence[LinearSite],
@@ -86,7 +89,7 @@ def tune(
     seed: int,
     reporter: ProgressReporter,
 ) -> TuneResult:
-    """Tune all layers of a model together.
+    """Tune all layers of a model together, whether the caller has gradients switched off or not.
 
     Args:
         graph_module: captured graph after the passes, with its original weights: the teacher.
@@ -104,7 +107,8 @@ def tune(
     began = time.perf_counter()
     device = sites[0].weight(graph_module).device
     dtype = fast_dtype(device)
-    samples = pieces(batches, task)
+    # Autograd keeps no tensor that was made in inference mode.
+    samples = [{name: _usable(value) for name, value in sample.items()} for sample in pieces(batches, task)]
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(samples), generator=generator).tolist()
     held = max(1, min(settings.held_out, len(samples) // 8))
@@ -205,6 +209,10 @@ def tune(
         else:
             after = before
     return TuneResult(result, before, after, done, time.perf_counter() - began)
+
+
+def _usable(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
 
 
 def _rows(weight: torch.Tensor) -> LinearFunction:

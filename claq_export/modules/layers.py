@@ -210,10 +210,12 @@ class ClaqEmbedding(QuantizedModule):
         """``indices`` (int32 or int64, any shape) to rows ``[*indices.shape, embedding_dim]``.
 
         Raises:
-            IndexError: an index is out of range.
+            IndexError: an index is out of range, as it is below zero; the message then names ``num_embeddings`` instead. (On
+                CUDA its row is NaN.)
         """
         return ops.embedding(
-            indices,
+            # The operator counts from the end, which nn.Embedding does not.
+            torch.where(indices < 0, self.out_features, indices),
             self.codes,
             self.codebook,
             self.scale,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import shutil
+import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -14,8 +16,9 @@ from torch import nn
 
 import claq_export
 from claq_export import Config
+from claq_export.backend.session import Session, _sessions
 from claq_export.backend.store import WeightStore
-from claq_export.errors import CalibrationError, ConfigError
+from claq_export.errors import CalibrationError, ConfigError, ModelError
 
 
 @pytest.fixture(autouse=True)
@@ -198,6 +201,148 @@ def test_changed_weights_are_quantized_again() -> None:
     torch.testing.assert_close(run(x), expected(x), rtol=1e-5, atol=1e-5)
 
 
+def test_other_memory_is_another_weight() -> None:
+    """Assigning to ``.data`` leaves identity and version counter alone."""
+    model, other = Net(), Net(seed=5)
+    run = compiled(model, calibration="none")
+    x = data(1)[0]
+    run(x)
+    for parameter, value in zip(model.parameters(), other.parameters(), strict=True):
+        parameter.data = value.data.clone()
+    expected = quantized(other, Config(calibration="none"))
+    torch.testing.assert_close(run(x), expected(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"calibration": "none"}, {"observe": 2}], ids=str)
+def test_casting_there_and_back(settings: dict[str, Any]) -> None:
+    class Looked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.linear = nn.Embedding(200, 64), nn.Linear(64, 64)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.table(ids) * 2)
+
+    model, ids = Looked().eval(), torch.arange(10)
+    run = compiled(model, fallback="inductor", **settings)
+    for dtype in (torch.float32, torch.float16, torch.float32):
+        model.to(dtype)
+        for _ in range(4):
+            again = run(ids)
+            assert again.dtype == dtype
+    dense = model(ids)
+    assert 0 < (again - dense).abs().max() < 0.15 * dense.abs().max()
+
+
+def test_changes_that_are_not_counted_need_a_word() -> None:
+    model, other = Net(), Net(seed=5)
+    run = compiled(model, calibration="none")
+    x = data(1)[0]
+    with pytest.raises(ModelError, match="no weight of this model has been quantized"):
+        claq_export.requantize_compiled(run)
+    before = run(x)
+    for parameter, value in zip(model.parameters(), other.parameters(), strict=True):
+        parameter.data.copy_(value)
+    assert torch.equal(run(x), before)
+    claq_export.requantize_compiled(run)
+    expected = quantized(other, Config(calibration="none"))
+    torch.testing.assert_close(run(x), expected(x), rtol=1e-5, atol=1e-5)
+    released = compiled(Net(), calibration="none", release_weights=True)
+    released(x)
+    with pytest.raises(ModelError, match="released"):
+        claq_export.requantize_compiled(released)
+
+
+def test_a_call_that_is_not_finite_starts_observation_again() -> None:
+    model, x = Net(), data(1)[0]
+    run, dense = compiled(model, observe=2), copy.deepcopy(model)
+    run(torch.full_like(x, float("inf")))
+    with pytest.warns(UserWarning, match="not finite.*goes on unquantized and is observed anew"):
+        run(x)
+    for _ in range(2):
+        torch.testing.assert_close(run(x), dense(x))
+    assert not torch.allclose(run(x), dense(x))
+
+
+def test_a_model_that_is_never_called_again_is_let_go() -> None:
+    model = Net()
+    run = compiled(model, observe=5)
+    run(data(1)[0])
+    recordings = [one for session in _sessions.values() for one in session._recordings if one.alive]
+    (recording,) = [one for one in recordings if any(arg is model.blocks[0].q.weight for arg in one.args)]
+    weight = weakref.ref(model.blocks[0].q.weight)
+    assert recording.batches
+    assert recording.nbytes
+    del model, run
+    torch._dynamo.reset()
+    gc.collect()
+    assert weight() is None
+    assert not recording.alive
+    assert recording.batches == []
+    other = Net(seed=2)
+    run = compiled(other, observe=5)
+    run(data(1)[0])
+    assert not any(one is recording for session in _sessions.values() for one in session._recordings)
+
+
+def test_a_bias_that_is_added_outside_of_autocast_keeps_its_type() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(64, 48)), nn.Parameter(torch.randn(48))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight + self.bias
+
+    model, x = Written(), torch.randn(5, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, got = model(x), compiled(model, calibration="none")(x)
+    assert got.dtype == expected.dtype == torch.float32
+    assert 0 < (got - expected).abs().max() < 0.2 * expected.abs().max()
+
+
+def test_the_last_call_is_observed_once() -> None:
+    """Of two threads whose calls were the last to be observed the second finds the weights quantized."""
+    model, x = Net(), data(1)[0]
+    run = compiled(model, observe=1)
+    session = session_of(model, run, x)
+    recording = session._recordings[0]
+    session.observed(recording)
+    assert all(stack is not None for name, stack in stacks_of(model).items() if "out" in name)
+    session.observed(recording)
+
+
+def session_of(model: nn.Module, run: Any, x: torch.Tensor) -> Session:
+    """Where a call is observed that has not ended."""
+    sessions: list[Session] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "observed", lambda session, _recording: sessions.append(session))
+        run(x)
+    return sessions[0]
+
+
+def test_shared_code_prepares_products_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(3)
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(backend=claq_backend(), options={"fallback": "eager", "calibration": "none", "progress": False})
+    x = data(1)[0]
+    model(x)
+    built: list[Any] = []
+    build = WeightStore._build
+    monkeypatch.setattr(WeightStore, "_build", lambda *arguments: built.append(1) or build(*arguments))
+    model(x)
+    count = len(built)
+    for _ in range(3):
+        model(x)
+    assert len(built) == count
+    with torch.no_grad():
+        model.blocks[1].q.bias.add_(1)
+    before, after = model.blocks[0](x), model(x)
+    assert len(built) == count + 1
+    assert not torch.equal(before, after)
+
+
 def test_weights_stored_transposed_and_tied() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -286,6 +431,106 @@ def test_entries_die_with_their_model() -> None:
     assert not list(store.entries())
 
 
+class Mixed(nn.Module):
+    """Layers without autocast, under it, and under one that is switched off again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, 64), nn.Linear(64, 64)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        before = self.first(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = self.second(x)
+            chosen = torch.where(inside > 0, inside, self.second(x))
+            with torch.autocast("cpu", enabled=False):
+                outside = self.third(chosen.float())
+        return before, inside, chosen, outside, self.first(x)
+
+
+@pytest.mark.parametrize(
+    "fallback",
+    [
+        "eager",
+        pytest.param(
+            "inductor", marks=[pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]
+        ),
+    ],
+)
+@pytest.mark.parametrize("around", [False, True], ids=["inside", "around"])
+@pytest.mark.parametrize("settings", [{"calibration": "none"}, {"observe": 1}], ids=str)
+def test_autocast_gives_the_dtypes_of_eager(fallback: str, around: bool, settings: dict[str, Any]) -> None:
+    model, x = Mixed(), data(1, 120)[0]
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        wanted, run = model(x), compiled(model, fallback=fallback, **settings)
+        for call in range(2):
+            for got, value in zip(run(x), wanted, strict=True):
+                assert got.dtype == value.dtype
+                assert (got - value).float().norm() < 0.15 * value.float().norm(), call
+        assert not torch.equal(run(x)[0], wanted[0])
+        # A dtype of autocast's own must not outlive the trace.
+        assert torch.is_autocast_enabled("cpu") == around
+
+
+def test_tuning_needs_no_gradients_of_the_caller() -> None:
+    model, batches = Net(1), data(12)
+    settings = {"bits": 2, "calibration": batches}
+    with torch.enable_grad():
+        tuned = quantized(model, Config(tune=0.01, **settings))
+    run = compiled(model, tune=0.01, **settings)
+    with torch.inference_mode():
+        again = claq_export.quantize(copy_outside(model), (batches[0],), Config(tune=0.01, **settings))
+        x = data(1, seed=9)[0]
+        for net in (tuned, run, again):
+            assert (net(x) - model(x)).norm() < model(x).norm()
+
+
+@torch.inference_mode(False)
+def copy_outside(model: nn.Module) -> nn.Module:
+    """Parameters that are made in inference mode have no gradients ever."""
+    return copy.deepcopy(model)
+
+
+class TestWhatIsLeftAlone:
+    """A warning says what is not quantized and why, where anybody might take it for quantized."""
+
+    def warnings_of(self, model: nn.Module, **options: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            compiled(model.eval(), calibration="none", fullgraph=False, **options)(data(1)[0][None])
+        return [str(one.message) for one in caught if "backend='claq'" in str(one.message)]
+
+    def test_encoders_of_one_operator(self) -> None:
+        layer = nn.TransformerEncoderLayer(FEATURES, 4, 96, batch_first=True)
+        (told,) = self.warnings_of(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+        assert "no layer of this graph is quantized (layers.0.self_attn.in_proj_weight: not used by" in told
+        assert "and 5 more). torch.backends.mha.set_fastpath_enabled(False)" in told
+        (told,) = self.warnings_of(nn.Sequential(nn.Linear(FEATURES, FEATURES), layer))
+        assert "not every layer of this graph is quantized (1.self_attn" in told
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            assert self.warnings_of(layer) == []
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+        assert stacks_of(layer)["linear1.weight"] is not None
+
+    def test_recurrent_layers_in_a_graph(self) -> None:
+        with torch._dynamo.config.patch(allow_rnn=True):
+            (told,) = self.warnings_of(nn.LSTM(FEATURES, FEATURES))
+        assert "weight_ih_l0: not used by a linear layer but by aten.lstm.input" in told
+
+    def test_linears_that_are_too_small(self) -> None:
+        (told,) = self.warnings_of(nn.Linear(FEATURES, 2))
+        assert "no layer of this graph is quantized (weight: too small to gain" in told
+
+    def test_nothing_is_said_of_other_graphs(self) -> None:
+        assert self.warnings_of(nn.Sequential(nn.Conv1d(40, 4, 3), nn.LayerNorm(FEATURES - 2))) == []
+        assert self.warnings_of(nn.Sequential(nn.Linear(FEATURES, FEATURES)), exclude=("*",)) == []
+        assert self.warnings_of(Net(1), exclude=("blocks.0.q",)) == []
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_inductor_compiles_the_rest_in_one_graph_for_every_batch_size() -> None:
@@ -315,12 +560,36 @@ class TestRefusals:
         with torch.enable_grad():
             compiled(model, calibration="none")(data(1)[0])
 
-    @pytest.mark.parametrize("layer", [nn.Dropout(0.1), nn.BatchNorm1d(FEATURES)], ids=["dropout", "batch_norm"])
+    @pytest.mark.parametrize(
+        "layer",
+        [
+            nn.Dropout(0.1),
+            nn.Dropout(0.1, inplace=True),
+            nn.Dropout1d(0.1),
+            nn.AlphaDropout(0.1),
+            nn.FeatureAlphaDropout(0.1, inplace=True),
+            nn.RReLU(),
+            nn.BatchNorm1d(FEATURES),
+            nn.Sequential(nn.Unflatten(1, (4, -1)), nn.InstanceNorm1d(4, track_running_stats=True)),
+            nn.TransformerEncoderLayer(FEATURES, 4, 64, batch_first=True),
+        ],
+        ids=lambda layer: type(layer).__name__,
+    )
+    @pytest.mark.filterwarnings("ignore:backend='claq':UserWarning")  # the encoder's fused operator
     def test_layers_that_compute_as_in_training(self, layer: nn.Module) -> None:
         model = nn.Sequential(nn.Linear(FEATURES, FEATURES), layer).train()
         with pytest.raises(ConfigError, match=r"training mode \(.*\): call model.eval\(\)"):
             compiled(model, calibration="none")(data(1)[0])
         compiled(model.eval(), calibration="none")(data(1)[0])
+
+    def test_layers_that_compute_in_training_as_ever(self) -> None:
+        layers = (
+            nn.Dropout(0.0),
+            nn.RReLU(0.2, 0.2),
+            nn.BatchNorm1d(FEATURES, track_running_stats=False),
+            nn.LayerNorm(FEATURES),
+        )
+        compiled(nn.Sequential(nn.Linear(FEATURES, FEATURES), *layers).train(), calibration="none")(data(1)[0])
 
     def test_attention_that_drops_as_in_training(self) -> None:
         class Attention(Net):

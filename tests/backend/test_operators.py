@@ -65,6 +65,35 @@ def test_a_shared_weight_is_prepared_once_for_each_way_it_is_used() -> None:
     assert len(set(map(id, first))) == len(ways)
 
 
+@pytest.mark.parametrize("lower", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "quantized"])
+def test_autocast_is_that_of_linear(lower: torch.dtype, quantized: bool) -> None:
+    key = f"autocast {lower} {quantized}"
+    weights, dense = stacked(key, torch.float32)
+    if not quantized:
+        weights = [torch.nn.Parameter(torch.randn(n, 40), False) for n in (16, 8)]
+        dense = torch.cat(weights).double()
+    bias = torch.randn(16)
+    for x in (torch.randn(5, 40), torch.randn(5, 40).to(lower)):
+        wanted = x.to(lower).double() @ dense.T
+        wanted[:, :16] += bias.double()
+        with torch.autocast("cpu", lower):
+            got = linear_of(x, weights, [bias, None], False, key)
+            assert torch.nn.functional.linear(x, weights[0]).dtype == got.dtype
+            with torch.autocast("cpu", enabled=False):
+                assert linear_of(x.float(), weights, [bias, None], False, key).dtype == torch.float32
+        close(got, wanted, lower)
+
+
+def test_an_index_below_zero_is_refused_as_by_a_table() -> None:
+    weights, _ = stacked("negative", torch.float32)
+    for weight in (weights[0], torch.nn.Parameter(torch.randn(16, 40), False)):
+        for index in (-1, -100, 16):
+            with pytest.raises(IndexError, match=r"out of range|expected -16"):
+                embedding_of(torch.tensor([[0, index]]), weight, "negative")
+        assert embedding_of(torch.zeros(0, 2, dtype=torch.int64), weight, "negative").shape == (0, 2, 40)
+
+
 def test_transposed_parameters() -> None:
     weights, dense = stacked("transposed", torch.float32, transposed=True)
     x = torch.randn(5, 40)

@@ -13,7 +13,7 @@ import torch
 from backend_models import Net, compiled, data
 
 import claq_export
-from claq_export.backend import save_compiled
+from claq_export.backend import claq, save_compiled
 from claq_export.backend.checkpoint import load_weights
 from claq_export.backend.store import WeightStore
 from claq_export.errors import FormatError, ModelError
@@ -70,8 +70,39 @@ def test_ambiguous_names_find_no_weights(tmp_path: Path) -> None:
     run(x)
     save_compiled(model, tmp_path)
     fresh = Net(1)
-    with pytest.raises(ModelError, match="holds no weight of this model"):
+    with pytest.raises(
+        ModelError, match=r"may be that of blocks.0.\w or blocks.1.\w: where layers of one class are compiled"
+    ):
         compiled(fresh.blocks[0], weights=tmp_path)(x)  # three blocks have a `q`
+
+
+def test_layers_compiled_one_by_one_are_all_saved(tmp_path: Path) -> None:
+    """Their graph is one, and in it each has the same names."""
+    model = Net(3)
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(backend=claq, options={"fallback": "eager", "calibration": "none", "progress": False})
+    x = data(1, seed=9)[0]
+    wanted = model(x)
+    save_compiled(model, tmp_path)
+    torch.testing.assert_close(claq_export.load(tmp_path, Net(3, seed=7))(x), wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(compiled(Net(3, seed=0), weights=tmp_path)(x), wanted)
+
+
+def test_weights_that_have_changed_are_not_saved(tmp_path: Path) -> None:
+    model = Net()
+    run = compiled(model, calibration="none")
+    x = data(1)[0]
+    run(x)
+    model.load_state_dict(Net(seed=5).state_dict())
+    with pytest.raises(
+        ModelError, match=r"blocks.0.\w+.weight was changed after it had been quantized: call the compiled"
+    ):
+        save_compiled(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    wanted = run(x)
+    save_compiled(run, tmp_path / "out")
+    assert torch.equal(compiled(Net(seed=5), weights=tmp_path / "out")(x), wanted)
 
 
 def test_nothing_to_save() -> None:

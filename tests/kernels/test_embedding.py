@@ -15,6 +15,7 @@ from claq_export.format.layer import QuantizedLinear
 from claq_export.format.rows import take_rows
 from claq_export.kernels import cpu, embedding, linear, use_backend
 from claq_export.kernels.native import native_available
+from claq_export.modules.layers import ClaqEmbedding
 
 NATIVE = native_available()
 BACKENDS = [
@@ -146,6 +147,21 @@ def test_compile_without_graph_breaks(compiler: str) -> None:
         for rows in (1, 4, 6):
             ids = torch.randint(0, 24, (rows, 2))
             torch.testing.assert_close(compiled(ids), model(ids))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_a_module_refuses_indices_below_zero(name: str, dtype: torch.dtype) -> None:
+    """As ``nn.Embedding`` does; the operator, as ONNX's Gather, counts them from the end."""
+    torch._dynamo.reset()
+    module = ClaqEmbedding(random_layer(40, 24, (4,)))
+    right, dense = torch.tensor([[0, 23]], dtype=dtype), module.layer.dequantize()
+    with use_backend(name), torch.no_grad():
+        for run in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+            assert torch.equal(run(right), dense[right.long()])
+            for wrong in (-1, -100, -24):
+                with pytest.raises(IndexError, match="expected -24 to 23"):
+                    run(torch.tensor([[0, wrong]], dtype=dtype))
 
 
 def test_gradients_are_refused_at_backward_only() -> None:

@@ -114,6 +114,31 @@ def test_compile_without_graph_breaks(compiler: str) -> None:
             torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("lower", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_is_that_of_linear(lower: torch.dtype) -> None:
+    layer, bias = random_layer(40, 24, (4, 2), outliers=0.05), torch.randn(24)
+    for x in (torch.randn(3, 40), torch.randn(3, 40).to(lower)):
+        with torch.autocast("cpu", lower):
+            y = linear(*arguments(layer, x, bias))
+            assert torch.nn.functional.linear(x, torch.randn(24, 40)).dtype == y.dtype
+            torch.library.opcheck(linear, arguments(layer, x, bias))
+        assert_close(y, expected(layer, x.to(lower), bias), lower)
+    with torch.autocast("cpu", lower), pytest.raises(RuntimeError, match="float64"):
+        linear(*arguments(layer, torch.randn(3, 40, dtype=torch.float64), bias))
+
+
+def test_autocast_in_compiled_and_exported_graphs() -> None:
+    torch._dynamo.reset()
+    model, x = TwoLayers(), torch.randn(3, 40)
+    program = torch.export.export(model, (x,)).module()
+    for enabled in (True, False):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            wanted = model(x)
+            assert wanted.dtype == (torch.bfloat16 if enabled else torch.float32)
+            for run in (torch.compile(model, fullgraph=True, backend="aot_eager"), program):
+                torch.testing.assert_close(run(x), wanted)
+
+
 def test_gradients_are_refused_at_backward_only() -> None:
     layer = random_layer(8, 4)
     y = linear(*arguments(layer, torch.randn(2, 8, requires_grad=True)))
