@@ -174,17 +174,17 @@ std::vector<bool> check_order(const claq_layer_desc& desc, int64_t columns) {
 // and then a row's first and last tell whether all of its columns exist.
 template <class Index>
 bool columns_hold(const Index* index, const int32_t* ptr, int64_t rows, int64_t columns, const std::vector<bool>& padding) {
-  int32_t between = 0, descents = 0;
+  int64_t between = 0, descents = 0;
   for (int64_t n = 0; n < rows; ++n) {
     if (ptr[n] == ptr[n + 1]) continue;
     if (index[ptr[n]] < 0 || index[ptr[n + 1] - 1] >= columns) return false;
     if (ptr[n] > 0) between += index[ptr[n]] <= index[ptr[n] - 1];
   }
-  constexpr int32_t kTogether = 4096;  // counted in 16 bits, which more of fit into a vector
-  for (int32_t first = 1; first < ptr[rows]; first += kTogether) {
-    const int32_t end = first + std::min(kTogether, ptr[rows] - first);
+  constexpr int64_t kTogether = 4096;  // counted in 16 bits, which more of fit into a vector
+  for (int64_t first = 1, count = ptr[rows]; first < count; first += kTogether) {
+    const int64_t end = std::min(first + kTogether, count);
     uint16_t some = 0;
-    for (int32_t i = first; i < end; ++i) some = static_cast<uint16_t>(some + (index[i] <= index[i - 1]));
+    for (int64_t i = first; i < end; ++i) some = static_cast<uint16_t>(some + (index[i] <= index[i - 1]));
     descents += some;
   }
   if (descents != between) return false;
@@ -239,14 +239,15 @@ void check_outliers(const claq_layer_desc& desc, int64_t columns, const std::vec
   check_shape("outlier_ptr", desc.outlier_ptr, {rows + 1});
   const auto* ptr = static_cast<const int32_t*>(desc.outlier_ptr.data);
   if (ptr[0] != 0) refuse("outlier_ptr: element 0 is %" PRId32 ", expected 0", ptr[0]);
+  // A weight has one outlier at most, so that a small layer cannot bring a large array.
+  const int64_t count = ptr[rows], most = std::min(kMostOutliers, rows * desc.in_features);
+  if (count > most) refuse("outlier_ptr: ends with %" PRId64 ", expected at most %" PRId64, count, most);
   for (int64_t n = 0; n < rows; ++n) {
     if (ptr[n + 1] < ptr[n]) {
       refuse("outlier_ptr: element %" PRId64 " is %" PRId32 ", expected at least the one before, %" PRId32, n + 1, ptr[n + 1],
              ptr[n]);
     }
   }
-  const int64_t count = ptr[rows];
-  if (count > kMostOutliers) refuse("outlier_ptr: ends with %" PRId64 ", expected at most %" PRId64, count, kMostOutliers);
   if (count == 0) refuse("outlier_ptr: has %" PRId64 " elements, expected 0 because outlier_index is empty", rows + 1);
   check_dtype("outlier_index", desc.outlier_index, columns <= 65536 ? CLAQ_UINT16 : CLAQ_INT32);
   check_shape("outlier_index", desc.outlier_index, {count});

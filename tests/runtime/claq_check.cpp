@@ -292,6 +292,7 @@ int main() {
   for (int i = 0; i < 4; ++i) check_concurrency(random);
   check_bad_layers(random);
   for (int i = 0; i < 30; ++i) check_attention(random, kernels, expect);
+  check_empty_attention(expect);
   check_bad_attention(random, expect);
   for (int i = 0; i < 60; ++i) check_quantization(random, kernels, expect);
   check_bad_columns(random, expect);

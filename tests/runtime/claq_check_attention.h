@@ -161,6 +161,31 @@ void check_attention(std::mt19937& random, const std::vector<std::string>& kerne
   unsetenv("CLAQ_KERNEL");
 }
 
+// Without elements tensors have no data: no tokens, with and without a mask, and no batch.
+template <class Expect>
+void check_empty_attention(Expect expect) {
+  for (const int64_t rows : {2, 40}) {
+    for (const int64_t batch : {0, 1}) {
+      std::vector<float> query(static_cast<size_t>(rows * 4)), y(query.size(), -1.0f);
+      const float none = 0;
+      claq_attention_desc desc{};
+      desc.struct_size = sizeof desc;
+      desc.batch = batch;
+      desc.heads = desc.kv_heads = 1;
+      desc.rows = rows;
+      desc.tokens = desc.past = batch ? 0 : 3;
+      desc.key_size = desc.value_size = 4;
+      desc.query = query.data();
+      desc.mask = &none;
+      desc.y = y.data();
+      char message[256] = "";
+      const claq_status status = claq_attend(&desc, nullptr, nullptr, message, sizeof message);
+      expect(status == CLAQ_OK, "empty attention: " + std::string(message));
+      expect(y == std::vector<float>(y.size(), batch ? 0.0f : -1.0f), "empty attention: wrong result");
+    }
+  }
+}
+
 template <class Expect>
 void check_bad_attention(std::mt19937& random, Expect expect) {
   TestAttention a = random_attention(random);
@@ -175,6 +200,9 @@ void check_bad_attention(std::mt19937& random, Expect expect) {
   refused("struct_size", [](claq_attention_desc& d) { d.struct_size = 8; });
   refused("kv_heads", [](claq_attention_desc& d) { d.kv_heads = 0; });
   refused("kv_heads", [](claq_attention_desc& d) { d.heads = 3; d.kv_heads = 2; });
+  refused("heads", [](claq_attention_desc& d) { d.heads = d.kv_heads = int64_t{1} << 62; d.key_size = d.value_size = 0; });
+  refused("tokens", [](claq_attention_desc& d) { d.tokens = int64_t{1} << 31; });
+  refused("too large", [](claq_attention_desc& d) { d.batch = d.rows = d.tokens = int64_t{1} << 29; });
   refused("past", [](claq_attention_desc& d) { d.past = d.tokens + 1; });
   refused("key_size", [](claq_attention_desc& d) { d.key_size = -1; });
   refused("value", [](claq_attention_desc& d) { d.value = nullptr; });

@@ -214,6 +214,20 @@ def test_one_number_for_all_tokens_is_that_number_for_each(number: float) -> Non
     assert np.isnan(found).any() == (not np.isfinite(number))
 
 
+@pytest.mark.parametrize("number", [-1e4, -1e9, float(np.finfo(np.float32).min)])
+@pytest.mark.parametrize("rows", [2, 40])
+def test_one_large_number_for_all_tokens_rounds_scores_as_in_the_function(rows: int, number: float) -> None:
+    random = np.random.default_rng(4)
+    feeds = {name: random.standard_normal((1, rows, 8), np.float32) for name in INPUTS[:3]}
+    feeds["mask"] = np.full((1, 1, rows, 1), number, np.float32)
+    content = model(2, 2, 0.5, cached=False)
+    found, stock = (session(content, library).run(None, feeds)[0] for library in (True, False))
+    feeds["mask"] = np.full((1, 1, rows, rows), number, np.float32)
+    np.testing.assert_array_equal(found, session(content).run(None, feeds)[0])
+    # Of -1e4 the last bit is worth 1e-3, and either may round to another one.
+    np.testing.assert_allclose(found, stock, atol=5e-3 if number == -1e4 else 1e-5)
+
+
 @pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_values_that_are_not_finite_reach_the_rows_that_see_them(rows: int, bad: float) -> None:
@@ -239,6 +253,15 @@ def test_no_tokens_at_all_and_no_past() -> None:
     assert y.shape == (2, 0, 8)
     np.testing.assert_array_equal(keys, feeds["past_key"])
     np.testing.assert_array_equal(values, feeds["past_value"])
+
+
+@pytest.mark.parametrize("past", [0, 4])
+@pytest.mark.parametrize("rows", [0, 2, 40])
+def test_an_empty_batch(rows: int, past: int) -> None:
+    feeds = random_feeds(np.random.default_rng(3), 2, 2, batch=0, rows=rows, past=past, size=8, value_size=4)
+    feeds["mask"] = np.zeros((1, 1, rows, past + rows), np.float32)
+    found = session(model(4, 2, 1.0)).run(None, feeds)
+    assert [part.shape for part in found] == [(0, rows, 16), (0, 2, past + rows, 8), (0, 2, past + rows, 4)]
 
 
 WRONG = {
@@ -277,6 +300,21 @@ def test_shapes_that_do_not_fit_are_named_without_a_cache() -> None:
 def test_heads_that_do_not_fit_are_named() -> None:
     with pytest.raises(Exception, match="node 'node': q_num_heads: is 3, expected a multiple of kv_num_heads = 2"):
         session(model(3, 2, 1.0))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_too_many_heads_are_refused(cached: bool) -> None:
+    name = "q_num_heads" if cached else "num_heads"
+    with pytest.raises(Exception, match=f"node 'node': {name}: is {2**62}, expected 1 to {2**30}"):
+        session(model(2**62, 1, 1.0, cached=cached))
+
+
+def test_sizes_that_are_too_large_together_are_named() -> None:
+    feeds = {name: np.zeros((1, 2**29, 0), np.float32) for name in INPUTS[:3]} | {"mask": np.zeros((1,), np.float32)}
+    with pytest.raises(
+        Exception, match="ClaqAttention: batch, heads, rows, tokens, key_size or value_size: is too large"
+    ):
+        session(model(1, 1, 1.0, 1, cached=False)).run(None, feeds)
 
 
 def test_concurrent_runs() -> None:

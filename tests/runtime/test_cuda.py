@@ -153,6 +153,7 @@ def test_fused_nodes(results: dict[str, Any], dtype: str, operator: str, kernel:
 def test_fused_nodes_say_what_does_not_fit(results: dict[str, Any]) -> None:
     found = results["nodes"]["fused"]["float32"]
     assert found["odd message"].endswith("out_features: is 5, expected an even number")
+    assert found["wide message"].endswith("cos: the last dimension is 3, expected rotary_dim / 2 = 2")
     assert found["short message"].endswith("split_2: is 0, expected parts of out_features = 2080")
 
 

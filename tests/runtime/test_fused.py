@@ -268,5 +268,54 @@ def test_rotations_that_do_not_fit_are_refused() -> None:
         run(model, x=x, cos=angles[:1], sin=angles)
     with pytest.raises(Exception, match="ClaqMatMulRotary: sin: expected the shape of cos"):
         run(model, x=x, cos=angles, sin=angles[..., :1])
-    with pytest.raises(Exception, match="ClaqMatMulRotary: cos: turns 6 values of heads of 4"):
-        run(model, x=x, cos=np.zeros((2, 3, 3), np.float32), sin=np.zeros((2, 3, 3), np.float32))
+    for width in (0, 1, 3):
+        with pytest.raises(
+            Exception, match=rf"ClaqMatMulRotary: cos: the last dimension is {width}, expected rotary_dim / 2 = 2"
+        ):
+            run(model, x=x, cos=np.zeros((2, 3, width), np.float32), sin=np.zeros((2, 3, width), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("rotary_dim", "heads", "problem"),
+    [
+        (-2, (4, 2), "is -2, expected an even number of at most 10"),
+        (3, (4, 2), "is 3, expected an even number"),
+        (12, (4, 2), "is 12, expected an even number of at most 10"),
+        (6, (4, 5), "is 6, expected an even number of at most 4"),
+        (2**62, (4, 2), "is 4611686018427387904, expected"),
+        (0, (4, 5), "is 0, expected .* or 0 if all heads are of one even size"),
+        (0, (8, 4), "is 0, expected .* or 0 if all heads are of one even size"),
+        (None, (4, 2), "the attribute is missing"),
+        (4.0, (4, 2), "the attribute is of another type, expected an integer"),
+    ],
+)
+def test_a_rotary_dim_that_does_not_fit_is_refused(
+    rotary_dim: float | None, heads: tuple[int, int], problem: str
+) -> None:
+    angles = np.zeros((1, 3, 2), np.float32)
+    model = with_rotary_dim(
+        model_of("ClaqMatMulRotary", make_layer(66, 40), split=(40, 20, 6), heads=heads), rotary_dim
+    )
+    with pytest.raises(Exception, match=f"ClaqMatMulRotary node 'layer': rotary_dim: {problem}"):
+        run(model, x=np.zeros((1, 3, 40), np.float32), cos=angles, sin=angles)
+
+
+@pytest.mark.parametrize("rotary_dim", [0, 2, 4, 10])
+def test_every_rotary_dim_turns_as_the_function(rotary_dim: int) -> None:
+    layer = make_layer(66, 96)
+    model = model_of("ClaqMatMulRotary", layer, split=(40, 20, 6), heads=(4, 2), with_function=True)
+    random = np.random.default_rng(8)
+    shapes = {"x": (1, 3, 96), "cos": (1, 3, (rotary_dim or 10) // 2), "sin": (1, 3, (rotary_dim or 10) // 2)}
+    feeds = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    stock, native = (run(with_rotary_dim(model, rotary_dim), library=library, **feeds) for library in (False, True))
+    for one, other in zip(stock, native, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6 * float(np.abs(other).max()))
+
+
+def with_rotary_dim(model: bytes, rotary_dim: float | None) -> bytes:
+    changed = onnx.ModelProto.FromString(model)
+    attributes = changed.graph.node[0].attribute
+    attributes.remove(next(entry for entry in attributes if entry.name == "rotary_dim"))
+    if rotary_dim is not None:
+        attributes.append(helper.make_attribute("rotary_dim", rotary_dim))
+    return changed.SerializeToString()

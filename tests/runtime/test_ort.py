@@ -184,10 +184,53 @@ def test_many_axes(axes):
     session = make_session(model)
     x = np.ones((1,) * (axes - 1) + (40,), np.float32)
     if axes > 16:
-        with pytest.raises(Exception, match="a tensor has 17 axes, expected at most 16"):
+        with pytest.raises(Exception, match="ClaqMatMul: x: has 17 axes, expected at most 16"):
             session.run(None, {"x": x})
     else:
         assert session.run(None, {"x": x})[0].shape == (1,) * 15 + (50,)
+
+
+def test_a_tensor_of_many_axes_is_named():
+    layer = make_layer(50, 40)
+    layer.tensors["row_scale"] = layer.tensors["row_scale"].reshape((1,) * 16 + (50,))
+    with pytest.raises(Exception, match="ClaqMatMul node 'layer': row_scale: has 17 axes, expected at most 16"):
+        make_session(make_model(layer))
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("n" * 255, "n" * 255),
+        ("n" * 256, "n" * 256),
+        ("n" * 300, "n" * 256 + r"\.\.\."),
+        ("\u00e9n" * 100, "\u00e9n" * 85 + r"\.\.\."),
+    ],
+)
+def test_a_long_name_of_a_node_is_shortened(name, shown):
+    model = make_model(make_layer(50, 40), accuracy_level=3)
+    model.graph.node[0].name = name
+    with pytest.raises(Exception, match=f"ClaqMatMul node '{shown}': accuracy_level: is 3"):
+        make_session(model)
+
+
+@pytest.mark.parametrize("value", [4.0, "4", [4], [4.0]])
+def test_an_attribute_of_another_type_is_refused(value):
+    for name in ("accuracy_level", "in_features"):
+        model = make_model(make_layer(50, 40))
+        attributes = model.graph.node[0].attribute
+        attributes.remove(next(entry for entry in attributes if entry.name == name))
+        attributes.append(helper.make_attribute(name, value))
+        with pytest.raises(Exception, match=f"{name}: the attribute is of another type, expected an integer"):
+            make_session(model)
+
+
+def test_without_an_accuracy_level_it_is_float32():
+    layer = make_layer(50, 40)
+    model = make_model(layer)
+    attributes = model.graph.node[0].attribute
+    attributes.remove(next(entry for entry in attributes if entry.name == "accuracy_level"))
+    x = np.random.default_rng(1).normal(size=(1, 3, 40)).astype(np.float32)
+    np.testing.assert_array_equal(make_session(model).run(None, {"x": x})[0], run(layer, x))
 
 
 def test_bad_accuracy_level_is_refused():

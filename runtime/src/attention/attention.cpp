@@ -20,6 +20,7 @@ constexpr int64_t kFewRows = 8;      // fewer rows than this are computed straig
 constexpr int64_t kFewTokens = 64;   // keys at a time then: they stay in the first-level cache
 constexpr int64_t kBlockRows = 24;   // of many rows: rows of scores at a time
 constexpr int64_t kBlockTokens = 512;
+constexpr double kMostProducts = 72057594037927936.0;  // 2^56: no count of elements or bytes below overflows 64 bits
 constexpr float kHidden = 1e30f;     // a mask this far below the largest leaves no weight, whatever the scores are
 
 // Rounded, only used to decide into how many tasks to split.
@@ -30,10 +31,9 @@ void check(bool holds, const char* message) {
 }
 
 void validate(const claq_attention_desc& a) {
-  check(a.batch >= 0 && a.rows >= 0 && a.key_size >= 0 && a.value_size >= 0, "batch, rows, key_size or value_size: is negative");
-  check(a.kv_heads >= 1 && a.heads >= 1 && a.heads % a.kv_heads == 0, "heads: expected a positive multiple of kv_heads");
-  check(a.past >= 0 && a.past <= a.tokens, "past: expected 0 to tokens");
-  const bool asked = a.rows > 0 && a.batch > 0;
+  check_sizes(a);
+  if (a.batch == 0) return;  // tensors without elements may have no data
+  const bool asked = a.rows > 0;
   check(!asked || (a.y && a.query), "query or y: is NULL");
   check(!asked || a.past == a.tokens || (a.key && a.value), "key or value: is NULL");
   check(!a.present_key == !a.present_value, "present_key and present_value: expected both or neither");
@@ -291,7 +291,7 @@ class Run {
 
   // Which panels the rows of a block see: seen[panel] is 0 if no row has a weight there.
   void find_seen(int64_t batch, int64_t head, int64_t block, uint8_t* seen) const {
-    std::memset(seen, 0, static_cast<size_t>(panels()));
+    std::fill_n(seen, panels(), uint8_t{0});  // of no tokens `seen` is null
     const int64_t last = a_.mask_row ? std::min(a_.rows, (block + 1) * kBlockRows) : block * kBlockRows + 1;
     for (int64_t s = block * kBlockRows; s < last; ++s) {
       const float* row = mask(batch, head, s, 0);
@@ -351,6 +351,28 @@ const Loops& choose_attention_loops() {
   if (vectors == Vectors::kAvx2) return attention::kAvx2Loops;
 #endif
   return attention::kPortableLoops;
+}
+
+void check_sizes(const claq_attention_desc& a) {
+  const struct {
+    const char* name;
+    int64_t value;
+    int64_t smallest;
+  } sizes[] = {{"batch", a.batch, 0},   {"heads", a.heads, 1},       {"kv_heads", a.kv_heads, 1},    {"rows", a.rows, 0},
+               {"tokens", a.tokens, 0}, {"key_size", a.key_size, 0}, {"value_size", a.value_size, 0}};
+  for (const auto& size : sizes) {
+    if (size.value < size.smallest || size.value > kLargestAttentionSize) {
+      throw InvalidArgument(std::string(size.name) + ": is " + std::to_string(size.value) + ", expected " + std::to_string(size.smallest) +
+                            " to " + std::to_string(kLargestAttentionSize));
+    }
+  }
+  check(a.heads % a.kv_heads == 0, "heads: expected a positive multiple of kv_heads");
+  check(a.past >= 0 && a.past <= a.tokens, "past: expected 0 to tokens");
+  double products = 1;
+  for (const int64_t size : {a.batch, a.heads, a.rows, a.tokens, std::max(a.key_size, a.value_size)}) {
+    products *= static_cast<double>(std::max<int64_t>(size, 1));
+  }
+  check(products <= kMostProducts, "batch, heads, rows, tokens, key_size or value_size: is too large beside the others");
 }
 
 void attend(const claq_attention_desc& attention, const Loops& loops, const Host& host) {

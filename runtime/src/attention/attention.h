@@ -8,6 +8,12 @@
 
 namespace claq {
 
+// Of batch, heads, kv_heads, rows, tokens, key_size and value_size.
+constexpr int64_t kLargestAttentionSize = int64_t{1} << 30;
+
+// Throws InvalidArgument if a size cannot be: one that is too large, or all of them together.
+void check_sizes(const claq_attention_desc& attention);
+
 // Those of the family that CLAQ_KERNEL names, or of the best one here. Throws InvalidArgument as choose_family does.
 const attention::Loops& choose_attention_loops();
 

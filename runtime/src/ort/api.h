@@ -61,6 +61,7 @@ enum Slot : int {
   kGetTensorTypeAndShape = 65,
   kKernelInfoGetAttributeFloat = 85,
   kKernelInfoGetAttributeInt64 = 86,
+  kKernelInfoGetAttributeString = 87,
   kKernelContextGetInput = 90,
   kKernelContextGetOutput = 91,
   kReleaseStatus = 93,
@@ -68,6 +69,8 @@ enum Slot : int {
   kGetAvailableProviders = 125,
   kReleaseAvailableProviders = 126,
   kReleaseAllocator = 132,
+  kKernelInfoGetAttributeFloats = 162,
+  kKernelInfoGetAttributeInt64s = 163,
   kKernelContextGetGpuComputeStream = 193,
   kKernelInfoGetNodeName = 244,
   kKernelInfoGetConstantInputTensor = 249,
@@ -163,6 +166,12 @@ class Api {
   OrtStatus* attribute(const OrtKernelInfo* info, const char* name, int64_t* out) const {
     return call<OrtStatus*(const OrtKernelInfo*, const char*, int64_t*)>(kKernelInfoGetAttributeInt64)(info, name, out);
   }
+  // The length of an attribute of another type: a string, numbers.
+  template <class Element>
+  OrtStatus* attribute_length(Slot slot, const OrtKernelInfo* info, const char* name, size_t* length) const {
+    return call<OrtStatus*(const OrtKernelInfo*, const char*, Element*, size_t*)>(slot)(info, name, nullptr, length);
+  }
+  // A status and the size that is needed, the end included, if the name is longer.
   OrtStatus* node_name(const OrtKernelInfo* info, char* out, size_t* size) const {
     return call<OrtStatus*(const OrtKernelInfo*, char*, size_t*)>(kKernelInfoGetNodeName)(info, out, size);
   }

@@ -2,7 +2,6 @@
 #include "../attention/attention.h"
 
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <string>
 #include <vector>
@@ -41,14 +40,17 @@ std::string text_of(const Shape& shape) {
 }
 
 std::unique_ptr<Kernel> create(const Api& api, const OrtKernelInfo* info, bool cached) {
-  const int64_t heads = required_attribute(api, info, cached ? "q_num_heads" : "num_heads");
+  const char* const heads_name = cached ? "q_num_heads" : "num_heads";
+  const int64_t heads = required_attribute(api, info, heads_name);
   const int64_t kv_heads = cached ? required_attribute(api, info, "kv_num_heads") : heads;
   auto kernel = std::make_unique<Kernel>(Kernel{api, cached, heads, kv_heads, 0, &choose_attention_loops()});
   if (OrtStatus* status = api.attribute(info, "scale", &kernel->scale)) {
     api.release_status(status);
     throw InvalidLayer("scale: the attribute is missing, expected a float");
   }
-  if (heads < 1) throw InvalidLayer("heads: are " + std::to_string(heads) + ", expected at least 1");
+  if (heads < 1 || heads > kLargestAttentionSize) {
+    throw InvalidLayer(std::string(heads_name) + ": is " + std::to_string(heads) + ", expected 1 to " + std::to_string(kLargestAttentionSize));
+  }
   if (kv_heads < 1 || heads % kv_heads) {
     throw InvalidLayer("q_num_heads: is " + std::to_string(heads) + ", expected a multiple of kv_num_heads = " + std::to_string(kv_heads));
   }
@@ -74,11 +76,11 @@ void read_mask(bool cached, const Shape& shape, const float* data, claq_attentio
     stride *= size;
   }
   if (shape.back() == a.tokens) return;
-  // One number for all tokens changes no weight, if it is one: minus infinity leaves none, and NaN is passed on.
+  // One number for all tokens. Zeros change nothing; a large one does, since scores beside it are rounded, as in the function.
   a.mask = nullptr;
   int64_t count = 1;
   for (size_t i = 0; i < shape.size(); ++i) count *= shape.data()[i];
-  if (std::all_of(data, data + count, [](float value) { return std::isfinite(value); })) return;
+  if (std::all_of(data, data + count, [](float value) { return value == 0; })) return;
   expanded.reserve(static_cast<size_t>(count * a.tokens));
   for (int64_t i = 0; i < count; ++i) expanded.insert(expanded.end(), static_cast<size_t>(a.tokens), data[i]);
   a.mask = expanded.data();
@@ -92,7 +94,7 @@ void compute(const Kernel& kernel, OrtKernelContext* context) {
   for (size_t i = 0; i < (cached ? kCachedInputs : kUncachedInputs); ++i) {
     const OrtValue* value = nullptr;
     check(api.input(context, i, &value));
-    shapes[i] = describe(api, value).shape;
+    shapes[i] = describe(api, value, kNames[i], name_of(cached)).shape;
     void* at = nullptr;
     check(api.tensor_data(value, &at));
     data[i] = static_cast<const float*>(at);
@@ -126,7 +128,12 @@ void compute(const Kernel& kernel, OrtKernelContext* context) {
     expect(kPastKey, {a.batch, a.kv_heads, a.past, a.key_size});
     expect(kPastValue, {a.batch, a.kv_heads, a.past, a.value_size});
   }
-  a.tokens = a.past + fresh;
+  a.tokens = static_cast<int64_t>(static_cast<uint64_t>(a.past) + static_cast<uint64_t>(fresh));  // of no data: may be negative then
+  try {
+    check_sizes(a);  // before outputs and the mask are made in these sizes
+  } catch (const InvalidArgument& error) {
+    throw InvalidArgument(std::string(name_of(cached)) + ": " + error.what());
+  }
   std::vector<float> expanded;
   read_mask(cached, shapes[kMask], data[kMask], a, expanded);
   a.query = data[kQuery];

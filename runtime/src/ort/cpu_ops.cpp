@@ -19,7 +19,7 @@ struct Kernel {
   int32_t accuracy_level;
   Outputs outputs;
   float epsilon;
-  std::array<int64_t, 2> heads;
+  Rotary rotary;
   const void* norm_weight;
 };
 
@@ -33,10 +33,7 @@ int32_t accuracy_level(const Api& api, const OrtKernelInfo* info) {
     throw InvalidArgument("CLAQ_ACCURACY: is '" + name + "', expected fp32 or int8");
   }
   int64_t value = 0;
-  if (OrtStatus* status = api.attribute(info, "accuracy_level", &value)) {
-    api.release_status(status);
-    return 0;  // as for MatMulNBits, the default is float32 arithmetic
-  }
+  if (!integer_attribute(api, info, "accuracy_level", value)) return 0;  // as for MatMulNBits, the default is float32 arithmetic
   if (value != 0 && value != 1 && value != 4) {
     throw InvalidLayer("accuracy_level: is " + std::to_string(value) + ", expected 0, 1 or 4");
   }
@@ -54,13 +51,13 @@ std::unique_ptr<Kernel> create(const Api& api, const OrtKernelInfo* info, Operat
     kernel->epsilon = read_epsilon(api, info);
     kernel->norm_weight = constant_norm_weight(api, info, kernel->outputs[0]);
   }
-  if (kind == Operator::kMatMulRotary) kernel->heads = read_heads(api, info, kernel->outputs);
+  if (kind == Operator::kMatMulRotary) kernel->rotary = read_rotary(api, info, kernel->outputs);
   return kernel;
 }
 
 void multiply(const Kernel& kernel, OrtKernelContext* context) {
   const claq_layer& layer = *kernel.layer;
-  const MatMulTensors t = matmul_tensors(kernel.api, context, kernel.kind, layer.view.in_features, kernel.outputs, kernel.heads,
+  const MatMulTensors t = matmul_tensors(kernel.api, context, kernel.kind, layer.view.in_features, kernel.outputs, kernel.rotary,
                                          kernel.norm_weight);
   const auto dtype = static_cast<claq_dtype>(t.type);
   with_session_threads(kernel.api, context, [&](const Host& host) {
@@ -87,7 +84,7 @@ void gather_rows(const Kernel& kernel, OrtKernelContext* context) {
   try {
     with_session_threads(api, context, [&](const Host& host) {
       gather(*kernel.layer, static_cast<claq_dtype>(tensors.index_type), tensors.indices, tensors.count,
-             static_cast<claq_dtype>(describe(api, like).type), tensors.y, host.parallel_for, host.context);
+             static_cast<claq_dtype>(describe(api, like, "like").type), tensors.y, host.parallel_for, host.context);
     });
   } catch (const InvalidArgument& error) {
     throw InvalidArgument(std::string("ClaqGather: ") + error.what());

@@ -51,7 +51,7 @@ constexpr size_t kAlignment = 256;  // of the parts of a node's scratch memory
 struct Rotation {
   cuda::Turn turn;
   cuda::Take take;
-  std::array<int64_t, 2> heads;
+  Rotary rotary;
 };
 
 // What is done with a product.
@@ -59,7 +59,7 @@ using Epilogue = std::variant<std::monostate, cuda::Add, cuda::AddNorm, cuda::Sw
 
 Epilogue make_epilogue(const Api& api, const OrtKernelInfo* info, Operator kind, const cuda::Tensors& tensors, const Outputs& outputs) {
   switch (kind) {
-    case Operator::kMatMulRotary: return Rotation{cuda::Turn(tensors), cuda::Take(tensors), read_heads(api, info, outputs)};
+    case Operator::kMatMulRotary: return Rotation{cuda::Turn(tensors), cuda::Take(tensors), read_rotary(api, info, outputs)};
     case Operator::kMatMulAdd: return cuda::Add(tensors);
     case Operator::kMatMulAddNorm: return cuda::AddNorm(tensors, read_epsilon(api, info));
     case Operator::kMatMulSwiGlu: return cuda::SwiGlu(tensors);
@@ -84,8 +84,7 @@ class MatMul {
     const cuda::Tensors& layer = layer_.tensors();
     const auto* rotation = std::get_if<Rotation>(&epilogue_);
     const MatMulTensors tensors =
-        matmul_tensors(api_, context, kind_, layer.in_features, outputs_, rotation ? rotation->heads : std::array<int64_t, 2>{},
-                       nullptr);
+        matmul_tensors(api_, context, kind_, layer.in_features, outputs_, rotation ? rotation->rotary : Rotary{}, nullptr);
     void *stream = nullptr, *cublas = nullptr;
     check(api_.stream(context, &stream));
     if (OrtStatus* status = api_.resource(context, kCublasHandle, &cublas)) {
@@ -122,7 +121,7 @@ class MatMul {
     if (!take) return;
     int64_t first = 0;
     for (size_t i = 0; i < kMostParts; first += outputs_[i], ++i) {
-      if (rotation && i < rotation->heads.size()) {
+      if (rotation && i < rotation->rotary.heads.size()) {
         const Rotary& rotary = tensors.rotary;
         rotation->turn.run(product, rows, width, first, outputs_[i], rotary.cos, rotary.sin, outputs_[i] / rotary.heads[i], rotary.half,
                            tensors.y[i], stream);

@@ -1,5 +1,6 @@
 #include "operator.h"
 
+#include <cstring>
 #include <memory>
 
 namespace claq::ort {
@@ -25,16 +26,31 @@ int input_type(const TypedOp& op, size_t index) {
 
 }  // namespace
 
+bool integer_attribute(const Api& api, const OrtKernelInfo* info, const char* name, int64_t& value) {
+  // ONNX Runtime has the same status for an attribute that is missing and for one of another type.
+  const auto succeeds = [&api](OrtStatus* status) {
+    if (status) api.release_status(status);
+    return !status;
+  };
+  if (succeeds(api.attribute(info, name, &value))) return true;
+  float number = 0;
+  size_t length = 0;
+  if (succeeds(api.attribute(info, name, &number)) ||
+      succeeds(api.attribute_length<char>(kKernelInfoGetAttributeString, info, name, &length)) ||
+      succeeds(api.attribute_length<float>(kKernelInfoGetAttributeFloats, info, name, &length)) ||
+      succeeds(api.attribute_length<int64_t>(kKernelInfoGetAttributeInt64s, info, name, &length))) {
+    throw InvalidLayer(std::string(name) + ": the attribute is of another type, expected an integer");
+  }
+  return false;
+}
+
 int64_t required_attribute(const Api& api, const OrtKernelInfo* info, const char* name) {
   int64_t value = 0;
-  if (OrtStatus* status = api.attribute(info, name, &value)) {
-    api.release_status(status);
-    throw InvalidLayer(std::string(name) + ": the attribute is missing, expected an integer");
-  }
+  if (!integer_attribute(api, info, name, value)) throw InvalidLayer(std::string(name) + ": the attribute is missing, expected an integer");
   return value;
 }
 
-TensorInfo describe(const Api& api, const OrtValue* value) {
+TensorInfo describe(const Api& api, const OrtValue* value, const char* name, const char* operator_name, size_t most_axes) {
   OrtTensorTypeAndShapeInfo* raw = nullptr;
   check(api.tensor_info(value, &raw));
   const auto release = [&api](OrtTensorTypeAndShapeInfo* info) { api.release_tensor_info(info); };
@@ -43,19 +59,30 @@ TensorInfo describe(const Api& api, const OrtValue* value) {
   size_t rank = 0;
   check(api.element_type(info.get(), &result.type));
   check(api.dimension_count(info.get(), &rank));
+  if (rank > most_axes) {
+    throw InvalidArgument((operator_name ? std::string(operator_name) + ": " : "") + name + ": has " + std::to_string(rank) +
+                          " axes, expected at most " + std::to_string(most_axes));
+  }
   result.shape.resize(rank);
   check(api.dimensions(info.get(), result.shape.data(), rank));
   return result;
 }
 
 std::string node_name(const Api& api, const OrtKernelInfo* info) {
-  char name[256] = "";
-  size_t size = sizeof name;
-  if (OrtStatus* status = api.node_name(info, name, &size)) {
-    api.release_status(status);  // a longer name: the message does without it
-    return "";
+  constexpr size_t kMost = 256;
+  std::string name(kMost, '\0');
+  size_t size = name.size();
+  if (OrtStatus* status = api.node_name(info, name.data(), &size)) {
+    api.release_status(status);
+    if (size <= name.size()) return "";
+    name.resize(size);
+    check(api.node_name(info, name.data(), &size));
   }
-  return name;
+  name.resize(std::strlen(name.c_str()));
+  if (name.size() <= kMost) return name;
+  size_t end = kMost;
+  while (end > 0 && (name[end] & 0xc0) == 0x80) --end;  // no character of UTF-8 is cut
+  return name.substr(0, end) + "...";
 }
 
 void read_layer(const Api& api, const OrtKernelInfo* info, Operator kind, NodeLayer& layer) {
@@ -75,13 +102,13 @@ void read_layer(const Api& api, const OrtKernelInfo* info, Operator kind, NodeLa
     int is_constant = 0;
     const OrtValue* value = nullptr;
     check(api.constant_input(info, i, &is_constant, &value));
+    const char* const name = gathers && i == kLike ? "like" : kInputNames[i];
     if (!is_constant || !value) {
-      throw InvalidLayer(std::string(gathers && i == kLike ? "like" : kInputNames[i]) +
-                         ": is computed by the graph or fed at run time, expected a constant initializer");
+      throw InvalidLayer(std::string(name) + ": is computed by the graph or fed at run time, expected a constant initializer");
     }
     void* data = nullptr;
     check(api.tensor_data(value, &data));
-    infos[i] = describe(api, value);
+    infos[i] = describe(api, value, name);
     *tensors[i] = {data, infos[i].shape.data(), static_cast<int32_t>(infos[i].shape.size()), infos[i].type};
     // A zero-rank tensor has no shape to point to.
     static constexpr int64_t kNoShape = 0;
@@ -127,36 +154,46 @@ const void* constant_norm_weight(const Api& api, const OrtKernelInfo* info, int6
   int is_constant = 0;
   const OrtValue* value = nullptr;
   check(api.constant_input(info, kNormWeight, &is_constant, &value));
-  if (!is_constant || !value || describe(api, value).shape != Shape{out_features}) return nullptr;
+  if (!is_constant || !value || describe(api, value, "norm_weight").shape != Shape{out_features}) return nullptr;
   void* data = nullptr;
   check(api.tensor_data(value, &data));
   return data;
 }
 
-std::array<int64_t, 2> read_heads(const Api& api, const OrtKernelInfo* info, const Outputs& outputs) {
-  std::array<int64_t, 2> heads{};
-  for (size_t i = 0; i < heads.size(); ++i) {
+Rotary read_rotary(const Api& api, const OrtKernelInfo* info, const Outputs& outputs) {
+  Rotary rotary{};
+  std::array<int64_t, 2> sizes{};
+  for (size_t i = 0; i < sizes.size(); ++i) {
     const std::string name = "heads_" + std::to_string(i);
-    heads[i] = required_attribute(api, info, name.c_str());
-    if (heads[i] < 1 || outputs[i] % heads[i]) {
-      throw InvalidLayer(name + ": is " + std::to_string(heads[i]) + ", expected a divisor of split_" + std::to_string(i) + " = " +
+    const int64_t heads = rotary.heads[i] = required_attribute(api, info, name.c_str());
+    if (heads < 1 || outputs[i] % heads) {
+      throw InvalidLayer(name + ": is " + std::to_string(heads) + ", expected a divisor of split_" + std::to_string(i) + " = " +
                          std::to_string(outputs[i]));
     }
+    sizes[i] = outputs[i] / heads;
   }
-  return heads;
+  const int64_t given = required_attribute(api, info, "rotary_dim"), least = std::min(sizes[0], sizes[1]);
+  // 0 turns heads as a whole, as in RotaryEmbedding; the angles are those of both parts.
+  const int64_t turned = given == 0 && sizes[0] == sizes[1] ? least : given;
+  if (turned < 1 || turned > least || turned % 2) {
+    throw InvalidLayer("rotary_dim: is " + std::to_string(given) + ", expected an even number of at most " + std::to_string(least) +
+                       ", the size of a head, or 0 if all heads are of one even size");
+  }
+  rotary.half = turned / 2;
+  return rotary;
 }
 
 MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, Operator kind, int64_t in_features, const Outputs& outputs,
-                             const std::array<int64_t, 2>& heads, const void* norm_weight) {
+                             const Rotary& rotary, const void* norm_weight) {
   const OrtValue* x = nullptr;
   check(api.input(context, 0, &x));
-  TensorInfo info = describe(api, x);
+  TensorInfo info = describe(api, x, kInputNames[0], operator_name(kind));
   if (info.shape.empty() || info.shape.back() != in_features) {
     throw InvalidArgument(std::string(operator_name(kind)) + ": x: the last dimension is " +
                           (info.shape.empty() ? "missing" : std::to_string(info.shape.back())) +
                           ", expected in_features = " + std::to_string(in_features));
   }
-  MatMulTensors tensors{info.type, 1, nullptr, nullptr, nullptr, {}, {}};
+  MatMulTensors tensors{info.type, 1, nullptr, nullptr, nullptr, rotary, {}};
   for (size_t i = 0; i + 1 < info.shape.size(); ++i) tensors.rows *= info.shape[i];
   for (int i = 0; i < kMostParts && outputs[i] >= 0; ++i) {
     info.shape.back() = outputs[i];
@@ -165,34 +202,33 @@ MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, Operator
     check(api.tensor_data(y, &tensors.y[i]));
   }
   void* data = nullptr;
-  const auto other = [&](size_t input, const Shape& shape, const char* message) {
+  const auto other = [&](size_t input, const Shape& shape, const char* name, const char* expected) {
     const OrtValue* value = nullptr;
     check(api.input(context, input, &value));
-    if (describe(api, value).shape != shape) throw InvalidArgument(std::string(operator_name(kind)) + message);
+    if (describe(api, value, name, operator_name(kind)).shape != shape) {
+      throw InvalidArgument(std::string(operator_name(kind)) + ": " + name + ": expected " + expected);
+    }
     check(api.tensor_data(value, &data));
     return data;
   };
   if (kind == Operator::kMatMulRotary) {
     const OrtValue* cos = nullptr;
     check(api.input(context, kCos, &cos));
-    const TensorInfo angles = describe(api, cos);
-    info.shape.back() = angles.shape.empty() ? 0 : angles.shape.back();
-    const int64_t half = info.shape.back();
-    for (size_t i = 0; i < heads.size(); ++i) {
-      if (2 * half > outputs[i] / heads[i]) {
-        throw InvalidArgument(std::string(operator_name(kind)) + ": cos: turns " + std::to_string(2 * half) + " values of heads of " +
-                              std::to_string(outputs[i] / heads[i]));
-      }
+    const Shape angles = describe(api, cos, "cos", operator_name(kind)).shape;
+    if (angles.empty() || angles.back() != rotary.half) {
+      throw InvalidArgument(std::string(operator_name(kind)) + ": cos: the last dimension is " +
+                            (angles.empty() ? "missing" : std::to_string(angles.back())) + ", expected rotary_dim / 2 = " +
+                            std::to_string(rotary.half));
     }
-    tensors.rotary = {other(kCos, info.shape, ": cos: expected a row for each row of x"),
-                      other(kSin, info.shape, ": sin: expected the shape of cos"), half, heads};
+    info.shape.back() = rotary.half;
+    tensors.rotary.cos = other(kCos, info.shape, "cos", "a row for each row of x");
+    tensors.rotary.sin = other(kSin, info.shape, "sin", "the shape of cos");
   }
   if (kind == Operator::kMatMulAdd || kind == Operator::kMatMulAddNorm) {
-    tensors.residual = other(kResidual, info.shape, ": residual: expected the shape of the result");
+    tensors.residual = other(kResidual, info.shape, "residual", "the shape of the result");
   }
   if (kind == Operator::kMatMulAddNorm) {
-    tensors.norm_weight = norm_weight ? norm_weight
-                                      : other(kNormWeight, {outputs[0]}, ": norm_weight: expected one value for each output");
+    tensors.norm_weight = norm_weight ? norm_weight : other(kNormWeight, {outputs[0]}, "norm_weight", "one value for each output");
   }
   check(api.tensor_data(x, &data));
   tensors.x = data;
@@ -202,7 +238,7 @@ MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, Operator
 GatherTensors gather_tensors(const Api& api, OrtKernelContext* context, int64_t in_features) {
   const OrtValue* indices = nullptr;
   check(api.input(context, 0, &indices));
-  TensorInfo info = describe(api, indices);
+  TensorInfo info = describe(api, indices, "indices", operator_name(Operator::kGather), Shape::kMostAxes - 1);  // y has one more
   int64_t count = 1;
   for (const int64_t size : info.shape) count *= size;
   info.shape.push_back(in_features);

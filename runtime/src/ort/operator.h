@@ -93,13 +93,8 @@ class Shape {
   Shape(std::initializer_list<int64_t> sizes) {
     for (const int64_t size : sizes) push_back(size);
   }
-  // Throws InvalidArgument for more than kMostAxes.
-  void resize(size_t axes) {
-    if (axes > kMostAxes) {
-      throw InvalidArgument("a tensor has " + std::to_string(axes) + " axes, expected at most " + std::to_string(kMostAxes));
-    }
-    axes_ = axes;
-  }
+  // At most kMostAxes, which the caller has checked.
+  void resize(size_t axes) { axes_ = axes; }
   void push_back(int64_t size) {
     resize(axes_ + 1);
     back() = size;
@@ -126,7 +121,9 @@ struct TensorInfo {
   Shape shape;
 };
 
-TensorInfo describe(const Api& api, const OrtValue* value);
+// Throws InvalidArgument for more than `most_axes`, with the names of the tensor and, if there is one, of the operator.
+TensorInfo describe(const Api& api, const OrtValue* value, const char* name, const char* operator_name = nullptr,
+                    size_t most_axes = Shape::kMostAxes);
 
 // A node's layer: the descriptor points to shapes kept beside it and to the data of the node's constant inputs.
 struct NodeLayer {
@@ -134,25 +131,34 @@ struct NodeLayer {
   std::array<TensorInfo, kInputs> infos;
 };
 
-// Throws InvalidLayer if an attribute is missing or an input is not constant.
+// Throws InvalidLayer if an attribute is missing or an input is not constant, InvalidArgument as `describe`.
 void read_layer(const Api& api, const OrtKernelInfo* info, Operator kind, NodeLayer& layer);
 
+// A long name is shortened.
 std::string node_name(const Api& api, const OrtKernelInfo* info);
 
-// Puts the kernel that `make` gives (a pointer that the caller owns) into `out`; an InvalidLayer gets the node's name in front.
+// Puts the kernel that `make` gives (a pointer that the caller owns) into `out`; what is wrong gets the node's name in front.
 template <class Make>
 OrtStatus* make_kernel(const Api& api, const OrtKernelInfo* info, const char* operator_name, void** out, Make make) {
   *out = nullptr;
   return guarded(api, [&] {
+    const auto named = [&](const std::exception& error) {
+      return std::string(operator_name) + " node '" + node_name(api, info) + "': " + error.what();
+    };
     try {
       *out = make();
     } catch (const InvalidLayer& error) {
-      throw InvalidLayer(std::string(operator_name) + " node '" + node_name(api, info) + "': " + error.what());
+      throw InvalidLayer(named(error));
+    } catch (const InvalidArgument& error) {
+      throw InvalidArgument(named(error));
     }
   });
 }
 
-// Throws InvalidLayer if it is missing.
+// Whether there is such an attribute, whose value it then gives. Throws InvalidLayer if that is no integer.
+bool integer_attribute(const Api& api, const OrtKernelInfo* info, const char* name, int64_t& value);
+
+// Throws InvalidLayer if it is missing or no integer.
 int64_t required_attribute(const Api& api, const OrtKernelInfo* info, const char* name);
 
 // The last dimension of each output of a node that multiplies; -1 where it has none.
@@ -167,8 +173,9 @@ float read_epsilon(const Api& api, const OrtKernelInfo* info);
 // The data of ClaqMatMulAddNorm's norm_weight if it is constant and fits; else null, and each run looks at it.
 const void* constant_norm_weight(const Api& api, const OrtKernelInfo* info, int64_t out_features);
 
-// Heads of the two parts that ClaqMatMulRotary turns. Throws InvalidLayer if an attribute is missing or does not fit the parts.
-std::array<int64_t, 2> read_heads(const Api& api, const OrtKernelInfo* info, const Outputs& outputs);
+// What ClaqMatMulRotary turns of the first two parts, without the angles. Throws InvalidLayer if an attribute is missing or does not
+// fit the parts.
+Rotary read_rotary(const Api& api, const OrtKernelInfo* info, const Outputs& outputs);
 
 // Tensors of a node that multiplies at run time; the outputs are made here.
 struct MatMulTensors {
@@ -181,9 +188,9 @@ struct MatMulTensors {
   std::array<void*, kMostParts> y;
 };
 
-// `norm_weight`: what constant_norm_weight found. Throws InvalidArgument if a shape does not fit.
+// `rotary`: what read_rotary gave, `norm_weight`: what constant_norm_weight found. Throws InvalidArgument if a shape does not fit.
 MatMulTensors matmul_tensors(const Api& api, OrtKernelContext* context, Operator kind, int64_t in_features, const Outputs& outputs,
-                             const std::array<int64_t, 2>& heads, const void* norm_weight);
+                             const Rotary& rotary, const void* norm_weight);
 
 // Input `indices` of a ClaqGather node at run time, and its output, which is made here.
 struct GatherTensors {

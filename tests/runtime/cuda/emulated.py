@@ -38,6 +38,7 @@ POINTERS = {
 }
 TARGET = 80
 HEADS = (4, 2)
+ROTARY_DIM = 4
 ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 # name, K, N, widths, rows, dtype, outliers, with order, bias, cuBLAS, kernels that must run
@@ -260,7 +261,8 @@ def run_node(
     """Run a node of the CUDA provider; returns the message of a failure, or nothing."""
     tensors = [first, *(tensor.contiguous() for tensor in layer.tensors().values()), *last]
     split = [part.shape[-1] for part in y] if len(y) == 3 else [0, 0, 0]
-    attributes = (ctypes.c_int64 * 10)(layer.in_features, layer.out_features, *layer.columns, *split, *HEADS)
+    sizes = (layer.in_features, layer.out_features, *layer.columns, *split, *HEADS, ROTARY_DIM)
+    attributes = (ctypes.c_int64 * len(sizes))(*sizes)
     error = ctypes.create_string_buffer(512)
     status = ort.fake_ort_run(
         operator.encode(), attributes, len(tensors), (FakeTensor * len(tensors))(*map(fake_tensor, tensors)),
@@ -307,6 +309,9 @@ def fused(ort: ctypes.CDLL, gpu: Interpreter, dtype: torch.dtype) -> dict[str, A
         error = ((torch.cat(y, -1).double() - wanted).abs().max() / wanted.abs().max()).item()
         found[name] = {"message": message, "error": error, "kernels": " ".join(dict.fromkeys(gpu.launched))}
     found["odd message"] = run_node(ort, "ClaqMatMulSwiGLU", random_layer(33, 5, (4,), seed=1), x, [bias[:5]], [x])
+    wide = torch.randn(2, 1, 3).to(dtype)
+    turned = [torch.zeros_like(part, dtype=dtype) for part in (query, key, value)]
+    found["wide message"] = run_node(ort, "ClaqMatMulRotary", layer, x, [bias, wide, wide], turned)
     found["short message"] = run_node(ort, "ClaqMatMulSplit", layer, x, [bias], [y[0], y[2], y[2]])
     return found
 

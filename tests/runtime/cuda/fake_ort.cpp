@@ -217,9 +217,9 @@ int fake_ort_calls() { return calls; }
 // each output. Returns 0, or 1 with a message: of the node, or what it failed to give back.
 int fake_ort_run(const char* name, const int64_t* attributes, int inputs, const FakeTensor* tensors, void* const* y, void* stream,
                  void* cublas, char* error, size_t error_size) {
-  static const char* kNames[] = {"in_features", "out_features", "columns_4", "columns_3", "columns_2", "split_0", "split_1", "split_2", "heads_0", "heads_1"};
+  static const char* kNames[] = {"in_features", "out_features", "columns_4", "columns_3", "columns_2", "split_0", "split_1", "split_2", "heads_0", "heads_1", "rotary_dim"};
   OrtKernelInfo info;
-  for (int i = 0; i < 10; ++i) info.attributes[kNames[i]] = attributes[i];
+  for (size_t i = 0; i < std::size(kNames); ++i) info.attributes[kNames[i]] = attributes[i];
   for (int i = 0; i < inputs; ++i) {
     const FakeTensor& tensor = tensors[i];
     info.inputs.push_back({tensor.data, tensor.type, {tensor.shape, tensor.shape + tensor.rank}});
