@@ -95,9 +95,13 @@ def _converted(value: Any, hint: Any) -> Any:
 
 
 def _whole(value: Any) -> int:
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return operator.index(value)
+    if hasattr(value, "__index__"):
+        with contextlib.suppress(TypeError):  # of a tensor with a fraction, which has the method
+            return operator.index(value)
+    number = _number(value)
+    if isinstance(number, float) and number.is_integer():
+        return int(number)
+    raise TypeError
 
 
 def _number(value: Any) -> float:

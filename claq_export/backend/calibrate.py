@@ -79,6 +79,7 @@ class Recording:
         """Let go of all inputs."""
         if self.batches is not None:
             self.batches.clear()
+        self._args = [arg if i in self.graph.names else None for i, arg in enumerate(self._args)]
         self._last.clear()
         self.nbytes = 0
 

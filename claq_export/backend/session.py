@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..calibration.progress import ProgressReporter
 from ..config import NO_CALIBRATION
@@ -24,16 +25,21 @@ from .options import CompileOptions
 from .release import check_not_released, release
 from .store import WeightStore, store_for
 
-_Known = list[tuple[weakref.ref[torch.Tensor], int, int]]
-"""Weights and biases of a call, their version counters then (-1: it has none) and where their memory was."""
+_Known = tuple[weakref.ref[torch.Tensor], int, StorageWeakRef, int]
+"""A weight or bias of a call, its version counter then (-1: it has none), its memory and where that was."""
 
 
-def _known(tensor: torch.Tensor) -> tuple[weakref.ref[torch.Tensor], int, int]:
-    return weakref.ref(tensor), -1 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+def _known(tensor: torch.Tensor) -> _Known:
+    version = -1 if tensor.is_inference() else tensor._version
+    return weakref.ref(tensor), version, StorageWeakRef(tensor.untyped_storage()), tensor.data_ptr()
 
 
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 """Skips the autograd layer of every operator inside; it would call into Python once more for each of ours."""
+
+
+_ATTEMPTS = 3
+"""How often weights are observed anew after what was observed could not be calibrated on."""
 
 
 class CompiledGraph:
@@ -56,7 +62,7 @@ class CompiledGraph:
         self._watched = (*rewritten.weights, *rewritten.biases)
         self._pick = operator.itemgetter(*self._watched) if len(self._watched) > 1 else None
         # By identity of the first: layers of one class share this graph, and each has weights of its own.
-        self._known: dict[int, _Known] = {}
+        self._known: dict[int, list[_Known]] = {}
         self._generation = session.store.generation
 
     def __call__(self, *args: Any) -> Any:
@@ -87,20 +93,21 @@ class CompiledGraph:
         first = id(args[self._watched[0]])
         known = [_known(args[i]) for i in self._watched]
         if first not in self._known:
-            self._known = {key: one for key, one in self._known.items() if one[0][0]() is not None}
+            self._known = {key: one for key, one in list(self._known.items()) if one[0][0]() is not None}
         self._known[first] = known
 
     def _served(self, args: Sequence[Any]) -> bool:
         if self._generation != self.session.store.generation:
             self._generation = self.session.store.generation
-            self._known.clear()
+            self._known = {}
         tensors: Sequence[Any] = self._pick(args) if self._pick is not None else (args[self._watched[0]],)
         known = self._known.get(id(tensors[0]))
         if known is None:
             return False
         # For every weight of every call; a tensor that is the same has its dtype unless it got other memory.
-        for (ref, version, pointer), tensor in zip(known, tensors, strict=True):
-            if (own := ref()) is None or own is not tensor or own.data_ptr() != pointer:
+        for (ref, version, memory, pointer), tensor in zip(known, tensors, strict=True):
+            # Other memory may lie where the first did, once that was freed.
+            if (own := ref()) is None or own is not tensor or own.data_ptr() != pointer or memory.expired():
                 return False
             if version >= 0 and own._version != version:
                 return False
@@ -115,6 +122,7 @@ class Session:
     store: WeightStore
     _recordings: list[Recording] = field(default_factory=list)
     _calls: Counter[int] = field(default_factory=Counter)
+    _failures: Counter[int] = field(default_factory=Counter)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def prepare(self, compiled: CompiledGraph, args: Sequence[Any]) -> Recording | None:
@@ -187,7 +195,7 @@ class Session:
         """A call whose inputs were recorded is over; quantize when there have been enough.
 
         Where that fails for what was observed (an activation that is not finite, in one call of many), the model goes on in
-        full precision, a warning says why, and calls are observed anew.
+        full precision, a warning says why, and calls are observed anew, a few times.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if not any(one is recording for one in self._recordings):
@@ -202,22 +210,30 @@ class Session:
                 try:
                     quantize_recordings(together, self.options.config, self.store, reporter)
                 except CalibrationError as error:
-                    message = f"backend='claq': {error}; the model goes on unquantized and is observed anew"
-                    warnings.warn(message, stacklevel=2)
-                    quantized = False
+                    settled = self._failed(error, [weight for one in together for weight in one.missing])
                 else:
                     reporter.stage("claq: quantized weights are in use from the next call on")
-                    quantized = True
+                    settled = True
                 finally:
                     self._drop(together)
-            for weight in (weight for one in together if quantized for weight in one.missing):
+            for weight in (weight for one in together if settled for weight in one.missing):
                 if self.store.find(weight) is None:
                     self.store.leave(weight)
+
+    def _failed(self, error: CalibrationError, weights: Sequence[torch.Tensor]) -> bool:
+        """Warn that weights could not be quantized; returns whether that was the last attempt."""
+        for weight in weights:
+            self._failures[id(weight)] += 1
+        number = max(self._failures[id(weight)] for weight in weights)
+        then = "and is observed anew" if number < _ATTEMPTS else f"for good: that was attempt {number}"
+        warnings.warn(f"backend='claq': {error}; the model goes on unquantized {then}", stacklevel=3)
+        return number >= _ATTEMPTS
 
     def _drop(self, recordings: Sequence[Recording]) -> None:
         """Forget what was observed."""
         self._recordings = [one for one in self._recordings if not any(one is other for other in recordings)]
-        for identity in (identity for one in recordings for identity in one.identities):
+        left = {identity for one in self._recordings for identity in one.identities}
+        for identity in {identity for one in recordings for identity in one.identities} - left:
             self._calls.pop(identity, None)
 
     def _related(self, recording: Recording) -> list[Recording]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
 from ..format.layer import QuantizedLinear
@@ -21,9 +22,9 @@ from .release import is_released
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
-State = tuple[int, int, torch.dtype]
-"""What changes when a tensor gets other values, as far as PyTorch tells: its version counter; where its memory is, and its
-type, which assigning to ``.data`` changes (``module.half()``, ``module.to(device)`` do that)."""
+State = tuple[int, StorageWeakRef, int, torch.dtype]
+"""What changes when a tensor gets other values, as far as PyTorch tells: its version counter; its memory, where that is, and
+its type, which assigning to ``.data`` changes (``module.half()``, ``module.to(device)`` do that)."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def version_of(tensor: torch.Tensor) -> int:
 
 def state_of(tensor: torch.Tensor) -> State:
     """See :data:`State`."""
-    return version_of(tensor), tensor.data_ptr(), tensor.dtype
+    return version_of(tensor), StorageWeakRef(tensor.untyped_storage()), tensor.data_ptr(), tensor.dtype
 
 
 class WeightStore:
@@ -164,10 +165,16 @@ class WeightStore:
             known, state = self._used.get(id(tensor)), state_of(tensor)
             if known is None or known[0]() is not tensor or known[1] != state:
                 changed.add(id(tensor))
-                self._used[id(tensor)] = (weakref.ref(tensor, partial(_forget, self._used, id(tensor))), state)
+                gone = partial(_gone, weakref.ref(self), id(tensor))
+                self._used[id(tensor)] = (weakref.ref(tensor, gone), state)
         if changed:
-            self._products = {key: one for key, one in self._products.items() if not one.reads(changed)}
-            self._rows = {key: one for key, one in self._rows.items() if not one.reads(changed)}
+            self._drop(changed)
+
+    def _drop(self, changed: Collection[int]) -> None:
+        """Forget what was prepared from changed tensors, or from such as are gone."""
+        # Other threads' graphs put theirs in meanwhile.
+        self._products = {key: one for key, one in list(self._products.items()) if not one.reads(changed)}
+        self._rows = {key: one for key, one in list(self._rows.items()) if not one.reads(changed)}
 
     def put(self, weight: torch.Tensor, stack: Stack | None, part: int) -> None:
         """Put in what stands for one parameter: a part of a stack, or None where it stays as it is."""
@@ -232,11 +239,12 @@ class WeightStore:
         return cached.run
 
 
-def _forget(
-    used: dict[int, tuple[weakref.ref[torch.Tensor], State]], identity: int, ref: weakref.ref[torch.Tensor]
-) -> None:
-    if identity in used and used[identity][0] is ref:
-        del used[identity]
+def _gone(store: weakref.ref[WeightStore], identity: int, ref: weakref.ref[torch.Tensor]) -> None:
+    """A weight or bias is gone: so is what was prepared from it, which holds quantized tensors and biases."""
+    if (one := store()) is not None:
+        if identity in one._used and one._used[identity][0] is ref:
+            del one._used[identity]
+        one._drop(())
 
 
 STORES: dict[str, WeightStore] = {}

@@ -148,7 +148,7 @@ class CalibrationStage:
         def measure_site(site: LinearSite, hessian: Hessian | None) -> None:
             weight = self._weight(site, self._devices.first)
             rows = None if importance is None else importance[site.name]
-            with self._timed("bit budget"):
+            with self._timed("bit budget"), _full_precision(self._devices.first):
                 profiles[site.name] = _naming(
                     site, lambda: profile_layer(site.name, weight, hessian, self._settings, row_importance=rows)
                 )
@@ -360,8 +360,9 @@ class CalibrationStage:
         ``weights`` ``[T]``: what each of their tokens counts, in order.
         """
         if len(self._devices.all) == 1:
-            for rows, counts in _groups(inputs, weights):
-                hessian.add(rows, counts)
+            with _full_precision(self._devices.first):
+                for rows, counts in _groups(inputs, weights):
+                    hessian.add(rows, counts)
             return
 
         def part(group: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> Hessian:
@@ -431,7 +432,8 @@ class CalibrationStage:
                 weight, hessian, settings, plan=plan, row_frequency=self._frequency.get(site.out_features)
             )
 
-        result = _naming(site, quantize)
+        with _full_precision(device):
+            result = _naming(site, quantize)
         steps = {key: round(value, 4) for key, value in result.seconds.items()}
         record = {"error": result.error, "seconds": time.perf_counter() - start, "steps": steps}
         return result.layer.to("cpu"), record
@@ -509,6 +511,11 @@ def _groups(
         if tokens >= _TOKENS_AT_ONCE or number == len(inputs):
             yield torch.cat(rows), None if weights is None else weights[done : done + tokens]
             done, rows, tokens = done + tokens, [], 0
+
+
+def _full_precision(device: torch.device) -> torch.autocast:
+    """Not under the autocast of who calls a compiled model that is being calibrated: Hessians would be of 16 bits."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def _naming(site: LinearSite, work: Callable[[], _Result]) -> _Result:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import shutil
+import sys
+import threading
 import warnings
 import weakref
 from typing import Any
@@ -264,6 +266,81 @@ def test_a_call_that_is_not_finite_starts_observation_again() -> None:
     assert not torch.allclose(run(x), dense(x))
 
 
+def test_observation_that_always_fails_ends() -> None:
+    model, x = Net(), torch.full((4, FEATURES), float("inf"))
+    run = compiled(model, observe=1)
+    for told in ("is observed anew", "is observed anew", "for good: that was attempt 3"):
+        with pytest.warns(UserWarning, match=told):
+            run(x)
+    dense = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            torch.testing.assert_close(run(data(1)[0]), dense(data(1)[0]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_hessians_are_not_under_the_callers_autocast(seed: int) -> None:
+    """Of few tokens they were no longer positive definite, and nothing was quantized."""
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).eval()
+    run, dense = compiled(model, observe=2), copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            x = torch.randn(5, 64, generator=generator)
+            got, expected = run(x), dense(x)
+    assert got.dtype == torch.bfloat16
+    assert 0.01 < (got - expected).abs().max() / expected.abs().max() < 0.4
+
+
+def test_memory_that_lies_where_the_first_did_is_other_memory() -> None:
+    model = nn.Linear(256, 256, bias=False).eval()
+    run = compiled(model, calibration="none")
+    x, same = torch.randn(3, 256), 0
+    for _ in range(6):
+        run(x)
+        before = model.weight.data_ptr()
+        model.weight.data = torch.empty(0)
+        model.weight.data = torch.randn(256, 256)
+        same += model.weight.data_ptr() == before
+        wanted = model(x)
+        assert (run(x) - wanted).abs().max() < 0.3 * wanted.abs().max()
+    if not same:
+        pytest.skip("the allocator gave other memory each time")
+
+
+def test_threads_with_models_of_their_own() -> None:
+    """They share a store, and look for what has changed in it while others put products in."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            with torch.no_grad():
+                for _ in range(15):
+                    model.blocks[seed].q.bias.add_(0.01)
+                    model.blocks[seed](x)
+        except BaseException as failure:
+            failures.append(failure)
+
+    model, x = Net(3), data(1)[0]
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(backend=claq_backend(), options={"fallback": "eager", "calibration": "none", "progress": False})
+    model(x)
+    try:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert failures == []
+
+
 def test_a_model_that_is_never_called_again_is_let_go() -> None:
     model = Net()
     run = compiled(model, observe=5)
@@ -279,6 +356,7 @@ def test_a_model_that_is_never_called_again_is_let_go() -> None:
     assert weight() is None
     assert not recording.alive
     assert recording.batches == []
+    assert all(arg is None for arg in recording.args)
     other = Net(seed=2)
     run = compiled(other, observe=5)
     run(data(1)[0])

@@ -14,6 +14,7 @@ import torch
 from backend_models import Net, compiled, data
 
 import claq_export
+from claq_export import Config
 from claq_export.backend.options import DEFAULT_OBSERVE, parse_options
 from claq_export.errors import CalibrationError, ConfigError
 
@@ -75,7 +76,6 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         ({"token_clip": 0}, "token_clip must be positive or None, got 0"),
         ({"include": None}, "include must be a name pattern or a list of them, got None"),
         ({"exclude": [3]}, r"exclude must be a name pattern or a list of them, got \[3\]"),
-        ({"exclude": (name for name in "ab")}, "exclude must be a name pattern or a list of them, got <generator"),
         ({"fuse_siblings": "no"}, "fuse_siblings must be True or False, got 'no'"),
         ({"accuracy": 8}, "accuracy must be one of fp32, int8 or None, got 8"),
         ({"devices": "cpu"}, "devices must be a sequence of at least one name"),
@@ -90,6 +90,11 @@ def test_values_of_the_wrong_type_are_named(settings: dict[str, Any], message: s
         claq_export.Config(**settings)
     with pytest.raises(ConfigError, match=f"^{message}"):
         parse_options(settings)
+
+
+def test_an_iterator_is_no_list_of_names() -> None:
+    with pytest.raises(ConfigError, match="exclude must be a name pattern or a list of them, got <generator"):
+        Config(exclude=(name for name in "ab"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
