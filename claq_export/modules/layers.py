@@ -214,8 +214,8 @@ class ClaqEmbedding(QuantizedModule):
                 CUDA its row is NaN.)
         """
         return ops.embedding(
-            # The operator counts from the end, which nn.Embedding does not.
-            torch.where(indices < 0, self.out_features, indices),
+            # The operator counts from the end, as ONNX does; nn.Embedding does not. A file gets no node for it.
+            indices if torch.compiler.is_exporting() else torch.where(indices < 0, self.out_features, indices),
             self.codes,
             self.codebook,
             self.scale,
