@@ -23,15 +23,30 @@ from .checkpoint import load_weights
 from .graph import DynamoGraph, Rewritten, SavedGraph
 from .options import CompileOptions
 from .release import check_not_released, release
-from .store import WeightStore, store_for
-
-_Known = tuple[weakref.ref[torch.Tensor], int, StorageWeakRef, int]
-"""A weight or bias of a call, its version counter then (-1: it has none), its memory and where that was."""
+from .store import WeightStore, store_for, version_of
 
 
-def _known(tensor: torch.Tensor) -> _Known:
-    version = -1 if tensor.is_inference() else tensor._version
-    return weakref.ref(tensor), version, StorageWeakRef(tensor.untyped_storage()), tensor.data_ptr()
+class _Known:
+    """Weights and biases of a call, and their states then: asked at every call, hence by few passes over all of them."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.refs = [weakref.ref(tensor) for tensor in tensors]
+        self.counted = not any(tensor.is_inference() for tensor in tensors)
+        self.versions = [version_of(tensor) for tensor in tensors]
+        self.pointers = [tensor.data_ptr() for tensor in tensors]
+        self.memories = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+
+    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the same tensors as they were."""
+        if not all(map(operator.is_, [ref() for ref in self.refs], tensors)):
+            return False
+        versions = (
+            [tensor._version for tensor in tensors] if self.counted else [version_of(tensor) for tensor in tensors]
+        )
+        if versions != self.versions or [tensor.data_ptr() for tensor in tensors] != self.pointers:
+            return False
+        # Other memory may lie where the first did, once that was freed.
+        return True not in [memory.expired() for memory in self.memories]
 
 
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
@@ -62,7 +77,7 @@ class CompiledGraph:
         self._watched = (*rewritten.weights, *rewritten.biases)
         self._pick = operator.itemgetter(*self._watched) if len(self._watched) > 1 else None
         # By identity of the first: layers of one class share this graph, and each has weights of its own.
-        self._known: dict[int, list[_Known]] = {}
+        self._known: dict[int, _Known] = {}
         self._generation = session.store.generation
 
     def __call__(self, *args: Any) -> Any:
@@ -91,10 +106,9 @@ class CompiledGraph:
     def remember(self, args: Sequence[Any]) -> None:
         """Note that the weights of this call have been seen to; the next call with the same ones asks no more."""
         first = id(args[self._watched[0]])
-        known = [_known(args[i]) for i in self._watched]
         if first not in self._known:
-            self._known = {key: one for key, one in list(self._known.items()) if one[0][0]() is not None}
-        self._known[first] = known
+            self._known = {key: one for key, one in list(self._known.items()) if one.refs[0]() is not None}
+        self._known[first] = _Known(self.watched(args))
 
     def _served(self, args: Sequence[Any]) -> bool:
         if self._generation != self.session.store.generation:
@@ -102,16 +116,7 @@ class CompiledGraph:
             self._known = {}
         tensors: Sequence[Any] = self._pick(args) if self._pick is not None else (args[self._watched[0]],)
         known = self._known.get(id(tensors[0]))
-        if known is None:
-            return False
-        # For every weight of every call; a tensor that is the same has its dtype unless it got other memory.
-        for (ref, version, memory, pointer), tensor in zip(known, tensors, strict=True):
-            # Other memory may lie where the first did, once that was freed.
-            if (own := ref()) is None or own is not tensor or own.data_ptr() != pointer or memory.expired():
-                return False
-            if version >= 0 and own._version != version:
-                return False
-        return True
+        return known is not None and known.holds(tensors)
 
 
 @dataclass
