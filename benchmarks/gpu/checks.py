@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
 
 import torch
-from children import in_children
+from findings import Finding
 from layers import arguments, bound_of, layer_of, share
-from machine import REAL, Machine, exact_products, reason_of
-
-GRACE_SECONDS = 30
-"""How much longer than its deadline a check that has begun may take."""
+from machine import REAL, Machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,31 +26,31 @@ class Check:
     lookup: bool = False
 
 
-def checks(dry: bool = False) -> list[Check]:
+def wanted(dry: bool) -> list[Check]:
     """All kernels, widths and dtypes; odd shapes; outliers none, some, a full row. A few small ones for a dry run."""
     half, brain, single = torch.float16, torch.bfloat16, torch.float32
     if dry:
         shape = {"in_features": 70, "out_features": 37, "outliers": 0.02}
-        wanted = [Check((2, 3, 4), vectors, dtype, **shape) for vectors, dtype in ((1, half), (7, half), (130, half))]
-        return [*wanted, Check((2,), 1, single, **shape), Check((2, 3, 4), 5, half, **shape, lookup=True)]
-    wanted = []
+        few = [Check((2, 3, 4), vectors, dtype, **shape) for vectors, dtype in ((1, half), (7, half), (130, half))]
+        return [*few, Check((2,), 1, single, **shape), Check((2, 3, 4), 5, half, **shape, lookup=True)]
+    every = []
     for widths in ((2,), (3,), (4,), (2, 3, 4)):
         for vectors in (1, 2, 3, 4, 7, 16, 20, 64, 130):
-            wanted.append(Check(widths, vectors, half, outliers=0.01 if vectors % 2 else 0.0))
+            every.append(Check(widths, vectors, half, outliers=0.01 if vectors % 2 else 0.0))
         for vectors in (1, 2, 130):
-            wanted.append(Check(widths, vectors, single, outliers=0.01))
+            every.append(Check(widths, vectors, single, outliers=0.01))
         for vectors in (1, 16, 130):
-            wanted.append(Check(widths, vectors, brain, outliers=0.01, full_row=True))
+            every.append(Check(widths, vectors, brain, outliers=0.01, full_row=True))
         for dtype in (half, brain, single):
-            wanted.append(Check(widths, 33, dtype, outliers=0.01, full_row=True, lookup=True))
+            every.append(Check(widths, 33, dtype, outliers=0.01, full_row=True, lookup=True))
     for in_features, out_features in ((100, 37), (4097, 1002), (33, 1), (1, 5)):
         for vectors in (1, 4, 7, 33, 130):
-            wanted.append(Check((2, 3, 4), vectors, half, in_features, out_features, outliers=0.02))
-            wanted.append(Check((2, 3, 4), vectors, single, in_features, out_features))
-        wanted.append(Check((2, 3, 4), 20, half, in_features, out_features, outliers=0.02, lookup=True))
-    wanted.append(Check((2, 4), 1, half, *REAL.main, outliers=0.005))
-    wanted.append(Check((3,), 16, half, *REAL.main, outliers=0.005))
-    return wanted
+            every.append(Check((2, 3, 4), vectors, half, in_features, out_features, outliers=0.02))
+            every.append(Check((2, 3, 4), vectors, single, in_features, out_features))
+        every.append(Check((2, 3, 4), 20, half, in_features, out_features, outliers=0.02, lookup=True))
+    every.append(Check((2, 4), 1, half, *REAL.main, outliers=0.005))
+    every.append(Check((3,), 16, half, *REAL.main, outliers=0.005))
+    return every
 
 
 def error_of(check: Check, machine: Machine) -> tuple[float, float]:
@@ -78,37 +73,12 @@ def error_of(check: Check, machine: Machine) -> tuple[float, float]:
     return share(got, x.double() @ dense.T + bias.double()), bound_of(x, dense)
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Checks that one process makes; those that ``deadline`` (of ``time.monotonic()``) cuts off are skipped."""
+def checks(machine: Machine) -> Iterator[Finding]:
+    """Every comparison with the dense weight, by the fields of :class:`Check`."""
 
-    wanted: list[Check]
-    dry: bool
-    deadline: float
+    def seeded(number: int, check: Check) -> tuple[float, float]:
+        torch.manual_seed(number)
+        return error_of(check, machine)
 
-
-def run_checks(part: Part, report: Callable[[dict[str, Any]], None]) -> None:
-    """Report the results of checks, in a process of its own."""
-    machine = Machine(part.dry)
-    lost = False
-    for number, check in enumerate(part.wanted):
-        text = {**dataclasses.asdict(check), "dtype": str(check.dtype)}
-        if lost or time.monotonic() > part.deadline:
-            report({**text, "skipped": "the GPU was lost to a check before" if lost else "out of time"})
-            continue
-        try:
-            torch.manual_seed(number)  # it asks the GPU, too
-            with exact_products():
-                error, bound = error_of(check, machine)
-            report({**text, "error": error, "bound": bound, "passed": error <= bound})
-        except Exception as failure:  # Triton's compiler and launcher raise errors of many types; each is a finding
-            report({**text, "passed": False, "failure": reason_of(failure)})
-            lost = not machine.usable()
-
-
-def correctness(machine: Machine, seconds: float, report: Callable[[dict[str, Any]], None]) -> None:
-    """Run the checks in several processes, whose time goes mostly into compiling kernels."""
-    wanted, deadline = checks(machine.dry), time.monotonic() + seconds
-    processes = 1 if machine.dry else min(16, os.cpu_count() or 1)
-    parts = [Part(wanted[i::processes], machine.dry, deadline) for i in range(processes)]
-    in_children(run_checks, parts, seconds + GRACE_SECONDS, report)
+    for number, check in enumerate(wanted(machine.dry)):
+        yield {**dataclasses.asdict(check), "dtype": str(check.dtype)}, partial(seeded, number, check)

@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from findings import Finding, NotHere
 from layers import share
 from machine import Machine, reason_of
-from operators import Finding, NotHere
 from torch import nn
 from torch.nn import functional
 

@@ -42,13 +42,12 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
 import torch  # noqa: E402
-from checks import GRACE_SECONDS, correctness  # noqa: E402
 from children import in_children  # noqa: E402
-from findings import Part, find_all  # noqa: E402
 from goals import goals  # noqa: E402
 from layers import arguments, copies_of, layer_of, weight_bytes  # noqa: E402
 from machine import Machine, reason_of  # noqa: E402
 from models import model_times  # noqa: E402
+from parts import Part, look  # noqa: E402
 from peers import cublas, gemlite, torch_int4  # noqa: E402
 from tiles import write_dispatch  # noqa: E402
 
@@ -59,6 +58,8 @@ SHARE_OF_CHECKS = 0.3
 """Most of the time that checks may take; nearly all of it goes into compiling kernels."""
 SHARE_OF_OPERATORS = 0.42
 """The part of the time after which no further operator or model is checked; they follow the kernels."""
+GRACE_SECONDS = 30
+"""How much longer than its deadline a check that has begun may take."""
 SECONDS_FOR_MODEL_TIMES = 60
 SECONDS_FOR_LOOKUPS = 15
 SECONDS_FOR_RUNTIME = 150
@@ -345,10 +346,10 @@ def main() -> int:
         if not (options.runtime / "claq_runtime" / "__init__.py").exists():
             parser.error(f"--runtime: {options.runtime} holds no claq_runtime")
         # This process and those that it starts; of site-packages as a folder nothing but claq_runtime is wanted.
-        only = Path(tempfile.mkdtemp())
-        (only / "claq_runtime").symlink_to((options.runtime / "claq_runtime").resolve())
-        sys.path.insert(0, str(only))
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(only), os.environ.get("PYTHONPATH"))))
+        only = tempfile.TemporaryDirectory()
+        Path(only.name, "claq_runtime").symlink_to((options.runtime / "claq_runtime").resolve())
+        sys.path.insert(0, only.name)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (only.name, os.environ.get("PYTHONPATH"))))
     machine = Machine(options.dry_run)
     import triton
 
@@ -404,12 +405,17 @@ def main() -> int:
         return report
 
     save()
-    step("checks", lambda: correctness(machine, SHARE_OF_CHECKS * total, report_to("checks")))
-    end_of_operators = started + SHARE_OF_OPERATORS * total
-    for part in ("operators", "models"):
-        work = Part(part, machine.dry, end_of_operators)
-        patience = max(0.0, end_of_operators - time.monotonic()) + GRACE_SECONDS
-        step("operators", partial(in_children, find_all, [work], patience, report_to("operators")))
+    # Most of the time of comparing kernels goes into compiling them.
+    processes = 1 if machine.dry else min(16, os.cpu_count() or 1)
+    for part, share, several in (
+        ("checks", SHARE_OF_CHECKS, processes),
+        ("operators", SHARE_OF_OPERATORS, 1),
+        ("models", SHARE_OF_OPERATORS, 1),
+    ):
+        end = started + share * total
+        work = [Part(part, machine.dry, end, first, several) for first in range(several)]
+        report = report_to("checks" if part == "checks" else "operators")
+        step(part, partial(in_children, look, work, max(0.0, end - time.monotonic()) + GRACE_SECONDS, report))
     step("copies", lambda: {"beginning": machine.copy_bandwidth()})
     end_of_timings = deadline - SECONDS_FOR_MODEL_TIMES - SECONDS_FOR_LOOKUPS
     step("timings", lambda: timings(machine, end_of_timings, options.quick, result["timings"], save))

@@ -50,13 +50,14 @@ class Runtime:
         self.library.claq_cuda_workspace.restype = ctypes.c_size_t
         self.library.claq_cuda_workspace.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
         self.error = ctypes.create_string_buffer(512)
+        self.error_size = ctypes.c_size_t(len(self.error))
 
     def check(self, status: int) -> None:
         if status:
             raise RuntimeError(self.error.value.decode())
 
     def usable(self) -> str:
-        self.check(self.library.claq_cuda_usable(self.error, ctypes.c_size_t(len(self.error))))
+        self.check(self.library.claq_cuda_usable(self.error, self.error_size))
         return self.error.value.decode()
 
 
@@ -74,7 +75,7 @@ class Layer:
             DTYPES[self.dtype],
             ctypes.byref(self.handle),
             runtime.error,
-            ctypes.c_size_t(len(runtime.error)),
+            runtime.error_size,
         )
         runtime.check(status)
 
@@ -91,7 +92,7 @@ class Layer:
             ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
             ctypes.c_void_p(torch.cuda.current_blas_handle() if cublas else None),
             self.runtime.error,
-            ctypes.c_size_t(len(self.runtime.error)),
+            self.runtime.error_size,
         )
         self.runtime.check(status)
         return y
@@ -106,7 +107,7 @@ class Layer:
             ctypes.c_void_p(y.data_ptr()),
             ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
             self.runtime.error,
-            ctypes.c_size_t(len(self.runtime.error)),
+            self.runtime.error_size,
         )
         self.runtime.check(status)
         return y

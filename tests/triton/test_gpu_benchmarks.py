@@ -175,7 +175,7 @@ def test_calls_are_timed_in_turns() -> None:
 
 @pytest.mark.usefixtures("neighbours")
 def test_a_failed_finding_takes_no_other_along() -> None:
-    module = load("operators")
+    module = load("findings")
     found: list[dict[str, Any]] = []
 
     def fell_back() -> tuple[float, float]:
