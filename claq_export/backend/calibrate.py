@@ -51,7 +51,6 @@ class Recording:
         # A session lives as long as the process, and must not keep a model alive that is never called again.
         self._args: list[Any] = [weakref.ref(arg) if i in graph.names else arg for i, arg in enumerate(args)]
         self._missing: list[weakref.ref[torch.Tensor]] = []
-        self.identities: list[int] = []
         self._last: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
         if graph.names:
             weakref.finalize(args[min(graph.names)], _forget, weakref.ref(self)).atexit = False
@@ -73,7 +72,7 @@ class Recording:
 
     @missing.setter
     def missing(self, weights: Sequence[torch.Tensor]) -> None:
-        self._missing, self.identities = [weakref.ref(weight) for weight in weights], [id(weight) for weight in weights]
+        self._missing = [weakref.ref(weight) for weight in weights]
 
     def forget(self) -> None:
         """Let go of all inputs."""

@@ -14,7 +14,7 @@ from ..errors import ModelError, OutputError
 from ..format.checkpoint import CONFIG_FILE, TENSORS_FILE, Checkpoint, load_checkpoint, save_checkpoint
 from ..passes.fuse_siblings import stacked_name
 from .release import check_not_released, saving
-from .store import STORES, Stack, WeightStore, named_parameters
+from .store import Stack, WeightStore, all_stores, named_parameters
 
 
 def save_compiled(model: nn.Module, folder: Path | str, config: Mapping[str, Any] | None = None) -> list[Path]:
@@ -39,9 +39,7 @@ def save_compiled(model: nn.Module, folder: Path | str, config: Mapping[str, Any
     """
     original = getattr(model, "_orig_mod", model)
     names = named_parameters(original)
-    # A store has a second name once a graph was compiled ahead of time.
-    every = {id(store): store for store in STORES.values()}
-    stores = [store for store in every.values() if _stacks(store, names)]
+    stores = [store for store in all_stores() if _stacks(store, names)]
     if not stores:
         raise ModelError(
             "no weight of this model has been quantized by backend='claq' yet: call the compiled model first (with "
@@ -112,7 +110,7 @@ def requantize_compiled(model: nn.Module) -> None:
     """
     parameters = list(getattr(model, "_orig_mod", model).parameters())
     check_not_released(parameters)
-    forgotten = [store.forget(parameters) for store in {id(store): store for store in STORES.values()}.values()]
+    forgotten = [store.forget(parameters) for store in all_stores()]
     if not any(forgotten):
         raise ModelError("no weight of this model has been quantized by backend='claq' yet")
 

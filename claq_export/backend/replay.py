@@ -48,8 +48,10 @@ class Replay:
                 if self._keeps:
                     self._items.append(item)
                 yield item
-        except Exception:
-            self._items.clear()  # a part of the data is not the data
+        except (
+            Exception
+        ):  # whatever the user's iterator raises: it goes on to the caller, and a part of the data is not the data
+            self._items.clear()
             raise
         if not found:
             raise CalibrationError(

@@ -6,14 +6,12 @@ import contextlib
 import operator
 import threading
 import warnings
-import weakref
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..calibration.progress import ProgressReporter
 from ..config import NO_CALIBRATION
@@ -23,31 +21,7 @@ from .checkpoint import load_weights
 from .graph import DynamoGraph, Rewritten, SavedGraph
 from .options import CompileOptions
 from .release import check_not_released, release
-from .store import WeightStore, store_for, version_of
-
-
-class _Known:
-    """Weights and biases of a call, and their states then: asked at every call, hence by few passes over all of them."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self.refs = [weakref.ref(tensor) for tensor in tensors]
-        self.counted = not any(tensor.is_inference() for tensor in tensors)
-        self.versions = [version_of(tensor) for tensor in tensors]
-        self.pointers = [tensor.data_ptr() for tensor in tensors]
-        self.memories = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
-
-    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether these are the same tensors as they were."""
-        if not all(map(operator.is_, [ref() for ref in self.refs], tensors)):
-            return False
-        versions = (
-            [tensor._version for tensor in tensors] if self.counted else [version_of(tensor) for tensor in tensors]
-        )
-        if versions != self.versions or [tensor.data_ptr() for tensor in tensors] != self.pointers:
-            return False
-        # Other memory may lie where the first did, once that was freed.
-        return True not in [memory.expired() for memory in self.memories]
-
+from .store import KnownStates, WeightStore, store_for
 
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 """Skips the autograd layer of every operator inside; it would call into Python once more for each of ours."""
@@ -77,7 +51,7 @@ class CompiledGraph:
         self._watched = (*rewritten.weights, *rewritten.biases)
         self._pick = operator.itemgetter(*self._watched) if len(self._watched) > 1 else None
         # By identity of the first: layers of one class share this graph, and each has weights of its own.
-        self._known: dict[int, _Known] = {}
+        self._known: dict[int, KnownStates] = {}
         self._generation = session.store.generation
 
     def __call__(self, *args: Any) -> Any:
@@ -108,7 +82,7 @@ class CompiledGraph:
         first = id(args[self._watched[0]])
         if first not in self._known:
             self._known = {key: one for key, one in list(self._known.items()) if one.refs[0]() is not None}
-        self._known[first] = _Known(self.watched(args))
+        self._known[first] = KnownStates(self.watched(args))
 
     def _served(self, args: Sequence[Any]) -> bool:
         if self._generation != self.session.store.generation:
@@ -126,8 +100,8 @@ class Session:
     options: CompileOptions
     store: WeightStore
     _recordings: list[Recording] = field(default_factory=list)
-    _calls: Counter[int] = field(default_factory=Counter)
-    _failures: Counter[int] = field(default_factory=Counter)
+    _calls: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # observed, of each weight
+    _failures: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def prepare(self, compiled: CompiledGraph, args: Sequence[Any]) -> Recording | None:
@@ -177,7 +151,7 @@ class Session:
 
     def _record(self, compiled: CompiledGraph, args: Sequence[Any], missing: Sequence[torch.Tensor]) -> Recording:
         assert isinstance(compiled.graph, DynamoGraph), "loaded graphs are not observed"
-        self._drop([one for one in self._recordings if not one.alive])
+        self._recordings = [one for one in self._recordings if one.alive]
         for recording in self._recordings:
             known = recording.args
             if recording.graph is compiled.graph and all(known[i] is args[i] for i in compiled.rewritten.weights):
@@ -203,43 +177,35 @@ class Session:
         full precision, a warning says why, and calls are observed anew, a few times.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            if not any(one is recording for one in self._recordings):
+            if recording not in self._recordings:
                 return  # another thread's call has been the last one
-            for weight in recording.missing:
-                self._calls[id(weight)] += 1
-            if max(self._calls[id(weight)] for weight in recording.missing) < self.options.observe:
+            if _counted(self._calls, recording.missing) < self.options.observe:
                 return
             together = self._related(recording)
+            weights = list({id(weight): weight for one in together for weight in one.missing}.values())
             with self._reporter() as reporter:
                 reporter.stage(f"claq: {self.options.observe} calls observed, quantizing the weights")
                 try:
                     quantize_recordings(together, self.options.config, self.store, reporter)
                 except CalibrationError as error:
-                    settled = self._failed(error, [weight for one in together for weight in one.missing])
+                    settled = self._failed(error, weights)
                 else:
                     reporter.stage("claq: quantized weights are in use from the next call on")
                     settled = True
                 finally:
-                    self._drop(together)
-            for weight in (weight for one in together if settled for weight in one.missing):
+                    self._recordings = [one for one in self._recordings if one not in together]
+                    for weight in weights:
+                        self._calls.pop(weight, None)
+            for weight in weights if settled else ():
                 if self.store.find(weight) is None:
                     self.store.leave(weight)
 
     def _failed(self, error: CalibrationError, weights: Sequence[torch.Tensor]) -> bool:
         """Warn that weights could not be quantized; returns whether that was the last attempt."""
-        for weight in weights:
-            self._failures[id(weight)] += 1
-        number = max(self._failures[id(weight)] for weight in weights)
+        number = _counted(self._failures, weights)
         then = "and is observed anew" if number < _ATTEMPTS else f"for good: that was attempt {number}"
         warnings.warn(f"backend='claq': {error}; the model goes on unquantized {then}", stacklevel=3)
         return number >= _ATTEMPTS
-
-    def _drop(self, recordings: Sequence[Recording]) -> None:
-        """Forget what was observed."""
-        self._recordings = [one for one in self._recordings if not any(one is other for other in recordings)]
-        left = {identity for one in self._recordings for identity in one.identities}
-        for identity in {identity for one in recordings for identity in one.identities} - left:
-            self._calls.pop(identity, None)
 
     def _related(self, recording: Recording) -> list[Recording]:
         """The recordings that share weights with one, directly or through others; it comes first."""
@@ -253,6 +219,13 @@ class Session:
 
     def _reporter(self) -> ProgressReporter:
         return ProgressReporter(quiet=not self.options.progress)
+
+
+def _counted(counts: WeakTensorKeyDictionary, weights: Sequence[torch.Tensor]) -> int:
+    """Count one more of each weight; returns the largest count among them."""
+    for weight in weights:
+        counts[weight] = counts.get(weight, 0) + 1
+    return max(counts[weight] for weight in weights)
 
 
 _sessions: dict[tuple[object, ...], Session] = {}

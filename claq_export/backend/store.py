@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,29 @@ def version_of(tensor: torch.Tensor) -> int:
 def state_of(tensor: torch.Tensor) -> State:
     """See :data:`State`."""
     return version_of(tensor), StorageWeakRef(tensor.untyped_storage()), tensor.data_ptr(), tensor.dtype
+
+
+class KnownStates:
+    """Weights and biases of a call, and their states then: asked at every call, hence by few passes over all of them."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.refs = [weakref.ref(tensor) for tensor in tensors]
+        self.counted = not any(tensor.is_inference() for tensor in tensors)
+        self.versions = [version_of(tensor) for tensor in tensors]
+        self.pointers = [tensor.data_ptr() for tensor in tensors]
+        self.memories = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+
+    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the same tensors as they were."""
+        if not all(map(operator.is_, [ref() for ref in self.refs], tensors)):
+            return False
+        versions = (
+            [tensor._version for tensor in tensors] if self.counted else [version_of(tensor) for tensor in tensors]
+        )
+        if versions != self.versions or [tensor.data_ptr() for tensor in tensors] != self.pointers:
+            return False
+        # Other memory may lie where the first did, once that was freed.
+        return True not in [memory.expired() for memory in self.memories]
 
 
 class WeightStore:
@@ -249,6 +273,12 @@ def _gone(store: weakref.ref[WeightStore], identity: int, ref: weakref.ref[torch
 
 STORES: dict[str, WeightStore] = {}
 """All stores by key; the operators of compiled graphs look their weights up here."""
+
+
+def all_stores() -> list[WeightStore]:
+    """Each store once; one has a second name when a graph was compiled ahead of time."""
+    return list({id(store): store for store in STORES.values()}.values())
+
 
 _keys: dict[str, str] = {}
 
