@@ -18,6 +18,8 @@ from torch import nn
 IMPLEMENTATION = "claq"
 """Name under which the loop is registered with transformers."""
 
+_PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+
 
 def expert_loop(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -128,6 +130,26 @@ def split_experts(model: nn.Module, names: Iterable[str]) -> None:
         split = True
     if split:
         use_expert_loop(model)
+
+
+def join_experts(model: nn.Module) -> None:
+    """Undo :func:`split_experts` where all experts of a tensor are plain linears: one tensor, run as transformers does."""
+    joined = False
+    for owner in model.modules():
+        if not is_mixture(owner):
+            continue
+        for leaf, experts in list(owner.named_children()):
+            if leaf not in _PROJECTIONS or not isinstance(experts, nn.ModuleList):
+                continue
+            weights = [expert.weight.detach() for expert in experts if type(expert) is nn.Linear]
+            if len(weights) == len(experts):
+                stacked = torch.stack([weight.t() if owner.is_transposed else weight for weight in weights])
+                delattr(owner, leaf)
+                setattr(owner, leaf, nn.Parameter(stacked, requires_grad=False))
+                joined = True
+    if joined:
+        for module in _exchanging(model):
+            module.set_experts_implementation(None)
 
 
 def _linear_on(weight: torch.Tensor) -> nn.Linear:

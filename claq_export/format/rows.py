@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -24,7 +25,7 @@ def slice_rows(layer: QuantizedLinear, start: int, stop: int) -> QuantizedLinear
     ptr, index, value = layer.outlier_ptr, layer.outlier_index, layer.outlier_value
     if layer.outliers:
         first, last = int(ptr[start]), int(ptr[stop])
-        ptr = ptr[start : stop + 1] - first if last > first else ptr[:0]
+        ptr = ptr[start : stop + 1] - first if last > first else ptr.new_zeros(0)
         index, value = index[first:last].clone(), value[first:last].clone()
     return dataclasses.replace(
         layer,
@@ -44,6 +45,14 @@ def share_columns(a: QuantizedLinear, b: QuantizedLinear) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("codebook", "scale", "order"))
 
 
+def columns_key(layer: QuantizedLinear) -> tuple[object, ...]:
+    """Something hashable that two layers on one device have in common exactly where they :func:`share_columns`."""
+    digest = hashlib.sha256()
+    for name in ("codebook", "scale", "order"):
+        digest.update(getattr(layer, name).cpu().numpy().tobytes())
+    return layer.codes.device, layer.in_features, layer.columns, layer.order.shape, digest.digest()
+
+
 def join_rows(layers: Sequence[QuantizedLinear]) -> QuantizedLinear:
     """The stacked layer whose slices these are, in the order of its rows; undoes :func:`slice_rows`.
 
@@ -53,7 +62,7 @@ def join_rows(layers: Sequence[QuantizedLinear]) -> QuantizedLinear:
     first = layers[0]
     if not all(share_columns(first, layer) for layer in layers[1:]):
         raise FormatError("only layers with the same codebook, scale and order can be stacked")
-    ptr = first.outlier_ptr[:0]
+    ptr = first.outlier_ptr.new_zeros(0)
     if any(layer.outliers for layer in layers):
         counts = [
             layer.outlier_ptr.diff() if layer.outliers else layer.outlier_ptr.new_zeros(layer.out_features)
@@ -91,7 +100,7 @@ def take_rows(layer: QuantizedLinear, rows: torch.Tensor) -> QuantizedLinear:
         entries = position + torch.repeat_interleave(starts[rows] - bounds[:-1], counts)
         index = index.to(torch.int32)[entries].to(index.dtype)
         value = value[entries]
-        ptr = bounds.to(torch.int32) if len(entries) else ptr[:0]
+        ptr = bounds.to(torch.int32) if len(entries) else ptr.new_zeros(0)
     return dataclasses.replace(
         layer,
         out_features=rows.numel(),

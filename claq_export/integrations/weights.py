@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,12 @@ class LayerFiles:
                 "the folder must be one that claq-export or save_pretrained of a claq model wrote"
             )
         self.entries: Mapping[str, Mapping[str, Any]] = description["layers"]
+        self.aliases: Mapping[str, str] = description["aliases"]
         self.files = tuple(files)
+
+    def holds(self, names: Iterable[str]) -> bool:
+        """Whether the files have a tensor of one of these names."""
+        return any(name in self._where for name in names)
 
     def parts(self, name: str) -> list[tuple[str, int]]:
         """The linears that a layer stands for, with their rows."""

@@ -2,6 +2,6 @@
 
 from .layers import ClaqEmbedding, ClaqLinear
 from .loading import load, restore
-from .replace import linear_kind, replace_linears
+from .replace import check_replaceable, linear_kind, replace_linears
 
-__all__ = ["ClaqEmbedding", "ClaqLinear", "linear_kind", "load", "replace_linears", "restore"]
+__all__ = ["ClaqEmbedding", "ClaqLinear", "check_replaceable", "linear_kind", "load", "replace_linears", "restore"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,8 @@ from torch import nn
 from ..errors import ModelError
 from ..format.layer import TENSOR_NAMES, QuantizedLinear
 from ..kernels import ops
-from .weight import dense_weight
+from .signs import signed, unsigned
+from .weight import DenseWeight, absent_weight, dense_weight
 
 
 class QuantizedModule(nn.Module):
@@ -31,7 +33,7 @@ class QuantizedModule(nn.Module):
         self.out_features = layer.out_features
         self.columns = layer.columns
         for name, tensor in layer.tensors().items():
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, _own_if_empty(tensor))
 
     def _empty_until_filled(self) -> None:
         """Leave the tensors out of the ``state_dict()`` until :meth:`fill`."""
@@ -50,7 +52,7 @@ class QuantizedModule(nn.Module):
             )
         self.columns = layer.columns
         for name, tensor in layer.tensors().items():
-            setattr(self, name, tensor.to(getattr(self, name).device))
+            setattr(self, name, _own_if_empty(tensor).to(getattr(self, name).device))
         self._non_persistent_buffers_set.difference_update(TENSOR_NAMES)
 
     @property
@@ -61,7 +63,22 @@ class QuantizedModule(nn.Module):
         never kept; it cannot be written to. Heads that multiply by their embedding's table work with it, at the cost of
         the dense table while they do.
         """
+        if not self.codes.numel():
+            return absent_weight(self.out_features, self.in_features, self._dtype())
         return dense_weight(self.layer, self._dtype())
+
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:
+        """Accept the weight that the module has, as from code that ties modules once more, and nothing else.
+
+        Raises:
+            ModelError: it is another weight.
+        """
+        if self.codes.numel() and not (isinstance(value, DenseWeight) and value.is_of(self.layer)):
+            raise ModelError(
+                f"the weight of a {type(self).__name__} cannot be replaced; put another module in its place, or start "
+                "from the model before it was quantized"
+            )
 
     def _dtype(self) -> torch.dtype:
         """Dtype of the dense weight this module stands for; it follows casts of the model."""
@@ -92,6 +109,30 @@ class QuantizedModule(nn.Module):
                 setattr(self, name, before[name].to(getattr(self, name).device))
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickles hold: integers without sign, which PyTorch cannot pickle plainly, as those with one."""
+        state = self.__dict__.copy()
+        state["_buffers"] = {
+            name: tensor if tensor is None else signed(tensor) for name, tensor in self._buffers.items()
+        }
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Undo :meth:`__getstate__`."""
+        buffers = {
+            name: unsigned(tensor)
+            if tensor is not None and (name == "codes" or tensor.dtype == torch.int16)
+            else tensor
+            for name, tensor in state["_buffers"].items()
+        }
+        super().__setstate__({**state, "_buffers": buffers})
+
+
+def _own_if_empty(tensor: torch.Tensor) -> torch.Tensor:
+    """Empty tensors with memory of their own: those that were cut from others, or read from a file, name memory that
+    programs captured by ``torch.export`` cannot be saved with."""
+    return tensor if tensor.numel() else torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
 
 def _no_tensors(in_features: int, out_features: int, columns: tuple[int, int, int]) -> QuantizedLinear:
     """A weight whose tensors are not there yet."""
@@ -110,9 +151,14 @@ class ClaqLinear(QuantizedModule):
         layer: the quantized weight.
         bias: ``[out_features]``, or None.
         accuracy_level: arithmetic of the native kernels: 0 or 1 = float32, 4 = activations rounded to int8.
+
+    Attributes:
+        transposed: the dense module in whose place it stands holds its weight as ``[in_features, out_features]``
+            (transformers' ``Conv1D``).
     """
 
     bias: torch.Tensor
+    transposed: bool = False
 
     def __init__(self, layer: QuantizedLinear, bias: torch.Tensor | None = None, accuracy_level: int = 0) -> None:
         super().__init__(layer)
@@ -139,6 +185,11 @@ class ClaqLinear(QuantizedModule):
         module._empty_until_filled()
         return module
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether a bias is added; the buffer is empty, or zero where a model filled it up, without one."""
+        return "bias" not in self._non_persistent_buffers_set
+
     def _dtype(self) -> torch.dtype:
         return self.bias.dtype
 
@@ -164,7 +215,7 @@ class ClaqLinear(QuantizedModule):
     def extra_repr(self) -> str:
         """Sizes and stored columns a width."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, bias={bool(self.bias.numel())}, {self._widths()}"
+        return f"{sizes}, bias={self.has_bias}, {self._widths()}"
 
 
 class ClaqEmbedding(QuantizedModule):
@@ -198,8 +249,20 @@ class ClaqEmbedding(QuantizedModule):
 
     @property
     def num_embeddings(self) -> int:
-        """Rows of the table, as ``nn.Embedding`` calls them."""
+        """Rows of the table, as ``nn.Embedding`` calls them.
+
+        Raises:
+            ModelError: another number is assigned; the table cannot be resized.
+        """
         return self.out_features
+
+    @num_embeddings.setter
+    def num_embeddings(self, value: int) -> None:
+        if value != self.out_features:
+            raise ModelError(
+                f"a quantized embedding of {self.out_features} rows cannot be resized to {value}; resize the model "
+                "before it is quantized"
+            )
 
     @property
     def embedding_dim(self) -> int:
@@ -212,7 +275,13 @@ class ClaqEmbedding(QuantizedModule):
         Raises:
             IndexError: an index is out of range, as it is below zero; the message then names ``num_embeddings`` instead. (On
                 CUDA its row is NaN.)
+            ModelError: the module was cast to a dtype that rows cannot have.
         """
+        if self.like.dtype not in ops.ACTIVATION_DTYPES:
+            raise ModelError(
+                f"a quantized embedding gives rows of float32, float16 or bfloat16, and the model was cast to "
+                f"{self.like.dtype}; cast it to one of those, for example with model.float()"
+            )
         return ops.embedding(
             # The operator counts from the end, as ONNX does; nn.Embedding does not. A file gets no node for it.
             indices if torch.compiler.is_exporting() else torch.where(indices < 0, self.out_features, indices),

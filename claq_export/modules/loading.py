@@ -9,7 +9,7 @@ from torch import nn
 from ..errors import ModelError
 from ..experts import split_experts
 from ..format.checkpoint import Checkpoint, load_checkpoint
-from .replace import replace_linears
+from .replace import check_replaceable, replace_linears
 
 
 def load(folder: Path | str, model: nn.Module, *, strict: bool = True) -> nn.Module:
@@ -25,6 +25,7 @@ def load(folder: Path | str, model: nn.Module, *, strict: bool = True) -> nn.Mod
         those of the checkpoint.
 
     Raises:
+        ConfigError: the model is itself a linear or an embedding.
         FormatError: the checkpoint is damaged.
         ModelError: the checkpoint is of another architecture; the message names the first module or tensor in question.
     """
@@ -33,6 +34,7 @@ def load(folder: Path | str, model: nn.Module, *, strict: bool = True) -> nn.Mod
 
 def restore(model: nn.Module, checkpoint: Checkpoint, *, strict: bool = True) -> nn.Module:
     """As :func:`load`, from a checkpoint in memory."""
+    check_replaceable(model)
     split_experts(model, [part for name in checkpoint.layers for part, _ in checkpoint.parts_of(name)])
     state = model.state_dict(keep_vars=True)
     parts = [part for name in checkpoint.layers for part, _ in checkpoint.parts_of(name)]

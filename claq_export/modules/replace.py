@@ -8,7 +8,7 @@ from contextlib import suppress
 import torch
 from torch import nn
 
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
 from ..experts import split_experts
 from ..format.layer import QuantizedLinear
 from ..format.rows import slice_rows
@@ -45,8 +45,10 @@ def replace_linears(
         ``model``.
 
     Raises:
+        ConfigError: the model is itself a linear or an embedding.
         ModelError: a weight is missing or has another size; the model is unchanged then.
     """
+    check_replaceable(model)
     split_experts(model, [target for name in layers for target, _ in (parts or {}).get(name) or ((name, 0),)])
     sharing = _modules_by_weight(model)
     modules: dict[str, ClaqLinear | ClaqEmbedding] = {}
@@ -75,7 +77,9 @@ def replace_linears(
                     modules[every] = ClaqEmbedding(on_devices[weight.device], weight.dtype)
                 elif kind:
                     bias = getattr(owner, "bias", None)
-                    modules[every] = ClaqLinear(on_devices[weight.device], bias, (accuracy_levels or {}).get(name, 0))
+                    linear = ClaqLinear(on_devices[weight.device], bias, (accuracy_levels or {}).get(name, 0))
+                    linear.transposed = flipped
+                    modules[every] = linear
                 else:
                     value = part.dequantize(weight.dtype)
                     dense.append((weight, value.T if flipped else value))
@@ -86,6 +90,19 @@ def replace_linears(
         for weight, value in dense:
             weight.copy_(value)
     return model
+
+
+def check_replaceable(model: nn.Module) -> None:
+    """Refuse a model that is itself a layer: no module holds it, so nothing can be put in its place.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if linear_kind(model) is not None:
+        raise ConfigError(
+            f"the model is one {type(model).__name__}, which a quantized layer cannot take the place of; put it into a module: "
+            "torch.nn.Sequential(model)"
+        )
 
 
 # What nn.Module keeps forward hooks in; those that a handle removes are removed from these very objects.

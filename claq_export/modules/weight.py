@@ -24,6 +24,14 @@ def dense_weight(layer: QuantizedLinear, dtype: torch.dtype) -> torch.Tensor:
     return DenseWeight(layer, dtype)
 
 
+def absent_weight(out_features: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+    """What stands for a weight of which there are no codes yet: a tensor without memory, which may be written to."""
+    weight = torch.empty(out_features, in_features, dtype=dtype, device="meta")
+    # Transformers initializes weights by name while it loads, and leaves alone what says this.
+    weight._is_hf_initialized = True  # type: ignore[attr-defined]
+    return weight
+
+
 def _decode(layer: QuantizedLinear, dtype: torch.dtype) -> torch.Tensor:
     device = layer.codes.device
     like = torch.zeros(0, dtype=dtype if dtype in ops.ACTIVATION_DTYPES else torch.float32, device=device)
@@ -61,6 +69,11 @@ class DenseWeight(torch.Tensor):
     def dequantize(self) -> torch.Tensor:
         """The values, ``[out_features, in_features]``."""
         return _decode(self._layer, self.dtype)
+
+    def is_of(self, layer: QuantizedLinear) -> bool:
+        """Whether it stands for the weight of ``layer``: the very same codes."""
+        mine, others = self._layer.codes, layer.codes
+        return (mine.device, mine.data_ptr(), mine.shape) == (others.device, others.data_ptr(), others.shape)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Shape and dtype, without decoding."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from quantized_layers import random_layer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from claq_export.errors import ModelError
+from claq_export.errors import ConfigError, ModelError
 from claq_export.format.checkpoint import Checkpoint, save_checkpoint
 from claq_export.format.layer import TENSOR_NAMES, QuantizedLinear
-from claq_export.modules import ClaqLinear, load, replace_linears, restore
+from claq_export.modules import ClaqEmbedding, ClaqLinear, load, replace_linears, restore
 
 
 class Attention(nn.Module):
@@ -333,3 +334,48 @@ def test_layers_go_where_the_weights_were(monkeypatch: pytest.MonkeyPatch) -> No
     replace_linears(empty, {"0": random_layer(32, 20, (4,))})
     assert moved == [torch.device("cuda", 0)]
     assert empty[0].codes.device.type == "cpu"
+
+
+@pytest.mark.parametrize("model", [nn.Linear(32, 16), nn.Embedding(16, 32)], ids=["Linear", "Embedding"])
+def test_a_model_that_is_itself_a_layer_is_refused(model: nn.Module) -> None:
+    layers = {"": random_layer(32, 16, (4,))}
+    message = f"the model is one {type(model).__name__}, .* put it into a module"
+    with pytest.raises(ConfigError, match=message):
+        replace_linears(model, layers)
+    with pytest.raises(ConfigError, match=message):
+        restore(model, Checkpoint(layers=layers, tensors={}, config={}))
+
+
+def test_pickles_and_copies_of_modules_share_what_the_modules_shared() -> None:
+    layer = random_layer(70, 64, (4, 2), outliers=0.1)
+    model = torch.nn.ModuleDict({"head": ClaqLinear(layer, torch.randn(64)), "table": ClaqEmbedding(layer)})
+    once = pickle.loads(pickle.dumps(model))
+    for copied in (once, pickle.loads(pickle.dumps(once)), copy.deepcopy(model), copy.deepcopy(once)):
+        for name in TENSOR_NAMES:
+            assert torch.equal(getattr(copied["head"], name), getattr(layer, name)), name
+            assert getattr(copied["head"], name).dtype == getattr(layer, name).dtype
+            assert getattr(copied["head"], name).data_ptr() == getattr(copied["table"], name).data_ptr(), name
+        copied["head"].layer.validate()
+
+
+def test_empty_tensors_have_memory_of_their_own(tmp_path: Path) -> None:
+    layer = random_layer(32, 8)
+    cut = {
+        name: tensor if tensor.numel() else torch.ones(4, dtype=tensor.dtype)[:0]
+        for name, tensor in layer.tensors().items()
+    }
+    module = ClaqLinear(dataclasses.replace(layer, **cut), torch.zeros(8))
+    program = torch.export.export(module, (torch.randn(2, 32),))
+    torch.export.save(program, tmp_path / "module.pt2")
+    assert all(buffer.untyped_storage().nbytes() == 0 for buffer in module.buffers() if not buffer.numel())
+
+
+def test_the_weight_and_the_size_of_a_table_can_be_set_to_what_they_are() -> None:
+    layer = random_layer(32, 8)
+    table, head, other = ClaqEmbedding(layer), ClaqLinear(layer), ClaqLinear(random_layer(32, 8, seed=1))
+    head.weight = table.weight
+    table.num_embeddings = 8
+    with pytest.raises(ModelError, match=r"the weight of a ClaqLinear cannot be replaced"):
+        other.weight = table.weight
+    with pytest.raises(ModelError, match=r"embedding of 8 rows cannot be resized to 9"):
+        table.num_embeddings = 9

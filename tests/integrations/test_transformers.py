@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
+import pickle
 import re
 import runpy
 import shutil
@@ -213,6 +216,235 @@ def test_bad_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, plain / "plain.safetensors", metadata={"format": "pt"})
     with pytest.raises(FormatError, match=r"plain\.safetensors: no description of quantized layers"):
         transformers.AutoModelForCausalLM.from_pretrained(plain)
+
+
+def tiny(kind: str):
+    """A random model of transformers' class ``kind``, biases not zero, and its inputs."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, **SPECIAL}
+    encoder = {**sizes, "intermediate_size": 64, "max_position_embeddings": 64}
+    bart = {"encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    made = {
+        "GPT2LMHeadModel": (
+            "GPT2Config",
+            {"vocab_size": 90, "n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 4},
+        ),
+        "LlamaForCausalLM": ("LlamaConfig", {**TINY, "hidden_size": 32, "num_hidden_layers": 1}),
+        "Gemma2ForCausalLM": ("Gemma2Config", {**encoder, "num_key_value_heads": 2, "head_dim": 8}),
+        "BertForMaskedLM": ("BertConfig", encoder),
+        "RobertaForMaskedLM": ("RobertaConfig", encoder),
+        "AlbertForMaskedLM": ("AlbertConfig", {**encoder, "embedding_size": 32}),
+        "PhiForCausalLM": ("PhiConfig", encoder),
+        "MixtralForCausalLM": ("MixtralConfig", {**encoder, "num_key_value_heads": 2, "num_local_experts": 2}),
+        "BartForConditionalGeneration": (
+            "BartConfig",
+            {"vocab_size": 90, "d_model": 32, **bart, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, **SPECIAL},
+        ),
+        "T5ForConditionalGeneration": (
+            "T5Config",
+            {"vocab_size": 90, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+        ),
+    }
+    config, settings_of = made[kind]
+    given = {**SPECIAL, **settings_of, "decoder_start_token_id": 1}
+    model = getattr(transformers, kind)(getattr(transformers, config)(**given)).eval()
+    for name, value in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(value, std=0.1)
+    return model
+
+
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def logits(model) -> torch.Tensor:
+    more = {"decoder_input_ids": PROMPT[:, :3]} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=PROMPT, **more).logits
+
+
+@functools.cache
+def _quantized_tiny(kind: str):
+    model = tiny(kind)
+    inputs = {"input_ids": PROMPT, "decoder_input_ids": PROMPT[:, :3]}
+    example = inputs if model.config.is_encoder_decoder else (PROMPT,)
+    claq_export.quantize(model, example, claq_export.Config(bits=4, calibration="none"))
+    return mark_quantized(model)
+
+
+def marked(kind: str):
+    """The model quantized without calibration, ready to be saved."""
+    return copy.deepcopy(_quantized_tiny(kind))
+
+
+def loaded_again(model, folder: Path):
+    """What ``from_pretrained`` makes of the folder that the model is saved to; nothing may be missing or left over."""
+    model.save_pretrained(folder)
+    again, info = type(model).from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return again
+
+
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "RobertaForMaskedLM", "AlbertForMaskedLM"])
+def test_a_head_whose_bias_is_another_parameter_too(kind: str, tmp_path: Path) -> None:
+    # Itself, since a deep copy's parameter no longer has the memory of the head's bias.
+    model = _quantized_tiny(kind)
+    again = loaded_again(model, tmp_path / "one")
+    assert torch.equal(logits(again), logits(model))
+    once_more = loaded_again(again, tmp_path / "two")
+    assert torch.equal(logits(once_more), logits(model))
+    assert_same_tensors(stored(tmp_path / "one"), stored(tmp_path / "two"))
+
+
+def test_an_exported_head_takes_the_bias_that_is_stored(tmp_path: Path) -> None:
+    source = tiny("BertForMaskedLM")
+    source.save_pretrained(tmp_path / "source")
+    config = claq_export.Config(bits=4, calibration="none")
+    claq_export.export(tmp_path / "source", out=tmp_path / "claq" / "model.onnx", config=config, verify=False)
+    loaded = type(source).from_pretrained(tmp_path / "claq")
+    predictions = loaded.cls.predictions
+    assert torch.equal(predictions.decoder.bias, source.cls.predictions.bias)
+    assert predictions.decoder.bias.data_ptr() == predictions.bias.data_ptr()
+
+
+def without_tensors(folder: Path, *names: str) -> None:
+    """Take tensors out of the folder's file."""
+    from safetensors.torch import save_file
+
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    tensors = {name: tensor for name, tensor in stored(folder).items() if name not in names}
+    save_file(tensors, folder / "model.safetensors", metadata=metadata)
+
+
+def test_a_bias_that_is_in_no_file_is_zero(tmp_path: Path) -> None:
+    marked("GPT2LMHeadModel").save_pretrained(tmp_path)
+    without_tensors(tmp_path, "transformer.h.0.mlp.c_fc.bias")
+    loaded, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert list(info["missing_keys"]) == ["transformer.h.0.mlp.c_fc.bias"]
+    assert not loaded.transformer.h[0].mlp.c_fc.bias.any()
+
+
+@pytest.mark.parametrize(
+    "kind", ["GPT2LMHeadModel", "Gemma2ForCausalLM", "BartForConditionalGeneration", "T5ForConditionalGeneration"]
+)
+def test_a_bare_models_folder_gives_the_tied_head(kind: str, tmp_path: Path) -> None:
+    model = marked(kind)
+    model.save_pretrained(tmp_path / "whole")
+    bare = transformers.AutoModel.from_pretrained(tmp_path / "whole")
+    bare.save_pretrained(tmp_path / "bare")
+    whole, info = type(model).from_pretrained(tmp_path / "bare", output_loading_info=True)
+    assert not info["missing_keys"]
+    table = whole.get_input_embeddings().weight
+    assert torch.equal(whole.get_output_embeddings().weight + 0, table + 0)
+    # Where the head had codes of its own they are lost with it, and the embedding's serve.
+    torch.testing.assert_close(logits(whole), logits(model), rtol=0.3, atol=0.3)
+
+
+def test_a_masked_language_model_of_a_bare_models_folder(tmp_path: Path) -> None:
+    model = marked("BertForMaskedLM")
+    model.save_pretrained(tmp_path / "whole")
+    transformers.AutoModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "bare")
+    whole, info = type(model).from_pretrained(tmp_path / "bare", output_loading_info=True)
+    # The embedding's weight is the head's; what a bare model does not have is new.
+    assert all("predictions" in name and "decoder" not in name for name in info["missing_keys"])
+    assert whole.cls.predictions.decoder.codes.data_ptr() == whole.bert.embeddings.word_embeddings.codes.data_ptr()
+    assert not whole.cls.predictions.decoder.bias.any()
+    assert not any(name.endswith("codes") for name in info["unexpected_keys"] if "pooler" not in name)
+
+
+@pytest.mark.parametrize("kind", ["PhiForCausalLM", "T5ForConditionalGeneration", "BartForConditionalGeneration"])
+def test_layers_that_share_codebooks_without_being_neighbours(kind: str, tmp_path: Path) -> None:
+    model = marked(kind)
+    again = loaded_again(model, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "GPT2LMHeadModel",
+        "BertForMaskedLM",
+        "BartForConditionalGeneration",
+        pytest.param(
+            "MixtralForCausalLM",
+            marks=pytest.mark.skipif(
+                int(transformers.__version__.split(".")[0]) < 5,
+                reason="transformers 4 loops over the experts that were hit",
+            ),
+        ),
+    ],
+)
+def test_a_dequantized_model_is_saved_as_any_other(kind: str, tmp_path: Path) -> None:
+    model = loaded_again(marked(kind), tmp_path / "claq")
+    expected = logits(model)
+    dense = model.dequantize()
+    assert not any(isinstance(module, ClaqLinear) for module in dense.modules())
+    torch.testing.assert_close(logits(dense), expected, rtol=1e-3, atol=1e-3)
+    again = loaded_again(dense, tmp_path / "dense")
+    assert torch.equal(logits(again), logits(dense))
+
+
+def test_dequantizing_after_saving(folder: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path)
+    assert model.dequantize().model.layers[0].mlp.down_proj.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("where", ["subfolder", "variant", "shards"])
+def test_folders_that_options_name(where: str, folder: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    options = {"subfolder": {"subfolder": "inner"}, "variant": {"variant": "small"}, "shards": {}}[where]
+    saved = {
+        "subfolder": {},
+        "variant": {"variant": "small"},
+        "shards": {"max_shard_size": sum(tensor.nbytes for tensor in stored(folder).values()) // 2},
+    }[where]
+    model.save_pretrained(tmp_path / options.get("subfolder", "."), **saved)
+    # The configuration's own loader looks for it beside the weights.
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path, local_files_only=True, **options)
+    assert torch.equal(loaded(PROMPT).logits, model(PROMPT).logits)
+
+
+def test_a_models_copies_and_pickles_go_on_sharing_the_table(tmp_path: Path) -> None:
+    model = loaded_again(marked("GPT2LMHeadModel"), tmp_path)
+    for copied in (pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(model)))), copy.deepcopy(model)):
+        assert torch.equal(logits(copied), logits(model))
+        assert copied.lm_head.codes.dtype == torch.uint32
+        assert copied.lm_head.codes.data_ptr() == copied.transformer.wte.codes.data_ptr()
+
+
+def test_a_loaded_model_is_captured_and_the_capture_saved(folder: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        program = torch.export.export(model, (), {"input_ids": PROMPT, "use_cache": False}, strict=False)
+    torch.export.save(program, tmp_path / "model.pt2")
+    again = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(again(input_ids=PROMPT, use_cache=False).logits, model(PROMPT).logits)
+
+
+def test_resizing_to_the_size_that_is_there(tmp_path: Path) -> None:
+    model = loaded_again(marked("GPT2LMHeadModel"), tmp_path)
+    expected = logits(model)
+    model.resize_token_embeddings(90)
+    assert torch.equal(logits(model), expected)
+    assert model.lm_head.codes.data_ptr() == model.transformer.wte.codes.data_ptr()
+    with pytest.raises((TypeError, ModelError), match=r"Embedding|resized"):
+        model.resize_token_embeddings(96)
+
+
+def test_a_loaded_model_is_compiled_without_no_grad(folder: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert not any(value.requires_grad for value in model.parameters())
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(PROMPT, use_cache=False).logits, model(PROMPT).logits)
+
+
+def test_a_model_in_double_precision_is_told(folder: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).to(torch.float64)
+    with pytest.raises(ModelError, match=r"cast to torch\.float64; cast it to one of those"):
+        model(PROMPT)
 
 
 def test_the_example_generates(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
