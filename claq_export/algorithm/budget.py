@@ -11,8 +11,10 @@ channel (claq.md, section 5), over the whole model and with three widths.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,9 @@ _LLOYD_STEPS = 12
 _OUTLIER_BITS = 32
 _HALVINGS = 40
 
+_LAST_NUMBER = re.compile(r"^(.*\.|)\d+(?=\.|$)")
+"""The last part of a qualified name that is a number, after what stands before it."""
+
 Float64 = npt.NDArray[np.float64]
 
 
@@ -52,12 +57,16 @@ class LayerProfile:
         error: float64 ``[K, 3, M]``: error of the column at 4, 3 and 2 bits with ``reserve[m]`` weights reserved;
             comparable across layers.
         reserve: the M counts, rising from 0.
+        tokens: rows of calibration data that the layer read.
+        cost: what a squared error of a weight costs for each of these rows, median over columns; 1 without calibration.
     """
 
     name: str
     out_features: int
     error: Float64
     reserve: tuple[int, ...]
+    tokens: int = 0
+    cost: float = 1.0
 
     @property
     def in_features(self) -> int:
@@ -114,8 +123,9 @@ def profile_layer(
         hessian: of the layer's inputs, in the unquantized model; None: columns weigh alike.
         settings: row scale, damping and act-order are used.
         row_importance: ``[N]``: mean squared gradient of the model's loss with respect to each output. With it
-            errors of layers are in units of the loss; without it each layer's error is taken relative to its output,
-            so that layers count alike.
+            errors of layers are in units of the loss, for each row of calibration data that the layer reads
+            (:func:`per_token_of_text`); without it each layer's error is taken relative to its output, so that layers count
+            alike.
     """
     N, K = weight.shape
     w = weight.detach().to(torch.float32)
@@ -146,7 +156,40 @@ def profile_layer(
         error = _column_errors(columns, tuple(reserve)) * (cost * unit).cpu().numpy()[:, None, None]
     # More bits never hurt; where a local optimum says so, believe the cheaper choice.
     error = np.minimum.accumulate(error[:, ::-1], axis=1)[:, ::-1]
-    return LayerProfile(name, N, np.minimum.accumulate(error, axis=2), tuple(reserve))
+    tokens = 0 if hessian is None else hessian.tokens
+    return LayerProfile(name, N, np.minimum.accumulate(error, axis=2), tuple(reserve), tokens, float(cost.median()))
+
+
+def per_token_of_text(profiles: Sequence[LayerProfile], uses: Mapping[str, int]) -> list[LayerProfile]:
+    """Profiles in units of the loss for each token of the calibration data, not for each row that the layer itself read.
+
+    An expert reads the tokens routed to it, a pooler one token a sequence, a layer that is shared across depth each token
+    several times: their errors reach the loss as often. An expert that no token was routed to is taken for one that read a
+    single token, at the median cost of its siblings: layers of its shape whose names differ in the last number alone, or else
+    all.
+
+    Args:
+        profiles: of all layers, in units of the loss.
+        uses: at how many places each layer stands, by name.
+    """
+    seen = [profile for profile in profiles if profile.tokens]
+    if not seen:
+        return list(profiles)
+    # What a layer at one place reads at most: all tokens, padding left out.
+    text = max(profile.tokens / uses[profile.name] for profile in seen)
+
+    def family(profile: LayerProfile) -> tuple[str, int, int]:
+        return _LAST_NUMBER.sub(r"\1", profile.name), profile.out_features, profile.in_features
+
+    found = []
+    for profile in profiles:
+        if profile.tokens:
+            found.append(replace(profile, error=profile.error * (profile.tokens / text)))
+            continue
+        siblings = [other for other in seen if family(other) == family(profile)] or seen
+        cost = median(other.cost for other in siblings)
+        found.append(replace(profile, error=profile.error * (cost / text), cost=cost))
+    return found
 
 
 def _column_errors(columns: torch.Tensor, reserve: Sequence[int]) -> Float64:

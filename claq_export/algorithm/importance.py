@@ -54,16 +54,25 @@ class OutputImportance:
             handle.remove()
         self._handles.clear()
 
-    def watch(self, name: str, output: torch.Tensor) -> torch.Tensor:
+    def watch(self, name: str, output: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
         """Collect the gradient of ``output`` ``[..., out_features]`` of layer ``name``; use what is returned instead of
-        it."""
+        it.
+
+        Args:
+            name: of the layer.
+            output: of the layer.
+            counted: bool ``[T]``: which of its rows are tokens, not padding; None: all.
+        """
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        output.register_hook(lambda gradient: self._collect(name, gradient))
+        output.register_hook(lambda gradient: self._collect(name, gradient, counted))
         return output
 
-    def _collect(self, name: str, gradient: torch.Tensor) -> None:
+    def _collect(self, name: str, gradient: torch.Tensor, counted: torch.Tensor | None) -> None:
         rows = gradient.detach().reshape(-1, gradient.shape[-1]).to(torch.float32)
+        rows = rows if counted is None else rows[counted]
+        if not len(rows):
+            return  # an expert that this pass routes no token to
         added = rows.square().sum(dim=0, dtype=torch.float64)
         self._sums[name] = self._sums[name] + added if name in self._sums else added
         self._tokens[name] = self._tokens.get(name, 0) + len(rows)
@@ -105,22 +114,32 @@ class OutputImportance:
         return {name: self._sums[name] / self._tokens[name] for name in wanted}
 
 
-def sampled_loss(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def sampled_loss(logits: torch.Tensor, generator: torch.Generator, counted: torch.Tensor | None = None) -> torch.Tensor:
     """Negative log-likelihood of labels drawn from the model itself; its squared gradients are the Fisher information.
 
     Args:
         logits: ``[..., classes]``.
         generator: of the labels, on the device of ``logits``.
+        counted: bool ``[T]``: which rows of ``logits`` are tokens, not padding; None: all.
     """
-    scores = logits.reshape(-1, logits.shape[-1]).float().log_softmax(dim=-1)
+    rows = logits.reshape(-1, logits.shape[-1])
+    scores = (rows if counted is None else rows[counted]).float().log_softmax(dim=-1)
     labels = torch.multinomial(scores.detach().exp(), 1, generator=generator)
     return -scores.gather(1, labels).sum()
 
 
-def projected_loss(output: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def projected_loss(
+    output: torch.Tensor, generator: torch.Generator, counted: torch.Tensor | None = None
+) -> torch.Tensor:
     """``output`` times random signs, summed; the squared gradients are those of the squared output error.
 
     For models whose output is a vector to be preserved (embeddings), not a distribution.
+
+    Args:
+        output: ``[..., features]``.
+        generator: of the signs, on the device of ``output``.
+        counted: bool ``[T]``: which rows of ``output`` are tokens, not padding; None: all.
     """
-    signs = torch.randint(0, 2, output.shape, generator=generator, device=output.device).to(output) * 2 - 1
-    return (output * signs).sum()
+    rows = output if counted is None else output.reshape(-1, output.shape[-1])[counted]
+    signs = torch.randint(0, 2, rows.shape, generator=generator, device=output.device).to(output) * 2 - 1
+    return (rows * signs).sum()

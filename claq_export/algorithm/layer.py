@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -26,6 +27,9 @@ from .settings import LayerSettings
 
 _ROWS_AT_ONCE = 256
 _ERROR_ROWS = 512
+
+_ORDINARY = 2.0**32
+"""Weights whose largest is neither above this nor below its inverse have squares that float32 holds."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def quantize_layer(
     difference = layer.dequantize()
     difference -= original
     seconds["total"] = perf_counter() - began
-    mse = float(_squared_sum(difference)) / max(1, difference.numel())
+    mse = _mean_square(difference)
     return LayerResult(
         layer, _relative_error(difference, original, hessian), mse, bits.true_bits, bits.nominal_bits, seconds
     )
@@ -279,7 +283,22 @@ def _squared_sum(matrix: torch.Tensor) -> torch.Tensor:
     return torch.stack(parts).sum()
 
 
+def _mean_square(matrix: torch.Tensor) -> float:
+    unit = _unit(matrix)
+    return float(_squared_sum(matrix if unit == 1 else matrix / unit)) * unit**2 / max(1, matrix.numel())
+
+
+def _unit(matrix: torch.Tensor) -> float:
+    """A power of two to divide by before squares are taken: 1, or the peak's where float32 would not hold its square."""
+    peak = max(abs(float(end)) for end in matrix.aminmax())
+    ordinary = peak == 0 or not math.isfinite(peak) or 1 / _ORDINARY <= peak <= _ORDINARY
+    return 1.0 if ordinary else 2.0 ** (math.frexp(peak)[1] - 1)
+
+
 def _relative_error(difference: torch.Tensor, weight: torch.Tensor, hessian: Hessian | None) -> float:
+    unit = _unit(weight)
+    if unit != 1:
+        difference, weight = difference / unit, weight / unit
     if hessian is None:
         lost, whole = _squared_sum(difference), _squared_sum(weight)
     else:

@@ -40,7 +40,13 @@ def reserve_counts(
         if hessian is not None:
             importance = importance * hessian.diagonal.to(importance)
         top = importance.flatten().topk(total).indices
-        return torch.bincount(top.cpu() % K, minlength=K).clamp(max=N // 2)
+        counts = torch.bincount(top.cpu() % K, minlength=K)
+        if int(counts.max()) > N // 2:
+            # Few hot columns would take it all: of each no more than its largest half competes.
+            most = importance.topk(N // 2, dim=0).values
+            top = most.flatten().topk(min(total, most.numel())).indices
+            counts = torch.bincount(top.cpu() % K, minlength=K)
+        return counts
     ranked = torch.argsort(scores.cpu(), descending=True, stable=True)
     wish = torch.ones(K, dtype=torch.float64)
     if settings.reservation == "dynamic":

@@ -141,8 +141,10 @@ class LayerSettings:
 
 
 def _number(name: str, value: float, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ConfigError(f"{name} must be a number between {low:g} and {high:g}, got {value!r}")
+    wanted = f"a finite number of at least {low:g}" if high == math.inf else f"a number between {low:g} and {high:g}"
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not numeric or not math.isfinite(value) or not low <= value <= high:
+        raise ConfigError(f"{name} must be {wanted}, got {value!r}")
 
 
 def _whole(name: str, value: int, low: int) -> None:

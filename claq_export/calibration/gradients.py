@@ -16,6 +16,7 @@ from torch import fx
 from ..errors import CalibrationError
 from ..passes.attributes import get_attribute
 from .data import Batch
+from .padding import real_tokens
 
 TOKENS_AT_ONCE = 256
 """Tokens of a decoder's sample that go through the graph together at most: what autograd keeps grows with them."""
@@ -141,7 +142,7 @@ def pieces(
 ) -> list[Batch]:
     """Samples one at a time; those of a decoder cut to ``tokens`` tokens, each piece a sequence of its own.
 
-    A rest that fills no piece is left out, unless the ``whole`` sample is asked for.
+    A rest that fills no piece is left out, unless the ``whole`` sample is asked for; so is what holds nothing but padding.
 
     Batches of models without a known task stay as they are: nothing says which axis is which.
     """
@@ -160,7 +161,22 @@ def pieces(
                 stop = min(start + tokens, length)
                 if not whole and stop - start < min(tokens, length):
                     break
-                # Positions and masks begin anew with each piece.
-                cut = {name: value[:, : stop - start] for name, value in sample.items()}
-                found.append(cut | {"input_ids": sample["input_ids"][:, start:stop]})
-    return found
+                found.append(_cut(sample, start, stop))
+    return [sample for sample in found if (real := real_tokens(sample)) is None or bool(real.any())]
+
+
+def _cut(sample: Batch, start: int, stop: int) -> Batch:
+    """Some tokens of a decoder's sample as a sequence of its own: positions begin anew."""
+    length = sample["input_ids"].shape[1]
+    cut = {name: value[:, start:stop] if value.shape[1:] == (length,) else value for name, value in sample.items()}
+    positions = sample.get("position_ids")
+    if positions is None or positions.shape[1:] != (length,):
+        return cut
+    real = real_tokens(sample)
+    if real is None or real.shape != positions.shape:
+        return cut | {"position_ids": positions[:, : stop - start]}
+    # Padding before the first token has positions too, which are not those of tokens.
+    first = real.int().argmax(1, keepdim=True)
+    here = real[:, start:stop].int().argmax(1, keepdim=True) + start
+    shifted = positions[:, start:stop] - positions.gather(1, here) + positions.gather(1, first)
+    return cut | {"position_ids": shifted.clamp(min=0)}

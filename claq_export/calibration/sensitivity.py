@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from ..passes import LinearSite
 from ..passes.plan import LINEAR_ROLE
 from .data import Batch
 from .gradients import DISTRIBUTIONS, DifferentiableGraph, LinearFunction, fast_dtype, multiply, pieces
+from .padding import real_rows, real_tokens
 from .progress import ProgressReporter
 
 SAMPLES = 24
@@ -27,7 +28,7 @@ class Guidance:
     Attributes:
         rows: mean over tokens of the squared gradient of every output, float64 ``[out_features]`` by site name.
         tokens: mean over outputs of the squared gradient of every token, float32 ``[T]`` by site name, tokens in the order of
-            the batches; only sites that stand at one place and saw every token once.
+            the batches, without padding; only sites that stand at one place and saw every token once.
     """
 
     rows: dict[str, torch.Tensor]
@@ -63,10 +64,21 @@ def output_importance(
         CalibrationError: the graph has an operator without gradient, or gradients that are not finite.
     """
     samples = pieces(batches, task)
-    step = max(1, len(samples) // SAMPLES)
     importance = OutputImportance({})
-    _backward_passes(graph_module, sites, samples[::step][:SAMPLES], importance, task, seed, reporter)
+    chosen = [samples[i] for i in evenly_spaced(len(samples), SAMPLES)]
+    _backward_passes(graph_module, sites, chosen, importance, task, seed, reporter)
     return _rows(importance, sites)
+
+
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """``count`` indices below ``length``, spread over all of it; all of them if there are no more."""
+    if length <= count:
+        return list(range(length))
+    step, left_out = divmod(length, count)
+    # A whole step where it leaves out little at the end: the samples that budgets of long texts have always been made of.
+    if 8 * left_out < length:
+        return list(range(0, step * count, step))
+    return [i * length // count for i in range(count)]
 
 
 def guidance(
@@ -105,23 +117,30 @@ def _backward_passes(
     device = sites[0].weight(graph_module).device
     dtype = fast_dtype(device)
     linears: dict[fx.Node, LinearFunction] = {}
+    real: torch.Tensor | None = None
+
+    def counted(value: torch.Tensor) -> torch.Tensor | None:
+        return real_rows(value.shape, real)  # of the sample that is in flight
+
     for site in sites:
         weight = site.weight(graph_module).detach().to(dtype)
         for node in site.nodes:
-            linears[node] = _watched(site.name, weight, importance)
+            linears[node] = _watched(site.name, weight, importance, counted)
     graph = DifferentiableGraph(graph_module, linears, dtype)
     generator = torch.Generator(device=device).manual_seed(seed)
     reporter.start_layers(len(samples), "gradients")
     try:
         for number, sample in enumerate(samples):
+            real = _on(device, real_tokens(sample))
             with torch.enable_grad():
                 outputs = graph(sample)
                 if not outputs:
                     raise CalibrationError("gradients cannot be had: the model returns no floating tensor")
                 if task in DISTRIBUTIONS:
-                    loss = sampled_loss(outputs[0], generator)
+                    loss = sampled_loss(outputs[0], generator, counted(outputs[0]))
                 else:
-                    loss = torch.stack([projected_loss(output, generator) for output in outputs]).sum()
+                    losses = [projected_loss(output, generator, counted(output)) for output in outputs]
+                    loss = torch.stack(losses).sum()
                 try:
                     loss.backward()
                 except RuntimeError as error:
@@ -143,8 +162,18 @@ def _rows(importance: OutputImportance, sites: Sequence[LinearSite]) -> dict[str
     }
 
 
-def _watched(name: str, weight: torch.Tensor, importance: OutputImportance) -> LinearFunction:
+def _on(device: torch.device, value: torch.Tensor | None) -> torch.Tensor | None:
+    return None if value is None else value.to(device)
+
+
+def _watched(
+    name: str,
+    weight: torch.Tensor,
+    importance: OutputImportance,
+    counted: Callable[[torch.Tensor], torch.Tensor | None],
+) -> LinearFunction:
     def run(x: torch.Tensor) -> torch.Tensor:
-        return importance.watch(name, multiply(x, weight))
+        y = multiply(x, weight)
+        return importance.watch(name, y, counted(y))
 
     return run

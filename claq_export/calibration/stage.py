@@ -20,7 +20,7 @@ from torch import fx
 from torch.nn.functional import embedding
 
 from ..algorithm import Bits, ColumnPlan, Hessian, LayerResult, LayerSettings, measure, plan_columns, quantize_layer
-from ..algorithm.budget import LayerProfile, profile_layer
+from ..algorithm.budget import LayerProfile, per_token_of_text, profile_layer
 from ..algorithm.precision import spread_counts
 from ..deferred import defer_layer, materialize, materialize_layer
 from ..errors import ClaqError
@@ -30,6 +30,7 @@ from ..passes import LinearSite
 from ..process_memory import trim_freed_memory
 from .data import Batch
 from .devices import Devices
+from .padding import real_rows, real_tokens
 from .peers import Peers
 from .progress import ProgressReporter
 from .store import LayerStore
@@ -77,8 +78,8 @@ class CalibrationStage:
         walk: makes the walk over the graph, which may take others along.
         peers: the processes that share the work; None = this one alone.
         token_importance: float32 ``[T]`` by site name: what each calibration token counts in the Hessian of the site's input,
-            in the place of ``token_clip`` (:class:`~claq_export.calibration.sensitivity.Guidance`); None, or a site that is not
-            in it or does not read one row a token: all alike, clipped. For a process alone.
+            in the place of ``token_clip`` (:class:`~claq_export.calibration.sensitivity.Guidance`), padding left out; None, or a
+            site that is not in it or does not read one row a token: all alike, clipped. For a process alone.
         release: leave finished layers in ``store`` and keep stand-ins of their large tensors.
         keep_dense: keep the graph's weights; False: let go of each when its layer is finished and no walk needs it.
     """
@@ -123,6 +124,7 @@ class CalibrationStage:
                 self._readers[source].append(site)
         self._plans: Mapping[str, ColumnPlan] = {}
         self._pooled: dict[str, Hessian] = {}
+        self._real: list[torch.Tensor | None] = []
         self._frequency: dict[int, torch.Tensor] = {}
         self._finished: dict[str, QuantizedSite] = {}
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -136,8 +138,8 @@ class CalibrationStage:
 
         Args:
             batches: as for :meth:`run`.
-            importance: mean squared gradient of each output ``[N]``, by site name; None: each layer's error counts
-                relative to its output.
+            importance: mean squared gradient of each output ``[N]``, by site name: a layer's error is then that of all rows
+                it reads, for each token of the calibration data; None: each layer's error counts relative to its output.
 
         Returns:
             one profile a linear, in the order of the sites.
@@ -165,7 +167,10 @@ class CalibrationStage:
                 self._visit_sites(batches, measure_site, linears)
         finally:
             self._reporter.finish_layers()
-        return [profiles[site.name] for site in linears]
+        found = [profiles[site.name] for site in linears]
+        if batches is None or importance is None:
+            return found
+        return per_token_of_text(found, {site.name: len(site.nodes) for site in linears})
 
     def run(
         self, batches: Sequence[Batch] | None, plans: Mapping[str, ColumnPlan] | None = None
@@ -215,10 +220,11 @@ class CalibrationStage:
                     hessian = pooled.pop(site.name)
                 else:
                     if source not in hessians:
-                        weights = self._token_weights(source, inputs)
+                        real = self._real_rows(inputs)
+                        weights = self._token_weights(source, inputs, real)
                         hessians[source] = self._hessian(site.in_features, clipped=weights is None)
                         with self._timed("Hessian"):
-                            self._accumulate(hessians[source], inputs, weights)
+                            self._accumulate(hessians[source], inputs, real, weights)
                             self._peers.add_up(hessians[source])
                     hessian = hessians[source]
                 shared_out = self._peers.size > 1 or len(self._devices.all) > 1
@@ -236,7 +242,17 @@ class CalibrationStage:
             self._new_walk(self._module, self._share(batches), list(site_of), lookups).run(visit)
 
     def _share(self, batches: Sequence[Batch]) -> list[Batch]:
-        return self._peers.share(batches, _TOKENS_AT_ONCE)
+        """This process's batches; notes which of their tokens are padding."""
+        share = self._peers.share(batches, _TOKENS_AT_ONCE)
+        self._real = [real_tokens(batch) for batch in share]
+        return share
+
+    def _real_rows(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Which rows of each batch's value are no padding; None: all of them."""
+        # A walk of several graphs has inputs of other batches too, whose order is the walk's own.
+        if not any(real is not None for real in self._real) or len(inputs) != len(self._real):
+            return [None] * len(inputs)
+        return [real_rows(x.shape, real) for x, real in zip(inputs, self._real, strict=True)]
 
     def _siblings(self, site: LinearSite, source: fx.Node) -> list[LinearSite]:
         """Sites that read the same value and wait to be quantized: different processes and devices can take them."""
@@ -304,12 +320,13 @@ class CalibrationStage:
             if site is None:
                 return
             assert isinstance(source, fx.Node)
-            weights = self._token_weights(source, inputs)
+            real = self._real_rows(inputs)
+            weights = self._token_weights(source, inputs, real)
             if site.name not in hessians:
                 hessians[site.name] = self._hessian(site.in_features, clipped=weights is None)
             hessian = hessians[site.name]
             with self._timed("Hessian"):
-                self._accumulate(hessian, inputs, weights)
+                self._accumulate(hessian, inputs, real, weights)
             uses[site.name] -= 1
             if not uses[site.name]:
                 self._peers.add_up(hessian)
@@ -340,28 +357,39 @@ class CalibrationStage:
     def _hessian(self, in_features: int, clipped: bool = True) -> Hessian:
         return Hessian(in_features, token_clip=self._token_clip if clipped else None, device=self._devices.first)
 
-    def _token_weights(self, source: fx.Node, inputs: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """What the tokens of a value count for the linears that read it, 1 on average; None: nothing is known."""
+    def _token_weights(
+        self, source: fx.Node, inputs: Sequence[torch.Tensor], real: Sequence[torch.Tensor | None]
+    ) -> torch.Tensor | None:
+        """What the tokens of a value count for the linears that read it, 1 on average, padding left out; None: nothing is
+        known."""
         readers = self._readers[source]
         if any(site.name not in self._token_importance for site in readers):
             return None
         outputs = sum(site.out_features for site in readers)
         total = sum(self._token_importance[site.name] * (site.out_features / outputs) for site in readers)
         assert isinstance(total, torch.Tensor)
-        if len(total) != sum(x.numel() // x.shape[-1] for x in inputs):
+        rows = (
+            x.numel() // x.shape[-1] if counted is None else int(counted.sum())
+            for x, counted in zip(inputs, real, strict=True)
+        )
+        if len(total) != sum(rows):
             return None
         return total / total.mean()
 
     def _accumulate(
-        self, hessian: Hessian, inputs: Sequence[torch.Tensor], weights: torch.Tensor | None = None
+        self,
+        hessian: Hessian,
+        inputs: Sequence[torch.Tensor],
+        real: Sequence[torch.Tensor | None],
+        weights: torch.Tensor | None = None,
     ) -> None:
         """Add all batches; groups of tokens are spread over the devices and their sums added in order.
 
-        ``weights`` ``[T]``: what each of their tokens counts, in order.
+        ``real``: which rows of each batch count, None: all. ``weights`` ``[T]``: how much each of those does, in order.
         """
         if len(self._devices.all) == 1:
             with _full_precision(self._devices.first):
-                for rows, counts in _groups(inputs, weights):
+                for rows, counts in _groups(inputs, real, weights):
                     hessian.add(rows, counts)
             return
 
@@ -370,7 +398,7 @@ class CalibrationStage:
             own.add(*group)
             return own
 
-        for own in self._devices.map(part, _groups(inputs, weights)):
+        for own in self._devices.map(part, _groups(inputs, real, weights)):
             hessian.merge(own)
 
     def _restore(self, site: LinearSite) -> QuantizedSite | None:
@@ -472,8 +500,8 @@ def token_frequency(
 ) -> dict[int, torch.Tensor]:
     """How often each row of a vocabulary is looked up in the calibration data, by the size of the vocabulary.
 
-    Only tables whose indices are an input of the model count (not positions). A head that is not tied has the vocabulary
-    of the embedding, so the size is key enough.
+    Only tables whose indices are an input of the model count (not positions), and no padding. A head that is not tied has the
+    vocabulary of the embedding, so the size is key enough.
     """
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     found: dict[int, torch.Tensor] = {}
@@ -485,9 +513,9 @@ def token_frequency(
             name = list(batches[0])[placeholders.index(source)]
             counts = found.setdefault(site.out_features, torch.zeros(site.out_features, dtype=torch.int64))
             for batch in batches:
-                counts += torch.bincount(
-                    batch[name].flatten().remainder(site.out_features), minlength=site.out_features
-                )
+                indices, real = batch[name].flatten(), real_rows((*batch[name].shape, 1), real_tokens(batch))
+                looked_up = indices if real is None else indices[real]
+                counts += torch.bincount(looked_up.remainder(site.out_features), minlength=site.out_features)
     return found
 
 
@@ -499,18 +527,22 @@ def column_counts(sites: Sequence[LinearSite], settings: LayerSettings) -> list[
 
 
 def _groups(
-    inputs: Sequence[torch.Tensor], weights: torch.Tensor | None
+    inputs: Sequence[torch.Tensor], real: Sequence[torch.Tensor | None], weights: torch.Tensor | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """The tokens of all batches, ``[T, K]``, and their weights, several batches at a time: a product of few tokens costs as
-    much as its K x K result, not as its tokens."""
+    """The tokens of all batches without padding, ``[T, K]``, and their weights, several batches at a time: a product of few
+    tokens costs as much as its K x K result, not as its tokens."""
     rows: list[torch.Tensor] = []
     tokens = done = 0
-    for number, x in enumerate(inputs, 1):
-        rows.append(x.reshape(-1, x.shape[-1]))
-        tokens += rows[-1].shape[0]
+    for number, (x, counted) in enumerate(zip(inputs, real, strict=True), 1):
+        every = x.reshape(-1, x.shape[-1])
+        rows.append(every if counted is None else every[counted.to(every.device)])
+        # Padding ends a group as tokens do: processes share batches out in the same groups, before there are any rows.
+        tokens += every.shape[0]
         if tokens >= _TOKENS_AT_ONCE or number == len(inputs):
-            yield torch.cat(rows), None if weights is None else weights[done : done + tokens]
-            done, rows, tokens = done + tokens, [], 0
+            group = torch.cat(rows)
+            if len(group):
+                yield group, None if weights is None else weights[done : done + len(group)]
+            done, rows, tokens = done + len(group), [], 0
 
 
 def _full_precision(device: torch.device) -> torch.autocast:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from claq_export.algorithm import Hessian, LayerSettings, measure, plan_columns, quantize_layer
-from claq_export.algorithm.budget import LayerProfile, profile_layer, solve
+from claq_export.algorithm.budget import LayerProfile, per_token_of_text, profile_layer, solve
 from claq_export.algorithm.layer import ColumnPlan
 from claq_export.algorithm.presets import PRESETS, preset_settings
 from claq_export.errors import ConfigError
@@ -128,6 +129,60 @@ def test_row_importance_and_missing_hessian_are_accepted() -> None:
     assert solve([plain], true_bits=3.0).true_bits == pytest.approx(3.0, rel=0.01)
     empty = profile_layer("zero", torch.zeros(64, 64), None, CONFIG)
     assert not empty.error.any()
+
+
+def layers_of(tokens: dict[str, int]) -> tuple[dict[str, tuple[torch.Tensor, Hessian]], list[LayerProfile]]:
+    """Layers alike but for the number of rows they read, and their profiles in units of the loss."""
+    generator = torch.Generator().manual_seed(0)
+    layers, profiles = {}, []
+    for name, rows in tokens.items():
+        weight, hessian = torch.randn(96, 128, generator=generator), Hessian(128, token_clip=None)
+        hessian.add(torch.randn(rows, 128, generator=generator) @ torch.randn(128, 128, generator=generator))
+        layers[name] = weight, hessian
+        profiles.append(profile_layer(name, weight, hessian, CONFIG, row_importance=torch.ones(96)))
+    return layers, profiles
+
+
+def test_a_layer_counts_as_often_as_it_is_used() -> None:
+    tokens = {"dense": 2048, "also": 2048} | {f"experts.{i}.w1": 128 for i in range(4)}
+    layers, profiles = layers_of(tokens)
+    weighed = per_token_of_text(profiles, dict.fromkeys(tokens, 1))
+    rises = []
+    for errors in (profiles, weighed):
+        plans = solve(errors, true_bits=3.0).plans
+        results = {name: quantize_layer(*layer, CONFIG, plan=plans[name]).layer for name, layer in layers.items()}
+        rises.append(
+            sum(
+                float(hessian.energy(results[name].dequantize() - weight).sum())
+                for name, (weight, hessian) in layers.items()
+            )
+        )
+    assert rises[1] < 0.8 * rises[0]
+
+
+def test_layers_that_see_every_token_stay_as_they_are() -> None:
+    _, profiles = layers_of({"first": 300, "second": 300})
+    for before, after in zip(profiles, per_token_of_text(profiles, {"first": 1, "second": 1}), strict=True):
+        assert np.array_equal(before.error, after.error)
+    # The same weight at two places of the model: half of the tokens each time.
+    once, shared = per_token_of_text(
+        [profiles[0], replace(profiles[1], tokens=600)], {profiles[0].name: 1, profiles[1].name: 2}
+    )
+    assert np.array_equal(once.error, profiles[0].error)
+    assert np.array_equal(shared.error, 2 * profiles[1].error)
+
+
+def test_an_expert_without_tokens_counts_like_a_sibling_that_saw_one() -> None:
+    tokens = {"0.experts.0.w1": 400, "0.experts.1.w1": 0, "0.experts.2.w1": 300, "1.experts.0.w1": 400, "out": 700}
+    _, profiles = layers_of(tokens)
+    # Another layer's activations are another matter.
+    profiles[3] = replace(profiles[3], cost=1e9)
+    found = {profile.name: profile for profile in per_token_of_text(profiles, dict.fromkeys(tokens, 1))}
+    unseen, seen = found["0.experts.1.w1"], found["0.experts.0.w1"]
+    assert unseen.cost == pytest.approx((profiles[0].cost + profiles[2].cost) / 2)
+    assert float(unseen.error[:, 2, 0].sum()) == pytest.approx(float(seen.error[:, 2, 0].sum()) / 400, rel=0.5)
+    untouched = per_token_of_text([profiles[1]], {profiles[1].name: 1})
+    assert np.array_equal(untouched[0].error, profiles[1].error)
 
 
 def test_errors_fall_with_bits_and_with_reserve() -> None:

@@ -39,6 +39,30 @@ def test_predicts_the_divergence_of_a_perturbed_model() -> None:
     assert predicted == pytest.approx(divergence, rel=0.2)
 
 
+def test_rows_that_do_not_count_are_left_out() -> None:
+    layer, head = nn.Linear(3, 4), nn.Linear(4, 5)
+    inputs, counted = torch.randn(2, 3, 3), torch.tensor([True, True, False, True, False, False])
+
+    def importance_of(loss, x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+        importance = OutputImportance({})
+        hidden = importance.watch("layer", layer(x), real)
+        loss(head(hidden), torch.Generator().manual_seed(1), real).backward()
+        return importance.result(["layer"])["layer"]
+
+    for loss in (sampled_loss, projected_loss):
+        alone = importance_of(loss, inputs.reshape(6, 3)[counted], None)
+        torch.testing.assert_close(importance_of(loss, inputs, counted), alone)
+
+
+def test_a_pass_without_a_row_of_a_layer_says_nothing_about_it() -> None:
+    importance = OutputImportance({})
+    for rows in (0, 2):
+        output = importance.watch("expert", torch.ones(rows, 3))
+        output.sum().backward()
+        assert importance.seen == (["expert"] if rows else [])
+    assert importance.result(["expert"])["expert"].tolist() == [1.0, 1.0, 1.0]
+
+
 def test_frozen_models_work_and_hooks_go_away() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)

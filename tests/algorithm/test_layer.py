@@ -266,6 +266,16 @@ def test_degenerate_weights() -> None:
     assert quantize_layer(huge, None, LayerSettings(bits=4)).error < 0.02
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_the_error_of_weights_whose_squares_float32_does_not_hold(size: float) -> None:
+    weight, hessian = problem(40, 33)
+    for known in (None, hessian):
+        result = quantize_layer(weight * size, known, LayerSettings(bits=4))
+        assert not (result.layer.dequantize() / size).abs().max() > 1e-3  # nothing of them is left, or next to nothing
+        assert result.error == pytest.approx(1.0, abs=1e-3)
+        assert result.weight_mse == pytest.approx(float(weight.double().square().mean()) * size**2, rel=1e-2)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_non_finite_weight_is_named(value: float) -> None:
     weight = torch.zeros(4, 5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -188,6 +190,17 @@ class TestOutliers:
         )
         assert counts.tolist() == [0, 0, 30]
 
+    def test_few_hot_inputs_do_not_lower_the_share_that_is_kept(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        weight, inputs = torch.randn(128, 128, generator=generator), torch.randn(300, 128, generator=generator)
+        inputs[:, :2] *= 100
+        hessian = Hessian(128, token_clip=None)
+        hessian.add(inputs)
+        config = LayerSettings(outliers=0.02, reservation="saliency")
+        counts = reserve_counts(weight, hessian, torch.zeros(128), config)
+        assert int(counts.sum()) == round(0.02 * 128 * 128)
+        assert counts[:2].tolist() == [64, 64]
+
     @settings(max_examples=100, deadline=None)
     @given(st.lists(st.integers(-5, 5), min_size=2, max_size=30), st.data())
     def test_located_rows_are_the_extremes(self, values: list[int], data: st.DataObject) -> None:
@@ -252,6 +265,8 @@ class TestSettings:
             ({"bits": True}, "bits"),
             ({"outliers": -0.1}, "outliers"),
             ({"outliers": 0.5}, "outliers"),
+            ({"dynamic_ratio": math.inf}, "dynamic_ratio must be a finite number of at least 1, got inf"),
+            ({"outlier_threshold": math.nan}, "outlier_threshold must be a finite number"),
             ({"damping": 0}, "damping"),
             ({"block": 0}, "block"),
             ({"descent": -1}, "descent"),

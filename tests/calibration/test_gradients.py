@@ -13,7 +13,7 @@ from claq_export.algorithm.importance import OutputImportance, sampled_loss
 from claq_export.api import capture
 from claq_export.calibration.gradients import DifferentiableGraph, fast_dtype, multiply, pieces
 from claq_export.calibration.progress import ProgressReporter
-from claq_export.calibration.sensitivity import guidance, output_importance
+from claq_export.calibration.sensitivity import SAMPLES, evenly_spaced, guidance, output_importance
 from claq_export.calibration.stage import CalibrationStage
 from claq_export.capture import capture_module
 from claq_export.errors import CalibrationError
@@ -144,6 +144,40 @@ def test_decoder_samples_are_cut_into_sequences_of_their_own(tiny_llama: Path) -
     assert torch.equal(torch.cat([piece["input_ids"][0] for piece in whole]), tokens.flatten())
     assert [piece["input_ids"].shape for piece in pieces(batches, "feature-extraction", tokens=8)] == [(1, 21)] * 2
     assert pieces(batches, None) == batches
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pieces_of_padded_samples_keep_their_own_masks(side: str) -> None:
+    real = torch.arange(20) >= 10 if side == "left" else torch.arange(20) < 10
+    tokens = torch.arange(100, 120) * real
+    positions = (real.cumsum(0) - 1).clamp(min=0).masked_fill(~real, 1)
+    sample = {"input_ids": tokens, "attention_mask": real.long(), "token_type_ids": tokens, "position_ids": positions}
+    found = pieces([{name: value[None] for name, value in sample.items()}], "text-generation", tokens=8, whole=True)
+    # Of three pieces, one holds nothing but padding.
+    assert [piece["input_ids"].shape for piece in found] == ([(1, 8), (1, 4)] if side == "left" else [(1, 8)] * 2)
+    for piece in found:
+        mask = piece["attention_mask"] == 1
+        assert torch.equal(mask, piece["input_ids"] != 0)
+        assert torch.equal(piece["token_type_ids"], piece["input_ids"])
+        assert torch.equal(piece["position_ids"][mask], torch.arange(int(mask.sum())))
+        assert bool((piece["position_ids"] >= 0).all())
+    assert torch.equal(torch.cat([piece["input_ids"][0] for piece in found]).unique(), tokens.unique())
+
+
+def test_samples_of_padding_alone_are_no_samples() -> None:
+    ids = torch.ones(2, 4, dtype=torch.int64)
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]])}
+    assert len(pieces([batch], "feature-extraction")) == 1
+
+
+@pytest.mark.parametrize("length", [1, 24, 25, 40, 47, 48, 71, 95, 512])
+def test_samples_are_spread_over_all_of_them(length: int) -> None:
+    found = evenly_spaced(length, SAMPLES)
+    assert len(found) == min(length, SAMPLES)
+    gaps = torch.tensor([*found, length]).diff()
+    assert found[0] == 0
+    assert int(gaps.min()) >= 1
+    assert int(gaps.max()) <= 1 + length // SAMPLES + length // 8 * (length > 100)
 
 
 def test_operators_without_gradient_are_reported() -> None:
