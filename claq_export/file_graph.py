@@ -19,6 +19,7 @@ from .deferred import is_deferred
 from .errors import CaptureError
 from .format.layer import TENSOR_NAMES, QuantizedLinear
 from .kernels.fused_ops import LAYER_OPERATORS
+from .lowering import lower
 from .passes import (
     AdditiveMasks,
     FuseSiblings,
@@ -27,7 +28,6 @@ from .passes import (
     Pipeline,
     Plan,
     decoder_pipeline,
-    lowering_pipeline,
 )
 from .passes.attributes import get_attribute, replace_tensor
 
@@ -67,8 +67,9 @@ def plan_file_graph(
 
 def lower_file_graph(
     captured: CapturedModel, plan: Plan, layers: Mapping[str, QuantizedLinear], accuracy_level: int
-) -> None:
-    """Put quantized layers, single or stacked, into the file's graph, whose own plan is ``plan``.
+) -> fx.Graph | None:
+    """Put quantized layers, single or stacked, into the file's graph, whose own plan is ``plan``; the graph before operators
+    were fused.
 
     Raises:
         CaptureError: the linears that are stacked are not those of the graph that was quantized.
@@ -79,7 +80,7 @@ def lower_file_graph(
         Pipeline([FuseSiblings(weights=False)]).run(captured.graph_module, context)
     sizes = {site.name: site.out_features for site in plan.sites}
     _check_same({name: layer.out_features for name, layer in layers.items()}, sizes, captured.task == CACHED_TASK)
-    lowering_pipeline(layers, accuracy_level).run(captured.graph_module, context)
+    return lower(captured.graph_module, context, layers, accuracy_level, fuse=True)
 
 
 def share_stacked_weights(captured: CapturedModel, own: Plan, plan: Plan, graph_module: fx.GraphModule) -> None:

@@ -43,6 +43,10 @@ What rounding each activation to 11 or 8 bits does to an output depends on the m
 it. Two runtimes round at different places, so that their errors are draws of the same size, not equal ones."""
 
 
+FUSING_TOLERANCE = 1e-4
+"""Largest :attr:`Deviation.maximum` of the graph in a file from the same graph before its operators were fused, both in
+float32: only the order of sums differs."""
+
 INT8_TOLERANCE = 0.2
 """Largest :attr:`Deviation.rms` of a library that rounds activations to int8 (``accuracy_level`` 4).
 
@@ -119,6 +123,7 @@ def verify_artifact(
     sample_inputs: Sequence[Inputs] | Inputs,
     *,
     exact: Model | None = None,
+    unfused: Model | None = None,
     unquantized: Model | None = None,
     original_path: Path | str | None = None,
     library: bool | str | Path | None = None,
@@ -135,6 +140,7 @@ def verify_artifact(
             tuple or a mapping of tensors, in the order of the file's outputs. It runs on the reference kernel.
         exact: the same with float32 arithmetic, where the file computes in float16 or bfloat16; called with the sample
             inputs in float32. The file is compared with it then, by the measure of what ``reference`` deviates.
+        unfused: the same before operators were fused, in float32; called as ``exact`` is, or else as ``reference``.
         sample_inputs: one set of inputs or several (other sizes of the dynamic axes, for example).
         unquantized: the original PyTorch model, called in the same way.
         original_path: the original model as ONNX, for its latency.
@@ -152,9 +158,9 @@ def verify_artifact(
         the report.
 
     Raises:
-        VerificationError: ONNX Runtime or the ONNX checker refuses the file, an output has another type than the PyTorch
-            model's, is NaN where that of the unquantized model is not, or deviates by more than the tolerance; the message names
-            the run, the output and the error.
+        VerificationError: ONNX Runtime or the ONNX checker refuses the file, fusing operators changed what the model computes, an
+            output has another type than the PyTorch model's, is NaN where that of the unquantized model is not, or deviates by
+            more than the tolerance; the message names the run, the output and the error.
     """
     path = Path(path)
     samples = [sample_inputs] if isinstance(sample_inputs, Mapping) else list(sample_inputs)
@@ -169,6 +175,10 @@ def verify_artifact(
         compared = expected
         if exact is not None:
             compared = [[_array(tensor) for tensor in _call(exact, _in_float32(inputs))] for inputs in samples]
+        before_fusing = None
+        if unfused is not None:
+            given = samples if exact is None else [_in_float32(inputs) for inputs in samples]
+            before_fusing = [[_array(tensor) for tensor in _call(unfused, inputs)] for inputs in given]
     library_file, note = _library(library)
 
     model = onnx.load(str(path), load_external_data=False)
@@ -181,6 +191,8 @@ def verify_artifact(
         sessions["runtime"] = _session(path, "runtime", library_file)
     names = [output.name for output in next(iter(sessions.values()))[0].get_outputs()]
     _check_types(path, names, dtypes)
+    if before_fusing is not None:
+        _check_fusing(path, names, before_fusing, compared)
     rounding: dict[str, Deviation] = {}
     if exact is not None:
         rounding = {
@@ -192,12 +204,12 @@ def verify_artifact(
         name: rounding_limit(rounding[name], dtype) if name in rounding else TOLERANCES.get(dtype, 0.0)
         for name, dtype in zip(names, dtypes, strict=True)
     }
-    given = usual if tolerance is None else dict.fromkeys(names, tolerance)
+    allowed = usual if tolerance is None else dict.fromkeys(names, tolerance)
     int8 = library_file is not None and _uses_int8(model)
     rounded = int8 and library_tolerance is None and tolerance is None
     limits = {
-        "stock": given,
-        "runtime": given if library_tolerance is None else dict.fromkeys(names, library_tolerance),
+        "stock": allowed,
+        "runtime": allowed if library_tolerance is None else dict.fromkeys(names, library_tolerance),
     }
     if uses_bfloat16(path):
         note = "; ".join(filter(None, (note, BFLOAT16_NOTE)))
@@ -210,7 +222,7 @@ def verify_artifact(
     if int8:
         with float32_arithmetic():
             unrounded, seconds = _session(path, "runtime, fp32", library_file)
-        found = _compare(path, "runtime, fp32", unrounded, names, feeds, compared, given)
+        found = _compare(path, "runtime, fp32", unrounded, names, feeds, compared, allowed)
         runs["runtime, fp32"] = Run("runtime, fp32", seconds, math.nan, found)
         del unrounded
     if by_layer:
@@ -345,6 +357,29 @@ def _check_types(path: Path, names: Sequence[str], dtypes: Sequence[torch.dtype]
         if found != wanted:
             raise VerificationError(
                 f"output {output.name!r} of {path} is {onnx.TensorProto.DataType.Name(found)}, the PyTorch model's is {dtype}"
+            )
+
+
+def _check_fusing(
+    path: Path,
+    names: Sequence[str],
+    before: Sequence[Sequence[npt.NDArray[Any]]],
+    after: Sequence[Sequence[npt.NDArray[Any]]],
+) -> None:
+    """Fusing operators left every output as it was."""
+    for i, name in enumerate(names):
+        for old, new in zip(before, after, strict=True):
+            if old[i].shape != new[i].shape:
+                raise VerificationError(
+                    f"fusing operators made output {name!r} of {path} one of shape {list(new[i].shape)}; "
+                    f"the quantized model's has {list(old[i].shape)}"
+                )
+        deviation = _deviation([outputs[i] for outputs in after], [outputs[i] for outputs in before])
+        limit = FUSING_TOLERANCE if before[0][i].dtype.kind == "f" else 0.0
+        if not deviation.maximum <= limit:
+            raise VerificationError(
+                f"fusing operators changed output {name!r} of {path} by {deviation.maximum:.3g} of the quantized model's largest "
+                f"value; at most {limit:.3g} is expected"
             )
 
 

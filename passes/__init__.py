@@ -50,6 +50,7 @@ __all__ = [
     "SelectLinears",
     "Skipped",
     "decoder_pipeline",
+    "fusing_pipeline",
     "lowering_pipeline",
     "planning_pipeline",
 ]
@@ -60,17 +61,21 @@ def decoder_pipeline() -> Pipeline:
     return Pipeline([FuseRmsNorm(), FuseRotary(), FuseAttention(), RemoveUnused()])
 
 
-def lowering_pipeline(layers: Mapping[str, QuantizedLinear], accuracy_level: int, fuse: bool = True) -> Pipeline:
-    """The passes that put quantized layers into a graph, and those that let operators do what is around them.
+def lowering_pipeline(layers: Mapping[str, QuantizedLinear], accuracy_level: int, for_file: bool = True) -> Pipeline:
+    """The passes that put quantized layers into a graph.
 
     Args:
         layers: quantized layers by name.
         accuracy_level: of all.
-        fuse: the graph goes into a file.
+        for_file: the graph goes into a file, so its masks become numbers to add.
     """
-    replace = ReplaceLinears(layers, accuracy_level)
-    fusing: list[Pass] = [FuseEpilogues(), AdditiveMasks(), FuseUncachedAttention()] if fuse else []
-    return Pipeline([replace, *fusing, RemoveUnused()])
+    masks: list[Pass] = [AdditiveMasks()] if for_file else []
+    return Pipeline([ReplaceLinears(layers, accuracy_level), *masks, RemoveUnused()])
+
+
+def fusing_pipeline() -> Pipeline:
+    """The passes after :func:`lowering_pipeline` that let operators of a file's graph do what is around them."""
+    return Pipeline([FuseEpilogues(), FuseUncachedAttention(), RemoveUnused()])
 
 
 def planning_pipeline(

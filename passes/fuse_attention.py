@@ -21,6 +21,7 @@ from .matching import (
     known_size,
     operand,
     rewrite_each,
+    same_sizes,
     shape_of,
     skip_copies,
 )
@@ -67,17 +68,33 @@ def attention_arguments(node: fx.Node) -> dict[str, Any]:
     return given
 
 
+def check_not_broadcast(query: fx.Node, key: fx.Node, value: fx.Node) -> None:
+    """See that queries, keys and values ``[batch, heads, sequence, size]`` are of one batch, keys and values of one sequence.
+
+    Raises:
+        Mismatch: they are broadcast against one another, which claq's operators do not do.
+    """
+    query_sizes, key_sizes, value_sizes = map(shape_of, (query, key, value))
+    batches = [query_sizes[:1], key_sizes[:1], value_sizes[:1]]
+    if not all(same_sizes(batches[0], each) for each in batches[1:]):
+        raise Mismatch("its queries, keys and values are of several batches")
+    if not same_sizes(key_sizes[2:3], value_sizes[2:3]):
+        raise Mismatch("its keys and values are of several lengths")
+
+
 def attention_scale(given: dict[str, Any], query: fx.Node) -> float:
     """What scores are multiplied by, from the arguments.
 
     Raises:
-        Mismatch: it is computed by the graph.
+        Mismatch: it is computed by the graph, or not positive, so that it has no root for each side.
     """
     scale = given.get("scale")
     if scale is None:
         scale = 1 / math.sqrt(known_size(query, 3))
     if not isinstance(scale, (int, float)):
         raise Mismatch("its scale is not a number")
+    if scale <= 0:
+        raise Mismatch("its scale is not positive")
     return float(scale)
 
 
@@ -91,9 +108,12 @@ def _fuse(graph: fx.Graph, node: fx.Node) -> None:
     if not isinstance(mask, fx.Node) or not shape_of(mask) or not mask.meta["val"].is_floating_point():
         raise Mismatch("it has no mask of numbers to add")
     query = operand(node, 0, None, "its query is no value of the graph")
+    key = operand(node, 1, None, "its key is no value of the graph")
+    value = operand(node, 2, None, "its value is no value of the graph")
     heads = known_size(query, 1)
-    keys = _stream(operand(node, 1, None, "its key is no value of the graph"), heads)
-    values = _stream(operand(node, 2, None, "its value is no value of the graph"), heads)
+    keys, values = _stream(key, heads), _stream(value, heads)
+    # The caches' lengths are symbols of their own; what is appended to them tells.
+    check_not_broadcast(query, keys.new, values.new)
     if keys.heads != values.heads or heads % keys.heads:
         raise Mismatch(f"{heads} heads cannot share {keys.heads} keys and {values.heads} values")
     scale = attention_scale(given, query)
@@ -156,7 +176,7 @@ def replace_result(node: fx.Node, by_head: fx.Node, flat: fx.Node) -> None:
     for user in list(node.users):
         turned = user
         while turned.target in (_aten.reshape.default, _aten.view.default) and len(turned.users) == 1:
-            if shape_of(turned)[1] != shape_of(node)[1] or len(shape_of(turned)) != 4:
+            if not same_sizes(shape_of(turned), shape_of(node)):
                 break
             turned = next(iter(turned.users))
         if is_transpose(turned, 1, 2):
@@ -164,10 +184,10 @@ def replace_result(node: fx.Node, by_head: fx.Node, flat: fx.Node) -> None:
                 merged = last
                 if merged.target in (_aten.contiguous.default, _aten.clone.default) and len(merged.users) == 1:
                     merged = next(iter(merged.users))
-                if (
-                    merged.target in (_aten.reshape.default, _aten.view.default, _aten.flatten.using_ints)
-                    and len(shape_of(merged)) == 3
-                    and shape_of(merged)[-1] == shape_of(flat)[-1]
-                ):
+                if merged.target in (
+                    _aten.reshape.default,
+                    _aten.view.default,
+                    _aten.flatten.using_ints,
+                ) and same_sizes(shape_of(merged), shape_of(flat)):
                     merged.replace_all_uses_with(flat)
     node.replace_all_uses_with(by_head)

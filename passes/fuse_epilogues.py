@@ -12,7 +12,7 @@ from torch import fx
 
 from ..kernels import decoder_ops, fused_ops, ops
 from .base import Pass, PassContext, PassResult
-from .matching import Mismatch, shape_of, slice_bounds
+from .matching import Mismatch, same_sizes, shape_of, slice_bounds
 
 _aten = torch.ops.aten
 _MOST_PARTS = 3
@@ -206,6 +206,6 @@ def _stored_norm(node: fx.Node, total: fx.Node) -> bool:
 def _alike(*nodes: fx.Node) -> bool:
     first, *others = [node.meta.get("val") for node in nodes]
     return isinstance(first, torch.Tensor) and all(
-        isinstance(value, torch.Tensor) and value.dtype == first.dtype and tuple(value.shape) == tuple(first.shape)
+        isinstance(value, torch.Tensor) and value.dtype == first.dtype and same_sizes(value.shape, first.shape)
         for value in others
     )

@@ -8,7 +8,7 @@ from torch import fx
 from ..kernels import decoder_ops
 from .additive_masks import ATTENTION, attention_mask
 from .base import Pass, PassContext, PassResult
-from .fuse_attention import attention_arguments, attention_scale, replace_result
+from .fuse_attention import attention_arguments, attention_scale, check_not_broadcast, replace_result
 from .matching import (
     Mismatch,
     heads_first,
@@ -17,6 +17,7 @@ from .matching import (
     known_size,
     operand,
     rewrite_each,
+    same_sizes,
     shape_of,
     skip_copies,
 )
@@ -43,6 +44,9 @@ def _fuse(graph: fx.Graph, node: fx.Node) -> None:
     query, key, value = map(skip_copies, operands)
     if not all(is_transpose(each, 1, 2) for each in (query, key, value)):
         raise Mismatch("its operands are not heads last values that were transposed")
+    check_not_broadcast(query, key, value)
+    if not same_sizes(shape_of(node)[:3], shape_of(query)[:3]):
+        raise Mismatch("its mask is of a larger batch than its queries")
     if query.meta["val"].dtype != torch.float32:
         raise Mismatch(f"it computes in {query.meta['val'].dtype}")
     heads = known_size(query, 1)
@@ -53,8 +57,6 @@ def _fuse(graph: fx.Graph, node: fx.Node) -> None:
     if mask is not None and not of_numbers:
         raise Mismatch("its mask is not of numbers to add")
     scale = attention_scale(given, query)
-    if scale <= 0:
-        raise Mismatch("its scale is not positive")
     with graph.inserting_before(node):
         flat = [heads_last(graph, each) for each in (query, key, value)]
         call = graph.call_function(

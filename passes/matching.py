@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,11 @@ def shape_of(node: object) -> tuple[Any, ...]:
     return tuple(value.shape)
 
 
+def same_sizes(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """Whether sizes are the same numbers or the same symbols. Symbols that are merely of one size in the example are not."""
+    return list(map(str, first)) == list(map(str, second))
+
+
 def known_size(node: fx.Node, axis: int) -> int:
     """Size of an axis.
 
@@ -137,7 +142,7 @@ def is_transpose(node: object, first: int, second: int) -> bool:
 
 def heads_last(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """``[batch, sequence, heads * size]`` of a value ``[batch, heads, sequence, size]``: what it was a view of, or a
-    transpose and a reshape in front of where the graph inserts."""
+    transpose and a reshape in front of where the graph inserts. A view that divides sequences too (windows) is none."""
     if is_transpose(node, 1, 2) and isinstance(node.args[0], fx.Node):
         split = skip_copies(node.args[0])
     else:
@@ -145,8 +150,8 @@ def heads_last(graph: fx.Graph, node: fx.Node) -> fx.Node:
         split.meta["val"] = node.meta["val"].transpose(1, 2)
     if split.target in _SPLITS and isinstance(split.args[0], fx.Node):
         whole = split.args[0]
-        heads, size = shape_of(split)[2:]
-        if len(shape_of(whole)) == 3 and shape_of(whole)[-1] == heads * size:
+        *leading, heads, size = shape_of(split)
+        if same_sizes(shape_of(whole), (*leading, heads * size)):
             return whole
     flat = graph.call_function(_aten.flatten.using_ints, (split, 2, 3))
     flat.meta["val"] = split.meta["val"].flatten(2, 3)

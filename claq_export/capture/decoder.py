@@ -26,8 +26,8 @@ class CachedDecoder(TaskModel):
     """A causal language model as a function of tokens and of its cache, all positional tensors.
 
     Inputs (as the file names them): ``input_ids [batch, sequence]``, ``attention_mask [batch, past + sequence]``,
-    ``position_ids`` where the model takes them, then ``past_key_values.N.key`` and ``.value``
-    ``[batch, heads, past, head size]`` a layer. Outputs: ``logits [batch, sequence, vocabulary]``, then
+    ``position_ids`` where the model takes them (token types are left to it: all zeros), then ``past_key_values.N.key`` and
+    ``.value [batch, heads, past, head size]`` a layer. Outputs: ``logits [batch, sequence, vocabulary]``, then
     ``present.N.key`` and ``.value [batch, heads, past + sequence, head size]``. The past may have length zero.
 
     The cache holds every position, also in layers with a sliding window, whose mask leaves out what is outside.
@@ -41,7 +41,7 @@ class CachedDecoder(TaskModel):
     def __init__(self, task_model: TaskModel) -> None:
         super().__init__(task_model.model, "text-generation", task_model.source)
         self.task = CACHED_TASK
-        self.token_inputs = self.input_names
+        self.token_inputs = tuple(name for name in self.input_names if name != "token_type_ids")
         self.cache_shapes = _cache_shapes(task_model)
         # Names of a graph's arguments are identifiers; the dots come back in the file.
         slots = [f"{index}_{part}" for index in range(len(self.cache_shapes)) for part in ("key", "value")]
@@ -135,7 +135,9 @@ def _cache_shapes(task_model: TaskModel) -> list[tuple[tuple[int, int], tuple[in
     inputs = task_model.example_inputs(1, 4)
     with torch.no_grad():
         result = model(**inputs, use_cache=True, return_dict=True)
-    layers = getattr(getattr(result, "past_key_values", None), "layers", None)
+    layers = list(getattr(getattr(result, "past_key_values", None), "layers", None) or ())
+    while layers and not getattr(layers[-1], "is_initialized", True):
+        layers.pop()  # transformers counts an encoder's layers where there are more of them
     if not layers:
         raise CaptureError(f"{title} keeps no cache of keys and values between steps; export it with --no-cache")
     shapes = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import io
 import logging
@@ -40,18 +41,20 @@ class _Flat(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         args, kwargs = self.arguments.rebuild(tensors)
-        leaves = [leaf for leaf in pytree.tree_leaves(self.model(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+        leaves = _tensors_of(self.model(*args, **kwargs))
         return leaves[0] if len(leaves) == 1 else tuple(leaves)
 
 
 @dataclass
 class _Arguments:
-    """A call's arguments, split into named tensors and everything else."""
+    """A call's arguments, split into named tensors and everything else; ``copied`` holds the numbers of the tensors that
+    shared memory with one before them."""
 
     leaves: list[Any]
     spec: pytree.TreeSpec
     positions: list[int]
     names: list[str]
+    copied: frozenset[int]
 
     def rebuild(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         leaves = list(self.leaves)
@@ -63,6 +66,11 @@ class _Arguments:
     @property
     def tensors(self) -> list[torch.Tensor]:
         return [self.leaves[position] for position in self.positions]
+
+    @tensors.setter
+    def tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        for position, tensor in zip(self.positions, tensors, strict=True):
+            self.leaves[position] = tensor
 
 
 def capture_module(
@@ -115,17 +123,27 @@ def capture_module(
     with _evaluation(model), torch.no_grad(), traceable_experts(model):
         expected = _call(model, arguments, title)
         requested = _requested_axes(arguments, dynamic_shapes)
+        given = arguments.tensors
         _enlarge(model, arguments, requested)
         names = _output_names(expected, output_names, arguments.names)
-        exported = _export(_Flat(model, arguments), arguments, requested, title)
-        prefix = "model." + getattr(model, "state_prefix", "")
-        graph_module = unlift(exported, prefix, arguments.names)
-        axes = _dynamic_axes(exported, arguments, requested)
-        _compare(model, graph_module, arguments, axes, exported, title)
+        graph_module, axes = _trace(model, arguments, requested, title)
+        enlarged = [tensor is not original for tensor, original in zip(arguments.tensors, given, strict=True)]
+        if any(enlarged):
+            try:
+                _compare_once(model, graph_module, arguments, given, title)
+            except CaptureError as error:
+                if requested is not None:
+                    raise
+                # The model does something else at size 1, so the example is taken as it is.
+                _log.debug("axes of size 1 stay static: %s", error)
+                arguments.tensors = given
+                enlarged = []
+                graph_module, axes = _trace(model, arguments, requested, title)
     inner = model.model if isinstance(model, TaskModel) else model
     return CapturedModel(
         graph_module=graph_module,
         example_inputs=dict(zip(arguments.names, arguments.tensors, strict=True)),
+        given_inputs=_given_inputs(arguments, given, axes) if any(enlarged) else None,
         dynamic_axes=axes,
         output_names=names,
         task=getattr(model, "task", None) if isinstance(model, TaskModel) else None,
@@ -182,6 +200,7 @@ def _split_arguments(model: nn.Module, example: Any, title: str) -> _Arguments:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     paths = [path for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]]
     positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    copied = _copy_shared(leaves, positions)
     if not positions:
         raise ConfigError(f"the example inputs of {title} hold no tensor")
     names = []
@@ -189,7 +208,24 @@ def _split_arguments(model: nn.Module, example: Any, title: str) -> _Arguments:
         group, entry, *rest = [_key(key) for key in paths[index]]
         label = labels[int(entry)] if group == "0" else entry
         names.append(re.sub(r"\W", "_", "_".join([label, *rest])))
-    return _Arguments(leaves, spec, positions, names)
+    return _Arguments(leaves, spec, positions, names, copied)
+
+
+def _copy_shared(leaves: list[Any], positions: Sequence[int]) -> frozenset[int]:
+    """Copy every tensor that shares memory with one before it; which of them were.
+
+    A tensor that is given for two inputs would be traced as one input, and the other not be read.
+    """
+    seen: set[int] = set()
+    copied = set()
+    for number, position in enumerate(positions):
+        tensor = leaves[position]
+        memory = tensor.untyped_storage().data_ptr() or id(tensor)  # empty tensors have no memory
+        if memory in seen:
+            leaves[position] = tensor.detach().clone()
+            copied.add(number)
+        seen.add(memory)
+    return frozenset(copied)
 
 
 def _key(entry: Any) -> str:
@@ -264,7 +300,11 @@ def _requested_axes(arguments: _Arguments, dynamic_shapes: Any) -> list[dict[int
 
 
 def _enlarge(model: nn.Module, arguments: _Arguments, requested: list[dict[int, Any]] | None) -> None:
-    """Repeat the example along axes of size 1 where the model still runs, since size 1 would be traced as static."""
+    """Repeat the example along axes of size 1 where the model still runs, since size 1 would be traced as static.
+
+    Where another input is longer along the axis, size 1 may be broadcast to that length: then the model runs at that length
+    alone. Only what runs at two further lengths is free to have its own.
+    """
     for axis in range(max(tensor.dim() for tensor in arguments.tensors)):
         positions = [
             position
@@ -274,25 +314,62 @@ def _enlarge(model: nn.Module, arguments: _Arguments, requested: list[dict[int, 
         if not positions or (axis > 1 and requested is None):
             continue
         before = {position: arguments.leaves[position] for position in positions}
-        for position, tensor in before.items():
-            arguments.leaves[position] = tensor.repeat_interleave(_ENLARGED, axis)
-        args, kwargs = arguments.rebuild(arguments.tensors)
-        try:
-            model(*args, **kwargs)
-        except Exception as error:  # the model's own code may raise anything: then this axis is not free to grow
-            _log.debug("axis %d of size 1 stays static: %s", axis, error)
+        lengths = {tensor.shape[axis] for tensor in arguments.tensors if axis < tensor.dim()} - {1}
+        free = [size for size in range(_ENLARGED, _ENLARGED + len(lengths) + 2) if size not in lengths]
+        for size in [_ENLARGED] if requested is not None or not lengths else [free[1], free[0]]:
             for position, tensor in before.items():
-                arguments.leaves[position] = tensor
+                arguments.leaves[position] = tensor.repeat_interleave(size, axis)
+            args, kwargs = arguments.rebuild(arguments.tensors)
+            try:
+                model(*args, **kwargs)
+            except Exception as error:  # the model's own code may raise anything: then this axis is not free to grow
+                _log.debug("axis %d of size 1 stays static: %s", axis, error)
+                for position, tensor in before.items():
+                    arguments.leaves[position] = tensor
+                break
+
+
+def _given_inputs(
+    arguments: _Arguments, given: Sequence[torch.Tensor], axes: Mapping[str, Mapping[int, str]]
+) -> dict[str, torch.Tensor] | None:
+    """The example as it was given, by name; None where inputs differ along axes of one name, which the graph says are equal
+    (they may where the caller asked for these axes)."""
+    sizes: dict[str, int] = {}
+    for name, tensor in zip(arguments.names, given, strict=True):
+        for axis, label in axes[name].items():
+            if sizes.setdefault(label, tensor.shape[axis]) != tensor.shape[axis]:
+                return None
+    return dict(zip(arguments.names, given, strict=True))
+
+
+def _tensors_of(result: Any) -> list[torch.Tensor]:
+    """The tensors of a model's result, in their order."""
+    return [leaf for leaf in pytree.tree_leaves(_opened(result)) if isinstance(leaf, torch.Tensor)]
+
+
+def _opened(result: Any) -> Any:
+    """A result with dicts of fields in the place of dataclasses that pytree does not know."""
+
+    def opened(leaf: Any) -> Any:
+        if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+            return leaf
+        return _opened({field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)})
+
+    if not any(dataclasses.is_dataclass(leaf) for leaf in pytree.tree_leaves(result)):
+        return result
+    return pytree.tree_map(opened, result)
 
 
 def _output_names(result: Any, given: Sequence[str] | None, input_names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(result, Mapping):  # outputs of transformers 4 are mappings whose paths pytree cannot tell
         result = dict(result)
+    kind = type(result).__name__
+    result = _opened(result)
     entries = [
         (path, leaf) for path, leaf in pytree.tree_flatten_with_path(result)[0] if isinstance(leaf, torch.Tensor)
     ]
     if not entries:
-        raise CaptureError("the model returns no tensor")
+        raise CaptureError(f"the model returns no tensor but a {kind}, in which no tensors are found")
     if given is not None:
         return tuple(_checked_names(given, len(entries), "output"))
     names: list[str] = []
@@ -306,6 +383,18 @@ def _output_names(result: Any, given: Sequence[str] | None, input_names: Sequenc
             name += "_out"
         names.append(name)
     return tuple(names)
+
+
+def _trace(
+    model: nn.Module, arguments: _Arguments, requested: list[dict[int, Any]] | None, title: str
+) -> tuple[torch.fx.GraphModule, dict[str, dict[int, str]]]:
+    """The graph for the arguments, compared with the model, and the names of its dynamic axes."""
+    exported = _export(_Flat(model, arguments), arguments, requested, title)
+    prefix = "model." + getattr(model, "state_prefix", "")
+    graph_module = unlift(exported, prefix, arguments.names)
+    axes = _dynamic_axes(exported, arguments, requested)
+    _compare(model, graph_module, arguments, axes, exported, title)
+    return graph_module, axes
 
 
 def _export(
@@ -380,12 +469,14 @@ def _compare(
         return
     fixed = _axes_at_limit(exported, arguments, axes)
     grown = []
-    for name, tensor in zip(arguments.names, arguments.tensors, strict=True):
+    for number, (name, tensor) in enumerate(zip(arguments.names, arguments.tensors, strict=True)):
+        if number in arguments.copied:  # its values in another order, so that it can be told from the one it was
+            tensor = tensor.roll(1)
         for axis, label in axes[name].items():
             if label not in fixed:
                 tensor = torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)
         grown.append(tensor)
-    if all(new.shape == old.shape for new, old in zip(grown, arguments.tensors, strict=True)):
+    if all(new is old for new, old in zip(grown, arguments.tensors, strict=True)):
         return
     args, kwargs = arguments.rebuild(grown)
     try:
@@ -422,7 +513,7 @@ def _compare_once(
     title: str,
 ) -> None:
     args, kwargs = arguments.rebuild(tensors)
-    expected = [leaf for leaf in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+    expected = _tensors_of(model(*args, **kwargs))
     sizes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in zip(arguments.names, tensors, strict=True))
     try:
         result = graph_module(*tensors)

@@ -44,6 +44,8 @@ def _translate_attention(
     (``AdditiveMasks`` makes such of boolean ones) makes none.
     """
     width = query.shape[-1]
+    if scale is not None and scale < 0:
+        query, scale = op.Neg(query), -scale  # which has a root
     bool_mask = attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL
     if is_causal or dropout_p or enable_gqa or bool_mask or not isinstance(width, int):
         return nn.aten_scaled_dot_product_attention(

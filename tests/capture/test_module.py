@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -313,3 +315,109 @@ def test_tokens_of_a_model_without_tokens():
     captured = capture_module(Mixer(), torch.randn(2, 5, 12))
     with pytest.raises(ConfigError, match="does not read tokens: its inputs are x"):
         captured.inputs_from_tokens(torch.ones(1, 3, dtype=torch.int64))
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, query, key, value):
+        return torch.softmax(self.query(query) @ self.key(key).transpose(1, 2), -1) @ value
+
+
+@pytest.mark.parametrize("given", ["one tensor", "views"])
+def test_a_tensor_given_for_several_inputs_is_several_inputs(given):
+    x = torch.randn(2, 5, 8)
+    model = Attends()
+    captured = capture_module(model, (x, x, x) if given == "one tensor" else tuple(x.view(2, 5, 8) for _ in range(3)))
+    assert len({tensor.data_ptr() for tensor in captured.example_inputs.values()}) == 3
+    assert same(captured, model, {name: torch.randn(3, 7, 8) for name in ("query", "key", "value")})
+
+
+def test_inputs_of_equal_values_are_compared_with_others(monkeypatch):
+    monkeypatch.setattr("claq_export.capture.module._copy_shared", lambda leaves, positions: frozenset({1, 2}))
+    x = torch.randn(2, 5, 8)
+    with pytest.raises(CaptureError, match="disagrees with the model"):
+        capture_module(Attends(), (x, x, x))
+
+
+class Adds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x, shift):
+        return self.proj(x) + shift
+
+
+@pytest.mark.parametrize("batches", [(2, 1), (1, 2), (3, 1)])
+def test_a_broadcast_axis_stays_of_size_one(batches):
+    model = Adds()
+    example = {name: torch.randn(size, 5, 8) for name, size in zip(("x", "shift"), batches, strict=True)}
+    captured = capture_module(model, example)
+    one, other = sorted(example, key=lambda name: example[name].shape[0])
+    assert captured.dynamic_axes == {one: {1: "sequence"}, other: {0: "batch", 1: "sequence"}}
+    assert captured.given_inputs is None
+    assert same(captured, model, example)
+
+
+def test_axes_of_size_one_that_are_free_grow():
+    model = Attends()
+    example = {"query": torch.randn(2, 1, 8), "key": torch.randn(2, 7, 8), "value": torch.randn(2, 7, 8)}
+    captured = capture_module(model, example)
+    assert set(captured.dynamic_axes["query"]) == {0, 1}
+    assert captured.given_inputs["query"] is example["query"]
+    assert same(captured, model, {**example, "query": torch.randn(2, 4, 8)})
+
+
+def test_axes_that_are_asked_for_are_repeated_as_before():
+    example = {"x": torch.randn(2, 5, 8), "shift": torch.randn(1, 5, 8)}
+    captured = capture_module(Adds(), example, {name: {0: "batch"} for name in example})
+    assert captured.dynamic_axes == {"x": {0: "batch"}, "shift": {0: "batch"}}
+    assert captured.given_inputs is None  # it has two sizes for one axis
+
+
+class Collapses(Adds):
+    def forward(self, x):
+        return self.proj(x) if x.shape[1] > 1 else self.proj(x[:, 0])
+
+
+def test_what_differs_at_size_one_is_captured_at_size_one():
+    model, x = Collapses(), torch.randn(2, 1, 8)
+    captured = capture_module(model, x)
+    assert captured.dynamic_axes == {"x": {0: "batch"}}
+    assert captured.run({"x": x})[0].shape == (2, 8)
+
+
+@dataclasses.dataclass
+class Parts:
+    first: torch.Tensor
+    rest: object
+
+
+class Returns(Adds):
+    def __init__(self, result):
+        super().__init__()
+        self.result = result
+
+    def forward(self, x):
+        return self.result(self.proj(x))
+
+
+def test_dataclasses_are_results():
+    model = Returns(lambda y: Parts(y, [Parts(y + 1, None)]))
+    captured = capture_module(model, torch.randn(2, 8))
+    x = torch.randn(3, 8)
+    assert captured.output_names == ("first", "output_1")
+    torch.testing.assert_close(captured.run({"x": x}), (model.proj(x), model.proj(x) + 1))
+    assert capture_module(Returns(lambda y: Parts(y, y)), x).output_names == ("first", "rest")
+
+
+class Opaque:
+    pass
+
+
+def test_a_result_without_tensors_is_named():
+    with pytest.raises(CaptureError, match="returns no tensor but a Opaque"):
+        capture_module(Returns(lambda y: Opaque()), torch.randn(2, 8))

@@ -103,7 +103,14 @@ def emit_attention(mask: str, dtype: torch.dtype, scale: float | None, folder: P
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bound", "scale"), [(torch.float32, 2e-6, None), (torch.float32, 2e-6, 0.3), (torch.float16, 4e-3, None)]
+    ("dtype", "bound", "scale"),
+    [
+        (torch.float32, 2e-6, None),
+        (torch.float32, 2e-6, 0.3),
+        (torch.float32, 2e-6, -0.3),
+        (torch.float32, 2e-6, 0.0),
+        (torch.float16, 4e-3, None),
+    ],
 )
 @pytest.mark.parametrize("mask", MASKS)
 def test_values_of_attention(mask: str, dtype: torch.dtype, bound: float, scale: float | None, tmp_path: Path) -> None:

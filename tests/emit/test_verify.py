@@ -313,3 +313,22 @@ def test_nan_agrees_with_nan_of_the_unquantized_model_alone(tmp_path: Path) -> N
     path = emit(tmp_path, Broken(pair, -2.0))
     with pytest.raises(VerificationError, match=r"NaN in the quantized PyTorch model$"):
         verify_artifact(path, Broken(pair, -2.0), inputs, library=False, rounds=0)
+
+
+def test_what_fusing_changed_is_named(written: tuple[Path, Pair]) -> None:
+    path, pair = written
+    report = verify_artifact(path, pair, SAMPLES, unfused=pair, library=False, rounds=0)
+    assert report.runs["stock"].deviations["y"].maximum < 1e-5
+
+    def other(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, top = pair(x)
+        return y * 1.001, top
+
+    def flat(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, top = pair(x)
+        return y.flatten(), top
+
+    with pytest.raises(VerificationError, match=r"fusing operators changed output 'y' of .* by 0\.000999 .* 0\.0001"):
+        verify_artifact(path, pair, SAMPLES, unfused=other, library=False, rounds=0)
+    with pytest.raises(VerificationError, match=r"made output 'y' of .* \[5, 32\]; the quantized model's has \[160\]"):
+        verify_artifact(path, pair, SAMPLES, unfused=flat, library=False, rounds=0)

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from claq_export.capture import capture_module
+from claq_export.capture import CapturedModel, capture_module
 from claq_export.kernels import decoder_ops
 from claq_export.passes import AdditiveMasks, FuseUncachedAttention, PassContext, Pipeline
 
@@ -105,3 +105,66 @@ def test_sixteen_bits_are_left_to_the_runtime() -> None:
     gm, records, _ = fused(Attention(plain), torch.float16, mask_of("bool"))
     assert decoder_ops.attention not in [node.target for node in gm.graph.nodes]
     assert "computes in torch.float16" in records[-1].notes[0]
+
+
+class Windows(nn.Module):
+    """Attention among four tokens each, as vision models have it; ``split`` says where the sequence is divided."""
+
+    def __init__(self, split: str, bias: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 72)
+        self.split = split
+        self.bias = nn.Parameter(torch.randn(1, 3, 4, 4)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        if self.split == "before":
+            x = x.view(-1, 4, 16)
+        parts = self.linear(x).chunk(3, -1)
+        query, key, value = (part.reshape(-1, 4, 3, 8).transpose(1, 2) for part in parts)
+        found = functional.scaled_dot_product_attention(query, key, value, attn_mask=self.bias).transpose(1, 2)
+        return found.flatten(2).view(batch, length, 24) if self.split == "twice" else found.reshape(batch, length, 24)
+
+
+def captured_and_fused(module: nn.Module, *example: torch.Tensor) -> tuple[CapturedModel, list[str]]:
+    """The graph after the pass, which must give what it gave before it, and what the pass notes."""
+    captured = capture_module(module.eval(), example)
+    inputs = dict(zip(captured.input_names, example, strict=True))
+    wanted = captured.run(inputs)
+    records = Pipeline([AdditiveMasks(), FuseUncachedAttention()]).run(captured.graph_module, PassContext())
+    torch.testing.assert_close(captured.run(inputs), wanted)
+    return captured, list(records[-1].notes)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("split", ["before", "after", "twice"])
+def test_windows_stay_windows(split: str, bias: bool) -> None:
+    _, notes = captured_and_fused(Windows(split, bias), torch.randn(2, 8, 16))
+    assert "1 attentions" in notes
+
+
+class Latents(nn.Module):
+    """Learned queries, or learned keys and values, that every row of a batch shares."""
+
+    def __init__(self, queries: bool) -> None:
+        super().__init__()
+        self.learned = nn.Parameter(torch.randn(1, 3, 24))
+        self.queries = queries
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        learned, given = (value.unflatten(-1, (3, 8)).transpose(1, 2) for value in (self.learned, x))
+        query, key = (learned, given) if self.queries else (given, learned)
+        return functional.scaled_dot_product_attention(query, key, key).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("queries", [False, True], ids=["keys", "queries"])
+def test_what_is_broadcast_over_a_batch_is_left(queries: bool) -> None:
+    captured, notes = captured_and_fused(Latents(queries), torch.randn(2, 5, 24))
+    assert decoder_ops.attention not in [node.target for node in captured.graph_module.graph.nodes]
+    assert "of several batches" in notes[0]
+
+
+def test_a_scale_without_a_root_is_left() -> None:
+    attend = Attention(lambda q, k, v, _: functional.scaled_dot_product_attention(q, k, v, scale=-0.5))
+    _, notes = captured_and_fused(attend, torch.randn(2, 5, 16), torch.zeros(1))
+    assert "its scale is not positive" in notes[0]
