@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, ModelError
+from .inputs import is_text
+from .option_types import not_negative
+from .standard_output import to_standard_output
 
 _DESCRIPTION = """Generate text from an exported causal language model, token by token, with ONNX Runtime and (where it is
 installed) claq-runtime.
@@ -36,7 +39,9 @@ def add_generate_command(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="share of probability to draw from")
     parser.add_argument("--seed", type=int, help="of the draws")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads (default: ONNX Runtime's)")
+    parser.add_argument(
+        "--threads", type=not_negative, default=0, metavar="N", help="threads (default: ONNX Runtime's)"
+    )
     parser.add_argument(
         "--library",
         default="auto",
@@ -52,8 +57,9 @@ def run_generate(options: argparse.Namespace) -> None:
     """Stream the text to standard output, the speed to standard error.
 
     Raises:
-        ConfigError: a setting is out of range, or the prompt is empty.
-        ModelError: the artifact or its tokenizer cannot be loaded, or the artifact has no cache.
+        ConfigError: a setting is out of range, or the prompt is empty or not UTF-8.
+        ModelError: the artifact or its tokenizer cannot be loaded, the artifact has no cache, or its logits are NaN.
+        OutputError: standard output cannot be written.
     """
     from .evaluation.models import open_tokenizer, runtime_library
     from .generation import Generator
@@ -61,30 +67,29 @@ def run_generate(options: argparse.Namespace) -> None:
     path = Path(options.model)
     library = runtime_library(options.library)
     generator = Generator(path, library, options.threads)
-    tokenizer = open_tokenizer(options.tokenizer, generator.path.parent)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    if not prompt:
-        raise ConfigError("the prompt is empty")
+    tokenizer = open_tokenizer(generator.path.parent, chosen=options.tokenizer)
+    prompt = _prompt(options.prompt)
     ids = _encode(tokenizer, prompt, options.chat)
     stop = _stop_tokens(tokenizer, generator.path.parent)
-    if not options.chat:
-        print(prompt, end="", flush=True)
-    shown, tokens = "", []
-    for token in generator.tokens(
+    drawn = generator.tokens(
         ids,
         options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
         stop=stop,
-    ):
+    )
+    if not options.chat:
+        _show(prompt)
+    shown, tokens = "", []
+    for token in drawn:
         tokens.append(token)
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         # A character may take several tokens; until it is whole, it decodes to a replacement mark.
         if not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
+            _show(text[len(shown) :])
             shown = text
-    print()
+    _show("\n")
     timing = generator.timing
     print(
         f"{timing.prompt_tokens} prompt tokens at {timing.prefill_rate:.1f} tokens/s, "
@@ -92,6 +97,31 @@ def run_generate(options: argparse.Namespace) -> None:
         f"({'claq-runtime' if library else 'ONNX Runtime alone'})",
         file=sys.stderr,
     )
+
+
+def _prompt(option: str) -> str:
+    """The text of ``--prompt``, which may come from standard input.
+
+    Raises:
+        ConfigError: it is empty, or not UTF-8.
+    """
+    if option != "-":
+        prompt = option
+    else:
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the prompt on standard input is not UTF-8: {error}") from error
+    if not prompt:
+        raise ConfigError("the prompt is empty")
+    if not is_text(prompt):  # bytes of the command line that are not UTF-8 are halves of surrogate pairs here
+        raise ConfigError("the prompt is not UTF-8")
+    return prompt
+
+
+def _show(text: str) -> None:
+    with to_standard_output():
+        print(text, end="")
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from .errors import ConfigError, ModelError
-from .onnx_session import open_session
+from .onnx_session import check_threads, open_session
 
 PAST = "past_key_values."
 PRESENT = "present."
@@ -55,6 +56,7 @@ class Generator:
         threads: intra-op threads; 0 = ONNX Runtime's default.
 
     Raises:
+        ConfigError: a negative number of threads.
         ModelError: the file is not there, cannot be loaded, or has no cache.
     """
 
@@ -64,6 +66,7 @@ class Generator:
     timing: Timing = field(default_factory=Timing)
 
     def __post_init__(self) -> None:
+        check_threads(self.threads)
         self.path = Path(self.path)
         if self.path.is_dir():
             self.path = self.path / "model.onnx"
@@ -108,23 +111,38 @@ class Generator:
             stop: tokens that end the text; they are not yielded.
 
         Raises:
-            ConfigError: a setting is out of range, or a token is not in the vocabulary.
+            ConfigError: at once: a setting is out of range.
+            ModelError: while tokens are drawn: ONNX Runtime refuses them, or the model's logits are NaN.
         """
         if not prompt:
             raise ConfigError("the prompt has no tokens")
-        if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
             raise ConfigError(
-                f"max_new_tokens must be positive, temperature at least 0 and top_p in (0, 1]; got {max_new_tokens}, "
+                f"max_new_tokens must be positive, temperature finite and at least 0 and top_p in (0, 1]; got {max_new_tokens}, "
                 f"{temperature}, {top_p}"
             )
+        if seed is not None and seed < 0:
+            raise ConfigError(f"the seed must be at least 0, got {seed}")
         self.timing = Timing(prompt_tokens=len(prompt))
-        random = np.random.default_rng(seed)
+        return self._draw(prompt, max_new_tokens, temperature, top_p, np.random.default_rng(seed), stop)
+
+    def _draw(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        random: np.random.Generator,
+        stop: Sequence[int],
+    ) -> Iterator[int]:
         past = self.empty_cache()
         new, length = list(prompt), 0
         for _ in range(max_new_tokens):
             start = time.perf_counter()
             logits, past = self.step(np.array([new], np.int64), length, past)
             length += len(new)
+            if np.isnan(logits[0, -1]).any():
+                raise ModelError(f"{self.path} gives NaN as logits after {length} tokens")
             token = _pick(logits[0, -1], temperature, top_p, random)
             elapsed = time.perf_counter() - start
             if self.timing.new_tokens == 0:

@@ -17,6 +17,8 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from .errors import ConfigError
+
 BFLOAT16_KERNELS = frozenset(
     (
         "Cast",
@@ -51,6 +53,16 @@ def float32_arithmetic() -> Iterator[None]:
             del os.environ["CLAQ_ACCURACY"]
         else:
             os.environ["CLAQ_ACCURACY"] = before
+
+
+def check_threads(threads: int) -> None:
+    """Refuse a number that ONNX Runtime would take for something else.
+
+    Raises:
+        ConfigError: it is negative.
+    """
+    if threads < 0:
+        raise ConfigError(f"threads must be 0 (ONNX Runtime's choice) or a positive number, got {threads}")
 
 
 def open_session(path: Path | str, library: Path | str | None = None, threads: int = 0) -> ort.InferenceSession:

@@ -1,6 +1,7 @@
 """Calibration data: text files, JSONL, Parquet, NumPy archives or Python iterables, turned into batches of model inputs.
 
-Batches hold samples of equal length only, so that no padding token ever reaches a Hessian.
+Batches made of text hold samples of equal length only, without padding; that of others is left out as their attention mask says
+(padding.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from ..inputs import is_text, read_npz
 TEXT_FIELDS = ("text", "content", "sentence", "document")
 """Fields looked for in JSONL and Parquet rows, first match wins."""
 
+_PARQUET_STRINGS = ("string", "large_string", "string_view")
+"""Types of Parquet columns that hold text."""
+
 TEXT_LIMIT = 2 << 30
 """Bytes of a calibration file that is read whole."""
 
@@ -32,6 +36,8 @@ _DOCUMENT_LIMIT = 20_000
 _CHARACTERS_PER_TOKEN = 6
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"\u201c(]?[A-Z])")
+
+_BLANK_LINES = re.compile(r"\r?\n\s*\r?\n")
 
 _HINTS = {"attention_mask": "; it is 1 for tokens and 0 for padding, in the shape of input_ids"}
 """What an input is, for who left it out of an archive."""
@@ -95,7 +101,7 @@ def _split_documents(text: str) -> list[str]:
         return []
     blank_separated = len(filled) < len(lines) and sum(len(line) for line in filled) / len(filled) < 100
     if blank_separated:
-        return [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+        return [" ".join(paragraph.split()) for paragraph in _BLANK_LINES.split(text)]
     documents: list[str] = []
     for line in filled:
         documents += [line[i : i + _DOCUMENT_LIMIT] for i in range(0, len(line), _DOCUMENT_LIMIT)]
@@ -124,16 +130,22 @@ def _read_jsonl(path: Path) -> list[str]:
 
 def _read_parquet(path: Path) -> list[str]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException, parquet, types
     except ImportError as error:
         raise CalibrationError("reading Parquet needs pyarrow: pip install 'claq-export[parquet]'") from error
     try:
-        names = parquet.read_schema(path).names
-        field = next((f for f in TEXT_FIELDS if f in names), None)
-        if field is None:
+        schema = parquet.read_schema(path)
+        kinds = {name: kind for name, kind in zip(schema.names, schema.types, strict=True) if name in TEXT_FIELDS}
+        if not kinds:
             raise CalibrationError(
-                f"{path}: no text column (looked for {', '.join(TEXT_FIELDS)}; found {', '.join(names)})"
+                f"{path}: no text column (looked for {', '.join(TEXT_FIELDS)}; found {', '.join(schema.names)})"
             )
+        # Texts that occur often may be stored as numbers of a dictionary.
+        values = {name: str(kind.value_type if types.is_dictionary(kind) else kind) for name, kind in kinds.items()}
+        field = next((f for f in TEXT_FIELDS if values.get(f) in _PARQUET_STRINGS), None)
+        if field is None:
+            held = ", ".join(f"{name!r} holds {kind}" for name, kind in kinds.items())
+            raise CalibrationError(f"{path}: no column of text ({held})")
         return [text for text in parquet.read_table(path, columns=[field])[field].to_pylist() if text]
     except ArrowException as error:
         raise CalibrationError(f"{path}: not a readable Parquet file: {error}") from error

@@ -25,6 +25,7 @@ from ..format.layer import QuantizedLinear, assemble
 from ..passes import LinearSite
 from .data import Batch
 from .gradients import DISTRIBUTIONS, DifferentiableGraph, LinearFunction, fast_dtype, multiply, pieces
+from .padding import real_rows, real_tokens
 from .progress import ProgressReporter
 
 _ROWS_AT_ONCE = 256
@@ -128,7 +129,6 @@ def tune(
             linears |= dict.fromkeys(site.nodes, tuned[site.name].run)
     student = DifferentiableGraph(graph_module, linears, dtype)
     teacher = DifferentiableGraph(graph_module, {}, dtype)
-    loss_of = divergence if task in DISTRIBUTIONS else output_error
     pooled = task == "feature-extraction"
 
     def loss(sample: Batch) -> torch.Tensor:
@@ -137,7 +137,12 @@ def tune(
         found = student(sample)
         if not found:
             raise CalibrationError("tuning needs a model that returns floating tensors")
-        return loss_of(found[0], wanted[0]) if loss_of is divergence else output_error(found, wanted, pooled)
+        real = real_tokens(sample)
+        return (
+            divergence(found[0], wanted[0], real)
+            if task in DISTRIBUTIONS
+            else output_error(found, wanted, pooled, real)
+        )
 
     @torch.no_grad()
     def look() -> float:
@@ -404,7 +409,9 @@ class _Divergence(torch.autograd.Function):
             theirs = wanted[rows].float().log_softmax(-1)
             ours = logits[rows].float().log_softmax(-1)
             probability = theirs.exp()
-            total += (probability * (theirs - ours)).sum(dtype=torch.float64)
+            # What the teacher rules out (a masked vocabulary has logits of -inf) adds nothing.
+            terms = torch.where(probability == 0, 0.0, probability * (theirs - ours))
+            total += terms.sum(dtype=torch.float64)
             gradient[rows] = ours.exp_().sub_(probability).div_(len(logits)).to(gradient.dtype)
         ctx.save_for_backward(gradient)
         return (total / len(logits)).to(torch.float32)
@@ -415,23 +422,45 @@ class _Divergence(torch.autograd.Function):
         return gradient * pull.to(gradient.dtype), None
 
 
-def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Mean over positions of KL(wanted || found), in nats; logits ``[..., classes]``."""
+def divergence(logits: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over positions of KL(wanted || found), in nats.
+
+    Args:
+        logits, wanted: ``[..., classes]``.
+        real: bool ``[batch, sequence]``, False for padding, which is left out; None: there is none.
+    """
     classes = logits.shape[-1]
-    return _Divergence.apply(logits.reshape(-1, classes), wanted.reshape(-1, classes))
+    counted = real_rows(logits.shape, real)
+    ours, theirs = logits.reshape(-1, classes), wanted.reshape(-1, classes)
+    if counted is not None:
+        ours, theirs = ours[counted], theirs[counted]
+    return _Divergence.apply(ours, theirs)
 
 
-def output_error(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], pooled: bool) -> torch.Tensor:
+def output_error(
+    found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], pooled: bool, real: torch.Tensor | None = None
+) -> torch.Tensor:
     """Squared error relative to the wanted outputs, mean over outputs.
 
     Args:
+        found, wanted: outputs of both models.
         pooled: outputs ``[batch, sequence, features]`` also count by their mean over the sequence, which is what
             embeddings are made of.
+        real: bool ``[batch, sequence]``, False for padding, which is left out; None: there is none.
     """
     terms = []
     for ours, theirs in zip(found, wanted, strict=True):
         pairs = [(ours.float(), theirs.float())]
+        counted = real_rows(ours.shape, real)
+        if counted is not None:
+            counted = counted.to(ours.device).reshape(*ours.shape[:-1], 1)
+            pairs = [(torch.where(counted, a, 0), torch.where(counted, b, 0)) for a, b in pairs]
         if pooled and ours.dim() == 3:
-            pairs.append((pairs[0][0].mean(1), pairs[0][1].mean(1)))
+            pairs.append((_mean(pairs[0][0], counted), _mean(pairs[0][1], counted)))
         terms += [(a - b).square().sum() / b.square().sum().clamp(min=1e-30) for a, b in pairs]
     return torch.stack(terms).mean()
+
+
+def _mean(value: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
+    """Mean over the sequence of ``[batch, sequence, features]``, zero where ``counted`` ``[batch, sequence, 1]`` says padding."""
+    return value.mean(1) if counted is None else value.sum(1) / counted.sum(1).clamp(min=1)

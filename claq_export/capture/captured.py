@@ -23,11 +23,13 @@ class Source:
         path: folder, hub id, or qualified class name of a module given in Python.
         sha256: hex digest of its configuration and weights.
         files: the safetensors files of a folder's weights.
+        folder: where its files lie on this machine, of a hub id in the hub's cache; None of a module given in Python.
     """
 
     path: str
     sha256: str
     files: tuple[Path, ...] = ()
+    folder: Path | None = None
 
 
 def module_source(model: nn.Module) -> Source:
@@ -68,6 +70,7 @@ class CapturedModel:
     Attributes:
         graph_module: the graph; passes rewrite it in place.
         example_inputs: input name -> tensor, sizes of dynamic axes at least 2.
+        given_inputs: the example as it was given, where ``example_inputs`` repeats it along axes of size 1.
         dynamic_axes: input name -> {axis: name of the axis}; an axis not listed is static.
         output_names: one a tensor returned.
         task: task name (see :mod:`claq_export.capture.tasks`), or None for a module of unknown purpose.
@@ -95,6 +98,7 @@ class CapturedModel:
     file_names: dict[str, str] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     file_graph: CapturedModel | None = None
+    given_inputs: dict[str, torch.Tensor] | None = None
 
     @property
     def graphs(self) -> list[CapturedModel]:

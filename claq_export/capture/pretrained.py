@@ -1,11 +1,11 @@
-"""Loads Hugging Face models (folder or hub id) for a task; refuses what would leave weights random or not finite."""
+"""Loads Hugging Face models and tokenizers (folder or hub id); refuses what would leave weights random or not finite."""
 
 from __future__ import annotations
 
 import difflib
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,7 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
 )
 _GENERATION = "generation_config.json"
-_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
-_FILES_READ = (*_HUB_FILES, "*.jinja")
+_FILES_READ = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 def load_pretrained(
@@ -88,7 +87,8 @@ def load_pretrained(
     else:
         model = _load(folder, files, config, chosen, dtype, trust_remote_code)
         check_weights(model, str(path_or_id))
-    source = Source(path=str(path_or_id), sha256=digest([folder / "config.json", *files]), files=tuple(files))
+    identity = digest([folder / "config.json", *files])
+    source = Source(path=str(path_or_id), sha256=identity, files=tuple(files), folder=folder)
     return TaskModel(model, chosen.name, source), _tokenizer(folder, trust_remote_code), chosen.name
 
 
@@ -122,10 +122,11 @@ def _folder(path_or_id: str | Path, trust_remote_code: bool) -> Path:
         raise ModelError(f"model folder {text} does not exist")
     from huggingface_hub import snapshot_download
 
-    patterns = [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])]
+    patterns = [*_FILES_READ, *(["*.py"] if trust_remote_code else [])]
     try:
         return Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many types (network, login, unknown id); each is the reason
+        let_interruptions_through(error)
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"{text} is no folder here, and the Hugging Face hub does not give it: {reason}") from error
 
@@ -148,6 +149,7 @@ def _config(folder: Path, settings: dict[str, Any], trust_remote_code: bool) -> 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # configuration classes validate in their own ways; each is the reason
+        let_interruptions_through(error)
         raise ModelError(f"{folder / 'config.json'} is not valid: {_first_line(error)}") from error
 
 
@@ -171,7 +173,8 @@ def _inferred(folder: Path, config: Any) -> Task:
     return task
 
 
-def _auto_class(config: Any, task: Task) -> str:
+def auto_class(config: Any, task: Task) -> str:
+    """Name of the transformers class that loads a configuration's model for a task."""
     saved = (config.architectures or [""])[0]
     encoder_only = getattr(config, "is_encoder_decoder", False) or saved.endswith("EncoderModel")
     return "AutoModelForTextEncoding" if task.name == "feature-extraction" and encoder_only else task.auto_class
@@ -182,7 +185,7 @@ def _builder(config: Any, task: Task, dtype: torch.dtype, trust_remote_code: boo
     import transformers
 
     def build() -> torch.nn.Module:
-        auto = getattr(transformers, _auto_class(config, task))
+        auto = getattr(transformers, auto_class(config, task))
         model: torch.nn.Module = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         return model
 
@@ -195,7 +198,7 @@ def _load_lazily(
     unused = _UNUSED.get(task.name)
     build = _builder(config, task, dtype, trust_remote_code)
     try:
-        with _quiet():
+        with quietly():
             check_fit(build, files, str(folder / "config.json"))
             return build_lazily(build, files, dtype, lambda name: unused is not None and bool(unused.search(name)))
     except ModelError:
@@ -209,11 +212,10 @@ def _load(
 ) -> torch.nn.Module:
     import transformers
 
-    saved = (config.architectures or ["an unknown architecture"])[0]
     try:
-        with _quiet():
+        with quietly():
             check_fit(_builder(config, task, dtype, trust_remote_code), files, str(folder / "config.json"))
-            model, info = getattr(transformers, _auto_class(config, task)).from_pretrained(
+            model, info = getattr(transformers, auto_class(config, task)).from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -225,35 +227,62 @@ def _load(
         raise
     except Exception as error:  # transformers raises many types; each is the reason
         raise _cannot_load(folder, config, task, error) from error
-    unused = _UNUSED.get(task.name)
-    absent = sorted(info["missing_keys"])
-    missing = [key for key in absent if unused is None or not unused.search(key)]
-    if missing:
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        raise ModelError(
-            f"{folder} lacks {len(missing)} weights that {type(model).__name__} needs for {task.name}: "
-            f"{', '.join(missing[:4])}{more}; the checkpoint was saved from {saved}"
-        )
+    check_complete(model, info, folder, task)
     with torch.no_grad():
-        for key in absent:
+        for key in sorted(info["missing_keys"]):
             # transformers made it of random numbers; the same files must give the same bytes.
             model.get_parameter(key).zero_()
-    mismatched = sorted(str(entry[0]) for entry in info.get("mismatched_keys", ()))
-    if mismatched:
-        raise ModelError(
-            f"{folder} has weights of another shape than {type(model).__name__}'s: {', '.join(mismatched[:4])}"
-        )
     return model.eval()
 
 
+def check_complete(model: Any, info: Mapping[str, Any], source: str | Path, task: Task) -> None:
+    """Refuse a model some of whose weights transformers made of random numbers.
+
+    Args:
+        model: as ``from_pretrained`` returned it.
+        info: what it returned beside the model (``output_loading_info=True``).
+        source: folder or hub id, for the message.
+        task: what the model is for; weights that do not reach its output may be missing.
+
+    Raises:
+        ModelError: a weight that the task needs is not in the files, or has another shape there.
+    """
+    unused = _UNUSED.get(task.name)
+    missing = [key for key in sorted(info["missing_keys"]) if unused is None or not unused.search(key)]
+    if missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        saved = (model.config.architectures or ["an unknown architecture"])[0]
+        raise ModelError(
+            f"{source} lacks {len(missing)} weights that {type(model).__name__} needs for {task.name}: "
+            f"{', '.join(missing[:4])}{more}; the checkpoint was saved from {saved}"
+        )
+    mismatched = sorted(str(entry[0]) for entry in info.get("mismatched_keys", ()))
+    if mismatched:
+        raise ModelError(
+            f"{source} has weights of another shape than {type(model).__name__}'s: {', '.join(mismatched[:4])}"
+        )
+
+
 def _cannot_load(folder: Path, config: Any, task: Task, error: Exception) -> ModelError:
+    let_interruptions_through(error)
     if "Unrecognized configuration class" in str(error):
         return ModelError(f"transformers has no {task.name} model for architecture {config.model_type!r}")
     return ModelError(f"{folder} cannot be loaded for {task.name}: {_first_line(error)}")
 
 
+def let_interruptions_through(error: BaseException) -> None:
+    """Raise KeyboardInterrupt if one led to an error: transformers tells of what stops an import as of a missing module."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        if isinstance(cause, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        seen.add(id(cause))
+        cause = cause.__cause__ or cause.__context__
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """No progress bar and no warnings from transformers: what they would say is checked and raised here."""
     from transformers.utils import logging as transformers_logging
 
@@ -279,14 +308,31 @@ def _refuse_links_out(folder: Path) -> None:
 def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
+    try:
+        return load_tokenizer(folder, trust_remote_code)
+    except ModelError as error:  # a model without a working tokenizer can still be quantized from token ids
+        _log.error("%s", error)
+        return None
+
+
+def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        ModelError: there is none, it cannot be loaded, or it knows no words.
+    """
     from transformers import AutoTokenizer
 
     try:
-        with _quiet():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a model without a working tokenizer can still be quantized from token ids
-        _log.error("the tokenizer in %s cannot be loaded: %s", folder, _first_line(error))
-        return None
+        with quietly():
+            tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many types; each is the reason
+        let_interruptions_through(error)
+        raise ModelError(f"the tokenizer in {source} cannot be loaded: {_first_line(error)}") from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        # transformers 5 makes one of special tokens alone where a folder holds no more than a configuration.
+        raise ModelError(f"the tokenizer in {source} cannot be loaded: there are no files with its vocabulary")
+    return tokenizer
 
 
 def _first_line(error: BaseException) -> str:

@@ -143,13 +143,7 @@ class TaskModel(nn.Module):
     @property
     def max_sequence(self) -> int | None:
         """Most tokens a sequence may have, by the configuration."""
-        for key in ("max_position_embeddings", "n_positions"):
-            limit = getattr(self.config, key, None)
-            if isinstance(limit, int) and limit > 0:
-                # RoBERTa's table starts counting after the padding index.
-                offset = self.pad_token_id + 1 if "roberta" in self.config.model_type else 0
-                return limit - offset
-        return None
+        return longest_sequence(self.model)
 
     def example_inputs(self, batch: int = 2, sequence: int = 8) -> dict[str, torch.Tensor]:
         """Inputs to trace with: fixed pseudo-random tokens, the last row padded; or noise of an image's size."""
@@ -164,20 +158,49 @@ class TaskModel(nn.Module):
         return text_inputs(self.input_names, tokens, mask, self.pad_token_id)
 
 
+def longest_sequence(model: nn.Module) -> int | None:
+    """Most tokens that a transformers model takes, by its configuration; None where that sets no limit."""
+    limit = stated_positions(getattr(model, "config", None))
+    return None if limit is None else limit - _positions_before_first(model, limit)
+
+
+def stated_positions(config: Any) -> int | None:
+    """Positions of a model by its configuration, or None; of some the first ones are no token's."""
+    for key in ("max_position_embeddings", "n_positions"):
+        limit = getattr(config, key, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None
+
+
+def _positions_before_first(model: nn.Module, limit: int) -> int:
+    """Rows of a table of ``limit`` positions that no token has: a table with a padding index (RoBERTa's and those made after
+    it) is counted from the row after that."""
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if not isinstance(padding, int) or "position" not in name.rpartition(".")[2]:
+            continue
+        table = getattr(module, "weight", None)
+        if isinstance(table, torch.Tensor) and table.shape[0] == limit:
+            return padding + 1
+    return 0
+
+
 def _image_shape(config: Any) -> tuple[int, int, int]:
-    """Channels, height and width by an image model's configuration.
+    """Channels, height and width by an image model's configuration, or by that of its image half.
 
     Raises:
         ModelError: the configuration does not give the size.
     """
-    size = getattr(config, "image_size", None)
+    image = config if hasattr(config, "image_size") else getattr(config, "vision_config", config)
+    size = getattr(image, "image_size", None)
     sides = [size, size] if isinstance(size, int) else size
     if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
         raise ModelError(
             f"the configuration of {config.model_type!r} gives no image_size, so its input is unknown; export the module "
             "from Python with an example"
         )
-    return (int(getattr(config, "num_channels", 3)), sides[0], sides[1])
+    return (int(getattr(image, "num_channels", 3)), sides[0], sides[1])
 
 
 def _input_names(model: nn.Module, task: str) -> tuple[str, ...]:
@@ -188,6 +211,8 @@ def _input_names(model: nn.Module, task: str) -> tuple[str, ...]:
     names = ["input_ids", "attention_mask"]
     if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0) > 1:
         names.append("token_type_ids")
-    if task == "text-generation" and "position_ids" in accepted and config.model_type not in _COUNTS_POSITIONS:
+    # A model whose table has rows before the first position adds them to those that it counts, not to those that it is given.
+    counts_positions = config.model_type in _COUNTS_POSITIONS or longest_sequence(model) != stated_positions(config)
+    if task == "text-generation" and "position_ids" in accepted and not counts_positions:
         names.append("position_ids")
     return tuple(names)

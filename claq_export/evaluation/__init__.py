@@ -3,7 +3,16 @@ tasks."""
 
 from .lambada import LambadaQuality, lambada_quality, read_passages
 from .language import LanguageQuality, language_quality, read_text, token_windows
-from .models import EncoderModel, LogitsModel, OnnxModel, TorchModel, open_model, open_tokenizer, runtime_library
+from .models import (
+    EncoderModel,
+    LogitsModel,
+    OnnxModel,
+    TorchModel,
+    open_model,
+    open_tokenizer,
+    runtime_library,
+    sequence_limit,
+)
 from .sentences import SentenceQuality, SimilarityPair, embed, read_pairs, sentence_quality, spearman
 
 __all__ = [
@@ -25,6 +34,7 @@ __all__ = [
     "read_text",
     "runtime_library",
     "sentence_quality",
+    "sequence_limit",
     "spearman",
     "token_windows",
 ]

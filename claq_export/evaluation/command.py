@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ..errors import ConfigError
+from ..option_types import not_negative, positive
+from ..standard_output import to_standard_output
 from .lambada import lambada_quality, read_passages
 from .language import language_quality, read_text, token_windows
-from .models import open_model, open_tokenizer
+from .models import open_model, open_tokenizer, sequence_limit
+from .output import json_text, print_table
 from .sentences import read_pairs, sentence_quality
+
+_CONTEXT = 1024
+"""Tokens a window where nothing else is asked for."""
 
 TASKS = ("perplexity", "kl", "embedding", "sts", "lambada", "harness")
 
@@ -47,10 +52,15 @@ def add_eval_command(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer", metavar="FOLDER", help="where the tokenizer is (default: beside the model, then the reference)"
     )
-    parser.add_argument("--context", type=_positive, default=1024, metavar="N", help="tokens a window (default: 1024)")
-    parser.add_argument("--windows", type=_positive, metavar="N", help="first N windows only (default: the whole text)")
+    parser.add_argument(
+        "--context",
+        type=positive,
+        metavar="N",
+        help=f"tokens a window (default: {_CONTEXT}, or what the model takes if that is less)",
+    )
+    parser.add_argument("--windows", type=positive, metavar="N", help="first N windows only (default: the whole text)")
     parser.add_argument("--bos", action="store_true", help="begin every window with the BOS token, as llama.cpp does")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="first N sentences, passages or items only")
+    parser.add_argument("--limit", type=positive, metavar="N", help="first N sentences, passages or items only")
     parser.add_argument(
         "--library",
         default="auto",
@@ -58,7 +68,7 @@ def add_eval_command(subparsers: Any) -> argparse.ArgumentParser:
         help="runtime library for ONNX files: a path, `auto` (installed claq-runtime) or `none`",
     )
     parser.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="threads of ONNX Runtime (default: its choice)"
+        "--threads", type=not_negative, default=0, metavar="N", help="threads of ONNX Runtime (default: its choice)"
     )
     parser.add_argument("--harness-tasks", metavar="A,B", help="names of lm-evaluation-harness tasks")
     parser.add_argument("--harness-path", metavar="FOLDER", help="folder with further task definitions")
@@ -66,13 +76,6 @@ def add_eval_command(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.set_defaults(run=run_eval)
     return parser
-
-
-def _positive(value: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return number
 
 
 def run_eval(arguments: argparse.Namespace) -> int:
@@ -83,17 +86,18 @@ def run_eval(arguments: argparse.Namespace) -> int:
     """
     values = measure(arguments)
     if arguments.json:
-        print(json.dumps({"model": arguments.model, "task": arguments.task, **values}, indent=1))
+        with to_standard_output():
+            print(json_text({"model": arguments.model, "task": arguments.task, **values}))
         return 0
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{arguments.task}: {arguments.model}", title_justify="left")
+    table = Table()
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name, value in _flatten(values):
         table.add_row(name.replace("_", " "), _format(value))
-    Console().print(table)
+    with to_standard_output():
+        print_table(f"{arguments.task}: {arguments.model}", table)
     return 0
 
 
@@ -110,7 +114,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     elif not arguments.text:
         raise ConfigError(f"--task {task} needs its data: --text FILE")
     causal = task not in ("embedding", "sts")
-    tokenizer = open_tokenizer(arguments.tokenizer, arguments.model, arguments.reference)
+    tokenizer = open_tokenizer(arguments.model, arguments.reference, chosen=arguments.tokenizer)
     options = {"causal": causal, "library": arguments.library, "threads": arguments.threads}
     model = open_model(arguments.model, reference=arguments.reference, **options)
     reference = open_model(arguments.reference, **options) if arguments.reference and task != "lambada" else None
@@ -119,7 +123,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         bos = tokenizer.bos_token_id if arguments.bos else None
         if arguments.bos and bos is None:
             raise ConfigError("--bos: the tokenizer has no BOS token")
-        windows = token_windows(read_text(arguments.text), tokenizer, arguments.context, arguments.windows, bos)
+        context = _context(arguments.context, sequence_limit(model, reference))
+        windows = token_windows(read_text(arguments.text), tokenizer, context, arguments.windows, bos)
         with _progress("windows", arguments) as advance:
             quality = language_quality(
                 model, windows, reference, lambda done, total, q: advance(done, total, f"perplexity {q.perplexity:.3f}")
@@ -136,6 +141,19 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             passages = read_passages(arguments.text, arguments.limit)
             return lambada_quality(model, tokenizer, passages, lambda done, total: advance(done, total, "")).to_json()
     return _harness(arguments, model, tokenizer)
+
+
+def _context(asked: int | None, limit: int | None) -> int:
+    """Tokens a window of models that take at most ``limit`` (None: any number).
+
+    Raises:
+        ConfigError: more are asked for.
+    """
+    if asked is None:
+        return _CONTEXT if limit is None else min(_CONTEXT, limit)
+    if limit is not None and asked > limit:
+        raise ConfigError(f"--context {asked}: the model takes at most {limit} tokens, by its configuration")
+    return asked
 
 
 def _harness(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from ..errors import ConfigError, FormatError, ModelError
 from ..format import metadata
 from ..format.checkpoint import load_checkpoint
 from ..inputs import OnnxFile
-from .language import language_quality, read_text, token_windows
+from .language import agreement, divergence, language_quality, read_text, token_windows
 from .layers import LayerError, layer_errors
 from .models import OnnxModel, TorchModel, open_model, runtime_library
+from .output import json_value
 from .sentences import sentence_quality
 
 LIMITS: Mapping[str, tuple[str, bool]] = {
@@ -78,25 +79,28 @@ class GuardReport:
         return all(check.passed for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "artifact": self.artifact,
-            "against": self.original,
-            "task": self.task,
-            "passed": self.passed,
-            "measures": dict(self.measures),
-            "checks": [
-                {
-                    "limit": check.limit,
-                    "measure": check.measure,
-                    "allowed": check.allowed,
-                    # JSON has no infinity and no NaN.
-                    "value": check.value if math.isfinite(check.value) else str(check.value),
-                    "passed": check.passed,
-                }
-                for check in self.checks
-            ],
-            "layers": [layer.to_json() for layer in self.layers],
-        }
+        """Values by name, ready for JSON (:func:`~claq_export.evaluation.output.json_value`)."""
+        values: dict[str, Any] = json_value(
+            {
+                "artifact": self.artifact,
+                "against": self.original,
+                "task": self.task,
+                "passed": self.passed,
+                "measures": dict(self.measures),
+                "checks": [
+                    {
+                        "limit": check.limit,
+                        "measure": check.measure,
+                        "allowed": check.allowed,
+                        "value": check.value,
+                        "passed": check.passed,
+                    }
+                    for check in self.checks
+                ],
+                "layers": [layer.to_json() for layer in self.layers],
+            }
+        )
+        return values
 
 
 def guard(
@@ -129,7 +133,8 @@ def guard(
         trust_remote_code: run Python code that comes with the original.
 
     Raises:
-        ConfigError: no limit, an unknown one, or one that this task has no measure for; the text cannot be used.
+        ConfigError: no limit, an unknown one, one that is not finite, or one that this task has no measure for; another setting
+            is out of range; the text cannot be used.
         ModelError, FormatError: the original or the artifact cannot be read.
     """
     path = _artifact_path(Path(artifact))
@@ -139,6 +144,11 @@ def guard(
     unknown = sorted(set(limits) - set(LIMITS))
     if unknown:
         raise ConfigError(f"unknown limit {unknown[0]!r}; known: {', '.join(LIMITS)}")
+    for name, allowed in limits.items():
+        if not math.isfinite(allowed):
+            raise ConfigError(f"the limit {name} must be a finite number, got {allowed}")
+    if windows is not None and windows < 1:
+        raise ConfigError(f"windows must be a positive number or None, got {windows}")
     content = read_text(text)
     model, tokenizer, task = load_pretrained(
         original,
@@ -156,7 +166,7 @@ def guard(
         OnnxFile(path, FormatError)
         candidate: Any = OnnxModel(path, runtime_library(library), threads)
     else:
-        candidate = open_model(path, causal=task == "text-generation", reference=original)
+        candidate = open_model(path, causal=task == "text-generation", task=task, reference=original)
 
     if task == "text-generation":
         tokens = token_windows(content, tokenizer, context, windows)
@@ -233,11 +243,12 @@ def _logits_quality(candidate: Any, model: TaskModel, tokenizer: Any, lines: Seq
         with torch.no_grad():
             output = model.model(input_ids=tokens, attention_mask=mask, return_dict=True)
         p = output.logits.float().log_softmax(-1)
-        q = _logits(candidate, tokens, mask).float().log_softmax(-1)
+        logits = _logits(candidate, tokens, mask)
+        q = logits.float().log_softmax(-1)
         if p.shape != q.shape:
             raise ConfigError(f"artifact and original give logits of shape {list(q.shape)} and {list(p.shape)}")
-        kl = (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
-        same = p.argmax(-1) == q.argmax(-1)
+        kl = divergence(p, q)
+        same = agreement(output.logits, logits)
         keep = mask.bool() if kl.dim() == 2 else torch.ones_like(kl, dtype=torch.bool)
         divergences.append(kl[keep])
         agreements.append(same[keep])
@@ -246,7 +257,7 @@ def _logits_quality(candidate: Any, model: TaskModel, tokenizer: Any, lines: Seq
         "sentences": float(len(lines)),
         "kl_mean": float(kl.mean()),
         "kl_p99": float(kl.quantile(0.99)),
-        "top1_agreement": float(torch.cat(agreements).double().mean()),
+        "top1_agreement": float(torch.cat(agreements).mean()),
     }
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
 from typing import Any
 
 from ..errors import VerificationError
+from ..option_types import finite, not_negative
+from ..standard_output import to_standard_output
 from .guard import LIMITS, GuardReport, guard
+from .output import json_text, print_table
 
 _DESCRIPTION = """Measure an artifact against its original model on a text and fail when it is worse than allowed.
 
@@ -41,11 +44,15 @@ def add_verify_command(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--text", required=True, metavar="FILE", help="running text, or a sentence a line for encoders")
     limits = parser.add_argument_group("limits (at least one)")
     for name, text in _HELP.items():
-        limits.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=text)
+        limits.add_argument(f"--{name.replace('_', '-')}", type=finite, metavar="X", help=text)
     parser.add_argument("--task", help="of the model (default: as the artifact says)")
     parser.add_argument("--context", type=int, default=512, metavar="N", help="tokens a window (default: 512)")
     parser.add_argument(
-        "--windows", type=int, default=32, metavar="N", help="first N windows, or 4 N sentences; 0 = all (default: 32)"
+        "--windows",
+        type=not_negative,
+        default=32,
+        metavar="N",
+        help="first N windows, or 4 N sentences; 0 = all (default: 32)",
     )
     parser.add_argument(
         "--layers",
@@ -53,14 +60,16 @@ def add_verify_command(subparsers: Any) -> argparse.ArgumentParser:
         default=True,
         help="compare layer by layer too (default: on)",
     )
-    parser.add_argument("--worst", type=int, default=10, metavar="N", help="layers shown in the table (default: 10)")
+    parser.add_argument(
+        "--worst", type=not_negative, default=10, metavar="N", help="layers shown in the table (default: 10)"
+    )
     parser.add_argument(
         "--library",
         default="auto",
         metavar="PATH",
         help="runtime library for ONNX files: a path, `auto` (installed claq-runtime) or `none`",
     )
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads of ONNX Runtime")
+    parser.add_argument("--threads", type=not_negative, default=0, metavar="N", help="threads of ONNX Runtime")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the original")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.set_defaults(run=run_verify)
@@ -87,10 +96,11 @@ def run_verify(options: argparse.Namespace) -> None:
         layers=options.layers,
         trust_remote_code=options.trust_remote_code,
     )
-    if options.json:
-        print(json.dumps(report.to_json(), indent=1))
-    else:
-        _print(report, options.worst)
+    with to_standard_output():
+        if options.json:
+            print(json_text(report.to_json()))
+        else:
+            _print(report, options.worst)
     failed = [check for check in report.checks if not check.passed]
     if failed:
         broken = "; ".join(
@@ -102,22 +112,20 @@ def run_verify(options: argparse.Namespace) -> None:
 
 
 def _print(report: GuardReport, worst: int) -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
-    table = Table(title=f"{report.artifact} against {report.original} ({report.task})", title_justify="left")
+    table = Table()
     for heading in ("measure", "value", "limit", ""):
         table.add_column(heading, justify="left" if heading == "measure" else "right")
     checks = {check.measure: check for check in report.checks}
     for name, value in report.measures.items():
         check = checks.get(name)
         limit = "" if check is None else f"{'<=' if LIMITS[check.limit][1] else '>='} {check.allowed:g}"
-        verdict = "" if check is None else ("holds" if check.passed else "[red]broken[/red]")
-        table.add_row(
-            name.replace("_", " "), f"{value:,.0f}" if value == int(value) else f"{value:.5f}", limit, verdict
-        )
-    console.print(table)
+        verdict = Text() if check is None else (Text("holds") if check.passed else Text("broken", style="red"))
+        whole = math.isfinite(value) and value == int(value)
+        table.add_row(name.replace("_", " "), f"{value:,.0f}" if whole else f"{value:.5f}", limit, verdict)
+    console = print_table(f"{report.artifact} against {report.original} ({report.task})", table)
     if report.layers:
         shown = report.layers[:worst]
         layers = Table(title=f"worst {len(shown)} of {len(report.layers)} layers", title_justify="left")

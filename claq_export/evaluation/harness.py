@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from .models import LogitsModel
+from .models import LogitsModel, sequence_limit
 
 
 def harness_model(model: LogitsModel, tokenizer: Any, max_length: int = 2048, max_new_tokens: int = 256) -> Any:
@@ -21,7 +21,8 @@ def harness_model(model: LogitsModel, tokenizer: Any, max_length: int = 2048, ma
     Args:
         model: gives the logits.
         tokenizer: a transformers tokenizer.
-        max_length: tokens the model takes; longer contexts lose their beginning, as the harness does it.
+        max_length: tokens the model takes, fewer where it states a lower limit
+            (:func:`~claq_export.evaluation.models.sequence_limit`); longer contexts lose their beginning, as the harness does it.
         max_new_tokens: bound for generation tasks that set none (greedy; every step runs the whole sequence).
 
     Raises:
@@ -32,6 +33,8 @@ def harness_model(model: LogitsModel, tokenizer: Any, max_length: int = 2048, ma
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     except ImportError as error:
         raise ConfigError("this task needs EleutherAI's harness: pip install lm-eval") from error
+
+    max_length = min(max_length, sequence_limit(model) or max_length)
 
     class HarnessModel(TemplateLM):
         """The harness's requests, answered one sequence at a time (no padding, hence exact)."""
@@ -129,7 +132,7 @@ def run_harness(
         tasks: names of tasks that the harness knows or that ``include_path`` defines.
         include_path: a folder with task definitions (YAML), for example :func:`write_lambada_task`'s.
         limit: items a task at most.
-        max_length: tokens the model takes.
+        max_length: see :func:`harness_model`.
 
     Returns:
         metric values by task.
@@ -157,8 +160,8 @@ def run_harness(
 
 
 def write_lambada_task(folder: str | Path, data: str | Path, name: str = "lambada_local") -> Path:
-    """Write a task definition equal to the harness's ``lambada_openai`` but reading a local JSONL file; returns its
-    path."""
+    """Write a task definition equal to the harness's ``lambada_openai``, but reading a local JSONL file and without white space
+    at the end of a passage, which would be its last word; returns its path."""
     path = Path(folder) / f"{name}.yaml"
     path.write_text(
         f"""task: {name}
@@ -168,8 +171,8 @@ dataset_kwargs:
     test: {Path(data).resolve()}
 output_type: loglikelihood
 test_split: test
-doc_to_text: "{{{{text.split(' ')[:-1]|join(' ')}}}}"
-doc_to_target: "{{{{' '+text.split(' ')[-1]}}}}"
+doc_to_text: "{{{{text.rstrip().split(' ')[:-1]|join(' ')}}}}"
+doc_to_target: "{{{{' '+text.rstrip().split(' ')[-1]}}}}"
 metric_list:
   - metric: perplexity
     aggregation: perplexity

@@ -33,7 +33,8 @@ class LanguageQuality:
             follow.
         kl_mean, kl_median, kl_p99, kl_max: KL(original || model) over positions, as llama.cpp's perplexity tool reports
             it.
-        top1_agreement: share of positions where both models rank the same token first.
+        top1_agreement: share of positions where both models rank the same token first; NaN if a position has logits that
+            cannot be ranked.
     """
 
     perplexity: float
@@ -136,7 +137,7 @@ def language_quality(
         length = len(windows[0])
         nll = float(torch.cat(losses).mean())
         quality = {
-            "perplexity": _exp(nll),
+            "perplexity": perplexity_of(nll),
             "negative_log_likelihood": nll,
             "windows": len(losses),
             "length": length,
@@ -145,12 +146,12 @@ def language_quality(
         if reference is not None:
             kl = torch.cat(divergences)
             quality |= {
-                "reference_perplexity": _exp(float(torch.cat(reference_losses).mean())),
+                "reference_perplexity": perplexity_of(float(torch.cat(reference_losses).mean())),
                 "kl_mean": float(kl.mean()),
                 "kl_median": float(kl.quantile(0.5)),
                 "kl_p99": float(kl.quantile(0.99)),
                 "kl_max": float(kl.max()),
-                "top1_agreement": float(torch.cat(agreements).double().mean()),
+                "top1_agreement": float(torch.cat(agreements).mean()),
             }
         return LanguageQuality(**quality)  # type: ignore[arg-type]
 
@@ -180,8 +181,9 @@ def language_quality(
     return result()
 
 
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+def perplexity_of(loss: float) -> float:
+    """exp of a mean loss; infinity beyond what a float holds, NaN of NaN."""
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 def _chunks(logits: torch.Tensor, target: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
@@ -196,14 +198,32 @@ def _losses(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def _compare(
     logits: torch.Tensor, original: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per position: both losses, KL(original || model), and whether the first ranks agree."""
+    """Per position: both losses, KL(original || model), and agreement of the first ranks."""
     q = logits.float().log_softmax(-1)
     p = original.float().log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
     pick = target[:, None]
     return (
         -q.gather(1, pick)[:, 0].double(),
         -p.gather(1, pick)[:, 0].double(),
-        kl,
-        logits.argmax(-1) == original.argmax(-1),
+        divergence(p, q),
+        agreement(original, logits),
     )
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of distributions given as log-probabilities ``[..., V]``: float64 ``[...]``, in nats.
+
+    What p rules out adds nothing, whatever q says of it.
+    """
+    probability = p.exp()
+    return torch.where(probability == 0, 0.0, probability * (p - q)).sum(-1, dtype=torch.float64)
+
+
+def agreement(original: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Whether logits ``[..., V]`` have the same first rank: float64 ``[...]`` of 1 and 0, NaN where one side has no rank.
+
+    There is none among NaN, nor where the largest logit is infinite: ``argmax`` would say 0, which may be right by chance.
+    """
+    (most, first), (expected, wanted) = logits.max(-1), original.max(-1)
+    ranked = most.isfinite() & expected.isfinite()
+    return torch.where(ranked, (first == wanted).double(), math.nan)

@@ -30,11 +30,19 @@ _ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class ArtifactLayer:
-    """A layer of an artifact: its weight, and the linears ``(qualified name, rows)`` it stands for."""
+    """A layer of an artifact.
+
+    Attributes:
+        name: of the layer.
+        layer: its weight.
+        parts: the linears ``(qualified name, rows)`` it stands for.
+        transposed: the original stores their weights as ``[in_features, out_features]``; None: the artifact does not say.
+    """
 
     name: str
     layer: QuantizedLinear
     parts: tuple[tuple[str, int], ...]
+    transposed: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -72,12 +80,13 @@ def artifact_layers(path: Path) -> Iterator[ArtifactLayer]:
         return
     checkpoint = load_checkpoint(path)
     for name, layer in checkpoint.layers.items():
-        yield ArtifactLayer(name, layer, checkpoint.parts_of(name))
+        yield ArtifactLayer(name, layer, checkpoint.parts_of(name), name in checkpoint.transposed)
 
 
 def _onnx_layers(path: Path) -> Iterator[ArtifactLayer]:
     file = OnnxFile(path, FormatError)
     parts = _stored_parts(file)
+    transposed = _stored_transposed(file)
     seen: set[str] = set()
     for node in file.model.graph.node:
         inputs = OPERATORS.get(node.op_type) if node.domain == DOMAIN else None
@@ -100,7 +109,8 @@ def _onnx_layers(path: Path) -> Iterator[ArtifactLayer]:
         except (FormatError, ValueError, TypeError) as error:
             raise FormatError(f"{path}: layer {node.name!r}: {error}") from error
         name = node.name.partition("#")[0]  # later uses of a layer are numbered
-        yield ArtifactLayer(name, layer, parts.get(name) or ((name, layer.out_features),))
+        flipped = None if transposed is None else name in transposed
+        yield ArtifactLayer(name, layer, parts.get(name) or ((name, layer.out_features),), flipped)
 
 
 def _stored_parts(file: OnnxFile) -> dict[str, tuple[tuple[str, int], ...]]:
@@ -111,6 +121,22 @@ def _stored_parts(file: OnnxFile) -> dict[str, tuple[tuple[str, int], ...]]:
         raise FormatError(
             f"{file.path}: metadata {metadata.PARTS!r} is not what claq-export writes: {error}"
         ) from error
+
+
+def _stored_transposed(file: OnnxFile) -> frozenset[str] | None:
+    """None for files of a version that did not record it."""
+    text = file.metadata.get(metadata.TRANSPOSED)
+    if text is None:
+        return None
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(
+            f"{file.path}: metadata {metadata.TRANSPOSED!r} is not what claq-export writes: {error}"
+        ) from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FormatError(f"{file.path}: metadata {metadata.TRANSPOSED!r} must be a list of names")
+    return frozenset(names)
 
 
 def layer_errors(
@@ -136,7 +162,7 @@ def layer_errors(
             run()
     result = []
     for entry in layers:
-        weights = [_weight(state, modules, part, rows, entry.layer.in_features) for part, rows in entry.parts]
+        weights = [_weight(state, modules, part, rows, entry) for part, rows in entry.parts]
         if any(weight is None for weight in weights):
             missing = next(part for (part, _), weight in zip(entry.parts, weights, strict=True) if weight is None)
             raise FormatError(
@@ -204,14 +230,28 @@ def _is_linear(module: nn.Module | None) -> bool:
 
 
 def _weight(
-    state: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module], name: str, rows: int, columns: int
+    state: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module], name: str, rows: int, entry: ArtifactLayer
 ) -> torch.Tensor | None:
-    """The original weight ``[rows, columns]`` of a linear, or None."""
+    """The original weight ``[rows, in_features]`` of a linear that is part of a layer, or None."""
     weight = state.get(f"{name}.weight", state.get(name))
-    if weight is None or weight.dim() != 2:
+    owner = modules.get(name)
+    if weight is None:
+        # The weights of all experts of a mixture are one tensor of three axes, and their linears are numbered.
+        stack, _, index = name.rpartition(".")
+        experts = state.get(stack)
+        if experts is None or experts.dim() != 3 or not index.isdecimal() or int(index) >= len(experts):
+            return None
+        weight, owner = experts[int(index)], modules.get(stack.rpartition(".")[0])
+    if weight.dim() != 2:
         return None
-    if type(modules.get(name)).__name__ == "Conv1D" or tuple(weight.shape) != (rows, columns):
-        weight = weight.T
+    shape, columns = tuple(weight.shape), entry.layer.in_features
+    if entry.transposed is not None:
+        transposed = entry.transposed
+    else:
+        transposed = (
+            type(owner).__name__ == "Conv1D" or bool(getattr(owner, "is_transposed", False)) or shape != (rows, columns)
+        )
+    weight = weight.T if transposed else weight
     return weight.float() if tuple(weight.shape) == (rows, columns) else None
 
 

@@ -4,16 +4,24 @@ libclaq."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from ..errors import ConfigError, ModelError
+from ..capture.pretrained import auto_class, check_complete, let_interruptions_through, load_tokenizer, quietly
+from ..capture.tasks import Task, canonical_task, longest_sequence, stated_positions
+from ..errors import ClaqError, ConfigError, FormatError, ModelError
+from ..format import metadata
+from ..inputs import read_json_object
 
 LOGITS_OUTPUT = "logits"
 HIDDEN_OUTPUTS = ("last_hidden_state", "token_embeddings", "hidden_states")
+_OTHER_OUTPUTS = frozenset({"pooler_output", "sentence_embedding", "text_embeds"})
+"""Names that say that an output is neither."""
 
 
 class LogitsModel(Protocol):
@@ -32,20 +40,31 @@ class EncoderModel(Protocol):
         ...
 
 
+def sequence_limit(*models: Any) -> int | None:
+    """Most tokens that all of the models take at once, by their ``max_sequence``; None where none states a limit."""
+    limits = [getattr(model, "max_sequence", None) for model in models]
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
 class TorchModel:
     """A PyTorch module: plain, quantized or compiled. Implements :class:`LogitsModel` and :class:`EncoderModel`.
 
     The module takes ``input_ids`` (and ``attention_mask``, for encoders) as transformers' models do, or the token
     tensor alone; it returns a tensor, a tuple whose first entry is one, or an object or mapping with ``logits`` or
     ``last_hidden_state``.
+
+    Attributes:
+        max_sequence: most tokens it takes, by its configuration; None where that sets no limit.
     """
 
     def __init__(self, module: torch.nn.Module | Any) -> None:
         self.module = module
         parameter = next(module.parameters(), None) if isinstance(module, torch.nn.Module) else None
         self.device = parameter.device if parameter is not None else torch.device("cpu")
+        self.max_sequence: int | None = None
         if isinstance(module, torch.nn.Module):
             module.eval()
+            self.max_sequence = longest_sequence(module)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
@@ -86,13 +105,15 @@ class OnnxModel:
         threads: intra-op threads; 0 leaves the choice to ONNX Runtime.
 
     Raises:
+        ConfigError: a negative number of threads.
         ModelError: ONNX Runtime cannot load the file.
     """
 
     def __init__(self, path: str | Path, library: str | Path | None = None, threads: int = 0) -> None:
-        from ..onnx_session import open_session
+        from ..onnx_session import check_threads, open_session
 
-        path = Path(path)
+        check_threads(threads)
+        path = self.path = Path(path)
         if not path.is_file():
             raise ModelError(f"ONNX file {str(path)!r} does not exist")
         try:
@@ -105,22 +126,70 @@ class OnnxModel:
             raise ModelError(f"{str(path)!r} has no input 'input_ids'; its inputs are {', '.join(self.inputs)}")
         self._token_input = "input_ids" if "input_ids" in self.inputs else next(iter(self.inputs))
 
+    @cached_property
+    def config(self) -> Any:
+        """The settings in ``config.json`` beside the file, as attributes; none if it is not there.
+
+        Raises:
+            ModelError: it is not a JSON object.
+        """
+        path = self.path.parent / "config.json"
+        return SimpleNamespace(**read_json_object(path, ModelError) if path.is_file() else {})
+
+    @cached_property
+    def task(self) -> str | None:
+        """What claq-export wrote the file for; None for a file of others."""
+        return self.session.get_modelmeta().custom_metadata_map.get(metadata.TASK) or None
+
+    @cached_property
+    def max_sequence(self) -> int | None:
+        """Most tokens it takes, by the configuration beside it; None where that sets no limit."""
+        limit, padding = stated_positions(self.config), getattr(self.config, "pad_token_id", None)
+        if limit is None or not isinstance(padding, int) or not _has_masked_form(self.config):
+            return limit
+        # Encoders like RoBERTa count positions from after the padding index; the file does not show whether this one does.
+        return max(limit - padding - 1, 1)
+
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         found = torch.from_numpy(self._run(tokens, torch.ones_like(tokens), (LOGITS_OUTPUT,)))
-        if found.dim() == 3 and found.shape[1] != tokens.shape[1]:
-            raise ModelError("the ONNX model returns the last token's logits alone; export it without --last-logits")
-        return found.float()
+        if found.dim() == 3 and found.shape[1] == 1 < tokens.shape[1]:
+            raise ModelError(f"{self.path} returns the last token's logits alone; export it without --last-logits")
+        return self._of_tokens(found, tokens)
 
     def padded_logits(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Logits for padded tokens ``[B, S]``: ``[B, S, V]`` of a masked language model, ``[B, C]`` of a classifier."""
         return torch.from_numpy(self._run(tokens, mask, (LOGITS_OUTPUT,))).float()
 
     def hidden(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self._run(tokens, mask, HIDDEN_OUTPUTS)).float()
+        return self._of_tokens(torch.from_numpy(self._run(tokens, mask, HIDDEN_OUTPUTS)), tokens)
+
+    def _of_tokens(self, found: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        if found.dim() != 3 or found.shape[:2] != tokens.shape:
+            raise ModelError(
+                f"{self.path} returns values of shape {list(found.shape)} for tokens of shape {list(tokens.shape)}; a vector "
+                "for each token is needed"
+            )
+        return found.float()
 
     def _run(self, tokens: torch.Tensor, mask: torch.Tensor, wanted: tuple[str, ...]) -> np.ndarray:
-        output = next((name for name in wanted if name in self.outputs), self.outputs[0])
-        return self.session.run([output], self._feed(tokens, mask))[0]
+        output = self._output(wanted)
+        try:
+            return self.session.run([output], self._feed(tokens, mask))[0]
+        except ModelError:
+            raise
+        except Exception as error:  # onnxruntime's exception classes have no public common base
+            raise ModelError(f"ONNX Runtime cannot run {str(self.path)!r}: {error}") from error
+
+    def _output(self, wanted: tuple[str, ...]) -> str:
+        """The output of a wanted name; a single one may have a name of its own, as modules exported from Python have."""
+        named = next((name for name in wanted if name in self.outputs), None)
+        if named is not None:
+            return named
+        if len(self.outputs) == 1 and self.outputs[0] not in {LOGITS_OUTPUT, *HIDDEN_OUTPUTS, *_OTHER_OUTPUTS}:
+            return self.outputs[0]
+        raise ModelError(
+            f"{str(self.path)!r} has no output {' or '.join(map(repr, wanted))}; its outputs are {', '.join(self.outputs[:4])}"
+        )
 
     def _feed(self, tokens: torch.Tensor, mask: torch.Tensor) -> dict[str, np.ndarray]:
         feed: dict[str, np.ndarray] = {}
@@ -187,6 +256,7 @@ def open_model(
     source: str | Path | torch.nn.Module,
     *,
     causal: bool,
+    task: str | None = None,
     library: str | Path | None = "auto",
     reference: str | Path | None = None,
     threads: int = 0,
@@ -196,26 +266,66 @@ def open_model(
     Args:
         source: an ONNX file; a folder with ``claq.safetensors`` (its original given by ``reference`` unless the folder
             holds a ``config.json``); a Hugging Face folder or hub id; or a module.
-        causal: True for a language model, False for an encoder.
+        causal: True for a language model, which predicts from the tokens before; False for an encoder.
+        task: of the model, where it is neither (a classifier, for example); a name of :mod:`claq_export.capture.tasks`.
         library: see :func:`runtime_library`; ONNX only.
         reference: the original model's folder, whose architecture a ``claq.safetensors`` folder fills with its weights.
         threads: intra-op threads of ONNX Runtime.
 
     Raises:
-        ModelError: the source cannot be read.
+        ConfigError: a setting is out of range, or the reference is missing.
+        ModelError: the source cannot be read, lacks weights that the task needs, or is to be a language model and attends in
+            both directions.
+        FormatError: the artifact is damaged.
     """
+    model = _opened(source, causal, task, library, reference, threads)
+    if causal and _attends_both_ways(model):
+        raise ModelError(
+            f"{source if isinstance(source, (str, Path)) else type(source).__name__} is a masked language model: it sees the "
+            "tokens that it would have to predict, so its perplexity and the likelihood of a continuation mean nothing"
+        )
+    return model
+
+
+def _attends_both_ways(model: TorchModel | OnnxModel) -> bool:
+    """Whether a model with logits is a masked language model, as far as can be told."""
+    if isinstance(model, OnnxModel) and model.task == "fill-mask":
+        return True
+    config = model.config if isinstance(model, OnnxModel) else getattr(model.module, "config", None)
+    if not _has_masked_form(config) or getattr(config, "is_encoder_decoder", False):
+        return False
+    return not (getattr(config, "is_decoder", False) or getattr(config, "causal", False))
+
+
+def _has_masked_form(config: Any) -> bool:
+    """Whether transformers has a masked language model of this architecture."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    family = getattr(config, "model_type", None)
+    return isinstance(family, str) and family in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _opened(
+    source: str | Path | torch.nn.Module,
+    causal: bool,
+    task: str | None,
+    library: str | Path | None,
+    reference: str | Path | None,
+    threads: int,
+) -> TorchModel | OnnxModel:
     if isinstance(source, torch.nn.Module):
         return TorchModel(source)
-    path = Path(source)
+    kind = canonical_task(task or ("text-generation" if causal else "feature-extraction"))
+    path = Path(source).expanduser()
     if path.suffix == ".onnx":
         return OnnxModel(path, runtime_library(library), threads)
     if (path / "claq.safetensors").is_file():
         if (path / "config.json").is_file():
-            return TorchModel(_filled(path, _untrained(path, causal)))
+            return TorchModel(_filled(path, _untrained(path, kind)))
         if reference is None:
             raise ConfigError(f"{str(path)!r} has no config.json; name the original model with --reference")
-        return TorchModel(_filled(path, _pretrained(reference, causal)))
-    return TorchModel(_pretrained(source, causal))
+        return TorchModel(_filled(path, _pretrained(reference, kind)))
+    return TorchModel(_pretrained(source, kind))
 
 
 def _filled(folder: Path, model: torch.nn.Module) -> torch.nn.Module:
@@ -231,51 +341,79 @@ def _filled(folder: Path, model: torch.nn.Module) -> torch.nn.Module:
     return restore(model, checkpoint)
 
 
-def _pretrained(source: str | Path, causal: bool) -> torch.nn.Module:
-    from transformers import AutoModel, AutoModelForCausalLM
+def _pretrained(source: str | Path, task: Task) -> torch.nn.Module:
+    """A model of a folder or hub id, also one quantized by claq or by what else transformers knows."""
+    import transformers
 
-    kind = AutoModelForCausalLM if causal else AutoModel
+    from ..integrations import transformers as _registered  # noqa: F401  # else claq's own folders have random weights
+
+    place = Path(source).expanduser()
+    source = place if place.is_dir() else str(source)
     try:
-        return kind.from_pretrained(str(source), dtype=torch.float32, use_safetensors=True).eval()
-    except (OSError, ValueError, KeyError) as error:
+        with quietly():
+            name = auto_class(transformers.AutoConfig.from_pretrained(source), task)
+            model, info = getattr(transformers, name).from_pretrained(
+                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+    except ClaqError:
+        raise
+    except Exception as error:  # transformers raises many types; each is the reason
+        let_interruptions_through(error)
         raise ModelError(f"cannot load {str(source)!r} with transformers: {error}") from error
+    check_complete(model, info, source, task)
+    evaluated: torch.nn.Module = model.eval()
+    return evaluated
 
 
-def _untrained(folder: Path, causal: bool) -> torch.nn.Module:
+def _untrained(folder: Path, task: Task) -> torch.nn.Module:
     """The architecture that a claq folder's ``config.json`` describes, without weights of its own."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    import transformers
 
-    from ..capture.checkpoint import read_json, safetensors_names
+    from ..capture.checkpoint import read_json
     from ..format.checkpoint import TENSORS_FILE
-    from ..inputs import check_sizes
+    from ..inputs import SafetensorsFile, check_sizes
 
-    tensors = len(safetensors_names(folder / TENSORS_FILE))
+    tensors = len(SafetensorsFile(folder / TENSORS_FILE, FormatError).tensors)
     check_sizes(read_json(folder / "config.json"), tensors, str(folder / "config.json"), ModelError)
-    config = AutoConfig.from_pretrained(str(folder))
-    # What claq-export writes there is the dtype of the unquantized tensors.
-    dtype = getattr(config, "dtype", None) or torch.float32
-    return (AutoModelForCausalLM if causal else AutoModel).from_config(config, dtype=dtype).eval()
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(folder))
+        # What claq-export writes there is the dtype of the unquantized tensors.
+        dtype = getattr(config, "dtype", None) or torch.float32
+        model: torch.nn.Module = getattr(transformers, auto_class(config, task)).from_config(config, dtype=dtype)
+    except Exception as error:  # transformers raises many types; each is the reason
+        let_interruptions_through(error)
+        raise ModelError(f"cannot make the model of {folder / 'config.json'} for {task.name}: {error}") from error
+    return model.eval()
 
 
-def open_tokenizer(*sources: str | Path | None) -> Any:
+def open_tokenizer(*sources: str | Path | None, chosen: str | Path | None = None) -> Any:
     """The tokenizer of the first source that has one; an ONNX file stands for its folder.
+
+    Args:
+        sources: files, folders or hub ids; None is passed over.
+        chosen: where a user says that it is; if given, nothing else is tried.
 
     Raises:
         ModelError: none has.
     """
-    from transformers import AutoTokenizer
-
+    if chosen is not None:
+        return load_tokenizer(_tokenizer_folder(chosen))
     tried = []
     for source in sources:
         if source is None:
             continue
-        path = Path(source)
-        if path.suffix == ".onnx" and not path.is_file():
-            raise ModelError(f"{path} does not exist")
-        folder = path.parent if path.suffix == ".onnx" else path
+        folder = _tokenizer_folder(source)
         try:
-            return AutoTokenizer.from_pretrained(str(folder))
-        except (OSError, ValueError, KeyError) as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            tried.append(f"{folder}: {' '.join(lines[:2])}")
+            return load_tokenizer(folder)
+        except ModelError as error:
+            tried.append(str(error))
     raise ModelError("no tokenizer found; name one with --tokenizer. " + " | ".join(tried))
+
+
+def _tokenizer_folder(source: str | Path) -> str | Path:
+    path = Path(source).expanduser()
+    if path.suffix != ".onnx":
+        return path if path.is_dir() else source
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist")
+    return path.parent

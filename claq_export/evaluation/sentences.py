@@ -4,7 +4,8 @@ scores (STS)."""
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,12 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError
-from .models import EncoderModel
+from .models import EncoderModel, sequence_limit
+
+_LONGEST = 256
+"""Tokens of a sentence that are embedded."""
+
+_COLUMNS = ("sentence1", "sentence2", "score")
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class SentenceQuality:
 
 
 def embed(
-    model: EncoderModel, tokenizer: Any, sentences: Sequence[str], batch_size: int = 32, max_length: int = 256
+    model: EncoderModel, tokenizer: Any, sentences: Sequence[str], batch_size: int = 32, max_length: int = _LONGEST
 ) -> torch.Tensor:
     """Mean-pooled (over real tokens), normalised sentence embeddings: float32 ``[len(sentences), D]``.
 
@@ -77,38 +83,62 @@ def read_pairs(path: str | Path) -> list[SimilarityPair]:
     header names ``sentence1``, ``sentence2`` and ``score``.
 
     Raises:
-        ConfigError: missing, or no pair in it.
+        ConfigError: missing, not UTF-8, malformed, or no pair in it.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"similarity file {str(path)!r} does not exist")
-    with path.open(encoding="utf-8", newline="") as lines:
-        head = lines.readline()
-        lines.seek(0)
-        if head.count("\t") >= 6:
-            fields = (line.rstrip("\r\n").split("\t") for line in lines)
-            pairs = [SimilarityPair(f[5], f[6], _score(f[4], path)) for f in fields if len(f) >= 7]
-        else:
-            rows = csv.DictReader(lines)
-            missing = {"sentence1", "sentence2", "score"} - set(rows.fieldnames or ())
-            if missing:
-                raise ConfigError(f"{path}: no column {sorted(missing)[0]!r} (and not the tab-separated form of STS-B)")
-            pairs = [SimilarityPair(r["sentence1"], r["sentence2"], _score(r["score"], path)) for r in rows]
+    try:
+        with path.open(encoding="utf-8", newline="") as lines:
+            head = lines.readline()
+            lines.seek(0)
+            pairs = list(_tabbed_pairs(lines, path) if head.count("\t") >= 6 else _csv_pairs(lines, path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"similarity file {str(path)!r} is not UTF-8: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"similarity file {str(path)!r} cannot be read: {error.strerror or error}") from error
+    except csv.Error as error:
+        raise ConfigError(f"{path} is not a CSV file: {error}") from error
     if not pairs:
         raise ConfigError(f"{path}: no sentence pairs")
     return pairs
 
 
+def _tabbed_pairs(lines: Iterable[str], path: Path) -> Iterator[SimilarityPair]:
+    for line in lines:
+        fields = line.rstrip("\r\n").split("\t")
+        if len(fields) >= 7:
+            yield SimilarityPair(fields[5], fields[6], _score(fields[4], path))
+
+
+def _csv_pairs(lines: Iterable[str], path: Path) -> Iterator[SimilarityPair]:
+    rows = csv.DictReader(lines)
+    missing = set(_COLUMNS) - set(rows.fieldnames or ())
+    if missing:
+        raise ConfigError(f"{path}: no column {sorted(missing)[0]!r} (and not the tab-separated form of STS-B)")
+    for row in rows:
+        first, second, score = (row[name] for name in _COLUMNS)
+        if first is None or second is None or score is None:
+            raise ConfigError(f"{path}:{rows.line_num}: a row of fewer fields than the header has")
+        yield SimilarityPair(first, second, _score(score, path))
+
+
 def _score(value: str, path: Path) -> float:
     try:
-        return float(value)
+        score = float(value)
     except ValueError as error:
         raise ConfigError(f"{path}: {value!r} is not a score") from error
+    if not math.isfinite(score):
+        raise ConfigError(f"{path}: {value!r} is not a score")
+    return score
 
 
 def spearman(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
-    """Spearman's rank correlation, ties given their mean rank; nan where one side is constant."""
-    x, y = _ranks(np.asarray(a, np.float64)), _ranks(np.asarray(b, np.float64))
+    """Spearman's rank correlation, ties given their mean rank; nan where one side is constant or holds what is no number."""
+    first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        return float("nan")  # sorting would rank NaN as the largest
+    x, y = _ranks(first), _ranks(second)
     x, y = x - x.mean(), y - y.mean()
     norm = np.sqrt((x * x).sum() * (y * y).sum())
     return float((x * y).sum() / norm) if norm else float("nan")
@@ -128,6 +158,7 @@ def sentence_quality(
     pairs: Sequence[SimilarityPair] = (),
     reference: EncoderModel | None = None,
     batch_size: int = 32,
+    max_length: int = _LONGEST,
 ) -> SentenceQuality:
     """Embed the sentences and those of the pairs, each once, and compare.
 
@@ -137,16 +168,19 @@ def sentence_quality(
         pairs: for the rank correlation (their sentences also count for the cosine).
         reference: the original model.
         batch_size: sentences a batch.
+        max_length: tokens of a sentence; the rest is left out. Fewer where a model states that it takes fewer
+            (:func:`~claq_export.evaluation.models.sequence_limit`).
 
     Raises:
-        ConfigError: nothing to embed, or nothing to compare with.
+        ConfigError: nothing to embed, nothing to compare with, or embeddings of another size than the reference's.
     """
     unique = list(dict.fromkeys([*sentences, *(s for p in pairs for s in (p.first, p.second))]))
     if not unique:
         raise ConfigError("no sentences to embed")
     if reference is None and not pairs:
         raise ConfigError("the cosine of embeddings needs a reference model")
-    vectors = embed(model, tokenizer, unique, batch_size)
+    max_length = min(max_length, sequence_limit(model, reference) or max_length)
+    vectors = embed(model, tokenizer, unique, batch_size, max_length)
     quality: dict[str, float] = {}
     position = {sentence: i for i, sentence in enumerate(unique)}
 
@@ -157,7 +191,11 @@ def sentence_quality(
     if pairs:
         quality["spearman"] = correlation(vectors)
     if reference is not None:
-        original = embed(reference, tokenizer, unique, batch_size)
+        original = embed(reference, tokenizer, unique, batch_size, max_length)
+        if original.shape != vectors.shape:
+            raise ConfigError(
+                f"embeddings have {vectors.shape[1]} values, those of the reference {original.shape[1]}; is it the original?"
+            )
         cosine = (vectors * original).sum(-1)
         quality |= {"cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min())}
         if pairs:

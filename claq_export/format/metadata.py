@@ -5,3 +5,6 @@ TASK = "claq.task"
 
 PARTS = "claq.parts"
 """JSON: stacked layer -> ``[[qualified name of a linear, its rows], ...]`` in the order of the layer's rows."""
+
+TRANSPOSED = "claq.transposed"
+"""JSON: sorted list of the layers whose weight the original model stores as ``[in_features, out_features]``."""

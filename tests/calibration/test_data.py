@@ -37,6 +37,13 @@ def test_wrapped_paragraphs_are_joined(tmp_path: Path) -> None:
     assert read_texts(path) == ["a line of a paragraph", "another paragraph"]
 
 
+@pytest.mark.parametrize("blank", ["\r\n\r\n", "\n \t\n", "\r\n\r\n\r\n"], ids=["crlf", "spaces", "two"])
+def test_blank_lines_of_any_kind_end_a_paragraph(tmp_path: Path, blank: str) -> None:
+    path = tmp_path / "book.txt"
+    path.write_bytes(f"a line{blank[-1:]}of a paragraph{blank}another\r\nparagraph\r\n".encode())
+    assert read_texts(path) == ["a line of a paragraph", "another paragraph"]
+
+
 def test_jsonl_and_parquet(tmp_path: Path) -> None:
     rows = [{"content": "one"}, {"content": "two"}]
     lines = tmp_path / "a.jsonl"
@@ -196,3 +203,28 @@ def test_tokens_of_another_tokenizer_are_refused(tiny_llama: Path) -> None:
         batch = {name: torch.full_like(ones, token) if name == "input_ids" else ones for name in captured.input_names}
         with pytest.raises(CalibrationError, match=f"'input_ids' holds {token}, and the model's .* has {rows} rows"):
             load_calibration(captured, Config(calibration=[batch]))
+
+
+@pytest.mark.parametrize(
+    ("values", "held"),
+    [([1, 2], "int64"), ([["one"], ["two"]], "list<"), ([b"one", b"two"], "binary"), ([None, None], "null")],
+    ids=["numbers", "lists", "bytes", "nothing"],
+)
+def test_a_parquet_column_that_is_no_text_is_named(tmp_path: Path, values: list[object], held: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
+    with pytest.raises(CalibrationError, match=f"a\\.parquet: no column of text \\('text' holds {held}"):
+        read_texts(tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"text": values, "content": ["one", "two"]}), tmp_path / "a.parquet")
+    assert read_texts(tmp_path / "a.parquet") == ["one", "two"]
+
+
+def test_parquet_texts_of_a_dictionary_or_of_64_bits(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for kind in (pyarrow.dictionary(pyarrow.int32(), pyarrow.string()), pyarrow.large_string()):
+        parquet.write_table(pyarrow.table({"text": pyarrow.array(["one", "two"], kind)}), tmp_path / "a.parquet")
+        assert read_texts(tmp_path / "a.parquet") == ["one", "two"]

@@ -77,6 +77,26 @@ def test_losses_against_their_definitions() -> None:
     torch.testing.assert_close(output_error([a], [b], True), (plain + pooled) / 2)
 
 
+def test_a_masked_vocabulary_counts_nothing() -> None:
+    ours, theirs = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7)
+    with torch.no_grad():
+        ours[:, 3:] = theirs[:, 3:] = -torch.inf
+    found = divergence(ours, theirs)
+    torch.testing.assert_close(found, divergence(ours[:, :3], theirs[:, :3]))
+    (gradient,) = torch.autograd.grad(found, ours)
+    assert gradient.isfinite().all()
+    assert not gradient[:, 3:].any()
+
+
+def test_losses_leave_padding_out() -> None:
+    ours, theirs = torch.randn(2, 6, 7), torch.randn(2, 6, 7)
+    real = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0]]) == 1
+    for loss in (divergence, lambda a, b, real=None: output_error([a], [b], True, real)):
+        torch.testing.assert_close(loss(ours, theirs, real), loss(ours[:, :4], theirs[:, :4]))
+        # A value that is no row a token counts as it is.
+        assert torch.equal(loss(ours[:, 0], theirs[:, 0], real), loss(ours[:, 0], theirs[:, 0]))
+
+
 def quantized(folder: Path, task: str, texts: list[str], bits: float = 2) -> Compilation:
     captured, _ = capture(folder, task=task)
     config = Config(bits=bits, calibration=texts, samples=24, sequence_length=32)

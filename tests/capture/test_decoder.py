@@ -24,6 +24,29 @@ def test_token_types_are_left_to_the_model() -> None:
     assert check_cache(whole, cached, decoding_inputs(cached)) < 1e-4
 
 
+def test_positions_counted_from_a_padding_index_are_left_to_the_model() -> None:
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        **SIZES,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        type_vocab_size=1,
+        is_decoder=True,
+    )
+    original = transformers.RobertaForCausalLM(config).eval()
+    model = TaskModel(original, "text-generation")
+    cached = capture_decoder(model)
+    assert cached.input_names[:3] == ("input_ids", "attention_mask", "past_key_values_0_key")
+    whole = capture_module(model, dynamic_shapes=model.dynamic_axes)
+    assert check_cache(whole, cached, decoding_inputs(cached)) < 1e-4
+    tokens = torch.tensor([[5, 7, 11, 13]])
+    with torch.no_grad():
+        logits = whole.graph_module(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+        assert torch.allclose(logits[0] if isinstance(logits, tuple) else logits, original(tokens).logits, atol=1e-5)
+
+
 def test_layers_of_an_encoder_have_no_cache() -> None:
     torch.manual_seed(0)
     config = transformers.BartConfig(

@@ -511,3 +511,70 @@ def test_hub_id_that_cannot_be_had(monkeypatch):
         ModelError, match=r"claq-tests/absent is no folder here, and the Hugging Face hub does not give"
     ):
         load_pretrained("claq-tests/absent")
+
+
+# --- where the files are
+
+
+@pytest.fixture
+def hub_id(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
+    """A hub id and its snapshot folder, in a cache of the hub's layout: files are links into the folder of blobs."""
+    repository = tmp_path / "hub" / "models--claq-tests--tiny"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    shutil.copytree(tiny_bert, repository / "blobs")
+    (repository / "blobs" / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    for blob in (repository / "blobs").iterdir():
+        (snapshot / blob.name).symlink_to(Path("..") / ".." / "blobs" / blob.name)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return "claq-tests/tiny", snapshot
+
+
+def test_the_source_of_a_hub_id_is_its_folder_in_the_cache(hub_id):
+    name, snapshot = hub_id
+    model, tokenizer, _ = load_pretrained(name)
+    assert (model.source.path, model.source.folder) == (name, snapshot)
+    assert tokenizer is not None
+
+
+def test_chat_templates_are_fetched_from_the_hub(monkeypatch):
+    def offline(name, allow_patterns):
+        raise OSError(f"asked for {allow_patterns}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(ModelError, match=r"asked for .*\*\.jinja"):
+        load_pretrained("claq-tests/tiny")
+
+
+def test_what_lies_beside_a_model_goes_along_from_the_hub_and_from_home(hub_id, tiny_bert, tmp_path, monkeypatch):
+    from claq_export import Config, export
+
+    monkeypatch.setenv("HOME", str(tiny_bert.parent))
+    for model, more in ((hub_id[0], {"chat_template.jinja"}), (f"~/{tiny_bert.name}", set())):
+        out = tmp_path / Path(model).name / "model.onnx"
+        export(model, out=out, config=Config(calibration="none"), verify=False)
+        found = {path.name for path in out.parent.iterdir()}
+        assert found >= {"config.json", "tokenizer.json", "tokenizer_config.json", *more}
+        assert json.loads((out.parent / "config.json").read_text())["quantization_config"]["quant_method"] == "claq"
+
+
+def test_a_tokenizer_of_special_tokens_alone_is_none(folder, caplog):
+    for name in ("tokenizer.json", "vocab.txt"):
+        (folder / name).unlink(missing_ok=True)
+    assert (folder / "tokenizer_config.json").is_file()
+    assert load_pretrained(folder)[1] is None
+    assert any(str(folder) in entry.message and "vocabulary" in entry.message for entry in caplog.records)
+
+
+def test_an_interruption_that_another_error_tells_of_is_one(folder, monkeypatch):
+    def interrupted(*_, **__):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("Could not import module 'BertModel'") from error
+
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_pretrained(folder)

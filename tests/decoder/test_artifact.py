@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +22,7 @@ from claq_export.capture.decoder import CACHED_TASK, capture_decoder
 from claq_export.capture.pretrained import load_pretrained
 from claq_export.cli import main
 from claq_export.emit.function import CACHED_ATTENTION, LAYER_OPERATORS
-from claq_export.errors import CaptureError, ConfigError, ModelError
+from claq_export.errors import CaptureError, ConfigError, ModelError, OutputError
 from claq_export.generation import Generator
 from claq_export.verify_layers import layer_outputs
 
@@ -232,3 +235,78 @@ def test_models_without_such_a_cache_are_refused(tmp_path: Path) -> None:
     model, _, _ = load_pretrained(tmp_path)
     with pytest.raises(CaptureError, match="--no-cache"):
         capture_decoder(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_p": float("nan")}, "top_p"),
+        ({"temperature": 1.0, "seed": -1}, "seed must be at least 0, got -1"),
+    ],
+    ids=["temperature nan", "temperature inf", "top_p nan", "seed"],
+)
+def test_settings_are_refused_before_the_first_token(
+    decoder_artifact: Path, settings: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        Generator(decoder_artifact).tokens(PROMPTS[0], 5, **settings)
+
+
+def test_threads_are_not_negative(decoder_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="threads"):
+        Generator(decoder_artifact, threads=-2)
+    with pytest.raises(SystemExit):
+        main(["generate", str(decoder_artifact), "--prompt", "the", "--threads", "-2"])
+    assert "-2 is not a whole number, 0 or more" in capsys.readouterr().err
+
+
+def test_logits_of_nan_are_no_text(decoder_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Generator(decoder_artifact)
+    nothing = (np.full((1, 6, 127), np.nan, np.float32), [])
+    monkeypatch.setattr(Generator, "step", lambda *_: nothing)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ModelError, match=r"model\.onnx gives NaN as logits after 6 tokens"):
+            list(generator.tokens(PROMPTS[0], 5, temperature=temperature))
+
+
+def test_command_refuses_a_setting_before_it_shows_the_prompt(
+    decoder_artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", str(decoder_artifact), "--prompt", "the people"]
+    for options in (["--seed", "-1"], ["--temperature", "nan"]):
+        assert main([*arguments, *options]) == ConfigError.exit_code
+        assert capsys.readouterr().out == ""
+    # The tokenizer that was asked for, or none.
+    assert main([*arguments, "--tokenizer", str(tmp_path)]) == ModelError.exit_code
+    assert f"the tokenizer in {tmp_path} cannot be loaded" in capsys.readouterr().err
+
+
+def test_command_reads_a_prompt_of_utf8(
+    decoder_artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", str(decoder_artifact), "--max-new-tokens", "1", "--prompt"]
+    for content, status in ((b"the people", 0), (b"caf\xe9", ConfigError.exit_code), (b"", ConfigError.exit_code)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), errors="surrogateescape"))
+        assert main([*arguments, "-"]) == status
+    assert "not UTF-8" in capsys.readouterr().err
+    assert main([*arguments, os.fsdecode(b"caf\xe9")]) == ConfigError.exit_code
+    assert "the prompt is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_standard_output_is_an_error(decoder_artifact: Path) -> None:
+    command = [sys.executable, "-m", "claq_export", "generate", str(decoder_artifact), "--prompt", "the people"]
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(
+            [*command, "--max-new-tokens", "2"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(claq_export.__file__).parents[1])},
+            check=False,
+        )
+    assert run.returncode == OutputError.exit_code, run.stderr
+    assert "claq-export: standard output cannot be written: No space left on device" in run.stderr
+    assert "Traceback" not in run.stderr

@@ -114,3 +114,31 @@ def test_a_module_without_logits_is_named():
 
     with pytest.raises(ModelError, match="without logits"):
         TorchModel(Nothing()).logits(torch.zeros(1, 3, dtype=torch.int64))
+
+
+class Constant(torch.nn.Module):
+    """The same logits for every token."""
+
+    def __init__(self, *logits: float) -> None:
+        super().__init__()
+        self.register_buffer("row", torch.tensor(logits))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.row.expand(*tokens.shape, -1)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_logits_without_a_rank_agree_with_nothing(broken):
+    """Their ``argmax`` is 0, as the original's is here."""
+    original, windows = TorchModel(Constant(4.0, 0.0, 0.0)), windows_of(3, 2, 20)
+    quality = language_quality(TorchModel(Constant(broken, broken, broken)), windows, original)
+    assert math.isnan(quality.top1_agreement)
+    assert math.isnan(quality.kl_mean)
+
+
+def test_a_masked_vocabulary_does_not_diverge_from_itself():
+    model, windows = TorchModel(Constant(1.0, -math.inf, 2.0)), torch.zeros(2, 20, dtype=torch.int64)
+    quality = language_quality(model, windows, model)
+    assert (quality.kl_mean, quality.kl_max, quality.top1_agreement) == (0.0, 0.0, 1.0)
+    other = language_quality(TorchModel(Constant(-math.inf, 0.0, 2.0)), windows, model)
+    assert other.kl_mean == math.inf

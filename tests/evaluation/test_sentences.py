@@ -73,6 +73,12 @@ def test_spearman_equals_scipy_with_ties():
     assert np.isnan(spearman([1, 1, 1], [1, 2, 3]))
 
 
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_no_rank_correlation_of_what_is_no_number(broken):
+    assert np.isnan(spearman([broken, 1, 2, 3], [4, 1, 2, 3]))
+    assert np.isnan(spearman([4, 1, 2, 3], [broken, 1, 2, 3]))
+
+
 def test_both_forms_of_pair_files(tmp_path):
     stsb = tmp_path / "sts.csv"
     stsb.write_text(
@@ -89,6 +95,8 @@ def test_both_forms_of_pair_files(tmp_path):
     [
         ("sentence1,score\na,1\n", "no column 'sentence2'"),
         ("sentence1,sentence2,score\na,b,high\n", "'high' is not a score"),
+        ("sentence1,sentence2,score\na,b,nan\n", "'nan' is not a score"),
+        ("sentence1,sentence2,score\na,b,1\na,b\n", r"pairs\.csv:3: a row of fewer fields"),
         ("sentence1,sentence2,score\n", "no sentence pairs"),
     ],
 )
@@ -104,3 +112,35 @@ def test_nothing_to_compare_with_is_an_error():
         sentence_quality(Table(0), WordTokenizer(), sentences=["a"])
     with pytest.raises(ConfigError, match="no sentences"):
         sentence_quality(Table(0), WordTokenizer(), reference=Table(0))
+
+
+def test_pairs_of_another_encoding_are_named(tmp_path):
+    file = tmp_path / "pairs.csv"
+    file.write_bytes("sentence1,sentence2,score\ncaf\xe9,b,1\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"pairs\.csv' is not UTF-8"):
+        read_pairs(file)
+
+
+def test_embeddings_of_two_sizes_are_not_compared():
+    class Wide(Table):
+        def hidden(self, tokens, mask):
+            return torch.cat([self.table[tokens]] * 2, -1)
+
+    with pytest.raises(ConfigError, match="6 values, those of the reference 12"):
+        sentence_quality(Table(0), WordTokenizer(), sentences=SENTENCES, reference=Wide(0))
+
+
+def test_sentences_are_cut_to_what_both_models_take():
+    class Short(Table):
+        max_sequence = 3
+
+        def hidden(self, tokens, mask):
+            assert tokens.shape[1] <= 3
+            return super().hidden(tokens, mask)
+
+    class Shorter(Short):
+        max_sequence = 2
+
+    short = sentence_quality(Short(0), WordTokenizer(), sentences=["a bb ccc dddd"], reference=Shorter(1))
+    cut = sentence_quality(Table(0), WordTokenizer(), sentences=["a bb"], reference=Table(1))
+    assert short.cosine_mean == cut.cosine_mean
