@@ -49,6 +49,7 @@ from claq_export.calibration.stage import CalibrationStage
 from claq_export.calibration.tune import TuneSettings
 from claq_export.compiler import Compilation
 from claq_export.config import Config
+from claq_export.errors import OutputError
 from claq_export.evaluation import open_tokenizer, read_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -304,7 +305,11 @@ def product(name: str, changes: dict[str, Any], tuned: TuneSettings | None = Non
             compilation.profile_path = (
                 bench.work / f"profile-{len(bench.calibration)}{'-guided' * config.guided}.pickle"
             )
-            compilation.quantize_sites(bench.work / f"{name}.layers", resume=False)
+            layers = bench.work / f"{name}.layers"
+            try:
+                compilation.quantize_sites(layers)
+            except OutputError:  # of other settings or another version: they are of no use here
+                compilation.quantize_sites(layers, resume=False)
             if tuned is not None:
                 compilation.tune([{"input_ids": w[None], **constant} for w in bench.more_text(TUNE_WINDOWS)], tuned)
         bits, weights = 0.0, 0

@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +32,16 @@ from .compiler import Compilation, emit_captured, used_state
 from .config import Config
 from .deferred import weight_bytes
 from .emit.artifact import Artifact
+from .emit.staging import StagedExport
 from .errors import CaptureError, ConfigError
 from .file_graph import in_float32
-from .format.files import check_writable
-from .modules import ClaqEmbedding, ClaqLinear, replace_linears
+from .modules import ClaqEmbedding, ClaqLinear, check_replaceable, replace_linears
 from .passes import Skipped
 from .preflight import check as check_preflight
+from .preflight import check_processes, check_settings
 from .process_memory import collect_garbage, peak_resident_bytes, return_freed_memory
 from .report import BudgetRecord, QualityRow, ReportData, write_report
+from .run_paths import check_paths, check_targets
 
 if TYPE_CHECKING:
     from .verify import VerificationReport
@@ -225,8 +227,9 @@ def export(
 ) -> ExportResult:
     """Quantize a model and write it as one ONNX file that runs with and without claq's runtime.
 
-    Writes ``out``, ``<out>.data``, ``claq.safetensors`` and ``claq.json`` into the folder of ``out``, and copies the
-    configuration and tokenizer of a Hugging Face folder beside them.
+    Writes ``out``, ``<out>.<digest>.data``, ``claq.safetensors`` and ``claq.json`` into the folder of ``out``, and copies the
+    configuration and tokenizer of a Hugging Face folder beside them. They appear there once all of them are written and
+    verified; those of an earlier artifact stay as they were until then, and what the new one does not have goes with it.
 
     Args:
         model, example_inputs, dynamic_shapes, input_names, output_names, task, tokenizer, trust_remote_code: see
@@ -235,15 +238,15 @@ def export(
         config: the settings; 4 bits by default.
         cache: write a folder's causal language model with a key/value cache, prefill and decode in one graph; False:
             as a graph that sees all tokens at once.
-        verify: compare the written file, run by ONNX Runtime, with the PyTorch quantized model.
+        verify: compare the written file, run by ONNX Runtime, with the PyTorch quantized model, before it takes its place.
         memory: bytes of resident memory the run may take. Weights are then read from the folder's files while the
             calibration passes them, activations past the budget go to disk, and a run that cannot fit is refused with
             numbers before it begins. The artifact is compared with the finished layers byte by byte instead of being
             run. None = everything is in memory.
         work: folder for finished layers; an interrupted run with the same model, data and settings goes on from it.
             It is removed when the export is complete. None = keep nothing.
-        resume: False: discard a ``work`` folder that another model, data, settings or version left; otherwise such
-            a folder is refused, and what changed is named.
+        resume: False: discard what an interrupted run left in ``work``; otherwise go on with it, and refuse a folder of
+            another model, data, settings or version by naming what changed.
         report: write a self-contained HTML page about the run to this file.
         reporter: told of stages and layers; silent by default.
 
@@ -253,9 +256,14 @@ def export(
     out = Path(out)
     config = config or Config()
     reporter = reporter or ProgressReporter(quiet=True)
-    check_writable(out)
-    if report is not None:
-        check_writable(Path(report))
+    if isinstance(model, nn.Module):
+        check_replaceable(model)
+    check_settings(config, memory=memory, report=report)
+    check_paths(out=out, report=report, work=work, calibration=config.calibration, model=model)
+    check_targets(out, report)
+    peers = Peers.from_environment()
+    if peers.size > 1:
+        check_processes(config, memory)
     if memory is not None:
         return_freed_memory()
     reporter.stage("capturing the model")
@@ -278,16 +286,9 @@ def export(
     if config.last_logits and not compilation.cached:
         raise ConfigError("last_logits is for language models with a key/value cache; this graph has none")
     compilation.memory, compilation.scratch = memory, out.parent
-    compilation.peers = peers = Peers.from_environment()
-    if peers.size > 1:
-        if memory is not None:
-            raise ConfigError("several processes keep their finished layers in memory; leave --memory out")
-        verify = verify and peers.rank == 0
+    compilation.peers = peers
+    verify = verify and peers.rank == 0
     if memory is not None:
-        if len(config.devices) > 1:
-            raise ConfigError("--memory is kept for one layer at a time; give one device")
-        if report is not None or config.tune:
-            raise ConfigError("a report and tuning need the unquantized weights in memory; leave them or --memory out")
         verify, work = False, work or f"{out}.work"
     compilation.seconds["capture"] = time.perf_counter() - start
     original_bytes = weight_bytes(module)
@@ -295,13 +296,13 @@ def export(
     del module
     collect_garbage()
 
-    _check_anything(compilation, quantized)
+    check_plan(compilation, quantized)
     reporter.stage("reading calibration data")
     compilation.batches()
     if memory is not None:
         preflight = compilation.preflight()
         reporter.stage(str(preflight), predicted=preflight.to_json())
-        check_preflight(preflight, memory, out)
+        check_preflight(preflight, memory, out, None if work is None else Path(work))
     with tempfile.TemporaryDirectory(prefix="claq-") as scratch:
         emitted = compilation.emitted
         samples = verification_inputs(emitted) if verify else []
@@ -322,35 +323,18 @@ def export(
             raise
         collect_garbage()
         reporter.stage(f"writing {out}")
-        artifact = _written_once(compilation, out)
-        verification = None
-        if verify:
-            from .verify import verify_artifact
-
-            collect_garbage()
-            reporter.stage("verifying the artifact in ONNX Runtime")
-            with compilation.timed("verification"):
-                exact = in_float32(emitted, captured) if emitted.dtype != torch.float32 else emitted
-                if compilation.cached:
-                    check_cache(captured, exact, samples)
-                    collect_garbage()
-                verification = verify_artifact(
-                    out,
-                    emitted.graph_module,
-                    samples,
-                    exact=exact.graph_module if exact is not emitted else None,
-                    file_names=emitted.file_names,
-                    unquantized=originals,
-                    original_path=original_path,
-                )
-                for warning in verification.warnings:
-                    reporter.warn(warning)
+        artifact = verification = None
+        if peers.rank == 0:
+            with StagedExport(out) as staged:
+                artifact = compilation.emit(staged.path, out.parent)
+                if verify:
+                    verification = _verified(compilation, staged.path, samples, originals, original_path)
+                    verification = replace(verification, path=out)
+                if memory is not None:
+                    _compare_with_layers(compilation, staged.path)
+                artifact = staged.publish(artifact)
+        artifact = _told(peers, artifact)
     if memory is not None:
-        from .verify import check_stored
-
-        reporter.stage("comparing the artifact with the finished layers")
-        with compilation.timed("verification"):
-            check_stored(out, {name: done.layer for name, done in compilation.sites.items()})
         reporter.event("memory", peak_bytes=peak_resident_bytes())
     if work is not None and compilation.store is not None:
         compilation.store.remove()
@@ -399,11 +383,12 @@ def quantize(
         raise ConfigError(
             f"dtype={config.dtype!r} is that of an exported graph; cast the module itself (module.half())"
         )
+    check_replaceable(model)
     # The module's own tensors, in its own dtype, since it is changed in place.
     captured = capture_module(model, example_inputs, dynamic_shapes)
     captured.tokenizer = tokenizer
     compilation = Compilation(captured, config, reporter or ProgressReporter(quiet=True))
-    _check_anything(compilation, _quantized_already(model))
+    check_plan(compilation, _quantized_already(model))
     compilation.quantize()
     layers = {name: done.layer for name, done in compilation.sites.items()}
     replace_linears(
@@ -421,17 +406,20 @@ def _quantized_already(module: nn.Module) -> list[str]:
     return [name for name, part in module.named_modules() if isinstance(part, ClaqLinear | ClaqEmbedding)]
 
 
-def _check_anything(compilation: Compilation, quantized: Sequence[str]) -> None:
-    """Refuse a model without a layer to quantize.
+def check_plan(compilation: Compilation, quantized: Sequence[str] = ()) -> None:
+    """Refuse a model without a layer to quantize, and what no calibration can make of the plan.
 
     Args:
         compilation: of the model.
         quantized: modules of it that are quantized already.
 
     Raises:
-        ConfigError: there is none; the message gives reasons.
+        ConfigError: there is no layer (the message gives reasons), a floor is for a layer that is not there, the budget is
+            less than the narrowest columns take.
     """
     if compilation.plan.sites:
+        if compilation.config.budgeted:
+            compilation.sizing.predicted_layers()
         return
     reasons = "; ".join(f"{skipped.name}: {skipped.reason}" for skipped in compilation.plan.skipped[:5])
     if quantized:
@@ -440,10 +428,13 @@ def _check_anything(compilation: Compilation, quantized: Sequence[str]) -> None:
 
 
 def verification_inputs(captured: CapturedModel) -> list[dict[str, torch.Tensor]]:
-    """Inputs to compare runs with: the example, and for text models a padded batch of other sizes."""
+    """Inputs to compare runs with: the example, as it was given too where capture enlarged it, and for text models a padded
+    batch of other sizes."""
     if captured.task == CACHED_TASK:
         return decoding_inputs(captured)
     samples = [dict(captured.example_inputs)]
+    if captured.given_inputs is not None:
+        samples.append(dict(captured.given_inputs))
     if captured.tokenizer is not None and "input_ids" in captured.input_names:
         limit = captured.max_sequence or 512
         rows = [captured.tokenizer(text)["input_ids"][:limit] for text in _VERIFY_TEXTS]
@@ -468,19 +459,70 @@ class _Recorded:
         return self._outputs[self._key(inputs)]
 
 
-def _written_once(compilation: Compilation, out: Path) -> Artifact:
-    """The artifact; process 0 writes it, all others are told what was written."""
-    peers = compilation.peers
-    artifact = compilation.emit(out) if peers.rank == 0 else None
+def _verified(
+    compilation: Compilation,
+    path: Path,
+    samples: list[dict[str, torch.Tensor]],
+    originals: _Recorded | None,
+    original_path: Path | None,
+) -> VerificationReport:
+    """The report on a written artifact; the reporter is told its warnings.
+
+    Raises:
+        VerificationError: it does not compute what the quantized PyTorch model computes.
+    """
+    from .verify import verify_artifact
+
+    collect_garbage()
+    captured, emitted = compilation.captured, compilation.emitted
+    compilation.reporter.stage("verifying the artifact in ONNX Runtime")
+    with compilation.timed("verification"):
+        exact = in_float32(emitted, captured) if emitted.dtype != torch.float32 else emitted
+        unfused = None
+        if compilation.cached:
+            check_cache(captured, exact, samples)  # with the graph without cache, in which nothing is fused
+            collect_garbage()
+        elif (unfused := compilation.unfused) is not None and exact is not emitted:
+            unfused = in_float32(unfused, captured)
+        verification = verify_artifact(
+            path,
+            emitted.graph_module,
+            samples,
+            exact=exact.graph_module if exact is not emitted else None,
+            unfused=None if unfused is None else unfused.graph_module,
+            file_names=emitted.file_names,
+            unquantized=originals,
+            original_path=original_path,
+        )
+    for warning in verification.warnings:
+        compilation.reporter.warn(warning)
+    return verification
+
+
+def _compare_with_layers(compilation: Compilation, path: Path) -> None:
+    """What is done in the place of :func:`_verified` where the model does not fit into memory.
+
+    Raises:
+        VerificationError: the artifact does not hold the finished layers.
+    """
+    from .verify import check_stored
+
+    compilation.reporter.stage("comparing the artifact with the finished layers")
+    with compilation.timed("verification"):
+        check_stored(path, {name: done.layer for name, done in compilation.sites.items()})
+
+
+def _told(peers: Peers, artifact: Artifact | None) -> Artifact:
+    """The artifact that process 0 wrote, in every process."""
     if peers.size == 1:
         assert artifact is not None
         return artifact
     description = None
     if artifact is not None:
-        description = asdict(artifact) | {"path": str(out), "files": [str(file) for file in artifact.files]}
+        description = asdict(artifact) | {"path": str(artifact.path), "files": [str(file) for file in artifact.files]}
     told = peers.tell(description)
     return Artifact(
-        path=out,
+        path=Path(told["path"]),
         files=tuple(map(Path, told["files"])),
         bytes=told["bytes"],
         inputs=tuple(told["inputs"]),

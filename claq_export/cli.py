@@ -7,12 +7,22 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
 import textwrap
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from claq_export import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .calibration.progress import ProgressReporter
+    from .config import Config
 
 COMMANDS = ("eval", "verify", "generate")
 """Words that are commands when they come first; anything else there is a model (a folder of that name: ``./eval``)."""
@@ -48,9 +58,8 @@ the result is a folder that ONNX Runtime loads as it is:
   claq_runtime.register(options)                                 pip install claq-runtime: fast, small in memory
   onnxruntime.InferenceSession("minilm/model.onnx", options)
 
-exit status: 0 done; 2 wrong settings; 3 model unreadable; 4 model not capturable; 5 calibration data; 6 damaged
-    artifact;
-7 output not writable; 8 verification failed; 130 interrupted
+exit status: 0 done; 2 wrong settings; 3 model unreadable; 4 model not capturable; 5 calibration data;
+6 damaged artifact; 7 output not writable; 8 verification failed; 130 interrupted; 143 terminated (SIGTERM)
 """
 
 
@@ -171,14 +180,12 @@ def build_parser() -> argparse.ArgumentParser:
     bits.add_argument(
         "--outliers",
         type=float,
-        default=0.0,
         metavar="SHARE",
-        help="share of the weights kept at 16 bits, 0 to 0.1 (default: 0)",
+        help="share of the weights kept at 16 bits, 0 to 0.1 (default: 0; not with a budget, which decides itself)",
     )
     bits.add_argument(
         "--reservation",
         choices=("fixed", "dynamic", "saliency"),
-        default="dynamic",
         help="how they are shared out over the columns (default: dynamic, more in the columns that need it)",
     )
     bits.add_argument(
@@ -356,23 +363,71 @@ def run_export(options: argparse.Namespace) -> None:
     """
     from rich.console import Console
 
-    from .api import capture, export
+    from .api import export
     from .calibration.progress import ProgressReporter
-    from .compiler import Compilation
-    from .config import EXACT_TOKENS, Config
     from .errors import ConfigError
+    from .preflight import check_settings
     from .process_memory import return_freed_memory
-    from .summary import print_plan, print_result
+    from .run_paths import check_paths
+    from .standard_output import to_standard_output
+    from .summary import print_result
 
     if options.out is None and not options.dry_run:
         raise ConfigError("--out FILE is needed (or --dry-run)")
     if options.out is not None and not options.out.endswith(".onnx"):
         raise ConfigError(f"--out names an .onnx file, got {options.out!r}")
-    if options.preset is not None and (options.bits is not None or options.size is not None):
-        raise ConfigError("--preset sets the bits; give it without --bits and --size")
+    config = _config(options)
+    memory = None if options.memory is None else parse_size(options.memory)
+    check_settings(config, memory=memory, report=options.report)
+    work = options.work or (None if options.out is None else f"{options.out}.work")
+    paths = {"out": options.out, "report": options.report, "log": options.log, "work": work}
+    check_paths(**paths, calibration=config.calibration, model=options.model)
+    # Piped output has no width of its own; names of layers should not be broken at 80 columns then.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    # Of several processes (torchrun) the first one speaks.
+    first = not _is_one_of_several() or os.environ.get("RANK", "0") == "0"
+    with ProgressReporter(quiet=options.quiet or not first, log_path=options.log if first else None) as reporter:
+        if options.dry_run:
+            _dry_run(options, config, reporter, console)
+            return
+        return_freed_memory()  # of this process, which is all claq's
+        result = export(
+            options.model,
+            out=options.out,
+            config=config,
+            task=options.task,
+            cache=options.cache,
+            trust_remote_code=options.trust_remote_code,
+            verify=options.verify,
+            memory=memory,
+            work=work,
+            resume=options.resume,
+            report=options.report,
+            reporter=reporter,
+        )
+        reporter.event("result", true_bits=result.true_bits, artifact_bytes=result.artifact_bytes)
+    if first:
+        with to_standard_output():
+            print_result(console, result)
+
+
+def _config(options: argparse.Namespace) -> Config:
+    """The settings that the parsed command line gives.
+
+    Raises:
+        ConfigError: a value is out of range, or two options contradict each other.
+    """
+    from .config import EXACT_TOKENS, Config
+    from .errors import ConfigError
+
+    if options.preset is not None:
+        if options.bits is not None or options.size is not None:
+            raise ConfigError("--preset sets the bits; give it without --bits and --size")
+        if options.outliers is not None or options.reservation is not None:
+            raise ConfigError("--preset sets the outliers; give it without --outliers and --reservation")
     if options.bits is not None and options.size is not None:
         raise ConfigError("--bits and --size are two ways to set one budget; give one")
-    config = Config(
+    return Config(
         bits=4.0 if options.bits is None else options.bits,
         size=None if options.size is None else parse_size(options.size),
         floors=parse_floors(options.floor),
@@ -383,8 +438,8 @@ def run_export(options: argparse.Namespace) -> None:
         head_bits=options.head_bits,
         exact_tokens=EXACT_TOKENS if options.exact_tokens is None else options.exact_tokens,
         preset=options.preset,
-        outliers=options.outliers,
-        reservation=options.reservation,
+        outliers=0.0 if options.outliers is None else options.outliers,
+        reservation=options.reservation or "dynamic",
         calibration=options.calibration,
         samples=options.samples,
         sequence_length=options.sequence_length,
@@ -400,34 +455,37 @@ def run_export(options: argparse.Namespace) -> None:
         devices=tuple(name.strip() for name in options.devices.split(",")),
         algorithm=parse_overrides(options.set),
     )
-    # Piped output has no width of its own; names of layers should not be broken at 80 columns then.
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    # Of several processes (torchrun) the first one speaks.
-    first = os.environ.get("RANK", "0") == "0"
-    with ProgressReporter(quiet=options.quiet or not first, log_path=options.log if first else None) as reporter:
-        if options.dry_run:
-            captured, _ = capture(options.model, task=options.task, trust_remote_code=options.trust_remote_code)
-            compilation = Compilation(captured, config, reporter)
-            print_plan(console, compilation.sizing.predicted_layers(), compilation.plan.skipped)
-            return
-        return_freed_memory()  # of this process, which is all claq's
-        result = export(
-            options.model,
-            out=options.out,
-            config=config,
-            task=options.task,
-            cache=options.cache,
-            trust_remote_code=options.trust_remote_code,
-            verify=options.verify,
-            memory=None if options.memory is None else parse_size(options.memory),
-            work=options.work or f"{options.out}.work",
-            resume=options.resume,
-            report=options.report,
-            reporter=reporter,
-        )
-        reporter.event("result", true_bits=result.true_bits, artifact_bytes=result.artifact_bytes)
-    if first:
-        print_result(console, result)
+
+
+def _dry_run(options: argparse.Namespace, config: Config, reporter: ProgressReporter, console: Console) -> None:
+    """Print the plan, or refuse what the run itself would refuse as far as that is known without calibration.
+
+    Raises:
+        ClaqError: see :mod:`claq_export.errors`.
+    """
+    from .api import capture, check_plan
+    from .compiler import Compilation
+    from .errors import ConfigError
+    from .run_paths import check_could_be_written
+    from .standard_output import to_standard_output
+    from .summary import print_plan
+
+    for option, path in (("--out", options.out), ("--report", options.report)):
+        if path is not None:
+            check_could_be_written(path, option)
+    captured, _ = capture(options.model, task=options.task, trust_remote_code=options.trust_remote_code)
+    if config.last_logits and not (options.cache and captured.task == "text-generation"):
+        raise ConfigError("last_logits is for language models with a key/value cache; this graph has none")
+    compilation = Compilation(captured, config, reporter)
+    check_plan(compilation)
+    layers = compilation.sizing.predicted_layers()
+    with to_standard_output():
+        print_plan(console, layers, compilation.plan.skipped)
+
+
+def _is_one_of_several() -> bool:
+    """Whether ``torchrun`` started several processes; some shells and schedulers set ``RANK`` alone."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -461,19 +519,63 @@ def _printable(message: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``claq-export``; returns the exit status."""
-    options = parse(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO if options.verbose else logging.ERROR, format="%(name)s: %(message)s")
     from .errors import ClaqError
 
-    try:
-        options.run(options)
-    except ClaqError as error:
-        print(f"claq-export: {_printable(str(error))}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("claq-export: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
+    goes_on = False
+    with _stopped_in_order() as signals:
+        try:
+            options = parse(sys.argv[1:] if argv is None else argv)
+            goes_on = options.run is run_export and not options.dry_run
+            level = logging.INFO if options.verbose else logging.ERROR
+            logging.basicConfig(level=level, format="%(name)s: %(message)s")
+            options.run(options)
+        except KeyboardInterrupt:
+            return _tell_stopped(signals, goes_on)
+        except Exception as error:
+            # An interruption while a library is imported can come out of it as any other error.
+            if signals:
+                return _tell_stopped(signals, goes_on)
+            if not isinstance(error, ClaqError):
+                raise
+            print(f"claq-export: {_printable(str(error))}", file=sys.stderr)
+            return error.exit_code
     return 0
+
+
+def _tell_stopped(signals: Sequence[int], goes_on: bool) -> int:
+    number = signals[0] if signals else signal.SIGINT
+    word = "terminated" if number == signal.SIGTERM else "interrupted"
+    hint = "; the same command goes on where it stopped" if goes_on else ""
+    print(f"claq-export: {word}{hint}", file=sys.stderr)
+    return 128 + number
+
+
+@contextmanager
+def _stopped_in_order() -> Iterator[list[int]]:
+    """Inside the block SIGTERM ends a run as Ctrl-C does, so that temporary files are removed; a second one ends it at once.
+
+    Yields a list, to which a signal is added when it comes. Signals that were ignored stay so, and in a thread other than the
+    main one all are left alone.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    usual: dict[int, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    usual = {number: handler for number, handler in usual.items() if signal.getsignal(number) == handler}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, usual[number])
+        raise KeyboardInterrupt
+
+    for number in usual:
+        signal.signal(number, stop)
+    try:
+        yield received
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 import claq_export
 
-from .algorithm import measure
+from .algorithm import REVISION, measure
 from .algorithm.budget import Budget, LayerProfile
 from .calibration.data import Batch, fingerprint
 from .calibration.loading import load_calibration
@@ -44,7 +44,8 @@ from .file_graph import lower_file_graph, plan_file_graph, release_weights, shar
 from .format import metadata
 from .format.checkpoint import quantized_stacks, save_checkpoint
 from .format.files import check_writable
-from .passes import PassContext, Pipeline, Plan, lowering_pipeline, planning_pipeline
+from .lowering import before_fusing, lower
+from .passes import PassContext, Pipeline, Plan, planning_pipeline
 from .passes.select_linears import layer_name
 from .preflight import Preflight, predict_resources
 from .process_memory import collect_garbage
@@ -90,6 +91,7 @@ class Compilation:
     records: list[LayerRecord] = field(default_factory=list)
     walk: WalkMaker | None = None
     _context: PassContext | None = None
+    _unfused: fx.Graph | None = None
     _file_plan: Plan | None = None
     _preflight: Preflight | None = None
     _batches: list[Batch] | None = None
@@ -193,7 +195,8 @@ class Compilation:
 
         Args:
             work: folder for finished layers, so that an interrupted run can go on; None = keep nothing.
-            resume: False: discard a ``work`` folder of another run; otherwise it is refused, and what changed named.
+            resume: False: discard what an earlier run left in ``work``; otherwise go on with it, and refuse that of another
+                run, with what changed.
             keep_dense: keep the graph's unquantized weights (for tuning, records, comparisons); False: let go of each with
                 its layer.
         """
@@ -364,11 +367,11 @@ class Compilation:
         layers = {name: done.layer for name, done in self.sites.items()}
         into_file = self._file_plan is None
         assert self._context is not None
-        lowering = lowering_pipeline(layers, self.config.accuracy_level, fuse=into_file)
-        lowering.run(self.captured.graph_module, self._context)
+        level = self.config.accuracy_level
+        self._unfused = lower(self.captured.graph_module, self._context, layers, level, fuse=into_file)
         if self._file_plan is not None:
             assert self.captured.file_graph is not None
-            lower_file_graph(self.captured.file_graph, self._file_plan, layers, self.config.accuracy_level)
+            self._unfused = lower_file_graph(self.captured.file_graph, self._file_plan, layers, level)
 
     def _fingerprint(self, batches: Sequence[Batch] | None) -> dict[str, str]:
         settings = {key: value for key, value in self.config.to_json().items() if key not in _NOT_IN_FINGERPRINT}
@@ -381,6 +384,7 @@ class Compilation:
             **{f"setting {name}": json.dumps(value, sort_keys=True) for name, value in settings.items()},
             "device": torch.device(self.config.devices[0]).type,
             "claq version": claq_export.__version__,
+            "revision of the algorithm": REVISION,
             "torch version": torch.__version__,
             "model": self.captured.source.sha256,
             "model's graph": graph_digest(self.captured.graph_module),
@@ -432,6 +436,7 @@ class Compilation:
             "claq.source_sha256": self.captured.source.sha256,
             metadata.TASK: self.emitted.task or "",
             metadata.PARTS: json.dumps({name: d.site.parts for name, d in self.sites.items() if len(d.site.parts) > 1}),
+            metadata.TRANSPOSED: json.dumps(sorted(self.transposed)),
         }
 
     @property
@@ -440,18 +445,30 @@ class Compilation:
         return self.captured.file_graph or self.captured
 
     @property
+    def unfused(self) -> CapturedModel | None:
+        """The graph that goes into the file as it was before operators were fused; None before it is lowered."""
+        return None if self._unfused is None else before_fusing(self.emitted, self._unfused)
+
+    @property
     def cached(self) -> bool:
         """Whether the file's graph has a key/value cache."""
         return self.emitted.task == CACHED_TASK
 
-    def emit(self, out: Path) -> Artifact:
+    def emit(self, out: Path, place: Path | None = None) -> Artifact:
         """Write ``out``, its external data, ``claq.safetensors`` and ``claq.json``, and what a loader looks for
         beside them.
+
+        Args:
+            out: the model file.
+            place: the folder that all files are moved to afterwards; None: they stay in that of ``out``. In the model's
+                own folder its configuration and tokenizer are left as they are.
 
         Raises:
             OutputError: a file cannot be written.
         """
         check_writable(out)
+        source = self.captured.source.folder
+        at_home = source is not None and source.resolve() == (place or out.parent).resolve()
         with self.timed("emission"):
             artifact = emit_captured(self.emitted, out, self.metadata())
             state = cast_tensors(self.state, self.emitted.dtype)
@@ -459,17 +476,17 @@ class Compilation:
                 out.parent,
                 {name: done.layer for name, done in self.sites.items()},
                 state,
-                self.config.to_json(),
+                {**self.config.to_json(), "task": self.emitted.task or ""},
                 parts={name: done.site.parts for name, done in self.sites.items()},
                 accuracy_level=self.config.torch_accuracy_level,
                 transposed=self.transposed,
                 tied=self.tied,
             )
-            if copy_companions(Path(self.captured.source.path), out.parent):
+            if source is not None and not at_home and copy_companions(source, out.parent):
                 floating = next((t.dtype for t in state.values() if t.is_floating_point()), self.emitted.dtype)
                 declare_quantized(out.parent, self.true_bits, floating)
             if self.cached:
-                write_genai_config(out.parent, out.name, self.emitted.file_shapes)
+                write_genai_config(out.parent, out.name, self.emitted.file_shapes, source if at_home else None)
         return artifact
 
 

@@ -100,7 +100,8 @@ class Config:
         batch_size: calibration samples that run through an operator at once. None: 8, but of texts no more than have 4,096 tokens
             together, because the widest values of a batch are in memory at the same time.
         seed: of every random draw.
-        outliers: share of weights reserved at 16 bits, 0 to 0.1 (the paper's outlier reservation).
+        outliers: share of weights reserved at 16 bits, 0 to 0.1 (the paper's outlier reservation); not with a budget, which
+            decides that itself.
         reservation: how reserved weights are shared out over the columns: ``"fixed"``, ``"dynamic"`` or
             ``"saliency"``, see :class:`~claq_export.algorithm.settings.LayerSettings`.
         tune: minutes of tuning by gradient after quantization (:mod:`claq_export.calibration.tune`): codebooks, scales
@@ -166,6 +167,14 @@ class Config:
             raise ConfigError(f"unknown preset {self.preset!r}; known: {', '.join(PRESETS)}")
         if self.size is not None and (self.size < 1 or self.preset is not None):
             raise ConfigError(f"size must be a positive number of bytes, and not go with a preset; got {self.size!r}")
+        if self.preset is not None and (self.outliers or self.reservation != "dynamic"):
+            raise ConfigError(f"preset {self.preset!r} sets outliers and reservation; leave them out")
+        if self.tune is not None and isinstance(self.calibration, str) and self.calibration == NO_CALIBRATION:
+            raise ConfigError("tune needs calibration data, which calibration='none' switches off")
+        if self.floors and not self.budgeted:
+            raise ConfigError(
+                "floors are for a budget: a fraction of bits such as 3.5, or a size; otherwise all columns have one width"
+            )
         if self.guided and (self.preset is not None or self.calibration == NO_CALIBRATION):
             raise ConfigError("guided needs calibration data, and does not go with a preset of the paper")
         for pattern, width in self.floors.items():
@@ -198,7 +207,11 @@ class Config:
         if self.dtype != "float32" and self.opset != DECODER_OPSET:
             raise ConfigError(f"opset {self.opset} is for graphs in float32; leave it out, or dtype {self.dtype!r}")
         _check_devices(self.devices)
-        self.layer_settings()
+        if self.layer_settings().outliers and self.budgeted:
+            raise ConfigError(
+                "outliers does not go with a budget (a fraction of bits, or a size), which decides itself how many weights are "
+                "reserved: leave it out, or give 2, 3 or 4 bits"
+            )
 
     def _convert(self) -> None:
         """Bring all values into the types of their fields.

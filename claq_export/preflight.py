@@ -15,6 +15,8 @@ from torch import nn
 from .algorithm import LayerSettings, quantize_layer
 from .algorithm.hessian import FEW
 from .calibration.data import Batch
+from .calibration.store import finished_bytes
+from .config import Config
 from .deferred import is_deferred, logical_bytes, materialize
 from .errors import ConfigError, OutputError
 from .passes import LinearSite
@@ -59,6 +61,7 @@ class Preflight:
         disk: written to the output and work folders together at the worst moment.
         artifact: of the ONNX files.
         seconds: of quantization, from a measured sample.
+        work_disk: part of ``disk`` that is written to the work folder.
     """
 
     memory: int
@@ -66,6 +69,7 @@ class Preflight:
     disk: int
     artifact: int
     seconds: float
+    work_disk: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -112,18 +116,59 @@ def predict_resources(
     quantized_bytes = sum(planned.nbytes for planned in layers)
     artifact = quantized_bytes + other_bytes
     held = _activation_bytes(sites, batches)
+    work_disk = quantized_bytes + max(0, held - activations)
     return Preflight(
         memory=fixed + min(activations, held),
         activations=activations,
         # The layers of the work folder, the ONNX data, the PyTorch container, and what is spilled.
-        disk=quantized_bytes + 2 * artifact + max(0, held - activations),
+        disk=work_disk + 2 * artifact,
         artifact=artifact,
         seconds=_quantization_seconds(graph, sites, settings, tokens),
+        work_disk=work_disk,
     )
 
 
-def check(preflight: Preflight, limit: int, out: Path) -> None:
+def check_settings(config: Config, *, memory: int | None, report: object = None) -> None:
+    """Refuse settings that contradict a limit on memory.
+
+    Args:
+        config: the settings.
+        memory: bytes of resident memory the run may take; None = no limit.
+        report: anything but None: a report is wanted.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if memory is None:
+        return
+    if len(config.devices) > 1:
+        raise ConfigError("--memory is kept for one layer at a time; give one device")
+    if report is not None or config.tune is not None:
+        raise ConfigError("a report and tuning need the unquantized weights in memory; leave them or --memory out")
+    if config.guided:
+        raise ConfigError("--guided needs the whole model in memory; leave it or --memory out")
+
+
+def check_processes(config: Config, memory: int | None) -> None:
+    """Refuse what several processes cannot do together; arguments as :func:`check_settings` has them.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if memory is not None:
+        raise ConfigError("several processes keep their finished layers in memory; leave --memory out")
+    if config.guided:
+        raise ConfigError("--guided needs one process; leave it out with torchrun")
+
+
+def check(preflight: Preflight, limit: int, out: Path, work: Path | None = None) -> None:
     """Refuse a run that cannot fit.
+
+    Args:
+        preflight: what is needed.
+        limit: bytes of resident memory.
+        out: the model file.
+        work: folder of finished layers; those that an interrupted run left are not needed again. None: beside ``out``.
 
     Raises:
         ConfigError: more memory is needed than ``limit``.
@@ -134,11 +179,22 @@ def check(preflight: Preflight, limit: int, out: Path) -> None:
             f"--memory {_gigabytes(limit)} is not enough: the largest layer and the process itself need "
             f"{_gigabytes(preflight.memory)} at the peak"
         )
-    free = shutil.disk_usage(out.parent).free
-    if preflight.disk > free:
-        raise OutputError(
-            f"the run needs {_gigabytes(preflight.disk)} of disk for {str(out.parent)!r}, {_gigabytes(free)} are free"
-        )
+    layers = work or out.parent
+    needed = {out.parent: preflight.disk - preflight.work_disk}
+    if _existing(layers).stat().st_dev == _existing(out.parent).stat().st_dev:
+        layers = out.parent
+    needed[layers] = needed.get(layers, 0) + preflight.work_disk - (0 if work is None else finished_bytes(work))
+    for folder, size in needed.items():
+        free = shutil.disk_usage(_existing(folder)).free
+        if size > free:
+            raise OutputError(
+                f"the run needs {_gigabytes(size)} of disk for {str(folder)!r}, {_gigabytes(free)} are free"
+            )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
 
 
 def _tokens(batches: Sequence[Batch] | None) -> int:

@@ -81,11 +81,13 @@ class Sizing:
         same mix.
 
         Raises:
-            ConfigError: not even the narrowest columns meet the budget; says what they take.
+            ConfigError: not even the narrowest columns meet the budget (says what they take), or a floor is for a layer
+                that is not there.
         """
         settings = self.config.layer_settings()
         if not self.config.budgeted:
             return self._predict(settings, self.table_settings())
+        self._floors(site.name for site in self.plan.sites if site.nodes)
         for most in self._table_widths():
             planned = self._predict_budget(settings, self.table_settings(most))
             least = sum(layer.nbytes for layer in planned)
@@ -195,12 +197,7 @@ class Sizing:
         Raises:
             ConfigError: the budget cannot be met, or a floor is for a layer that is not there.
         """
-        floors: dict[str, int] = {}
-        for pattern, width in self.config.floors.items():
-            matching = [p.name for p in profiles if fnmatchcase(p.name, pattern)]
-            if not matching:
-                raise ConfigError(f"--floor {pattern}={width}: no layer to quantize matches")
-            floors.update({name: max(width, floors.get(name, 0)) for name in matching})
+        floors = self._floors(profile.name for profile in profiles)
         if self.config.size is not None and self.config.size <= (others := self.unquantized_bytes()):
             raise ConfigError(
                 f"a size of {self.config.size:,} bytes cannot be met: what is not quantized takes {others:,} already"
@@ -230,6 +227,21 @@ class Sizing:
             return budget, {**budget.plans, **embeddings}
         assert refused is not None
         raise self._cannot_meet(str(refused)) from refused
+
+    def _floors(self, layers: Iterable[str]) -> dict[str, int]:
+        """Least width by name, of those layers that have one.
+
+        Raises:
+            ConfigError: a pattern matches none of them.
+        """
+        names = list(layers)
+        floors: dict[str, int] = {}
+        for pattern, width in self.config.floors.items():
+            matching = [name for name in names if fnmatchcase(name, pattern)]
+            if not matching:
+                raise ConfigError(f"--floor {pattern}={width}: no layer to quantize matches")
+            floors.update({name: max(width, floors.get(name, 0)) for name in matching})
+        return floors
 
     def _solve_with_pointers(
         self, profiles: Sequence[LayerProfile], room: int, floors: Mapping[str, int], heads: Iterable[str]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .api import ExportResult
 from .passes import Skipped
@@ -32,7 +33,7 @@ def print_plan(console: Console, layers: Sequence[PlannedLayer], skipped: Sequen
         table.add_column(heading, justify="left" if heading == "layer" else "right", overflow="fold")
     for layer in layers:
         table.add_row(
-            f"{layer.name} ({kind})" if (kind := site_kind(layer.role, layer.tied)) else layer.name,
+            Text(f"{layer.name} ({kind})" if (kind := site_kind(layer.role, layer.tied)) else layer.name),
             f"{layer.out_features} x {layer.in_features}",
             " / ".join(str(count) for count in layer.columns),
             megabytes(layer.dense_bytes),
@@ -48,7 +49,8 @@ def print_plan(console: Console, layers: Sequence[PlannedLayer], skipped: Sequen
         left.add_column("size", justify="right")
         left.add_column("reason", overflow="fold")
         for entry in skipped:
-            left.add_row(entry.name, " x ".join(map(str, entry.shape)), megabytes(entry.nbytes), entry.reason)
+            shape = " x ".join(map(str, entry.shape))
+            left.add_row(Text(entry.name), shape, megabytes(entry.nbytes), Text(entry.reason))
         console.print(left)
     weights = sum(layer.out_features * layer.in_features for layer in layers)
     dense = sum(layer.dense_bytes for layer in layers)
@@ -69,7 +71,7 @@ def print_result(console: Console, result: ExportResult) -> None:
     weights = sum(layer.out_features * layer.in_features for layer in result.layers)
     nbytes = sum(layer.nbytes for layer in result.layers)
     ratio = result.original_bytes / result.artifact_bytes
-    table.add_row("artifact", str(result.artifact.path))
+    table.add_row("artifact", Text(str(result.artifact.path)))
     table.add_row(
         "size", f"{megabytes(result.original_bytes)} -> {megabytes(result.artifact_bytes)} ({ratio:.2f} times smaller)"
     )
@@ -78,13 +80,13 @@ def print_result(console: Console, result: ExportResult) -> None:
         kind = site_kind(layer.role, layer.tied)
         if kind:
             size = f"{layer.out_features} x {layer.in_features} in {megabytes(layer.nbytes)}"
-            table.add_row(kind, f"{layer.name}, {size}, {layer.true_bits:.3f} true bits a weight")
+            table.add_row(kind, Text(f"{layer.name}, {size}, {layer.true_bits:.3f} true bits a weight"))
     left = sum(entry.nbytes for entry in result.skipped)
     if result.skipped:
         table.add_row("left alone", f"{len(result.skipped)} weights, {megabytes(left)} (--dry-run tells why)")
     table.add_row("true bits", f"{result.true_bits:.3f} a weight (nominal {result.nominal_bits:.3f})")
     worst = sorted(result.layers, key=lambda layer: -layer.error)[:_WORST_SHOWN]
-    table.add_row("worst layers", ", ".join(f"{layer.name} {layer.error:.1e}" for layer in worst))
+    table.add_row("worst layers", Text(", ".join(f"{layer.name} {layer.error:.1e}" for layer in worst)))
     table.add_row("time", _seconds(result.seconds))
     table.add_row("quantization", _seconds(result.quantization_seconds))
     console.print(table)
@@ -122,9 +124,7 @@ def print_verification(console: Console, report: VerificationReport) -> None:
         )
     console.print(table)
     if report.note:
-        console.print(f"[yellow]{report.note}[/yellow]", highlight=False)
+        console.print(Text(report.note, style="yellow"))
     for output, deviation in report.fidelity.items():
-        console.print(
-            f"{output}: cosine to the unquantized model {deviation.cosine:.4f}, relative error {deviation.rms:.4f}",
-            highlight=False,
-        )
+        distance = f"cosine to the unquantized model {deviation.cosine:.4f}, relative error {deviation.rms:.4f}"
+        console.print(Text(f"{output}: {distance}"))

@@ -8,10 +8,11 @@ not at all (temporary name, flush, rename).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,19 @@ _LOCK = "claq-run.lock"
 
 _PLANS = "plans.safetensors"
 
+_FINISHED = re.compile(r"(?:[0-9a-f]{24}|plans)\.safetensors")
+"""Names of what a run keeps here: layers, and the outcome of a bit budget."""
+
+_DISCARDED = re.compile(rf"{_FINISHED.pattern}|(?:[0-9a-f]{{24}}|plans)\.tmp|\.{re.escape(_MARKER)}\.\d+\.tmp")
+"""The same, and what a process that was killed left half-written. Nothing else in the folder is claq's to delete."""
+
+
+def finished_bytes(folder: Path) -> int:
+    """Bytes of finished layers in a work folder; 0 where there is none."""
+    if not (folder / _MARKER).is_file():
+        return 0
+    return sum(path.stat().st_size for path in folder.iterdir() if _FINISHED.fullmatch(path.name))
+
 
 class LayerStore:
     """Layers of one run, by name.
@@ -40,7 +54,7 @@ class LayerStore:
         folder: made if it does not exist. It is locked until :meth:`remove` or the end of the process.
         fingerprint: everything the layers depend on, by name ("model", "calibration data", ...); layers of
             another fingerprint are never returned.
-        resume: False: discard an earlier run of another fingerprint. True or None: refuse to.
+        resume: False: discard whatever an earlier run left. True or None: go on with it, refuse one of another fingerprint.
 
     Raises:
         OutputError: the folder cannot be written, is not one of claq's, is in use by another process, or belongs to
@@ -58,14 +72,14 @@ class LayerStore:
             if self._lock is None:
                 raise OutputError(f"work folder {str(self.folder)!r} is in use by another process")
             earlier = self._earlier_run()
-            if earlier is not None and earlier != self._fingerprint:
-                if resume is not False:
-                    raise OutputError(
-                        f"cannot resume from {str(self.folder)!r}: changed since that run: "
-                        f"{'; '.join(_changes(earlier, self._fingerprint))}. --no-resume discards what is there and "
-                        "starts afresh, --work names another folder"
-                    )
+            if earlier is not None and resume is False:
                 self._discard_layers()
+            elif earlier is not None and earlier != self._fingerprint:
+                raise OutputError(
+                    f"cannot resume from {str(self.folder)!r}: changed since that run: "
+                    f"{'; '.join(_changes(earlier, self._fingerprint))}. --no-resume discards what is there and "
+                    "starts afresh, --work names another folder"
+                )
             if earlier != self._fingerprint:
                 write_atomically(self.folder / _MARKER, json.dumps(self._fingerprint, indent=1).encode())
         except OSError as error:
@@ -91,8 +105,8 @@ class LayerStore:
 
     def _discard_layers(self) -> None:
         for path in self.folder.iterdir():
-            if path.name not in (_MARKER, _LOCK):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if _DISCARDED.fullmatch(path.name):
+                path.unlink()
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
@@ -173,12 +187,17 @@ class LayerStore:
             raise OutputError(f"{what} cannot be written to {str(self.folder)!r}: {error}") from error
 
     def remove(self) -> None:
-        """Delete the work folder (the run is complete), the marker after the layers, the lock last."""
+        """Delete the work folder (the run is complete), the marker after the layers, the lock last; files in it that are not
+        claq's stay, and the folder with them."""
         try:
             self._discard_layers()
             (self.folder / _MARKER).unlink(missing_ok=True)
             (self.folder / _LOCK).unlink(missing_ok=True)
-            self.folder.rmdir()
+            try:
+                self.folder.rmdir()
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:
+                    raise
         except OSError as error:
             raise OutputError(f"work folder {str(self.folder)!r} cannot be removed: {error}") from error
         finally:

@@ -238,15 +238,15 @@ class NodeWalk:
             )
             return self._stored(node) if unread else self._here(materialize(self._stored(node)))
         args, kwargs = self._arguments(node, index)
-        if node in self._lookups:
-            return self._here(self._lookups[node](args[1]))
         if node in self._linears:
             weight = self._weights[node]
             if weight is not None:
                 args = (args[0], weight.to(args[0]), *args[2:])
         try:
+            if node in self._lookups:
+                return self._here(self._lookups[node](args[1]))
             return self._callable(node)(*args, **kwargs)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             raise CalibrationError(f"operator {node.name} fails on calibration batch {index}: {error}") from error
 
     def _stored(self, node: fx.Node) -> Any:

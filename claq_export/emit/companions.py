@@ -10,11 +10,16 @@ from typing import Any
 import torch
 
 from ..errors import ModelError, OutputError
-from ..format.checkpoint import TENSORS_FILE, VERSION
+from ..format.checkpoint import CONFIG_FILE, TENSORS_FILE, VERSION
 from ..format.files import StagedFiles, write_atomically
 from ..inputs import contained, read_json_object
+from .artifact import is_data_file
+from .genai import FILE as GENAI_CONFIG
 
 CONFIG = "config.json"
+_METHOD = "claq"
+"""Name of the quantization in ``config.json``."""
+
 _TOKENIZER = "tokenizer_config.json"
 _CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 """Names that transformers 5 gives to tokenizer classes -> those that version 4, which optimum needs, and 5 both know."""
@@ -68,6 +73,38 @@ def copy_companions(source: Path, folder: Path) -> list[Path]:
     return copied
 
 
+def is_written_beside(name: str, model_file: str) -> bool:
+    """Whether an export to ``model_file`` may write a file of this name (relative to its folder) beside it."""
+    return name in (*_COMPANIONS, GENAI_CONFIG, TENSORS_FILE, CONFIG_FILE) or is_data_file(name, model_file)
+
+
+def earlier_companions(folder: Path, model_file: str) -> list[Path]:
+    """The companions that lie beside an earlier artifact of claq; none where they are not claq's own.
+
+    Claq's are those of a folder with ``claq.json`` whose ``config.json`` says that its model is quantized so. Of a model's own
+    folder, or of one with files that its user put beside an artifact of a module, nothing is listed; nor is a
+    ``genai_config.json`` that is for another model file of the folder than ``model_file``.
+    """
+    try:
+        settings = read_json_object(folder / CONFIG, OutputError) if (folder / CONFIG_FILE).is_file() else {}
+        declared = settings.get("quantization_config")
+        if not isinstance(declared, dict) or declared.get("quant_method") != _METHOD:
+            return []
+    except OutputError:
+        return []  # a config.json that cannot be read is not one that claq wrote
+    names = _COMPANIONS if _is_for_another(folder, model_file) else (*_COMPANIONS, GENAI_CONFIG)
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def _is_for_another(folder: Path, model_file: str) -> bool:
+    """Whether ``genai_config.json`` names another model file, and that is there."""
+    try:
+        served = read_json_object(folder / GENAI_CONFIG, OutputError)["model"]["decoder"]["filename"]
+    except (OutputError, KeyError, TypeError):
+        return False
+    return isinstance(served, str) and served != model_file and (folder / served).is_file()
+
+
 def _rename_class(origin: Path, copy: Path) -> None:
     settings = read_json_object(origin, ModelError)
     known = _CLASSES.get(str(settings.get("tokenizer_class")))
@@ -103,7 +140,7 @@ def declare_quantized(folder: Path, true_bits: float, dtype: torch.dtype) -> Pat
     settings.pop("torch_dtype", None)
     settings["dtype"] = str(dtype).removeprefix("torch.")
     settings["transformers_weights"] = TENSORS_FILE
-    settings["quantization_config"] = {"quant_method": "claq", "version": VERSION, "true_bits": round(true_bits, 4)}
+    settings["quantization_config"] = {"quant_method": _METHOD, "version": VERSION, "true_bits": round(true_bits, 4)}
     try:
         write_atomically(path, _json(settings))
     except OSError as error:

@@ -88,17 +88,25 @@ def genai_settings(model_file: str, shapes: Mapping[str, tuple[int, ...]], confi
     }
 
 
-def write_genai_config(folder: Path, model_file: str, shapes: Mapping[str, tuple[int, ...]]) -> Path | None:
-    """Write ``genai_config.json`` into a folder with a ``config.json``; None where there is none.
+def write_genai_config(
+    folder: Path, model_file: str, shapes: Mapping[str, tuple[int, ...]], described_in: Path | None = None
+) -> Path | None:
+    """Write ``genai_config.json`` into a folder; None where no ``config.json`` describes the model.
+
+    Args:
+        folder: of the model file.
+        model_file, shapes: see :func:`genai_settings`.
+        described_in: folder of the model's ``config.json``; None: ``folder``.
 
     Raises:
         OutputError: it cannot be written, or what it is made of not be read.
     """
-    if not (folder / "config.json").is_file():
+    described = folder if described_in is None else described_in
+    if not (described / "config.json").is_file():
         return None
-    config = read_json_object(folder / "config.json", OutputError)
-    if (folder / "generation_config.json").is_file():
-        generation = read_json_object(folder / "generation_config.json", OutputError)
+    config = read_json_object(described / "config.json", OutputError)
+    if (described / "generation_config.json").is_file():
+        generation = read_json_object(described / "generation_config.json", OutputError)
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
         config |= {name: generation[name] for name in tokens if generation.get(name) is not None}
     path = folder / FILE

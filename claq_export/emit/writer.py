@@ -8,7 +8,6 @@ model file is replaced, in one step, the old pair is whole, and from then on the
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +17,8 @@ import torch
 
 from claq_export.deferred import is_deferred, materialize
 from claq_export.format.files import StagedFiles, open_for_weights
+
+from .artifact import DIGEST_CHARACTERS, data_files
 
 INLINE_BELOW = 1024
 """Tensors smaller than this many bytes stay inside ``model.onnx``."""
@@ -29,8 +30,6 @@ PAGE = 4096
 """Offset of external tensors of :data:`PAGE_ALIGNED_FROM` bytes and more, as the ONNX standard advises for mapping."""
 
 PAGE_ALIGNED_FROM = 1 << 20
-
-_DIGEST_CHARACTERS = 16
 
 
 def _place(offset: int, size: int) -> int:
@@ -57,7 +56,7 @@ def _write_external(model: ir.Model, data: BinaryIO) -> tuple[dict[str, int], st
             digest.update(content)
         offset = start + tensor.nbytes
         offsets[name] = start
-    return offsets, digest.hexdigest()[:_DIGEST_CHARACTERS]
+    return offsets, digest.hexdigest()[:DIGEST_CHARACTERS]
 
 
 def _content(tensor: ir.TensorProtocol) -> bytes | memoryview:
@@ -121,9 +120,3 @@ def write_model(model: ir.Model, functions: list[onnx.FunctionProto], path: Path
         if earlier != data_path:
             earlier.unlink(missing_ok=True)
     return [path] if data_path is None else [path, data_path]
-
-
-def data_files(path: Path) -> list[Path]:
-    """The data files beside a model file that bear its name, of any export."""
-    pattern = re.compile(re.escape(path.name) + rf"\.[0-9a-f]{{{_DIGEST_CHARACTERS}}}\.data")
-    return sorted(entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name))

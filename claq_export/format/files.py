@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -25,7 +26,7 @@ def _as_output_error(path: Path) -> Iterator[None]:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _flush(path: Path, flags: int = 0) -> None:
+def flush(path: Path, flags: int = 0) -> None:
     """Make what was written to a file, or renamed in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY | flags)
     try:
@@ -46,22 +47,33 @@ def open_for_weights(path: Path) -> BinaryIO:
     return path.open("wb", buffering=_WRITTEN_AT_ONCE)
 
 
-def check_writable(out: Path) -> None:
+def check_writable(out: Path, option: str = "--out", example: str = "model.onnx", longer: int = 0) -> None:
     """Make the folder of ``out`` and see that a file can be made in it.
+
+    Args:
+        out: the file that is to be written later.
+        option: what it was named by, for the message.
+        example: a file's name, for the message.
+        longer: bytes by which names of files that come with it are longer than its own.
 
     Raises:
         OutputError: it cannot.
     """
     if out.is_dir():
         raise OutputError(
-            f"{str(out)!r} is a folder; --out names the file to write, for example {str(out / 'model.onnx')!r}"
+            f"{str(out)!r} is a folder; {option} names the file to write, for example {str(out / example)!r}"
         )
-    probe = out.parent / f".{out.name}.{os.getpid()}.probe"  # several processes may look at once
+    name = f".{out.name}.{os.getpid()}.probe"  # several processes may look at once
+    missing = len(os.fsencode(out.name)) + longer - len(os.fsencode(name))
+    probe = out.parent / (name + max(missing, 0) * "_")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG and out.parent.is_dir():
+            beside = f", and files beside it have names {longer} bytes longer" if longer else ""
+            raise OutputError(f"{option}: the name {out.name!r} is too long for its file system{beside}") from error
         raise OutputError(f"output folder {str(out.parent)!r} is not writable: {error.strerror or error}") from error
 
 
@@ -74,7 +86,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = _temporary(path)
     try:
         temporary.write_bytes(content)
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -113,11 +125,12 @@ def _remove_orphans(path: Path) -> None:
     pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.tmp")
     for entry in path.parent.iterdir():
         match = pattern.fullmatch(entry.name)
-        if match is not None and not _is_alive(int(match[1])):
+        if match is not None and not is_alive(int(match[1])):
             entry.unlink(missing_ok=True)
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether a process of that number runs."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -195,13 +208,13 @@ class StagedFiles:
                     with _as_output_error(target):
                         # Writers that make their own file (safetensors) let only its owner read it.
                         temporary.chmod(stat.S_IMODE(mode))
-                        _flush(temporary)
+                        flush(temporary)
                 for temporary, target, _ in self._staged:
                     with _as_output_error(target):
                         os.replace(temporary, target)
                     renamed += 1
                 with _as_output_error(self._folder):
-                    _flush(self._folder, getattr(os, "O_DIRECTORY", 0))
+                    flush(self._folder, getattr(os, "O_DIRECTORY", 0))
         finally:
             for temporary, _, _ in self._staged[renamed:]:
                 temporary.unlink(missing_ok=True)

@@ -71,6 +71,8 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         ({"outliers": None}, "outliers must be a number, got None"),
         ({"outliers": "x"}, "outliers must be a number, got 'x'"),
         ({"outliers": np.ones(2)}, "outliers must be a number, got array"),
+        ({"bits": 2.6, "outliers": 0.03}, "outliers does not go with a budget .* which decides itself"),
+        ({"size": 90_000, "algorithm": {"outliers": 0.03}}, "outliers does not go with a budget"),
         ({"tune": "a"}, "tune must be a number of minutes or None, got 'a'"),
         ({"token_clip": "q"}, "token_clip must be a number or None, got 'q'"),
         ({"token_clip": 0}, "token_clip must be positive or None, got 0"),
@@ -117,7 +119,8 @@ def test_an_iterator_is_no_list_of_names() -> None:
     ],
 )
 def test_values_in_types_near_the_fields(name: str, value: Any, wanted: Any) -> None:
-    found = getattr(parse_options({name: value}).config, name)
+    budget = {"bits": 3.5} if name == "floors" else {}
+    found = getattr(parse_options({name: value, **budget}).config, name)
     assert found == wanted
     assert type(found) is type(wanted)
 

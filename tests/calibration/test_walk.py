@@ -225,3 +225,14 @@ class TestJointWalk:
         JointWalk(walks, crossed).run(lambda node, inputs: visits.append((node, len(inputs))))
         assert sum(count for _, count in visits) == 8
         assert {node for node, _ in visits} == {first, second}
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "quantized"])
+def test_an_index_outside_a_table_is_named(quantized: bool) -> None:
+    model = nn.Sequential(nn.Embedding(8, 48), nn.Linear(48, 48)).eval()
+    gm, sites = planned(model, torch.tensor([[1, 2], [3, 4]]))
+    lookup = next(node for node in gm.graph.nodes if "embedding" in str(node.target))
+    rows = {lookup: lambda indices: model[0].weight[indices]} if quantized else {}
+    walk = NodeWalk(gm, [{"input": torch.tensor([[1, 9]])}], [sites["1"].node], rows)
+    with pytest.raises(CalibrationError, match=f"operator {lookup.name} fails on calibration batch 0: .*index"):
+        walk.run(lambda node, inputs: None)

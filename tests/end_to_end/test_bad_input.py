@@ -6,8 +6,12 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,7 @@ from torch import nn
 
 from claq_export import Config, export, quantize
 from claq_export.cli import main, parse
-from claq_export.errors import CaptureError, ConfigError, ModelError, OutputError
+from claq_export.errors import CaptureError, ConfigError, ModelError, OutputError, VerificationError
 from claq_export.evaluation.models import open_tokenizer
 
 
@@ -355,6 +359,194 @@ def test_full_disk_leaves_no_part_of_a_file(model: Path, text: Path, tmp_path: P
     assert "claq-export:" in run.stderr
     assert "Traceback" not in run.stderr
     assert not list(out.parent.glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--out", "o/m.onnx", "--work", "o"], "lies in it"),
+        (["--out", "o/p/m.onnx", "--work", "o"], "lies in it"),
+        (["--out", "o/m.onnx", "--work", "w", "--report", "w/r.html"], "--report 'w/r.html' lies in it"),
+        (["--out", "o/m.onnx", "--report", "o/m.onnx"], "--out and --report are both"),
+        (["--out", "o/m.onnx", "--log", "o/../o/m.onnx"], "--log and --out are both"),
+        (["--out", "o/m.onnx", "--log", "l", "--report", "l"], "--log and --report are both"),
+        (["--out", "o/m.onnx", "--log", "o/claq.json"], "is a file of the artifact"),
+        (["--out", "o/m.onnx", "--log", "o/m.onnx.0123456789abcdef.data"], "is a file of the artifact"),
+        (["--out", "o/m.onnx", "--log", "text.txt"], "is the calibration file"),
+        (["--out", "o/m.onnx", "--report", "link.txt"], "is the calibration file"),
+        (["--out", "o/m.onnx", "--log", "model/config.json"], "is a file of the model's folder"),
+        (["--dry-run", "--log", "text.txt"], "is the calibration file"),
+        (["--out", "o/m.onnx", "--memory", "4GB", "--tune"], "tuning need the unquantized weights"),
+        (["--out", "o/m.onnx", "--memory", "4GB", "--guided"], "--guided needs the whole model"),
+        (["--out", "o/m.onnx", "--tune", "--calibration", "none"], "tune needs calibration data"),
+        (["--out", "o/m.onnx", "--bits", "4", "--floor", "*=3"], "floors are for a budget"),
+        (["--out", "o/m.onnx", "--preset", "claq-4", "--outliers", "0.1"], "--preset sets the outliers"),
+        (["--out", "o/m.onnx", "--preset", "claq-4", "--reservation", "fixed"], "--preset sets the outliers"),
+        (["--dry-run", "--memory", "abc"], "a size is a number"),
+        (["--dry-run", "--bits", "4", "--floor", "*=3"], "floors are for a budget"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_contradictions_are_refused_before_the_model_is_read(
+    options: list[str],
+    named: str,
+    tiny_bert: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("claq_export.api.capture", lambda *_, **__: pytest.fail("the model was read"))
+    (tmp_path / "model").symlink_to(tiny_bert)
+    (tmp_path / "link.txt").symlink_to(text)
+    before = text.read_bytes(), (tiny_bert / "config.json").read_bytes()
+    assert main(["model", "--calibration", "text.txt", *options]) == 2
+    assert named in capsys.readouterr().err
+    assert before == (text.read_bytes(), (tiny_bert / "config.json").read_bytes())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.txt", "model", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "named"),
+    [
+        (["--bits", "3.5", "--floor", "zzz=3"], 2, "--floor zzz=3: no layer to quantize matches"),
+        (["--dry-run", "--exclude", "*"], 2, "there is no layer to quantize"),
+        (["--dry-run", "--last-logits"], 2, "last_logits is for language models"),
+        (["--dry-run", "--calibration", "missing.txt"], 5, "'missing.txt' does not exist"),
+        (["--dry-run", "--report", "text.txt/r.html"], 7, "'text.txt' is not writable"),
+    ],
+)
+def test_what_the_plan_rules_out_is_refused_before_calibration(
+    options: list[str],
+    status: int,
+    named: str,
+    tiny_bert: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("claq_export.compiler.load_calibration", lambda *_: pytest.fail("calibration data was read"))
+    out = [] if "--dry-run" in options else ["--out", "out/model.onnx"]
+    assert main([str(tiny_bert), "--calibration", "text.txt", "--quiet", *out, *options]) == status
+    assert named in capsys.readouterr().err
+
+
+def test_names_are_tried_at_their_full_length(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("claq_export.api.capture", lambda *_, **__: pytest.fail("the model was read"))
+    out = tmp_path / ("x" * 232 + ".onnx")  # the data file's name has 22 characters more, 259
+    assert main([str(tiny_bert), "--out", str(out), "--quiet"]) == 7
+    assert "too long for its file system, and files beside it have names 22" in capsys.readouterr().err
+    assert main([str(tiny_bert), "--out", str(tmp_path / "m.onnx"), "--report", str(tmp_path), "--quiet"]) == 7
+    assert "--report names the file to write" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_sigterm_lets_a_run_clean_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(options: object) -> None:
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    earlier = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("claq_export.cli.run_export", run)
+    assert main(["model", "--out", "m.onnx"]) == 143
+    assert "terminated; the same command goes on" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == earlier
+
+
+def test_an_interrupt_that_a_library_takes_for_a_failed_import_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(options: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            pass
+        raise ImportError("no module")
+
+    earlier = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("claq_export.cli.run_export", run)
+    assert main(["model", "--out", "m.onnx"]) == 130
+    assert capsys.readouterr().err == "claq-export: interrupted; the same command goes on where it stopped\n"
+    assert signal.getsignal(signal.SIGINT) == earlier
+
+
+def test_only_an_export_goes_on_after_an_interrupt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("cli.run_export", "generate_command.run_generate"):
+
+        def interrupted(options: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(f"claq_export.{command}", interrupted)
+    for arguments, goes_on in (
+        (["model", "--out", "m.onnx"], True),
+        (["model", "--dry-run"], False),
+        (["generate", "folder", "--prompt", "x"], False),
+    ):
+        assert main(arguments) == 130
+        assert ("goes on where it stopped" in capsys.readouterr().err) == goes_on
+
+
+def test_an_interrupt_while_the_command_line_is_imported_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from claq_export.__main__ import main as entry
+
+    class Interrupted(types.ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "claq_export.cli", Interrupted("claq_export.cli"))
+    assert entry() == 130
+    assert capsys.readouterr().err == "claq-export: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("several", "speaks"), [({}, True), ({"WORLD_SIZE": "2", "MASTER_ADDR": "here"}, False)], ids=str
+)
+def test_a_rank_without_other_processes_is_no_reason_to_be_silent(
+    several: dict[str, str], speaks: bool, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ModelError("no further")
+
+    for name, value in ({"RANK": "1"} | several).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("claq_export.api.export", refuse)
+    log = tmp_path / "log.jsonl"
+    assert main([str(tiny_bert), "--out", str(tmp_path / "m.onnx"), "--log", str(log)]) == 3
+    assert log.exists() == speaks
+
+
+@pytest.mark.parametrize(
+    ("failing", "kind"), [("verify.verify_artifact", VerificationError), ("compiler.save_checkpoint", OutputError)]
+)
+def test_a_failure_after_quantization_leaves_the_artifact_before(
+    failing: str, kind: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, out = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), torch.randn(4, 64), tmp_path / "m.onnx"
+    for name in ("m.onnx", "m.onnx.0123456789abcdef.data", "claq.json", "claq.safetensors"):
+        (tmp_path / name).write_text("of the artifact before")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_: object, **__: object) -> None:
+        raise kind("no")
+
+    monkeypatch.setattr(f"claq_export.{failing}", fail)
+    with pytest.raises(kind):
+        export(model, (x,), out, Config(calibration="none"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_an_existing_artifact_survives_a_failed_export(model: Path, text: Path, tmp_path: Path) -> None:

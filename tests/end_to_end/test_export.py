@@ -144,6 +144,19 @@ def test_resume_refuses_another_run_by_name(tiny_bert: Path, text: Path, tmp_pat
         claq_export.export(tiny_bert, out=out, config=other, work=work)
 
 
+def test_resume_refuses_layers_of_an_earlier_algorithm(
+    tiny_bert: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, work = tmp_path / "model.onnx", tmp_path / "work"
+    config = claq_export.Config(calibration=text)
+    monkeypatch.setattr("claq_export.compiler.REVISION", "1")
+    with pytest.raises(KeyboardInterrupt):
+        claq_export.export(tiny_bert, out=out, config=config, work=work, reporter=Stop(1))
+    monkeypatch.undo()
+    with pytest.raises(claq_export.errors.OutputError, match=r"changed since that run: revision of the algorithm"):
+        claq_export.export(tiny_bert, out=out, config=config, work=work)
+
+
 class Narrow(nn.Module):
     """Two layers with a function of the caller between them, whose weights are always the same."""
 

@@ -61,13 +61,35 @@ def test_plans_come_back(tmp_path):
 
 def test_changes_are_named_and_nothing_is_thrown_away_unasked(tmp_path):
     LayerStore(tmp_path, {"model": "0" * 64, "setting bits": "4"}).close()
-    keep = tmp_path / "layer.safetensors"
+    keep = tmp_path / f"{'0' * 24}.safetensors"
     keep.write_bytes(b"x")
     with pytest.raises(OutputError, match=r"model; setting bits \(4 -> 3\)\. --no-resume discards"):
         LayerStore(tmp_path, {"model": "1" * 64, "setting bits": "3"})
     assert keep.exists()
     LayerStore(tmp_path, {"model": "1" * 64, "setting bits": "3"}, resume=False).close()
     assert not keep.exists()
+
+
+def test_an_unchanged_run_is_discarded_when_that_is_asked_for(tmp_path):
+    plan = ColumnPlan(torch.tensor([4, 2], dtype=torch.uint8), torch.tensor([0, 1]))
+    store = LayerStore(tmp_path, {"model": "a"})
+    store.save_plans({"x": plan})
+    store.close()
+    again = LayerStore(tmp_path, {"model": "a"}, resume=False)
+    assert again.load_plans() is None
+    again.save_plans({"x": plan})
+    again.close()
+    assert LayerStore(tmp_path, {"model": "a"}).load_plans() is not None
+
+
+def test_files_of_others_survive_the_work_folder(tmp_path):
+    store = LayerStore(tmp_path, {"model": "a"})
+    store.save_plans({"x": ColumnPlan(torch.tensor([4, 2], dtype=torch.uint8), torch.tensor([0, 1]))})
+    (tmp_path / "0123456789abcdef01234567.tmp").write_bytes(b"of a process that was killed")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    (tmp_path / "1_Pooling").mkdir()
+    store.remove()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1_Pooling", "model.safetensors"]
 
 
 def test_one_process_at_a_time(tmp_path):
@@ -163,9 +185,10 @@ claq_export.export(model, torch.randn(2, 64), out=sys.argv[1], verify=False,
 """
 
 
-@pytest.mark.parametrize("renames", [0, 1])
+@pytest.mark.parametrize("renames", [0, 1, 4, 7])
 def test_a_live_artifact_stays_whole_when_its_replacement_is_killed(tmp_path, renames):
-    """Killed before the first and before the second of the two renames of ``model.onnx`` and its data."""
+    """Killed before the two renames of ``model.onnx`` and its data where they are written, before the first of those that
+    put all files into their places, and before the last one."""
     import onnxruntime
 
     torch.manual_seed(0)

@@ -218,6 +218,32 @@ def test_too_little_disk_is_refused_with_numbers(tmp_path):
         preflight.check(wanted, 10, tmp_path / "model.onnx")
 
 
+def test_disk_that_finished_layers_take_is_not_needed_again(tmp_path, monkeypatch):
+    wanted = preflight.Preflight(1, 0, 300, 100, 1.0, work_disk=100)
+    out, work = tmp_path / "model.onnx", tmp_path / "model.onnx.work"
+    usage = type("Usage", (), {"free": 250})
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(OutputError, match="needs 0"):
+        preflight.check(wanted, 10, out, work)
+    work.mkdir()
+    (work / "claq-run.json").write_text("{}")
+    (work / f"{'0' * 24}.safetensors").write_bytes(bytes(60))
+    preflight.check(wanted, 10, out, work)
+
+
+def test_a_work_folder_on_another_disk_is_looked_at_there(tmp_path, monkeypatch):
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system here")
+    wanted = preflight.Preflight(1, 0, 300, 100, 1.0, work_disk=100)
+    free = {tmp_path: 210, other: 110}
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": free[folder]}))
+    preflight.check(wanted, 10, tmp_path / "model.onnx", other / "claq-no-such-folder")
+    free[other] = 90
+    with pytest.raises(OutputError, match="'/dev/shm/claq-no-such-folder'"):
+        preflight.check(wanted, 10, tmp_path / "model.onnx", other / "claq-no-such-folder")
+
+
 def test_values_are_checked_when_they_are_read(tmp_path, everything_deferred):
     source = save_tiny_llama(tmp_path / "model")
     tensors = load_file(source / "model.safetensors")

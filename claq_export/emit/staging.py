@@ -1,0 +1,102 @@
+"""An export's folder beside the place it is for: all files are written and verified there, then renamed to their places."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ..errors import ClaqError, OutputError
+from ..format.files import check_target, flush, is_alive
+from .artifact import Artifact, data_files
+from .companions import earlier_companions
+
+
+class StagedExport:
+    """A hidden folder in the folder of ``out``, so on the same file system, for the files of one export.
+
+    Nothing of an earlier export is touched before :meth:`publish`. Leaving the ``with`` block removes the folder, whatever
+    happened; one that a killed process left is removed by the next export to ``out``. Errors of claq that leave the block
+    name files by the places they were meant for.
+
+    Args:
+        out: where the model file ends; its folder must exist.
+
+    Raises:
+        OutputError: the folder cannot be made.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._folder = out.parent / f".{out.name}.{os.getpid()}.new"
+
+    @property
+    def path(self) -> Path:
+        """Where the model file is written."""
+        return self._folder / self._out.name
+
+    def __enter__(self) -> Self:
+        try:
+            self._remove_orphans()
+            self._folder.mkdir()
+        except OSError as error:
+            raise OutputError(f"cannot write into {self._out.parent}: {error.strerror or error}") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if isinstance(error, ClaqError):
+            staged, place = str(self._folder), str(self._out.parent)
+            error.args = tuple(text.replace(staged, place) if isinstance(text, str) else text for text in error.args)
+
+    def _remove_orphans(self) -> None:
+        pattern = re.compile(re.escape(f".{self._out.name}.") + r"(\d+)\.new")
+        for entry in self._out.parent.iterdir():
+            match = pattern.fullmatch(entry.name)
+            if match is not None and (int(match[1]) == os.getpid() or not is_alive(int(match[1]))):
+                shutil.rmtree(entry)
+
+    def publish(self, artifact: Artifact) -> Artifact:
+        """Rename all files to their places, the model last; then remove what the export before left.
+
+        That are the model's earlier data file, and the tokenizer, configuration and the like of an earlier artifact that this
+        one does not bring itself: they would be served as if they were its own. A folder without an artifact of claq keeps
+        all its files.
+
+        Args:
+            artifact: what was written to :attr:`path`.
+
+        Returns:
+            the artifact in its place.
+
+        Raises:
+            OutputError: a file cannot be put into its place, or an earlier one not be removed.
+        """
+        folder = self._out.parent
+        staged = sorted(path for path in self._folder.rglob("*") if path.is_file())
+        staged.sort(key=lambda path: path == self.path)
+        places = {path: folder / path.relative_to(self._folder) for path in staged}
+        try:
+            earlier = earlier_companions(folder, self._out.name)
+            for place in places.values():
+                place.parent.mkdir(exist_ok=True)
+                check_target(place)
+            for path, place in places.items():
+                os.replace(path, place)
+            flush(folder, getattr(os, "O_DIRECTORY", 0))
+            written = set(places.values())
+            for path in (*data_files(self._out), *earlier):
+                if path not in written:
+                    path.unlink(missing_ok=True)
+                    if path.parent != folder and not any(path.parent.iterdir()):
+                        path.parent.rmdir()
+        except OSError as error:
+            raise OutputError(f"cannot write into {folder}: {error.strerror or error}") from error
+        files = tuple(places[path] for path in artifact.files)
+        return dataclasses.replace(artifact, path=self._out, files=files)

@@ -1,0 +1,102 @@
+"""An export's files take their places together, and what the export before left beside them goes."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from claq_export.emit.artifact import Artifact
+from claq_export.emit.staging import StagedExport
+from claq_export.errors import VerificationError
+
+OLD_DATA, NEW_DATA = (f"model.onnx.{digit * 16}.data" for digit in "ab")
+OURS = json.dumps({"model_type": "llama", "quantization_config": {"quant_method": "claq"}})
+
+
+def fill(folder: Path, files: dict[str, str]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def export(folder: Path, files: dict[str, str]) -> Artifact:
+    with StagedExport(folder / "model.onnx") as staged:
+        fill(staged.path.parent, files)
+        written = tuple(staged.path.with_name(name) for name in ("model.onnx", NEW_DATA))
+        return staged.publish(Artifact(staged.path, written, 1, (), (), ()))
+
+
+NEW = {"model.onnx": "new", NEW_DATA: "new", "claq.json": "{}", "claq.safetensors": "new"}
+OLD = {"model.onnx": "old", OLD_DATA: "old", "claq.json": "{}", "claq.safetensors": "old"}
+COMPANIONS = {"tokenizer.json": "old", "genai_config.json": "{}", "1_Pooling/config.json": "{}"}
+
+
+def test_companions_of_the_artifact_before_go(tmp_path: Path) -> None:
+    fill(tmp_path, OLD | COMPANIONS | {"config.json": OURS, "notes.txt": "mine"})
+    artifact = export(tmp_path, NEW | {"config.json": "new"})
+    assert contents(tmp_path) == NEW | {"config.json": "new", "notes.txt": "mine"}
+    assert not (tmp_path / "1_Pooling").exists()
+    assert artifact.path == tmp_path / "model.onnx"
+    assert artifact.files == (tmp_path / "model.onnx", tmp_path / NEW_DATA)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        COMPANIONS | {"config.json": '{"model_type": "llama"}', "claq.json": "{}"},  # the model's own folder
+        COMPANIONS | {"config.json": OURS},  # no artifact of claq
+        COMPANIONS | {"claq.json": "{}"},  # what a user put beside the artifact of a module
+        COMPANIONS | {"config.json": "[", "claq.json": "{}"},
+    ],
+    ids=["of the model", "not of claq", "of a module", "unreadable"],
+)
+def test_files_of_others_stay(others: dict[str, str], tmp_path: Path) -> None:
+    fill(tmp_path, others)
+    export(tmp_path, NEW)
+    assert contents(tmp_path) == others | NEW
+
+
+def test_what_genai_reads_of_another_model_file_stays(tmp_path: Path) -> None:
+    genai = {"genai_config.json": json.dumps({"model": {"decoder": {"filename": "other.onnx"}}})}
+    fill(tmp_path, OLD | genai | {"config.json": OURS, "other.onnx": "kept"})
+    export(tmp_path, NEW)
+    assert contents(tmp_path) == NEW | genai | {"other.onnx": "kept"}
+
+
+def test_the_model_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: moved.append(target.name) or replace(source, target))
+    export(tmp_path, NEW | {"tokenizer.json": "new"})
+    assert len(moved) == 5
+    assert moved[-1] == "model.onnx"
+
+
+@pytest.mark.parametrize("kind", [VerificationError, KeyboardInterrupt])
+def test_a_failure_leaves_all_as_it_was(kind: type[BaseException], tmp_path: Path) -> None:
+    fill(tmp_path, OLD)
+
+    def fail() -> None:
+        with StagedExport(tmp_path / "model.onnx") as staged:
+            fill(staged.path.parent, NEW)
+            raise kind(f"{staged.path} deviates")
+
+    with pytest.raises(kind) as error:
+        fail()
+    assert contents(tmp_path) == OLD
+    if kind is VerificationError:
+        assert str(error.value) == f"{tmp_path / 'model.onnx'} deviates"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / f".model.onnx.{2**22 + 1}.new"
+    running = tmp_path / f".model.onnx.{os.getppid()}.new"
+    for folder in (left, running):
+        fill(folder, NEW)
+    export(tmp_path, NEW)
+    assert not left.exists()
+    assert running.exists()
