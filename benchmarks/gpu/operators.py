@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
@@ -13,6 +14,7 @@ from machine import Machine
 
 import claq_export.kernels.ops  # noqa: F401
 from claq_export.format.layer import QuantizedLinear
+from claq_export.kernels.cuda import COARSE_BOUNDS
 
 
 def operators(machine: Machine) -> Iterator[Finding]:
@@ -24,6 +26,7 @@ def operators(machine: Machine) -> Iterator[Finding]:
         yield f"claq::linear, {dtype}, {vectors} rows, {kinds}", _product(machine, dtype, vectors, bias, outliers)
     for dtype in dtypes:
         yield f"claq::embedding, {dtype}", _lookup(machine, dtype)
+    yield "claq::linear, torch.float32, 8 rows, TF32 allowed", _product_in_tf32(machine)
     yield "opcheck of both operators", _registration(machine)
 
 
@@ -58,6 +61,25 @@ def _product(
         got = _twice(lambda: torch.ops.claq.linear(*arguments(layer, x, bias), 0))
         expected = x.double() @ dense.T
         return share(got, expected + bias.double() if with_bias else expected), bound_of(x, dense)
+
+    return error
+
+
+def _product_in_tf32(machine: Machine) -> Callable[[], tuple[float, float]]:
+    """That a product which cuBLAS makes in TF32 is not taken for a wrong kernel, which a warning would say."""
+
+    def error() -> tuple[float, float]:
+        layer, dense = _layer(machine, 0.0)
+        x, none = torch.randn(8, layer.in_features, device=machine.device), torch.zeros(0, device=machine.device)
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)
+                got = torch.ops.claq.linear(*arguments(layer, x, none), 0)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+        return share(got, x.double() @ dense.T), COARSE_BOUNDS[torch.float32]
 
     return error
 

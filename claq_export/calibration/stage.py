@@ -515,7 +515,8 @@ def token_frequency(
             for batch in batches:
                 indices, real = batch[name].flatten(), real_rows((*batch[name].shape, 1), real_tokens(batch))
                 looked_up = indices if real is None else indices[real]
-                counts += torch.bincount(looked_up.remainder(site.out_features), minlength=site.out_features)
+                counted = torch.bincount(looked_up.remainder(site.out_features), minlength=site.out_features)
+                counts += counted.cpu()  # what a compiled model was called with may lie on its GPU
     return found
 
 

@@ -11,6 +11,9 @@ import triton.language as tl
 
 from .language import column_of_slot
 
+SMALLEST_TOP = tl.constexpr(1e-34)
+"""Scales are made for no smaller magnitude: the inverse of one that bfloat16 holds could be infinite in float32."""
+
 
 @triton.jit
 def _scaled(x_ptr, order_ptr, scale_ptr, m, p, valid, K, HAS_ORDER: tl.constexpr):
@@ -60,8 +63,8 @@ def claq_quantize_activations(
     v = _scaled(x_ptr, order_ptr, scale_ptr, m, p, inside[:, None], K, HAS_ORDER)
     if HAS_OUTLIERS:
         tl.store(xf_ptr + p.to(tl.int64) * M + m, v, mask=inside[:, None])
-    largest = tl.max(tl.abs(v), 1)
-    inverse = (32767.0 / tl.where(largest > 0, largest, 1.0))[:, None]
+    largest = tl.maximum(tl.max(tl.abs(v), 1), SMALLEST_TOP)
+    inverse = (32767.0 / largest)[:, None]
     # The sum is 0, or NaN when an activation is not finite: max alone would drop a NaN.
     step = largest * (1.0 / 32767.0) + tl.sum(v * 0.0, 1)
     scaled = v * inverse
@@ -117,9 +120,9 @@ def claq_scale_activations(
         s = tl.arange(0, COLUMNS)
         p = _column(s, blocks4, blocks3)
         v = _scaled(x_ptr, order_ptr, scale_ptr, m, p, s < P, K, HAS_ORDER)
-        top = tl.max(tl.abs(v), 0)
+        top = tl.maximum(tl.max(tl.abs(v), 0), SMALLEST_TOP)
         step = top * (1.0 / 16384.0) + tl.sum(v * 0.0, 0)
-        inverse = 16384.0 / tl.where(top > 0, top, 1.0)
+        inverse = 16384.0 / top
         tl.store(xh_ptr + m * P + s, (v * inverse).to(tl.float16), mask=s < P)
         if HAS_OUTLIERS:
             tl.store(xf_ptr + p.to(tl.int64) * M + m, v, mask=s < P)
@@ -131,9 +134,9 @@ def claq_scale_activations(
             v = _scaled(x_ptr, order_ptr, scale_ptr, m, p, p < P, K, HAS_ORDER)
             largest = tl.maximum(largest, tl.abs(v))
             poison += v * 0.0
-        top = tl.max(largest, 0)
+        top = tl.maximum(tl.max(largest, 0), SMALLEST_TOP)
         step = top * (1.0 / 16384.0) + tl.sum(poison, 0)
-        inverse = 16384.0 / tl.where(top > 0, top, 1.0)
+        inverse = 16384.0 / top
         for start in range(0, P, COLUMNS):
             s = start + tl.arange(0, COLUMNS)
             p = _column(s, blocks4, blocks3)

@@ -60,13 +60,25 @@ def test_a_wrong_kernel_is_not_used(wrong: torch.Tensor | Exception) -> None:
 
 
 def test_values_that_tell_nothing_give_no_verdict() -> None:
+    """The kernel runs all the same: one that is first called while a graph is captured could not be loaded there."""
     kind = next(kinds)
-    for values in (torch.zeros(3), torch.tensor([1.0, torch.inf]), torch.zeros(0)):
-        sample = Sample(values, lambda y: y)
-        found = checked(kind, lambda: pytest.fail("not to be called"), lambda v=values: v, lambda s=sample: s, 0.01)
-        assert found is values
+    log, kernel, *functions = calls_of(RIGHT)
+    untold = [(torch.zeros(3), True), (torch.tensor([1.0, torch.inf]), True), (torch.zeros(0), True), (RIGHT, False)]
+    for values, telling in untold:
+        sample = Sample(values, lambda y: y, telling)
+        assert checked(kind, kernel, lambda v=values: v, lambda s=sample: s, 0.01) is values
+    assert log == ["kernel"] * len(untold)
+    checked(kind, kernel, *functions, 0.01)
+    assert log == ["kernel"] * len(untold) + ["sample", "kernel"]
+
+
+def test_memory_that_runs_out_says_nothing_of_the_kernel() -> None:
+    kind = next(kinds)
+    log, *functions = calls_of(torch.OutOfMemoryError("no room"))
+    with pytest.raises(torch.OutOfMemoryError):
+        checked(kind, *functions, 0.01)
     log, *functions = calls_of(RIGHT)
-    checked(kind, *functions, 0.01)
+    assert checked(kind, *functions, 0.01) is RIGHT
     assert log == ["sample", "kernel"]
 
 
@@ -92,6 +104,46 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[torch.Tenso
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return launch
+
+
+def test_what_has_no_elements_needs_no_kernel(launched: Callable[..., None]) -> None:
+    layer = random_layer(96, 40, (2, 4))
+    launched(lambda x: pytest.fail("not to be called"))
+    assert _linear(torch.zeros(0, 3, 96), layer, torch.zeros(40)).shape == (0, 3, 40)
+    indices, tensors = torch.zeros(2, 0, dtype=torch.int64), list(layer.tensors().values())
+    found = cuda.cuda_embedding(indices, tensors, 96, 40, layer.columns, torch.float16)
+    assert (found.shape, found.dtype) == ((2, 0, 96), torch.float16)
+
+
+def test_the_bias_alone_proves_no_kernel(launched: Callable[..., None], recwarn: pytest.WarningsRecorder) -> None:
+    layer, bias = random_layer(96, 40, (2, 4)), torch.randn(40)
+    launched(lambda x: bias.expand(3, 40).clone())
+    kind = f"the same {next(kinds)}"
+    sys.modules["claq_export.kernels.triton.launch"].kernel_for = lambda *_: kind
+    assert torch.equal(_linear(torch.zeros(3, 96), layer, bias), bias.expand(3, 40))
+    assert not recwarn.list
+    with pytest.warns(RuntimeWarning, match="differs from the reference"):
+        _linear(torch.randn(3, 96), layer, bias)
+
+
+def test_products_that_may_be_in_tf32_are_compared_by_its_rounding(
+    launched: Callable[..., None], recwarn: pytest.WarningsRecorder
+) -> None:
+    layer, x, none = random_layer(96, 40, (2, 4)), torch.randn(8, 96), torch.zeros(0)
+    right = (x.double() @ dense_weight(layer).T).float()
+    rounded = right + right.abs().max() * 3e-4
+    launched(lambda x: rounded)
+    sys.modules["claq_export.kernels.triton.launch"].kernel_for = lambda *_: "dense"
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert _linear(x, layer, none) is rounded
+        assert not recwarn.list
+        torch.set_float32_matmul_precision("highest")
+        with pytest.warns(RuntimeWarning, match="differs from the reference"):
+            assert _linear(x, layer, none) is not rounded
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _linear(x: torch.Tensor, layer: QuantizedLinear, bias: torch.Tensor) -> torch.Tensor:

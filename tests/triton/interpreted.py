@@ -21,7 +21,7 @@ class Case:
 
     ``exact``: scales and inputs are such that every activation is represented exactly, so that only the order of
     additions differs from the reference; y is float32 then. ``nan``: the first vector holds a NaN and is left out of the
-    comparison.
+    comparison. ``magnitude``: of the inputs.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Case:
     bias: bool = True
     exact: bool = False
     nan: bool = False
+    magnitude: float = 1.0
     lanes: int = 32
     warps: int = 8
     unroll: int = 1
@@ -66,6 +67,9 @@ CASES = [
     Case("dense-odd", 70, 37, (2, 4), 130, "float32", "dense", outliers=0.02, bias=False),
     Case("gemv-nan", 64, 16, (3,), 2, "float16", "gemv", outliers=0.02, nan=True),
     Case("gemm-nan", 64, 16, (2,), 5, "float16", "gemm", nan=True),
+    Case("gemv-tiny", 64, 16, (3,), 2, "bfloat16", "gemv", bias=False, magnitude=1e-33),
+    Case("gemm-tiny", 64, 16, (2,), 5, "bfloat16", "gemm", bias=False, magnitude=1e-34),
+    Case("gemm-tiny-many-columns", 200, 16, (2,), 5, "bfloat16", "gemm", bias=False, magnitude=1e-34, columns=64),
     Case("no-vectors", 40, 8, (2,), 0, "float16", "gemv"),
 ]
 
@@ -162,7 +166,7 @@ def _run(case: Case) -> dict[str, object]:
     )
     torch.manual_seed(1)
     dtype = getattr(torch, case.dtype)
-    x = torch.randn(case.vectors, case.in_features)
+    x = torch.randn(case.vectors, case.in_features) * case.magnitude
     if case.exact:
         scale = torch.where(layer.scale > 0, 2.0**-7, 0.0).to(torch.float16)
         layer = dataclasses.replace(layer, scale=scale)
