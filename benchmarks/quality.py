@@ -38,7 +38,7 @@ from benchmarks.peers.ggml import find_library, k_quant
 from benchmarks.peers.hqq import hqq
 from benchmarks.peers.rows import squeezellm
 from benchmarks.peers.uniform import gptq, round_to_nearest
-from claq_export.algorithm import Hessian, LayerSettings, quantize_layer
+from claq_export.algorithm import REVISION, Hessian, LayerSettings, quantize_layer
 from claq_export.algorithm.budget import LayerProfile
 from claq_export.algorithm.presets import PAPER_TOKEN_CLIP, PRESETS, preset_settings
 from claq_export.api import capture
@@ -272,7 +272,7 @@ TUNE_WINDOWS = 128
 
 
 class Budgeting(Compilation):
-    """A compilation whose profile of all columns is kept on disk: it is the same for every budget."""
+    """A compilation whose profile of all columns is kept on disk: it is the same for every budget of one revision."""
 
     profile_path: Path
 
@@ -303,7 +303,7 @@ def product(name: str, changes: dict[str, Any], tuned: TuneSettings | None = Non
         with ProgressReporter(quiet=True, log_path=log) as reporter:
             compilation = Budgeting(captured, config, reporter, {})
             compilation.profile_path = (
-                bench.work / f"profile-{len(bench.calibration)}{'-guided' * config.guided}.pickle"
+                bench.work / f"profile-r{REVISION}-{len(bench.calibration)}{'-guided' * config.guided}.pickle"
             )
             layers = bench.work / f"{name}.layers"
             try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from .config import Config
 from .deferred import weight_bytes
 from .emit.artifact import Artifact
 from .emit.staging import StagedExport
-from .errors import CaptureError, ConfigError
+from .errors import CaptureError, ClaqError, ConfigError, OutputError
 from .file_graph import in_float32
 from .modules import ClaqEmbedding, ClaqLinear, check_replaceable, replace_linears
 from .passes import Skipped
@@ -244,7 +245,8 @@ def export(
             numbers before it begins. The artifact is compared with the finished layers byte by byte instead of being
             run. None = everything is in memory.
         work: folder for finished layers; an interrupted run with the same model, data and settings goes on from it.
-            It is removed when the export is complete. None = keep nothing.
+            Claq deletes its files there when the export is complete, and the folder if nothing else is in it.
+            None = keep nothing.
         resume: False: discard what an interrupted run left in ``work``; otherwise go on with it, and refuse a folder of
             another model, data, settings or version by naming what changed.
         report: write a self-contained HTML page about the run to this file.
@@ -256,9 +258,9 @@ def export(
     out = Path(out)
     config = config or Config()
     reporter = reporter or ProgressReporter(quiet=True)
-    if isinstance(model, nn.Module):
-        check_replaceable(model)
     check_settings(config, memory=memory, report=report)
+    if memory is not None:
+        work = work or f"{out}.work"
     check_paths(out=out, report=report, work=work, calibration=config.calibration, model=model)
     check_targets(out, report)
     peers = Peers.from_environment()
@@ -289,7 +291,8 @@ def export(
     compilation.peers = peers
     verify = verify and peers.rank == 0
     if memory is not None:
-        verify, work = False, work or f"{out}.work"
+        verify = False
+    compilation.keep_unfused = verify and not compilation.cached
     compilation.seconds["capture"] = time.perf_counter() - start
     original_bytes = weight_bytes(module)
     quantized = _quantized_already(module)
@@ -316,24 +319,24 @@ def export(
         reporter.stage(f"quantizing {len(compilation.plan.sites)} layers")
         try:
             compilation.quantize(Path(work) if work is not None else None, resume)
+            collect_garbage()
+            reporter.stage(f"writing {out}")
+            artifact = verification = None
+            if peers.rank == 0:
+                with _failure_told(peers), StagedExport(out) as staged:
+                    artifact = compilation.emit(staged.path, out.parent)
+                    if verify:
+                        verification = _verified(compilation, staged.path, samples, originals, original_path)
+                        verification = replace(verification, path=out)
+                    if memory is not None:
+                        _compare_with_layers(compilation, staged.path)
+                    artifact = staged.publish(artifact)
+            artifact = _told(peers, artifact)
         except BaseException:
             # A notebook keeps the traceback, and with it the lock on the folder that the next try goes on with.
             if compilation.store is not None:
                 compilation.store.close()
             raise
-        collect_garbage()
-        reporter.stage(f"writing {out}")
-        artifact = verification = None
-        if peers.rank == 0:
-            with StagedExport(out) as staged:
-                artifact = compilation.emit(staged.path, out.parent)
-                if verify:
-                    verification = _verified(compilation, staged.path, samples, originals, original_path)
-                    verification = replace(verification, path=out)
-                if memory is not None:
-                    _compare_with_layers(compilation, staged.path)
-                artifact = staged.publish(artifact)
-        artifact = _told(peers, artifact)
     if memory is not None:
         reporter.event("memory", peak_bytes=peak_resident_bytes())
     if work is not None and compilation.store is not None:
@@ -419,7 +422,7 @@ def check_plan(compilation: Compilation, quantized: Sequence[str] = ()) -> None:
     """
     if compilation.plan.sites:
         if compilation.config.budgeted:
-            compilation.sizing.predicted_layers()
+            compilation.predicted_layers()
         return
     reasons = "; ".join(f"{skipped.name}: {skipped.reason}" for skipped in compilation.plan.skipped[:5])
     if quantized:
@@ -512,8 +515,22 @@ def _compare_with_layers(compilation: Compilation, path: Path) -> None:
         check_stored(path, {name: done.layer for name, done in compilation.sites.items()})
 
 
+@contextmanager
+def _failure_told(peers: Peers) -> Iterator[None]:
+    """Tell the other processes, which wait in :func:`_told`, of an error of claq in the block."""
+    try:
+        yield
+    except ClaqError as error:
+        peers.tell({"error": str(error)})
+        raise
+
+
 def _told(peers: Peers, artifact: Artifact | None) -> Artifact:
-    """The artifact that process 0 wrote, in every process."""
+    """The artifact that process 0 wrote, in every process.
+
+    Raises:
+        OutputError: process 0 failed, see :func:`_failure_told`.
+    """
     if peers.size == 1:
         assert artifact is not None
         return artifact
@@ -521,6 +538,8 @@ def _told(peers: Peers, artifact: Artifact | None) -> Artifact:
     if artifact is not None:
         description = asdict(artifact) | {"path": str(artifact.path), "files": [str(file) for file in artifact.files]}
     told = peers.tell(description)
+    if "error" in told:
+        raise OutputError(f"the process that writes the artifact failed: {told['error']}")
     return Artifact(
         path=Path(told["path"]),
         files=tuple(map(Path, told["files"])),

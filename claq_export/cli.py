@@ -364,6 +364,7 @@ def run_export(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from .api import export
+    from .calibration.peers import is_one_of_several
     from .calibration.progress import ProgressReporter
     from .errors import ConfigError
     from .preflight import check_settings
@@ -385,7 +386,7 @@ def run_export(options: argparse.Namespace) -> None:
     # Piped output has no width of its own; names of layers should not be broken at 80 columns then.
     console = Console(width=None if sys.stdout.isatty() else 140)
     # Of several processes (torchrun) the first one speaks.
-    first = not _is_one_of_several() or os.environ.get("RANK", "0") == "0"
+    first = not is_one_of_several() or os.environ.get("RANK", "0") == "0"
     with ProgressReporter(quiet=options.quiet or not first, log_path=options.log if first else None) as reporter:
         if options.dry_run:
             _dry_run(options, config, reporter, console)
@@ -470,22 +471,15 @@ def _dry_run(options: argparse.Namespace, config: Config, reporter: ProgressRepo
     from .standard_output import to_standard_output
     from .summary import print_plan
 
-    for option, path in (("--out", options.out), ("--report", options.report)):
-        if path is not None:
-            check_could_be_written(path, option)
+    check_could_be_written(options.out, options.report)
     captured, _ = capture(options.model, task=options.task, trust_remote_code=options.trust_remote_code)
     if config.last_logits and not (options.cache and captured.task == "text-generation"):
         raise ConfigError("last_logits is for language models with a key/value cache; this graph has none")
     compilation = Compilation(captured, config, reporter)
     check_plan(compilation)
-    layers = compilation.sizing.predicted_layers()
+    layers = compilation.predicted_layers()
     with to_standard_output():
         print_plan(console, layers, compilation.plan.skipped)
-
-
-def _is_one_of_several() -> bool:
-    """Whether ``torchrun`` started several processes; some shells and schedulers set ``RANK`` alone."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -50,7 +50,7 @@ from .passes.select_linears import layer_name
 from .preflight import Preflight, predict_resources
 from .process_memory import collect_garbage
 from .report import LayerRecord, layer_record
-from .sizing import Sizing
+from .sizing import PlannedLayer, Sizing
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class Compilation:
         scratch: folder that large activations may go to; None = they all stay in memory, unless ``memory`` says otherwise.
         state: every tensor of the original model by its ``state_dict()`` name, for the PyTorch checkpoint.
         walk: makes the calibration's walk over the graph; None: one over this graph alone, on the first device.
+        keep_unfused: keep a copy of the file's graph as it is before operators are fused, for :attr:`unfused`.
     """
 
     captured: CapturedModel
@@ -90,10 +91,12 @@ class Compilation:
     peers: Peers = field(default_factory=Peers)
     records: list[LayerRecord] = field(default_factory=list)
     walk: WalkMaker | None = None
+    keep_unfused: bool = False
     _context: PassContext | None = None
     _unfused: fx.Graph | None = None
     _file_plan: Plan | None = None
     _preflight: Preflight | None = None
+    _predicted: list[PlannedLayer] | None = None
     _batches: list[Batch] | None = None
 
     @contextmanager
@@ -145,6 +148,12 @@ class Compilation:
         """Predicted sizes of the plan's layers, and what a bit budget makes of them."""
         return Sizing(self.plan, self.captured.graph_module, self.config)
 
+    def predicted_layers(self) -> list[PlannedLayer]:
+        """What :meth:`Sizing.predicted_layers` says of the plan; predicted once."""
+        if self._predicted is None:
+            self._predicted = self.sizing.predicted_layers()
+        return self._predicted
+
     def preflight(self) -> Preflight:
         """What the run will need; measured and predicted once."""
         if self._preflight is None:
@@ -154,7 +163,7 @@ class Compilation:
                 self.plan.sites,
                 self.batches(),
                 self.config.layer_settings(),
-                self.sizing.predicted_layers(),
+                self.predicted_layers(),
                 self.sizing.unquantized_bytes(),
                 self.memory,
             )
@@ -202,7 +211,7 @@ class Compilation:
         """
         plan = self.plan
         if self.config.budgeted:
-            self.sizing.predicted_layers()  # refuses a budget that nothing can meet, before the first batch
+            self.predicted_layers()  # refuses a budget that nothing can meet, before the first batch
         batches = self.batches()
         if batches is None:
             self.reporter.warn(
@@ -368,10 +377,14 @@ class Compilation:
         into_file = self._file_plan is None
         assert self._context is not None
         level = self.config.accuracy_level
-        self._unfused = lower(self.captured.graph_module, self._context, layers, level, fuse=into_file)
+        keep = self.keep_unfused
+        graph = self.captured.graph_module
+        self._unfused = lower(graph, self._context, layers, level, fuse=into_file, keep_unfused=keep)
         if self._file_plan is not None:
             assert self.captured.file_graph is not None
-            self._unfused = lower_file_graph(self.captured.file_graph, self._file_plan, layers, level)
+            self._unfused = lower_file_graph(
+                self.captured.file_graph, self._file_plan, layers, level, keep_unfused=keep
+            )
 
     def _fingerprint(self, batches: Sequence[Batch] | None) -> dict[str, str]:
         settings = {key: value for key, value in self.config.to_json().items() if key not in _NOT_IN_FINGERPRINT}
@@ -446,7 +459,8 @@ class Compilation:
 
     @property
     def unfused(self) -> CapturedModel | None:
-        """The graph that goes into the file as it was before operators were fused; None before it is lowered."""
+        """The graph that goes into the file as it was before operators were fused; None before it is lowered, and where
+        ``keep_unfused`` is off."""
         return None if self._unfused is None else before_fusing(self.emitted, self._unfused)
 
     @property

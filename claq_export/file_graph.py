@@ -66,10 +66,15 @@ def plan_file_graph(
 
 
 def lower_file_graph(
-    captured: CapturedModel, plan: Plan, layers: Mapping[str, QuantizedLinear], accuracy_level: int
+    captured: CapturedModel,
+    plan: Plan,
+    layers: Mapping[str, QuantizedLinear],
+    accuracy_level: int,
+    *,
+    keep_unfused: bool = False,
 ) -> fx.Graph | None:
-    """Put quantized layers, single or stacked, into the file's graph, whose own plan is ``plan``; the graph before operators
-    were fused.
+    """Put quantized layers, single or stacked, into the file's graph, whose own plan is ``plan``; with ``keep_unfused`` returns
+    the graph before operators were fused.
 
     Raises:
         CaptureError: the linears that are stacked are not those of the graph that was quantized.
@@ -80,7 +85,7 @@ def lower_file_graph(
         Pipeline([FuseSiblings(weights=False)]).run(captured.graph_module, context)
     sizes = {site.name: site.out_features for site in plan.sites}
     _check_same({name: layer.out_features for name, layer in layers.items()}, sizes, captured.task == CACHED_TASK)
-    return lower(captured.graph_module, context, layers, accuracy_level, fuse=True)
+    return lower(captured.graph_module, context, layers, accuracy_level, fuse=True, keep_unfused=keep_unfused)
 
 
 def share_stacked_weights(captured: CapturedModel, own: Plan, plan: Plan, graph_module: fx.GraphModule) -> None:

@@ -20,6 +20,7 @@ def lower(
     accuracy_level: int,
     *,
     fuse: bool,
+    keep_unfused: bool = False,
 ) -> fx.Graph | None:
     """Put quantized layers into a graph, in place.
 
@@ -29,14 +30,16 @@ def lower(
         layers: quantized layers by name.
         accuracy_level: of all.
         fuse: the graph goes into a file, so operators do what is around them too.
+        keep_unfused: copy the graph before they do.
 
     Returns:
-        a copy of the graph as it was before operators were fused, for :func:`before_fusing`; None where they were not.
+        a copy of the graph as it was before operators were fused, for :func:`before_fusing`; None where they were not or no
+        copy is wanted.
     """
     lowering_pipeline(layers, accuracy_level, for_file=fuse).run(graph_module, context)
     if not fuse:
         return None
-    unfused = copy.deepcopy(graph_module.graph)
+    unfused = copy.deepcopy(graph_module.graph) if keep_unfused else None
     fusing_pipeline().run(graph_module, context)
     return unfused
 

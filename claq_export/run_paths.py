@@ -9,8 +9,9 @@ from pathlib import Path
 from .config import DEFAULT_CALIBRATION, NO_CALIBRATION
 from .emit.artifact import DATA_NAME_LONGER
 from .emit.companions import is_written_beside
+from .emit.staging import remove_orphans
 from .errors import CalibrationError, ConfigError, OutputError
-from .format.files import check_writable
+from .format.files import check_names, check_writable, nearest_folder
 
 _NOT_A_MODELS = (".html", ".htm", ".jsonl", ".log")
 """Endings of files that may be overwritten in a model's folder: an earlier run's report or log."""
@@ -29,7 +30,7 @@ def check_paths(
 
     Args:
         out, report, log: files that will be written.
-        work: the folder of finished layers, which is removed in the end.
+        work: the folder of finished layers, in which claq deletes its files in the end.
         calibration: a file; anything that is no path is ignored.
         model: a folder; anything that is no path is ignored.
 
@@ -59,7 +60,7 @@ def check_paths(
         raise ConfigError(f"the calibration file {str(read)!r} would be overwritten by the artifact {str(artifact)!r}")
     if work is not None:
         inside: dict[str, Path | None] = {"--out": artifact, **written, "--calibration": read}
-        if isinstance(model, str | Path) and (folder := Path(model).expanduser()).is_dir():
+        if isinstance(model, str | Path) and os.path.isdir(folder := Path(model).expanduser()):
             inside["the model"] = folder
         _check_work(Path(work), inside)
 
@@ -72,7 +73,7 @@ def _check_work(work: Path, others: Mapping[str, Path | None]) -> None:
         place = path.resolve()
         if folder == place or folder in place.parents:
             raise ConfigError(
-                f"--work {str(work)!r} is removed when the export is done, and {name} {str(path)!r} lies in it; "
+                f"claq deletes its files in --work {str(work)!r} when the export is done, and {name} {str(path)!r} lies in it; "
                 "name a folder of its own"
             )
 
@@ -80,26 +81,36 @@ def _check_work(work: Path, others: Mapping[str, Path | None]) -> None:
 def check_targets(out: Path, report: str | Path | None) -> None:
     """Make the folders of what will be written, and see that files can be made in them.
 
+    What killed exports to ``out`` left beside it is removed, so that it does not count as used when disk is predicted.
+
     Raises:
         OutputError: they cannot.
     """
     check_writable(out, longer=DATA_NAME_LONGER)
+    try:
+        remove_orphans(out)
+    except OSError as error:
+        raise OutputError(f"output folder {str(out.parent)!r} cannot be read: {error.strerror or error}") from error
     if report is not None:
         check_writable(Path(report), "--report", "report.html")
 
 
-def check_could_be_written(path: str | Path, option: str) -> None:
-    """The same for a dry run, which makes no folder.
+def check_could_be_written(out: str | Path | None, report: str | Path | None) -> None:
+    """The same for a dry run, which makes no folder and needs neither file.
 
     Raises:
         OutputError: a file of that name could not be made, as far as can be told without trying.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise OutputError(f"{str(path)!r} is a folder; {option} names the file to write")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"{option}: output folder {str(path.parent)!r} is not writable")
+    for option, name, longer in (("--out", out, DATA_NAME_LONGER), ("--report", report, 0)):
+        if name is None:
+            continue
+        path = Path(name)
+        check_names(path, option, longer)
+        if path.is_dir():
+            raise OutputError(f"{str(path)!r} is a folder; {option} names the file to write")
+        folder = nearest_folder(path)
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError(f"{option}: output folder {str(path.parent)!r} is not writable")
 
 
 def _calibration_file(calibration: object) -> Path | None:
@@ -111,18 +122,19 @@ def _calibration_file(calibration: object) -> Path | None:
     if not isinstance(calibration, str | Path) or str(calibration) in (DEFAULT_CALIBRATION, NO_CALIBRATION):
         return None
     path = Path(calibration)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CalibrationError(f"calibration file {str(path)!r} does not exist or is not a file")
     return path
 
 
 def _is_device(path: Path) -> bool:
     """Whether this is ``/dev/null``, a pipe or the like, which several may write to."""
-    return path.exists() and not path.is_file() and not path.is_dir()
+    # Path's own methods raise where a name is too long, which is refused later, by the option that gave it.
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def _same(a: Path, b: Path) -> bool:
-    return a.resolve() == b.resolve() or (a.exists() and b.exists() and a.samefile(b))
+    return a.resolve() == b.resolve() or (os.path.exists(a) and os.path.exists(b) and a.samefile(b))
 
 
 def _is_of_artifact(path: Path, artifact: Path) -> bool:
@@ -134,6 +146,6 @@ def _is_of_artifact(path: Path, artifact: Path) -> bool:
 def _is_of_model(path: Path, model: Path) -> bool:
     """Whether this is a file of the model's folder, which a run only reads."""
     folder = model.expanduser()
-    if not folder.is_dir() or not path.is_file() or path.suffix.lower() in _NOT_A_MODELS:
+    if not os.path.isdir(folder) or not os.path.isfile(path) or path.suffix.lower() in _NOT_A_MODELS:
         return False
     return folder.resolve() in path.resolve().parents

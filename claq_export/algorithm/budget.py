@@ -178,18 +178,25 @@ def per_token_of_text(profiles: Sequence[LayerProfile], uses: Mapping[str, int])
     # What a layer at one place reads at most: all tokens, padding left out.
     text = max(profile.tokens / uses[profile.name] for profile in seen)
 
-    def family(profile: LayerProfile) -> tuple[str, int, int]:
-        return _LAST_NUMBER.sub(r"\1", profile.name), profile.out_features, profile.in_features
-
+    # Sorted into families once: a model may have thousands of experts, and as many that no token came to.
+    costs: dict[tuple[str, int, int], list[float]] = {}
+    for profile in seen:
+        costs.setdefault(_family(profile), []).append(profile.cost)
+    usual = {family: median(of_family) for family, of_family in costs.items()}
+    usual_of_all = median(profile.cost for profile in seen)
     found = []
     for profile in profiles:
         if profile.tokens:
             found.append(replace(profile, error=profile.error * (profile.tokens / text)))
             continue
-        siblings = [other for other in seen if family(other) == family(profile)] or seen
-        cost = median(other.cost for other in siblings)
+        cost = usual.get(_family(profile), usual_of_all)
         found.append(replace(profile, error=profile.error * (cost / text), cost=cost))
     return found
+
+
+def _family(profile: LayerProfile) -> tuple[str, int, int]:
+    """Equal for layers of one shape whose names differ in the last number alone."""
+    return _LAST_NUMBER.sub(r"\1", profile.name), profile.out_features, profile.in_features
 
 
 def _column_errors(columns: torch.Tensor, reserve: Sequence[int]) -> Float64:

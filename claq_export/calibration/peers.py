@@ -26,6 +26,11 @@ from ..format.layer import QuantizedLinear
 from .data import Batch
 
 
+def is_one_of_several() -> bool:
+    """Whether ``torchrun`` started several processes; some shells and schedulers set ``RANK`` alone."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+
+
 class Peers:
     """The processes of a run, and this one's place among them.
 
@@ -44,7 +49,7 @@ class Peers:
         if not dist.is_available():
             return cls()
         if not dist.is_initialized():
-            if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_ADDR" not in os.environ:
+            if not is_one_of_several():
                 return cls()
             dist.init_process_group("gloo")
         # What is handed round lies in the host's memory, which nccl does not reach.

@@ -187,8 +187,8 @@ class LayerStore:
             raise OutputError(f"{what} cannot be written to {str(self.folder)!r}: {error}") from error
 
     def remove(self) -> None:
-        """Delete the work folder (the run is complete), the marker after the layers, the lock last; files in it that are not
-        claq's stay, and the folder with them."""
+        """Delete claq's files in the work folder (the run is complete), the marker after the layers, the lock last, and then the
+        folder, unless it holds other files."""
         try:
             self._discard_layers()
             (self.folder / _MARKER).unlink(missing_ok=True)

@@ -139,7 +139,7 @@ def tune(
             raise CalibrationError("tuning needs a model that returns floating tensors")
         real = real_tokens(sample)
         return (
-            divergence(found[0], wanted[0], real)
+            _divergence(found[0], wanted[0], real)
             if task in DISTRIBUTIONS
             else output_error(found, wanted, pooled, real)
         )
@@ -422,7 +422,7 @@ class _Divergence(torch.autograd.Function):
         return gradient * pull.to(gradient.dtype), None
 
 
-def divergence(logits: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
+def _divergence(logits: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
     """Mean over positions of KL(wanted || found), in nats.
 
     Args:

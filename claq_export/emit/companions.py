@@ -82,9 +82,11 @@ def earlier_companions(folder: Path, model_file: str) -> list[Path]:
     """The companions that lie beside an earlier artifact of claq; none where they are not claq's own.
 
     Claq's are those of a folder with ``claq.json`` whose ``config.json`` says that its model is quantized so. Of a model's own
-    folder, or of one with files that its user put beside an artifact of a module, nothing is listed; nor is a
-    ``genai_config.json`` that is for another model file of the folder than ``model_file``.
+    folder, or of one with files that its user put beside an artifact of a module, nothing is listed; nor of a folder with
+    another ``.onnx`` file than ``model_file``, whose companions they may be.
     """
+    if any(path.name != model_file for path in folder.glob("*.onnx")):
+        return []
     try:
         settings = read_json_object(folder / CONFIG, OutputError) if (folder / CONFIG_FILE).is_file() else {}
         declared = settings.get("quantization_config")
@@ -92,17 +94,7 @@ def earlier_companions(folder: Path, model_file: str) -> list[Path]:
             return []
     except OutputError:
         return []  # a config.json that cannot be read is not one that claq wrote
-    names = _COMPANIONS if _is_for_another(folder, model_file) else (*_COMPANIONS, GENAI_CONFIG)
-    return [folder / name for name in names if (folder / name).is_file()]
-
-
-def _is_for_another(folder: Path, model_file: str) -> bool:
-    """Whether ``genai_config.json`` names another model file, and that is there."""
-    try:
-        served = read_json_object(folder / GENAI_CONFIG, OutputError)["model"]["decoder"]["filename"]
-    except (OutputError, KeyError, TypeError):
-        return False
-    return isinstance(served, str) and served != model_file and (folder / served).is_file()
+    return [folder / name for name in (*_COMPANIONS, GENAI_CONFIG) if (folder / name).is_file()]
 
 
 def _rename_class(origin: Path, copy: Path) -> None:

@@ -16,12 +16,27 @@ from .artifact import Artifact, data_files
 from .companions import earlier_companions
 
 
+def remove_orphans(out: Path) -> None:
+    """Remove the folders that killed exports to ``out`` left beside it, each as large as an artifact.
+
+    One that cannot be removed, such as another user's, stays.
+
+    Raises:
+        OSError: the folder of ``out`` cannot be listed.
+    """
+    pattern = re.compile(re.escape(f".{out.name}.") + r"(\d+)\.new")
+    for entry in out.parent.iterdir():
+        match = pattern.fullmatch(entry.name)
+        if match is not None and (int(match[1]) == os.getpid() or not is_alive(int(match[1]))):
+            shutil.rmtree(entry, ignore_errors=True)  # several processes may do so at once
+
+
 class StagedExport:
     """A hidden folder in the folder of ``out``, so on the same file system, for the files of one export.
 
     Nothing of an earlier export is touched before :meth:`publish`. Leaving the ``with`` block removes the folder, whatever
-    happened; one that a killed process left is removed by the next export to ``out``. Errors of claq that leave the block
-    name files by the places they were meant for.
+    happened; one that a killed process left is removed when the next export to ``out`` begins. Errors of claq that leave the
+    block name files by the places they were meant for.
 
     Args:
         out: where the model file ends; its folder must exist.
@@ -41,7 +56,7 @@ class StagedExport:
 
     def __enter__(self) -> Self:
         try:
-            self._remove_orphans()
+            remove_orphans(self._out)
             self._folder.mkdir()
         except OSError as error:
             raise OutputError(f"cannot write into {self._out.parent}: {error.strerror or error}") from error
@@ -55,19 +70,12 @@ class StagedExport:
             staged, place = str(self._folder), str(self._out.parent)
             error.args = tuple(text.replace(staged, place) if isinstance(text, str) else text for text in error.args)
 
-    def _remove_orphans(self) -> None:
-        pattern = re.compile(re.escape(f".{self._out.name}.") + r"(\d+)\.new")
-        for entry in self._out.parent.iterdir():
-            match = pattern.fullmatch(entry.name)
-            if match is not None and (int(match[1]) == os.getpid() or not is_alive(int(match[1]))):
-                shutil.rmtree(entry)
-
     def publish(self, artifact: Artifact) -> Artifact:
         """Rename all files to their places, the model last; then remove what the export before left.
 
         That are the model's earlier data file, and the tokenizer, configuration and the like of an earlier artifact that this
-        one does not bring itself: they would be served as if they were its own. A folder without an artifact of claq keeps
-        all its files.
+        one does not bring itself: they would be served as if they were its own. A folder without an artifact of claq, or with
+        another model file too, keeps all its files.
 
         Args:
             artifact: what was written to :attr:`path`.

@@ -13,7 +13,7 @@ from ..option_types import not_negative, positive
 from ..standard_output import to_standard_output
 from .lambada import lambada_quality, read_passages
 from .language import language_quality, read_text, token_windows
-from .models import open_model, open_tokenizer, sequence_limit
+from .models import open_model, open_tokenizer, sequence_limit, window_length
 from .output import json_text, print_table
 from .sentences import read_pairs, sentence_quality
 
@@ -123,7 +123,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         bos = tokenizer.bos_token_id if arguments.bos else None
         if arguments.bos and bos is None:
             raise ConfigError("--bos: the tokenizer has no BOS token")
-        context = _context(arguments.context, sequence_limit(model, reference))
+        context = window_length(arguments.context, _CONTEXT, sequence_limit(model, reference))
         windows = token_windows(read_text(arguments.text), tokenizer, context, arguments.windows, bos)
         with _progress("windows", arguments) as advance:
             quality = language_quality(
@@ -141,19 +141,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             passages = read_passages(arguments.text, arguments.limit)
             return lambada_quality(model, tokenizer, passages, lambda done, total: advance(done, total, "")).to_json()
     return _harness(arguments, model, tokenizer)
-
-
-def _context(asked: int | None, limit: int | None) -> int:
-    """Tokens a window of models that take at most ``limit`` (None: any number).
-
-    Raises:
-        ConfigError: more are asked for.
-    """
-    if asked is None:
-        return _CONTEXT if limit is None else min(_CONTEXT, limit)
-    if limit is not None and asked > limit:
-        raise ConfigError(f"--context {asked}: the model takes at most {limit} tokens, by its configuration")
-    return asked
 
 
 def _harness(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:

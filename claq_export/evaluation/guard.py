@@ -22,7 +22,7 @@ from ..format.checkpoint import load_checkpoint
 from ..inputs import OnnxFile
 from .language import agreement, divergence, language_quality, read_text, token_windows
 from .layers import LayerError, layer_errors
-from .models import OnnxModel, TorchModel, open_model, runtime_library
+from .models import OnnxModel, TorchModel, open_model, runtime_library, window_length
 from .output import json_value
 from .sentences import sentence_quality
 
@@ -35,6 +35,9 @@ LIMITS: Mapping[str, tuple[str, bool]] = {
     "min_cosine_worst": ("cosine_min", False),
 }
 """Limit -> (what is measured, whether the limit is an upper one)."""
+
+_CONTEXT = 512
+"""Tokens a window where nothing else is asked for."""
 
 _SENTENCES_AT_ONCE = 16
 _SENTENCE_TOKENS = 256
@@ -110,7 +113,7 @@ def guard(
     limits: Mapping[str, float],
     *,
     task: str | None = None,
-    context: int = 512,
+    context: int | None = None,
     windows: int | None = 32,
     library: str | Path | None = "auto",
     threads: int = 0,
@@ -125,7 +128,7 @@ def guard(
         text: running text for decoders, a sentence a line for the rest; UTF-8.
         limits: by the names of :data:`LIMITS`, at least one.
         task: of the model; None: as the artifact records it, else by the architecture.
-        context: tokens a window of a decoder.
+        context: tokens a window of a decoder; None: 512, or what the model takes if that is less.
         windows: first windows (decoders) or this many sentences times four (others); None = all.
         library: see :func:`~claq_export.evaluation.models.runtime_library`.
         threads: of ONNX Runtime; 0 = its choice.
@@ -133,8 +136,8 @@ def guard(
         trust_remote_code: run Python code that comes with the original.
 
     Raises:
-        ConfigError: no limit, an unknown one, one that is not finite, or one that this task has no measure for; another setting
-            is out of range; the text cannot be used.
+        ConfigError: no limit, an unknown one, one that is not finite, or one that this task has no measure for; more tokens a
+            window than the model takes; another setting is out of range; the text cannot be used.
         ModelError, FormatError: the original or the artifact cannot be read.
     """
     path = _artifact_path(Path(artifact))
@@ -157,8 +160,7 @@ def guard(
     )
     if tokenizer is None:
         raise ConfigError(f"{original} has no tokenizer, so a text cannot be measured")
-    if model.max_sequence is not None:
-        context = min(context, model.max_sequence)
+    length = window_length(context, _CONTEXT, model.max_sequence) if task == "text-generation" else 0
     lines = [line.strip() for line in content.splitlines() if line.strip()]
     lines = lines[: None if windows is None else 4 * windows]
     if path.suffix == ".onnx":
@@ -169,7 +171,7 @@ def guard(
         candidate = open_model(path, causal=task == "text-generation", task=task, reference=original)
 
     if task == "text-generation":
-        tokens = token_windows(content, tokenizer, context, windows)
+        tokens = token_windows(content, tokenizer, length, windows)
         quality = language_quality(candidate, tokens, TorchModel(model.model))
         measures = {key: float(value) for key, value in quality.to_json().items()}
         measures["perplexity_ratio"] = quality.perplexity / (quality.reference_perplexity or math.nan)

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from ..errors import VerificationError
-from ..option_types import finite, not_negative
+from ..option_types import finite, not_negative, positive
 from ..standard_output import to_standard_output
 from .guard import LIMITS, GuardReport, guard
 from .output import json_text, print_table
@@ -46,7 +46,12 @@ def add_verify_command(subparsers: Any) -> argparse.ArgumentParser:
     for name, text in _HELP.items():
         limits.add_argument(f"--{name.replace('_', '-')}", type=finite, metavar="X", help=text)
     parser.add_argument("--task", help="of the model (default: as the artifact says)")
-    parser.add_argument("--context", type=int, default=512, metavar="N", help="tokens a window (default: 512)")
+    parser.add_argument(
+        "--context",
+        type=positive,
+        metavar="N",
+        help="tokens a window (default: 512, or what the model takes if that is less)",
+    )
     parser.add_argument(
         "--windows",
         type=not_negative,

@@ -46,6 +46,19 @@ def sequence_limit(*models: Any) -> int | None:
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
+def window_length(asked: int | None, usual: int, limit: int | None) -> int:
+    """Tokens a window of models that take at most ``limit`` (None: any number); ``usual`` where none are asked for.
+
+    Raises:
+        ConfigError: more than the limit are asked for.
+    """
+    if asked is None:
+        return usual if limit is None else min(usual, limit)
+    if limit is not None and asked > limit:
+        raise ConfigError(f"--context {asked}: the model takes at most {limit} tokens, by its configuration")
+    return asked
+
+
 class TorchModel:
     """A PyTorch module: plain, quantized or compiled. Implements :class:`LogitsModel` and :class:`EncoderModel`.
 
@@ -145,8 +158,8 @@ class OnnxModel:
     def max_sequence(self) -> int | None:
         """Most tokens it takes, by the configuration beside it; None where that sets no limit."""
         limit, padding = stated_positions(self.config), getattr(self.config, "pad_token_id", None)
-        if limit is None or not isinstance(padding, int) or not _has_masked_form(self.config):
-            return limit
+        if limit is None or not isinstance(padding, int) or padding <= 0 or not _has_masked_form(self.config):
+            return limit  # the tables of BERT-like models, whose padding is token 0, begin at position 0
         # Encoders like RoBERTa count positions from after the padding index; the file does not show whether this one does.
         return max(limit - padding - 1, 1)
 

@@ -17,6 +17,9 @@ from ..errors import OutputError
 
 _WRITTEN_AT_ONCE = 8 << 20
 
+_LONGEST_NAME = 255
+"""Bytes of a name, where a file system does not say."""
+
 
 @contextmanager
 def _as_output_error(path: Path) -> Iterator[None]:
@@ -59,22 +62,57 @@ def check_writable(out: Path, option: str = "--out", example: str = "model.onnx"
     Raises:
         OutputError: it cannot.
     """
+    check_names(out, option, longer)
     if out.is_dir():
         raise OutputError(
             f"{str(out)!r} is a folder; {option} names the file to write, for example {str(out / example)!r}"
         )
-    name = f".{out.name}.{os.getpid()}.probe"  # several processes may look at once
-    missing = len(os.fsencode(out.name)) + longer - len(os.fsencode(name))
-    probe = out.parent / (name + max(missing, 0) * "_")
+    probe = _probe(out, longer)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG and out.parent.is_dir():
-            beside = f", and files beside it have names {longer} bytes longer" if longer else ""
-            raise OutputError(f"{option}: the name {out.name!r} is too long for its file system{beside}") from error
+            raise _too_long(out, option, longer) from error
         raise OutputError(f"output folder {str(out.parent)!r} is not writable: {error.strerror or error}") from error
+
+
+def check_names(out: Path, option: str = "--out", longer: int = 0) -> None:
+    """See that the file system has room for the names of a file and of its folders; arguments as in :func:`check_writable`.
+
+    Nothing is made, and what the file system itself would refuse is no bare ``OSError`` here.
+
+    Raises:
+        OutputError: a name is too long.
+    """
+    nearest = nearest_folder(out)
+    longest = os.statvfs(nearest).f_namemax or _LONGEST_NAME
+    for folder in out.absolute().parents:
+        if folder == nearest:
+            break
+        if len(os.fsencode(folder.name)) > longest:
+            raise OutputError(f"{option}: the name {folder.name!r} of a folder is too long for its file system")
+    if len(os.fsencode(_probe(out, longer).name)) > longest:
+        raise _too_long(out, option, longer)
+
+
+def nearest_folder(path: Path) -> Path:
+    """What exists of the folders that a file of that name would lie in, nearest first; names may be of any length."""
+    # The functions of os.path say no where the methods of Path raise, at a name that is too long.
+    return next(folder for folder in path.absolute().parents if os.path.exists(folder))
+
+
+def _probe(out: Path, longer: int) -> Path:
+    """A name as long as those of the files that come with ``out``, the temporary ones too."""
+    name = f".{out.name}.{os.getpid()}.probe"  # several processes may look at once
+    missing = len(os.fsencode(out.name)) + longer - len(os.fsencode(name))
+    return out.parent / (name + max(missing, 0) * "_")
+
+
+def _too_long(out: Path, option: str, longer: int) -> OutputError:
+    beside = f", and files beside it have names {longer} bytes longer" if longer else ""
+    return OutputError(f"{option}: the name {out.name!r} is too long for its file system{beside}")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

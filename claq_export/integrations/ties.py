@@ -15,6 +15,7 @@ from .sharing import other_names
 from .weights import LayerFiles
 
 Quantized = ClaqLinear | ClaqEmbedding
+"""A module whose weight is quantized."""
 
 
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, Quantized]]:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from claq_export.algorithm import Hessian, LayerSettings, measure, plan_columns, quantize_layer
-from claq_export.algorithm.budget import LayerProfile, per_token_of_text, profile_layer, solve
+from claq_export.algorithm.budget import LayerProfile, _family, per_token_of_text, profile_layer, solve
 from claq_export.algorithm.layer import ColumnPlan
 from claq_export.algorithm.presets import PRESETS, preset_settings
 from claq_export.errors import ConfigError
@@ -183,6 +183,21 @@ def test_an_expert_without_tokens_counts_like_a_sibling_that_saw_one() -> None:
     assert float(unseen.error[:, 2, 0].sum()) == pytest.approx(float(seen.error[:, 2, 0].sum()) / 400, rel=0.5)
     untouched = per_token_of_text([profiles[1]], {profiles[1].name: 1})
     assert np.array_equal(untouched[0].error, profiles[1].error)
+
+
+def test_thousands_of_experts_are_sorted_into_families_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[LayerProfile] = []
+
+    def counting(profile: LayerProfile) -> tuple[str, int, int]:
+        asked.append(profile)
+        return _family(profile)
+
+    monkeypatch.setattr("claq_export.algorithm.budget._family", counting)
+    error = np.ones((1, 3, 1))
+    profiles = [LayerProfile(f"0.experts.{i}.w1", 1, error, (0,), i % 2, float(i)) for i in range(3000)]
+    found = per_token_of_text(profiles, {profile.name: 1 for profile in profiles})
+    assert len(asked) <= len(profiles)
+    assert {profile.cost for profile in found[::2]} == {1500.0}
 
 
 def test_errors_fall_with_bits_and_with_reserve() -> None:

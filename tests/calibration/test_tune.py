@@ -12,7 +12,7 @@ from tiny_models import sentences
 from claq_export.algorithm import Hessian, LayerSettings, quantize_layer
 from claq_export.api import capture
 from claq_export.calibration.progress import ProgressReporter
-from claq_export.calibration.tune import TunedLayer, TuneSettings, divergence, output_error
+from claq_export.calibration.tune import TunedLayer, TuneSettings, _divergence, output_error
 from claq_export.compiler import Compilation
 from claq_export.config import Config
 from claq_export.errors import CalibrationError
@@ -66,7 +66,7 @@ def test_losses_against_their_definitions() -> None:
     expected = torch.nn.functional.kl_div(
         ours.log_softmax(-1).flatten(0, 1), theirs.log_softmax(-1).flatten(0, 1), reduction="batchmean", log_target=True
     )
-    found = divergence(ours, theirs)
+    found = _divergence(ours, theirs)
     torch.testing.assert_close(found, expected)
     (wanted,) = torch.autograd.grad(expected, ours)
     torch.testing.assert_close(torch.autograd.grad(found, ours)[0], wanted)
@@ -81,8 +81,8 @@ def test_a_masked_vocabulary_counts_nothing() -> None:
     ours, theirs = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7)
     with torch.no_grad():
         ours[:, 3:] = theirs[:, 3:] = -torch.inf
-    found = divergence(ours, theirs)
-    torch.testing.assert_close(found, divergence(ours[:, :3], theirs[:, :3]))
+    found = _divergence(ours, theirs)
+    torch.testing.assert_close(found, _divergence(ours[:, :3], theirs[:, :3]))
     (gradient,) = torch.autograd.grad(found, ours)
     assert gradient.isfinite().all()
     assert not gradient[:, 3:].any()
@@ -91,7 +91,7 @@ def test_a_masked_vocabulary_counts_nothing() -> None:
 def test_losses_leave_padding_out() -> None:
     ours, theirs = torch.randn(2, 6, 7), torch.randn(2, 6, 7)
     real = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0]]) == 1
-    for loss in (divergence, lambda a, b, real=None: output_error([a], [b], True, real)):
+    for loss in (_divergence, lambda a, b, real=None: output_error([a], [b], True, real)):
         torch.testing.assert_close(loss(ours, theirs, real), loss(ours[:, :4], theirs[:, :4]))
         # A value that is no row a token counts as it is.
         assert torch.equal(loss(ours[:, 0], theirs[:, 0], real), loss(ours[:, 0], theirs[:, 0]))

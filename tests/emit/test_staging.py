@@ -9,6 +9,7 @@ import pytest
 from claq_export.emit.artifact import Artifact
 from claq_export.emit.staging import StagedExport
 from claq_export.errors import VerificationError
+from claq_export.run_paths import check_targets
 
 OLD_DATA, NEW_DATA = (f"model.onnx.{digit * 16}.data" for digit in "ab")
 OURS = json.dumps({"model_type": "llama", "quantization_config": {"quant_method": "claq"}})
@@ -61,11 +62,19 @@ def test_files_of_others_stay(others: dict[str, str], tmp_path: Path) -> None:
     assert contents(tmp_path) == others | NEW
 
 
-def test_what_genai_reads_of_another_model_file_stays(tmp_path: Path) -> None:
+def test_what_is_read_beside_another_model_file_stays(tmp_path: Path) -> None:
     genai = {"genai_config.json": json.dumps({"model": {"decoder": {"filename": "other.onnx"}}})}
-    fill(tmp_path, OLD | genai | {"config.json": OURS, "other.onnx": "kept"})
+    others = COMPANIONS | genai | {"config.json": OURS, "preprocessor_config.json": "mine", "other.onnx": "kept"}
+    fill(tmp_path, OLD | others)
     export(tmp_path, NEW)
-    assert contents(tmp_path) == NEW | genai | {"other.onnx": "kept"}
+    assert contents(tmp_path) == NEW | others
+
+
+def test_a_second_artifact_of_a_folder_leaves_the_first_its_companions(tmp_path: Path) -> None:
+    first = {"first.onnx": "1", f"first.onnx.{'a' * 16}.data": "1", "tokenizer.json": "1", "config.json": OURS}
+    fill(tmp_path, first | {"claq.json": "{}", "claq.safetensors": "1"})
+    export(tmp_path, NEW)
+    assert contents(tmp_path) == first | NEW
 
 
 def test_the_model_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,3 +109,10 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     export(tmp_path, NEW)
     assert not left.exists()
     assert running.exists()
+
+
+def test_what_a_killed_process_left_is_no_used_disk_of_the_next_run(tmp_path: Path) -> None:
+    left = tmp_path / f".model.onnx.{2**22 + 1}.new"
+    fill(left, NEW)
+    check_targets(tmp_path / "model.onnx", None)
+    assert not left.exists()

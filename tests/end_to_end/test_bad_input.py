@@ -446,6 +446,44 @@ def test_names_are_tried_at_their_full_length(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("options", "status", "named"),
+    [
+        (["--out", "x" * 300 + ".onnx"], 7, "--out: the name 'x"),
+        (["--out", "x" * 232 + ".onnx"], 7, "and files beside it have names 22 bytes longer"),
+        (["--out", "x" * 300 + "/m.onnx"], 7, "of a folder is too long"),
+        (["--out", "m.onnx", "--report", "x" * 300 + ".html"], 7, "--report: the name 'x"),
+        (["--out", "m.onnx", "--calibration", "x" * 300], 5, "does not exist"),
+    ],
+    ids=["out", "data", "folder", "report", "calibration"],
+)
+def test_names_that_are_too_long_are_refused_by_a_dry_run_too(
+    options: list[str],
+    status: int,
+    named: str,
+    dry: list[str],
+    tiny_bert: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("claq_export.api.capture", lambda *_, **__: pytest.fail("the model was read"))
+    assert main([str(tiny_bert), "--quiet", *options, *dry]) == status
+    assert named in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_default_work_folder_is_looked_at_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("claq_export.api.capture", lambda *_, **__: pytest.fail("the model was read"))
+    (tmp_path / "m.onnx.work").mkdir()
+    (tmp_path / "m.onnx.work" / "text.txt").write_text("text")
+    config = Config(calibration=tmp_path / "m.onnx.work" / "text.txt")
+    with pytest.raises(ConfigError, match=r"claq deletes its files in --work '.*m\.onnx\.work'"):
+        export("model", out=tmp_path / "m.onnx", config=config, memory=1 << 30)
+
+
 def test_sigterm_lets_a_run_clean_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -547,6 +585,26 @@ def test_a_failure_after_quantization_leaves_the_artifact_before(
     with pytest.raises(kind):
         export(model, (x,), out, Config(calibration="none"))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_failed_verification_leaves_the_work_folder_to_the_next_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), torch.randn(4, 64)
+    kept = []
+    with monkeypatch.context() as patch:
+
+        def fail(*_: object, **__: object) -> None:
+            raise VerificationError("no")
+
+        patch.setattr("claq_export.verify.verify_artifact", fail)
+        try:
+            export(model, (x,), tmp_path / "m.onnx", Config(calibration="none"), work=tmp_path / "work")
+        except VerificationError as error:
+            kept.append(error)  # as a notebook does, and with it the traceback's frames
+    assert kept
+    export(model, (x,), tmp_path / "m.onnx", Config(calibration="none"), work=tmp_path / "work", verify=False)
+    assert not (tmp_path / "work").exists()
 
 
 def test_an_existing_artifact_survives_a_failed_export(model: Path, text: Path, tmp_path: Path) -> None:

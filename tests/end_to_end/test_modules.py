@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
 import pytest
@@ -12,7 +13,9 @@ from torch.nn import functional
 
 import claq_export
 from claq_export.errors import ConfigError, VerificationError
+from claq_export.lowering import lower
 from claq_export.passes import fuse_uncached_attention
+from claq_export.sizing import PlannedLayer, Sizing
 
 CONFIG = claq_export.Config(calibration="none", accuracy="fp32")
 
@@ -106,11 +109,38 @@ def test_what_a_pass_changes_is_noticed(dtype: str, tmp_path: Path, monkeypatch:
         claq_export.export(Windows().eval(), torch.randn(2, 8, 32), tmp_path / "model.onnx", config)
 
 
+def test_nothing_is_predicted_twice_or_kept_for_a_verification_that_is_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictions, kept = [], []
+
+    def predicting(sizing: Sizing) -> list[PlannedLayer]:
+        predictions.append(sizing)
+        return predicted_layers(sizing)
+
+    def lowering(*given: Any, **named: Any) -> fx.Graph | None:
+        kept.append(lower(*given, **named))
+        return kept[-1]
+
+    predicted_layers = Sizing.predicted_layers
+    monkeypatch.setattr(Sizing, "predicted_layers", predicting)
+    monkeypatch.setattr("claq_export.compiler.lower", lowering)
+    config = claq_export.Config(bits=3.5, calibration="none")
+    for verify in (False, True):
+        claq_export.export(Windows().eval(), torch.randn(2, 8, 32), tmp_path / "model.onnx", config, verify=verify)
+    assert len(predictions) == 2
+    assert [graph is not None for graph in kept] == [False, True]
+
+
 @pytest.mark.parametrize("model", [nn.Linear(32, 32), nn.Embedding(32, 32)], ids=["Linear", "Embedding"])
-def test_a_model_that_is_itself_a_layer_is_refused(model: nn.Module, tmp_path: Path) -> None:
+def test_a_model_that_is_itself_a_layer_is_exported_but_has_no_place_in_pytorch(
+    model: nn.Module, tmp_path: Path
+) -> None:
     example = torch.randn(2, 32) if isinstance(model, nn.Linear) else torch.randint(0, 32, (2, 3))
     with pytest.raises(ConfigError, match="put it into a module"):
-        claq_export.export(model, example, tmp_path / "model.onnx", CONFIG)
-    with pytest.raises(ConfigError, match="put it into a module"):
         claq_export.quantize(model, example, CONFIG)
-    assert not list(tmp_path.iterdir())
+    result = claq_export.export(model, example, tmp_path / "model.onnx", CONFIG)
+    assert result.verification is not None
+    assert len(result.layers) == 1
+    with pytest.raises(ConfigError, match="put it into a module"):
+        claq_export.modules.load(tmp_path, model)

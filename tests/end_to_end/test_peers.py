@@ -38,6 +38,24 @@ print(len(result.layers), result.artifact_bytes)
 """
 
 
+_FAILED = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import torch
+import claq_export
+import claq_export.verify
+def fail(*_, **__):
+    raise claq_export.errors.VerificationError("it deviates")
+claq_export.verify.verify_artifact = fail
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+try:
+    claq_export.export(model, torch.randn(4, 64), out=sys.argv[1], config=claq_export.Config(calibration="none"))
+except claq_export.ClaqError as error:
+    print(type(error).__name__, error)
+"""
+
+
 _SUM = """
 import sys
 sys.path[:0] = sys.argv[2:]
@@ -114,6 +132,12 @@ def test_two_processes_end_with_what_one_ends_with(tmp_path):
         assert float((expected - got).norm() / expected.norm()) < 1e-2, name
     assert not list(tmp_path.glob("two/.*"))
     assert json.loads((tmp_path / "two" / "claq.json").read_text())["format"] == "claq"
+
+
+def test_all_processes_are_told_of_a_failed_verification(tmp_path):
+    first, second = in_processes(_FAILED, 2, str(tmp_path / "model.onnx"))
+    assert first == "VerificationError it deviates"
+    assert second == "OutputError the process that writes the artifact failed: it deviates"
 
 
 def test_processes_with_several_devices_each_end_with_the_same_bytes(tmp_path):

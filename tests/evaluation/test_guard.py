@@ -314,7 +314,14 @@ def test_measures_that_are_no_numbers_are_strings_in_json(report_of_nan, capsys)
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--max-kl", "nan"), ("--min-top1", "inf"), ("--windows", "-1"), ("--worst", "-1"), ("--threads", "-2")],
+    [
+        ("--max-kl", "nan"),
+        ("--min-top1", "inf"),
+        ("--windows", "-1"),
+        ("--context", "0"),
+        ("--worst", "-1"),
+        ("--threads", "-2"),
+    ],
 )
 def test_options_out_of_range(option, value, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -331,6 +338,8 @@ def test_settings_out_of_range(decoder, text):
         guard(artifact, source, text, {"max_kl": 1.0}, windows=-1)
     with pytest.raises(ConfigError, match="threads"):
         guard(artifact / "model.onnx", source, text, {"max_kl": 1.0}, threads=-2)
+    with pytest.raises(ConfigError, match="--context 65: the model takes at most 64 tokens"):
+        guard(artifact, source, text, {"max_kl": 1.0}, context=65)
 
 
 @pytest.mark.parametrize("kind", ["BertForSequenceClassification", "BertForMaskedLM", "BertModel"])

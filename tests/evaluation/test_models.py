@@ -347,6 +347,9 @@ def test_a_file_of_an_encoder_takes_what_is_left_after_the_padding_index(tmp_pat
     settings = {"model_type": "roberta", "max_position_embeddings": 20, "pad_token_id": 1}
     (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     assert OnnxModel(file).max_sequence == 18
+    settings = {"model_type": "bert", "max_position_embeddings": 20, "pad_token_id": 0}
+    (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert OnnxModel(file).max_sequence == 20
     (tmp_path / "config.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ModelError, match=r"config\.json"):
         _ = OnnxModel(file).max_sequence

@@ -111,6 +111,13 @@ def test_a_layer_is_computed(results: dict[str, Any], name: str, dtype: str, ker
     assert results[name]["waits"] == 0
 
 
+def test_cublas_sums_float32_without_tf32(results: dict[str, Any]) -> None:
+    compute_32f, compute_32f_pedantic = 68, 69  # cublasComputeType_t
+    assert results["dense-float32"]["compute"] == compute_32f_pedantic
+    assert results["dense"]["compute"] == results["dense-mixed"]["compute"] == compute_32f
+    assert results["many-without-cublas"]["compute"] == 0
+
+
 @pytest.mark.parametrize("name", _names("LOOKUPS"))
 def test_rows_are_looked_up(results: dict[str, Any], name: str) -> None:
     assert results[name] == {"equal": True, "unknown_are_nan": True, "kernels": "gather", "inside": True}
@@ -286,6 +293,25 @@ def test_a_cublas_that_is_loaded_after_the_workspace_was_sized_finds_room(built:
     assert without < needed <= reserved
     assert found["stays"] == [needed, "finish dequantize"]
     assert found["new"] == "scale gemm finish"
+
+
+def _follow(launches: dict[str, Any], total: int) -> bool:
+    """Whether several launches take every row once, one after the other."""
+    begins = [sum(launches["rows"][:launch]) for launch in range(len(launches["rows"]))]
+    return len(begins) > 1 and launches["begin"] == begins and sum(launches["rows"]) == total
+
+
+def test_the_bias_of_more_rows_than_a_grid_has_room_for(built: Path) -> None:
+    found = _run("many_rows.py", "dense", claq_runtime.library_path(), str(built))
+    assert found["error"] <= FLOAT16_BOUND
+    assert _follow(found["finish"], found["total"])
+
+
+def test_more_rows_than_a_grid_has_room_for_without_cublas(built: Path) -> None:
+    found = _run("many_rows.py", "tens", claq_runtime.library_path(), str(built))
+    assert _follow(found["finish"], found["total"])
+    assert _follow(found["scale"], found["total"])
+    assert found["gemm rows"] == found["scale"]["rows"]
 
 
 @pytest.mark.skipif(find_library("cuda") is not None, reason="this machine has a CUDA driver")

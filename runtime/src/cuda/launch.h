@@ -16,6 +16,10 @@ constexpr uintptr_t kPointerAlignment = 16;  // what the kernels are compiled fo
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPointerAlignment == 0; }
 
+constexpr int64_t kMostTiles = 65535;  // of a grid in its second and third dimension
+// Of rows in one launch; more take several. A multiple of eight, so that slices of 16-bit numbers begin at 16 bytes for any tile.
+constexpr int64_t kMostTilesOfRows = kMostTiles / 8 * 8;
+
 class Launch {
  public:
   Launch(const Kernel& kernel, Stream stream) : kernel_(kernel), stream_(stream) {}
@@ -35,7 +39,7 @@ class Launch {
     if (letters_ != kernel_.record->parameters) {
       throw Error(kernel_.record->name + " takes " + kernel_.record->parameters + ", this library passes " + letters_);
     }
-    if (x > INT32_MAX || y > 65535 || z > 65535) throw InvalidArgument("x: has too many rows for one launch on the GPU");
+    if (x > INT32_MAX || y > kMostTiles || z > kMostTiles) throw InvalidArgument("x: has too many rows for one launch on the GPU");
     values_[count_++].pointer = nullptr;  // Triton's two scratch pointers
     values_[count_++].pointer = nullptr;
     void* parameters[kMost];

@@ -125,13 +125,14 @@ Layer::Plan Layer::plan(int64_t rows, bool has_blas) const {
     plan.aligned_y = plan.take(rows > most ? plan.at_a_time * N * item : 0);
   } else if (gemm) {
     plan.path = Path::kTens;
-    plan.at_a_time = rows;
+    const int64_t tile = std::min(gemm->record->tile[1], finish_scaled_->record->tile[1]);
+    const int64_t at_a_time = plan.at_a_time = std::min(rows, kMostTilesOfRows * tile);
     plan.matrix = gemm;
-    plan.splits = splits(*gemm, divide_up(N, gemm->record->tile[0]) * divide_up(rows, gemm->record->tile[1]));
-    plan.activations = plan.take(rows * P * 2);
-    plan.scales = plan.take(rows * 4);
-    plan.gathered = plan.take(tensors_.outliers ? P * rows * 4 : 0);
-    plan.part = plan.take(plan.splits * rows * N * 4);
+    plan.splits = splits(*gemm, divide_up(N, gemm->record->tile[0]) * divide_up(at_a_time, gemm->record->tile[1]));
+    plan.activations = plan.take(at_a_time * P * 2);
+    plan.scales = plan.take(at_a_time * 4);
+    plan.gathered = plan.take(tensors_.outliers ? P * at_a_time * 4 : 0);
+    plan.part = plan.take(plan.splits * at_a_time * N * 4);
   } else {
     plan.path = Path::kDense;
     int64_t tile = 1;
@@ -233,41 +234,50 @@ void Layer::few(const Plan& plan, const void* x, void* y, char* memory, Stream s
 }
 
 void Layer::tens(const Plan& plan, const void* x, void* y, char* memory, Stream stream) const {
-  const int64_t rows = plan.rows, K = tensors_.in_features, N = tensors_.out_features, P = tensors_.columns;
-  Launch(*scale_activations_, stream)
-      .pointer(x)
-      .pointer(tensors_.order)
-      .pointer(tensors_.scale)
-      .pointer(memory + plan.activations)
-      .pointer(memory + plan.scales)
-      .pointer(memory + plan.gathered)
-      .integer(rows)
-      .integer(K)
-      .integer(P)
-      .integer(tensors_.blocks[0])
-      .integer(tensors_.blocks[1])
-      .over(rows);
-  Launch(*plan.matrix, stream)
-      .pointer(tensors_.codes)
-      .pointer(tensors_.codebook)
-      .pointer(memory + plan.activations)
-      .pointer(memory + plan.part)
-      .integer(rows)
-      .integer(N)
-      .integer(P)
-      .integer(tensors_.blocks[0])
-      .integer(tensors_.blocks[1])
-      .integer(tensors_.blocks[2])
-      .integer(plan.splits)
-      .over(divide_up(N, plan.matrix->record->tile[0]), divide_up(rows, plan.matrix->record->tile[1]), plan.splits);
-  finish(*finish_scaled_, memory + plan.part, memory + plan.scales, memory + plan.gathered, y, rows, plan.splits, stream);
+  const int64_t K = tensors_.in_features, N = tensors_.out_features, P = tensors_.columns;
+  const auto item = static_cast<int64_t>(size_of(tensors_.dtype));
+  for (int64_t first = 0; first < plan.rows; first += plan.at_a_time) {
+    const int64_t rows = std::min(plan.at_a_time, plan.rows - first);
+    Launch(*scale_activations_, stream)
+        .pointer(static_cast<const char*>(x) + first * K * item)
+        .pointer(tensors_.order)
+        .pointer(tensors_.scale)
+        .pointer(memory + plan.activations)
+        .pointer(memory + plan.scales)
+        .pointer(memory + plan.gathered)
+        .integer(rows)
+        .integer(K)
+        .integer(P)
+        .integer(tensors_.blocks[0])
+        .integer(tensors_.blocks[1])
+        .over(rows);
+    Launch(*plan.matrix, stream)
+        .pointer(tensors_.codes)
+        .pointer(tensors_.codebook)
+        .pointer(memory + plan.activations)
+        .pointer(memory + plan.part)
+        .integer(rows)
+        .integer(N)
+        .integer(P)
+        .integer(tensors_.blocks[0])
+        .integer(tensors_.blocks[1])
+        .integer(tensors_.blocks[2])
+        .integer(plan.splits)
+        .over(divide_up(N, plan.matrix->record->tile[0]), divide_up(rows, plan.matrix->record->tile[1]), plan.splits);
+    finish(*finish_scaled_, memory + plan.part, memory + plan.scales, memory + plan.gathered, static_cast<char*>(y) + first * N * item,
+           rows, plan.splits, stream);
+  }
 }
 
 void Layer::dense(const Plan& plan, const void* x, void* y, char* memory, Stream stream, void* blas) const {
   const int64_t rows = plan.rows, K = tensors_.in_features, N = tensors_.out_features;
   const auto item = static_cast<int64_t>(size_of(tensors_.dtype));
   void* weight = memory + plan.weight;
-  finish(*set_bias_, weight, weight, weight, y, rows, 0, stream);  // no splits: y = bias
+  const int64_t biased = kMostTilesOfRows * set_bias_->record->tile[1];
+  for (int64_t first = 0; first < rows; first += biased) {
+    // No splits: y = bias.
+    finish(*set_bias_, weight, weight, weight, static_cast<char*>(y) + first * N * item, std::min(biased, rows - first), 0, stream);
+  }
   for (int64_t first = 0; first < N; first += plan.at_a_time) {
     const int64_t features = std::min(plan.at_a_time, N - first);
     const auto* codebook = static_cast<const char*>(tensors_.codebook);

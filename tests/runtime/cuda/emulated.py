@@ -535,8 +535,8 @@ def main() -> None:
     os.environ["CLAQ_CUDA_KERNELS"] = str(folder)
     results["no provider"] = {"error": session_on_the_cpu(path), "started": driver.fake_started()}
     results["handle without cuBLAS"] = run(library, gpu, HANDLE_WITHOUT_CUBLAS)
-    ctypes.CDLL(str(built / "libcublas.so.12"))  # found loaded, like the driver
-    results |= {case[0]: run(library, gpu, case) for case in CASES}
+    cublas = ctypes.CDLL(str(built / "libcublas.so.12"))  # found loaded, like the driver
+    results |= {case[0]: {**run(library, gpu, case), "compute": cublas.fake_cublas_compute()} for case in CASES}
     results |= {case[0]: look_up(library, gpu, case) for case in LOOKUPS}
     ort = ctypes.CDLL(str(built / "fake_ort.so"))
     results["nodes"] = nodes(library, ort, gpu)

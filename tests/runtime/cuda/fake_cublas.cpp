@@ -30,14 +30,24 @@ void write(void* to, int64_t at, int type, float value) {
 }
 
 int calls = 0;
+int compute = 0;
 
 }  // namespace
 
 extern "C" int fake_cublas_calls() { return calls; }
 
+// The cublasComputeType_t of the last product since this was last called, or 0.
+extern "C" int fake_cublas_compute() {
+  const int last = compute;
+  compute = 0;
+  return last;
+}
+
 extern "C" int cublasGemmEx(void*, int transpose_a, int transpose_b, int m, int n, int k, const void* alpha, const void* a, int a_type,
-                            int lda, const void* b, int b_type, int ldb, const void* beta, void* c, int c_type, int ldc, int, int) {
+                            int lda, const void* b, int b_type, int ldb, const void* beta, void* c, int c_type, int ldc, int compute_type,
+                            int) {
   ++calls;
+  compute = compute_type;
   if (transpose_a || transpose_b) return 7;  // CUBLAS_STATUS_INVALID_VALUE
   for (int j = 0; j < n; ++j) {
     for (int i = 0; i < m; ++i) {

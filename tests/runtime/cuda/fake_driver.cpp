@@ -144,7 +144,7 @@ int cuMemFree_v2(uint64_t memory) {
 int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned shared,
                    void* stream, void** parameters, void**) {
   const unsigned grid[3] = {x, y, z};
-  if (!launched || x == 0 || y == 0 || z == 0) return 1;  // CUDA_ERROR_INVALID_VALUE
+  if (!launched || x == 0 || y == 0 || z == 0 || x > INT32_MAX || y > 65535 || z > 65535) return 1;  // CUDA_ERROR_INVALID_VALUE
   launched(static_cast<std::string*>(function)->c_str(), grid, threads, shared, stream, parameters);
   return 0;
 }
