@@ -11,6 +11,7 @@ What is handed round is JSON and the bytes of tensors, no pickle.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 from collections.abc import Sequence
@@ -29,6 +30,12 @@ from .data import Batch
 def is_one_of_several() -> bool:
     """Whether ``torchrun`` started several processes; some shells and schedulers set ``RANK`` alone."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+
+
+def _end_group() -> None:
+    """Without it gloo's threads, if still running when the process ends, abort it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Peers:
@@ -52,6 +59,7 @@ class Peers:
             if not is_one_of_several():
                 return cls()
             dist.init_process_group("gloo")
+            atexit.register(_end_group)
         # What is handed round lies in the host's memory, which nccl does not reach.
         group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         return cls(dist.get_rank(), dist.get_world_size(), group)
