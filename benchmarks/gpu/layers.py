@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,15 @@ def bound_of(x: torch.Tensor, dense: torch.Tensor) -> float:
 
 
 def layer_of(
-    in_features: int, out_features: int, widths: tuple[int, ...], outliers: float = 0.0, full_row: bool = False
+    in_features: int,
+    out_features: int,
+    widths: tuple[int, ...],
+    outliers: float = 0.0,
+    full_row: bool = False,
+    exact_rows: float = 0.0,
 ) -> QuantizedLinear:
-    """A random layer on the CPU; ``outliers`` is their share, ``full_row`` reserves every weight of the last output."""
+    """A random layer on the CPU; ``outliers`` is their share, ``full_row`` reserves every weight of the last output,
+    ``exact_rows`` those of a share of the outputs, scattered, as a vocabulary's frequent tokens are."""
     bits = torch.tensor(widths)[torch.randint(len(widths), (in_features,))]
     order, columns = storage_order(bits)
     real = order < in_features
@@ -46,10 +53,11 @@ def layer_of(
     entries = sum(count << width for width, count in zip((4, 3, 2), columns, strict=True))
     shape = (out_features, order.numel())
     index, ptr = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int32)
-    if outliers or full_row:  # else a table of a billion weights would be searched for none
+    if outliers or full_row or exact_rows:  # else a table of a billion weights would be searched for none
         reserved = torch.rand(shape) < outliers
         if full_row:
             reserved[-1] = True
+        reserved[torch.randperm(out_features)[: math.ceil(exact_rows * out_features)]] = True
         reserved &= real
         index = reserved.nonzero()[:, 1]
         ptr = torch.cat([torch.zeros(1, dtype=torch.int64), reserved.sum(1).cumsum(0)]).to(torch.int32)

@@ -54,6 +54,13 @@ from tiles import write_dispatch  # noqa: E402
 from claq_export.format.layer import QuantizedLinear  # noqa: E402
 
 MIXES = {"2": (2,), "3": (3,), "4": (4,), "2+4": (2,) * 9 + (4,)}
+KINDS = [
+    *((name, widths, 0.0, 0.0) for name, widths in MIXES.items()),
+    ("4", (4,), 0.005, 0.0),
+    ("4, exact rows", (4,), 0.0, 0.01),
+]
+"""What is timed: a name, widths, the share of outliers, the share of rows of which every weight is one (a vocabulary's most
+frequent tokens); both of the latter at the main shape alone."""
 SHARE_OF_CHECKS = 0.3
 """Most of the time that checks may take; nearly all of it goes into compiling kernels."""
 SHARE_OF_OPERATORS = 0.42
@@ -86,14 +93,14 @@ def timings(
             rows.append({"shape": shape, "mix": "cuBLAS", "outliers": 0.0, "skipped": reason_of(failure)})
             continue
         peers = {"int4pack": torch_int4(machine, *shape, few), "gemlite": gemlite(machine, *shape, few)}
-        for (name, widths), outliers in product(MIXES.items(), (0.0, 0.005)):
-            if outliers and (shape != sizes.main or name != "4"):
+        for name, widths, outliers, exact_rows in KINDS:
+            if (outliers or exact_rows) and shape != sizes.main:
                 continue
-            head = {"shape": shape, "mix": name, "outliers": outliers}
+            head = {"shape": shape, "mix": name, "outliers": outliers or exact_rows}
             if time.monotonic() > deadline:
                 rows.append({**head, "skipped": "out of time"})
                 continue
-            layers = copies_of(layer_of(*shape, widths, outliers).to(machine.device), sizes)
+            layers = copies_of(layer_of(*shape, widths, outliers, exact_rows=exact_rows).to(machine.device), sizes)
             size = weight_bytes(layers[0])
             for m in vectors:
                 x = torch.randn(m, shape[0], device=machine.device, dtype=torch.bfloat16)
@@ -123,14 +130,15 @@ def profiles(machine: Machine, deadline: float, rows: list[dict[str, Any]]) -> N
     from claq_export.kernels.triton.launch import linear
 
     main, dispatch = machine.sizes.main, machine.dispatch()
-    for (name, widths), outliers in product(MIXES.items(), (0.0, 0.005)):
-        if (outliers and name != "4") or time.monotonic() > deadline:
+    for name, widths, outliers, exact_rows in KINDS:
+        if time.monotonic() > deadline:
             continue
-        layers = copies_of(layer_of(*main, widths, outliers).to(machine.device), machine.sizes)
+        layer = layer_of(*main, widths, outliers, exact_rows=exact_rows)
+        layers = copies_of(layer.to(machine.device), machine.sizes)
         for m in (1, 16):
             x = torch.randn(m, main[0], device=machine.device, dtype=torch.bfloat16)
             calls = [partial(linear, *arguments(layer, x), dispatch=dispatch) for layer in layers]
-            head = {"mix": name, "outliers": outliers, "vectors": m}
+            head = {"mix": name, "outliers": outliers or exact_rows, "vectors": m}
             rows.append({**head, "kernels_us": machine.kernel_times(calls)})
 
 
