@@ -10,15 +10,13 @@ from typing import Any
 import torch
 
 from ..errors import ModelError, OutputError
-from ..format.checkpoint import CONFIG_FILE, TENSORS_FILE, VERSION
+from ..format.checkpoint import CONFIG_FILE, METHOD, TENSORS_FILE, VERSION
 from ..format.files import StagedFiles, write_atomically
 from ..inputs import contained, read_json_object
 from .artifact import is_data_file
 from .genai import FILE as GENAI_CONFIG
 
 CONFIG = "config.json"
-_METHOD = "claq"
-"""Name of the quantization in ``config.json``."""
 
 _TOKENIZER = "tokenizer_config.json"
 _CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
@@ -90,7 +88,7 @@ def earlier_companions(folder: Path, model_file: str) -> list[Path]:
     try:
         settings = read_json_object(folder / CONFIG, OutputError) if (folder / CONFIG_FILE).is_file() else {}
         declared = settings.get("quantization_config")
-        if not isinstance(declared, dict) or declared.get("quant_method") != _METHOD:
+        if not isinstance(declared, dict) or declared.get("quant_method") != METHOD:
             return []
     except OutputError:
         return []  # a config.json that cannot be read is not one that claq wrote
@@ -132,7 +130,7 @@ def declare_quantized(folder: Path, true_bits: float, dtype: torch.dtype) -> Pat
     settings.pop("torch_dtype", None)
     settings["dtype"] = str(dtype).removeprefix("torch.")
     settings["transformers_weights"] = TENSORS_FILE
-    settings["quantization_config"] = {"quant_method": _METHOD, "version": VERSION, "true_bits": round(true_bits, 4)}
+    settings["quantization_config"] = {"quant_method": METHOD, "version": VERSION, "true_bits": round(true_bits, 4)}
     try:
         write_atomically(path, _json(settings))
     except OSError as error:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from ..errors import ClaqError, OutputError
-from ..format.files import check_target, flush, is_alive
+from ..format.files import check_target, find_temporaries, flush, is_alive
 from .artifact import Artifact, data_files
 from .companions import earlier_companions
 
@@ -24,10 +23,8 @@ def remove_orphans(out: Path) -> None:
     Raises:
         OSError: the folder of ``out`` cannot be listed.
     """
-    pattern = re.compile(re.escape(f".{out.name}.") + r"(\d+)\.new")
-    for entry in out.parent.iterdir():
-        match = pattern.fullmatch(entry.name)
-        if match is not None and (int(match[1]) == os.getpid() or not is_alive(int(match[1]))):
+    for entry, process in find_temporaries(out, "new"):
+        if process == os.getpid() or not is_alive(process):
             shutil.rmtree(entry, ignore_errors=True)  # several processes may do so at once
 
 

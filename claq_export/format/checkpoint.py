@@ -19,7 +19,7 @@ files (transformers) need no other; its metadata ``format`` is ``pt``, which tra
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ TENSORS_FILE = "claq.safetensors"
 CONFIG_FILE = "claq.json"
 VERSION = 1
 """Version of the container, that of docs/format.md."""
+METHOD = "claq"
+"""The container's ``format``, and ``quant_method`` in a ``config.json`` beside it."""
 
 JSON_LIMIT = 256 << 20
 """Bytes of ``claq.json`` a reader accepts; a model of a hundred thousand layers has 30 MB."""
@@ -112,7 +114,9 @@ def save_checkpoint(
         layers, other_tensors, config, parts or {}, dict.fromkeys(layers, accuracy_level), tied=tied or {}
     )
     _check_parts(checkpoint, "the checkpoint")
-    stored, aliases = _store_once(_unquantized(checkpoint))
+    unquantized = _unquantized(checkpoint)
+    aliases = find_aliases(unquantized.items())
+    stored = {name: tensor for name, tensor in unquantized.items() if name not in aliases}
     for name, layer in layers.items():
         for part, tensor in layer.tensors().items():
             key = f"{name}.{part}"
@@ -120,7 +124,7 @@ def save_checkpoint(
                 raise FormatError(f"tensor {key!r} of the model has the name of a part of layer {name!r}")
             stored[key] = tensor
     description = {
-        "format": "claq",
+        "format": METHOD,
         "version": VERSION,
         "claq_version": claq_export.__version__,
         "config": dict(config),
@@ -198,19 +202,18 @@ def quantized_stacks(tensors: Mapping[str, torch.Tensor], names: Collection[str]
     ]
 
 
-def _store_once(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors to store, and names that stand for one of them because they share all of its memory."""
-    stored: dict[str, torch.Tensor] = {}
-    aliases: dict[str, str] = {}
+def find_aliases(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """Names that stand for an earlier one because their tensors share all of its memory, by what they stand for."""
     first: dict[tuple[Any, ...], str] = {}
-    for name, tensor in tensors.items():
-        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and key in first:
-            aliases[name] = first[key]
+    aliases = {}
+    for name, tensor in tensors:
+        if not tensor.numel():
             continue
-        first[key] = name
-        stored[name] = tensor
-    return stored, aliases
+        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        stored = first.setdefault(key, name)
+        if stored != name:
+            aliases[name] = stored
+    return aliases
 
 
 def load_checkpoint(folder: Path | str) -> Checkpoint:

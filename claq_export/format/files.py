@@ -160,11 +160,17 @@ def _temporary(path: Path) -> Path:
 
 def _remove_orphans(path: Path) -> None:
     """Delete temporary files of ``path`` whose process was killed."""
-    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.tmp")
-    for entry in path.parent.iterdir():
-        match = pattern.fullmatch(entry.name)
-        if match is not None and not is_alive(int(match[1])):
+    for entry, process in find_temporaries(path, "tmp"):
+        if not is_alive(process):
             entry.unlink(missing_ok=True)
+
+
+def find_temporaries(path: Path, ending: str) -> Iterator[tuple[Path, int]]:
+    """What stands beside ``path`` under a hidden name, ``.<its name>.<number of a process>.<ending>``, and the number."""
+    pattern = re.compile(re.escape(f".{path.name}.") + rf"(\d+)\.{ending}")
+    for entry in path.parent.iterdir():
+        if match := pattern.fullmatch(entry.name):
+            yield entry, int(match[1])
 
 
 def is_alive(process: int) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..format.checkpoint import find_aliases
 from ..format.layer import TENSOR_NAMES
 from ..modules import ClaqEmbedding, ClaqLinear, linear_kind
 from .places import Place, spellings
@@ -42,18 +43,12 @@ def shared_tensors(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str
     modules = dict(quantized_modules(model))
     # A parameter of the model comes before a quantized module's bias that repeats it.
     order = sorted(state, key=lambda name: name.rpartition(".")[0] in modules)
-    first: dict[tuple[Any, ...], str] = {}
-    aliases = {}
-    for name in order:
+
+    def of_a_layer(name: str) -> bool:
         owner, _, leaf = name.rpartition(".")
-        tensor = state[name]
-        if tensor.is_meta or not tensor.numel() or (owner in modules and leaf in TENSOR_NAMES):
-            continue
-        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        stored = first.setdefault(key, name)
-        if stored != name:
-            aliases[name] = stored
-    return aliases
+        return owner in modules and leaf in TENSOR_NAMES
+
+    return find_aliases((name, state[name]) for name in order if not state[name].is_meta and not of_a_layer(name))
 
 
 class SharedTensors:

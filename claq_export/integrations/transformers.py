@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import ConfigError, FormatError, ModelError
 from ..experts import join_experts, split_experts
-from ..format.checkpoint import VERSION, header_text, layer_entry
+from ..format.checkpoint import METHOD, VERSION, header_text, layer_entry
 from ..format.layer import TENSOR_NAMES
 from ..format.rows import columns_key, join_rows, slice_rows
 from ..modules import ClaqEmbedding, ClaqLinear
@@ -43,9 +43,6 @@ from .ties import (
     untie,
 )
 from .weights import HEADER_KEY, LayerFiles
-
-METHOD = "claq"
-"""``quant_method`` in ``config.json``."""
 
 _MAJOR = int(transformers.__version__.split(".")[0])
 

@@ -9,13 +9,12 @@ from claq_export.cached import check_cache, decoding_inputs
 from claq_export.capture import TaskModel, capture_decoder, capture_module
 
 SIZES = {"vocab_size": 60, "max_position_embeddings": 32}
+ENCODER = {**SIZES, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 
 
 def test_token_types_are_left_to_the_model() -> None:
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        **SIZES, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, is_decoder=True
-    )
+    config = transformers.BertConfig(**ENCODER, is_decoder=True)
     model = TaskModel(transformers.BertLMHeadModel(config).eval(), "text-generation")
     assert "token_type_ids" in model.input_names
     cached = capture_decoder(model)
@@ -26,15 +25,7 @@ def test_token_types_are_left_to_the_model() -> None:
 
 def test_positions_counted_from_a_padding_index_are_left_to_the_model() -> None:
     torch.manual_seed(0)
-    config = transformers.RobertaConfig(
-        **SIZES,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        type_vocab_size=1,
-        is_decoder=True,
-    )
+    config = transformers.RobertaConfig(**ENCODER, type_vocab_size=1, is_decoder=True)
     original = transformers.RobertaForCausalLM(config).eval()
     model = TaskModel(original, "text-generation")
     cached = capture_decoder(model)
