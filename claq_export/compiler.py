@@ -37,7 +37,7 @@ from .capture import CACHED_TASK, CapturedModel, graph_digest, restore_weights
 from .config import DECODER_OPSET, NO_CALIBRATION, Config
 from .deferred import cast_tensors, weight_bytes
 from .emit.artifact import Artifact
-from .emit.companions import copy_companions, declare_quantized
+from .emit.companions import companion_digests, copy_companions, declare_quantized
 from .emit.genai import write_genai_config
 from .errors import CalibrationError, ConfigError
 from .file_graph import lower_file_graph, plan_file_graph, release_weights, share_stacked_weights
@@ -486,6 +486,13 @@ class Compilation:
         with self.timed("emission"):
             artifact = emit_captured(self.emitted, out, self.metadata())
             state = cast_tensors(self.state, self.emitted.dtype)
+            companions = [] if source is None or at_home else copy_companions(source, out.parent)
+            if companions:
+                floating = next((t.dtype for t in state.values() if t.is_floating_point()), self.emitted.dtype)
+                declare_quantized(out.parent, self.true_bits, floating)
+            if self.cached:
+                genai = write_genai_config(out.parent, out.name, self.emitted.file_shapes, source if at_home else None)
+                companions += [genai] if genai else []
             save_checkpoint(
                 out.parent,
                 {name: done.layer for name, done in self.sites.items()},
@@ -495,12 +502,8 @@ class Compilation:
                 accuracy_level=self.config.torch_accuracy_level,
                 transposed=self.transposed,
                 tied=self.tied,
+                files=companion_digests(out.parent, companions),
             )
-            if source is not None and not at_home and copy_companions(source, out.parent):
-                floating = next((t.dtype for t in state.values() if t.is_floating_point()), self.emitted.dtype)
-                declare_quantized(out.parent, self.true_bits, floating)
-            if self.cached:
-                write_genai_config(out.parent, out.name, self.emitted.file_shapes, source if at_home else None)
         return artifact
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,22 +79,24 @@ def is_written_beside(name: str, model_file: str) -> bool:
 
 
 def earlier_companions(folder: Path, model_file: str) -> list[Path]:
-    """The companions that lie beside an earlier artifact of claq; none where they are not claq's own.
+    """The files that an earlier export of claq wrote beside its artifact, as ``claq.json`` lists them, and nobody changed since.
 
-    Claq's are those of a folder with ``claq.json`` whose ``config.json`` says that its model is quantized so. Of a model's own
-    folder, or of one with files that its user put beside an artifact of a module, nothing is listed; nor of a folder with
-    another ``.onnx`` file than ``model_file``, whose companions they may be.
+    None of a folder with another ``.onnx`` file than ``model_file``, whose companions they may be.
     """
-    if any(path.name != model_file for path in folder.glob("*.onnx")):
+    if not (folder / CONFIG_FILE).is_file() or any(path.name != model_file for path in folder.glob("*.onnx")):
         return []
     try:
-        settings = read_json_object(folder / CONFIG, OutputError) if (folder / CONFIG_FILE).is_file() else {}
-        declared = settings.get("quantization_config")
-        if not isinstance(declared, dict) or declared.get("quant_method") != METHOD:
-            return []
+        written = read_json_object(folder / CONFIG_FILE, OutputError).get("files")
     except OutputError:
-        return []  # a config.json that cannot be read is not one that claq wrote
-    return [folder / name for name in (*_COMPANIONS, GENAI_CONFIG) if (folder / name).is_file()]
+        return []  # a claq.json that cannot be read lists nothing
+    listed = written if isinstance(written, dict) else {}
+    beside = [folder / name for name in (*_COMPANIONS, GENAI_CONFIG) if (folder / name).is_file() and name in listed]
+    return [folder / name for name, digest in companion_digests(folder, beside).items() if listed[name] == digest]
+
+
+def companion_digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """Name below ``folder`` -> hex digest of the SHA-256 of each file's content."""
+    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def _rename_class(origin: Path, copy: Path) -> None:
@@ -113,7 +117,7 @@ def declare_quantized(folder: Path, true_bits: float, dtype: torch.dtype) -> Pat
     Other readers of the file (ONNX tools, tokenizers) look at other keys and see the model they saw before.
 
     Args:
-        folder: holds ``claq.safetensors`` and a copy of the model's ``config.json``; nothing is done without the latter.
+        folder: of ``claq.safetensors``, with a copy of the model's ``config.json``; nothing is done without the copy.
         true_bits: a weight, over all quantized layers; for information.
         dtype: of the unquantized tensors.
 

@@ -70,9 +70,9 @@ class StagedExport:
     def publish(self, artifact: Artifact) -> Artifact:
         """Rename all files to their places, the model last; then remove what the export before left.
 
-        That are the model's earlier data file, and the tokenizer, configuration and the like of an earlier artifact that this
-        one does not bring itself: they would be served as if they were its own. A folder without an artifact of claq, or with
-        another model file too, keeps all its files.
+        That are the model's earlier data file, and the tokenizer, configuration and the like that the earlier export wrote and
+        this one does not bring itself: they would be served as if they were its own. A folder with another model file too
+        keeps all its files.
 
         Args:
             artifact: what was written to :attr:`path`.

@@ -9,11 +9,13 @@
   of ``{"name", "rows"}``: the linear layers of the PyTorch model that the layer stands for, by qualified name, in the
   order of their rows. A layer that was quantized alone has itself as its only part. ``tied``, if present, lists further
   modules of the same weight: the embedding that an output head is tied to;
-- ``aliases``: names of tied tensors -> the name under which the tensor is stored.
+- ``aliases``: names of tied tensors -> the name under which the tensor is stored;
+- ``files``, if present: the smaller files written beside it, such as a tokenizer's -> their SHA-256. Only the next export
+  into the folder reads them, to tell what it may remove.
 
 Biases are unquantized tensors of the model and stored under their own names, like all others. The header of
-``claq.safetensors`` carries the same object without ``config`` as metadata ``claq``, so that loaders which fetch single
-files (transformers) need no other; its metadata ``format`` is ``pt``, which transformers asks for.
+``claq.safetensors`` carries the same object without ``config`` and ``files`` as metadata ``claq``, so that loaders which
+fetch single files (transformers) need no other; its metadata ``format`` is ``pt``, which transformers asks for.
 """
 
 from __future__ import annotations
@@ -87,6 +89,7 @@ def save_checkpoint(
     accuracy_level: int = 0,
     transposed: Collection[str] = (),
     tied: Mapping[str, Sequence[str]] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write ``claq.safetensors`` and ``claq.json`` into ``folder``, both or none.
 
@@ -101,6 +104,7 @@ def save_checkpoint(
         accuracy_level: of all layers.
         transposed: layers whose weight the model stores as ``[K, N]``.
         tied: layer -> further modules with the same weight.
+        files: other files written beside the two -> hex digest of their SHA-256.
 
     Returns:
         the two files, tensors first.
@@ -135,24 +139,27 @@ def save_checkpoint(
             for name, layer in layers.items()
         },
         "aliases": aliases,
+        **({"files": dict(files)} if files else {}),
     }
     try:
         content = json.dumps(description, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise FormatError(f"config cannot be written as JSON: {error}") from error
-    with StagedFiles(folder) as files:
-        tensors_path = files.stage(TENSORS_FILE)
+    with StagedFiles(folder) as staged:
+        tensors_path = staged.stage(TENSORS_FILE)
         try:
             write_safetensors(tensors_path, stored, {"format": "pt", "claq": header_text(description)})
         except OSError as error:
             raise OutputError(f"cannot write {folder / TENSORS_FILE}: {error.strerror or error}") from error
-        files.stage(CONFIG_FILE).write_text(content, encoding="utf-8")
+        staged.stage(CONFIG_FILE).write_text(content, encoding="utf-8")
     return [folder / TENSORS_FILE, folder / CONFIG_FILE]
 
 
 def header_text(description: Mapping[str, Any]) -> str:
-    """The description as metadata ``claq`` of a safetensors header: JSON without ``config``."""
-    return json.dumps({key: value for key, value in description.items() if key != "config"}, ensure_ascii=False)
+    """The description as metadata ``claq`` of a safetensors header: JSON without ``config`` and ``files``."""
+    return json.dumps(
+        {key: value for key, value in description.items() if key not in ("config", "files")}, ensure_ascii=False
+    )
 
 
 def layer_entry(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -72,6 +73,10 @@ def test_folder_is_complete(decoder_artifact: Path) -> None:
     names = {path.name for path in decoder_artifact.iterdir()}
     wanted = {"model.onnx", "config.json", "generation_config.json", "genai_config.json", "tokenizer.json"}
     assert names >= wanted | {"claq.safetensors", "claq.json"}
+    listed = json.loads((decoder_artifact / "claq.json").read_text())["files"]
+    assert listed.keys() == {name for name in names if not name.startswith(("model.onnx", "claq."))}
+    for name, digest in listed.items():
+        assert hashlib.sha256((decoder_artifact / name).read_bytes()).hexdigest() == digest
     model = onnx.load(str(decoder_artifact / "model.onnx"), load_external_data=False)
     cache = [f"{layer}.{part}" for layer in range(2) for part in ("key", "value")]
     tokens = ["input_ids", "attention_mask", "position_ids"]

@@ -1,5 +1,6 @@
 """An export's files take their places together, and what the export before left beside them goes."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,13 +13,19 @@ from claq_export.errors import VerificationError
 from claq_export.run_paths import check_targets
 
 OLD_DATA, NEW_DATA = (f"model.onnx.{digit * 16}.data" for digit in "ab")
-OURS = json.dumps({"model_type": "llama", "quantization_config": {"quant_method": "claq"}})
 
 
 def fill(folder: Path, files: dict[str, str]) -> None:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
+
+
+def listing(files: dict[str, str]) -> dict[str, str]:
+    """A ``claq.json`` of an export that wrote these files too."""
+    return {
+        "claq.json": json.dumps({"files": {name: hashlib.sha256(files[name].encode()).hexdigest() for name in files}})
+    }
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -34,11 +41,11 @@ def export(folder: Path, files: dict[str, str]) -> Artifact:
 
 NEW = {"model.onnx": "new", NEW_DATA: "new", "claq.json": "{}", "claq.safetensors": "new"}
 OLD = {"model.onnx": "old", OLD_DATA: "old", "claq.json": "{}", "claq.safetensors": "old"}
-COMPANIONS = {"tokenizer.json": "old", "genai_config.json": "{}", "1_Pooling/config.json": "{}"}
+COMPANIONS = {"config.json": "old", "tokenizer.json": "old", "genai_config.json": "{}", "1_Pooling/config.json": "{}"}
 
 
 def test_companions_of_the_artifact_before_go(tmp_path: Path) -> None:
-    fill(tmp_path, OLD | COMPANIONS | {"config.json": OURS, "notes.txt": "mine"})
+    fill(tmp_path, OLD | COMPANIONS | listing(COMPANIONS) | {"notes.txt": "mine"})
     artifact = export(tmp_path, NEW | {"config.json": "new"})
     assert contents(tmp_path) == NEW | {"config.json": "new", "notes.txt": "mine"}
     assert not (tmp_path / "1_Pooling").exists()
@@ -46,33 +53,45 @@ def test_companions_of_the_artifact_before_go(tmp_path: Path) -> None:
     assert artifact.files == (tmp_path / "model.onnx", tmp_path / NEW_DATA)
 
 
-@pytest.mark.parametrize(
-    "others",
-    [
-        COMPANIONS | {"config.json": '{"model_type": "llama"}', "claq.json": "{}"},  # the model's own folder
-        COMPANIONS | {"config.json": OURS},  # no artifact of claq
-        COMPANIONS | {"claq.json": "{}"},  # what a user put beside the artifact of a module
-        COMPANIONS | {"config.json": "[", "claq.json": "{}"},
-    ],
-    ids=["of the model", "not of claq", "of a module", "unreadable"],
-)
-def test_files_of_others_stay(others: dict[str, str], tmp_path: Path) -> None:
-    fill(tmp_path, others)
+def test_what_a_user_changed_or_added_stays(tmp_path: Path) -> None:
+    mine = {"tokenizer.json": "mine", "vocab.txt": "mine"}
+    fill(tmp_path, OLD | COMPANIONS | listing(COMPANIONS) | mine)
     export(tmp_path, NEW)
-    assert contents(tmp_path) == others | NEW
+    assert contents(tmp_path) == NEW | mine
+
+
+@pytest.mark.parametrize(
+    "description",
+    [None, "{}", "[", '{"files": ["config.json"]}', '{"files": {"config.json": 1}}'],
+    ids=["no artifact", "lists nothing", "unreadable", "no object", "no digest"],
+)
+def test_files_of_others_stay(description: str | None, tmp_path: Path) -> None:
+    fill(tmp_path, COMPANIONS | ({} if description is None else {"claq.json": description}))
+    export(tmp_path, NEW)
+    assert contents(tmp_path) == COMPANIONS | NEW
+
+
+def test_a_listing_names_nothing_elsewhere(tmp_path: Path) -> None:
+    others = {"notes.txt": "mine", "../elsewhere/config.json": "mine"}
+    folder = tmp_path / "folder"
+    fill(folder, OLD | others | listing(others))
+    export(folder, NEW)
+    assert contents(tmp_path) == {f"folder/{name}": text for name, text in (NEW | {"notes.txt": "mine"}).items()} | {
+        "elsewhere/config.json": "mine"
+    }
 
 
 def test_what_is_read_beside_another_model_file_stays(tmp_path: Path) -> None:
     genai = {"genai_config.json": json.dumps({"model": {"decoder": {"filename": "other.onnx"}}})}
-    others = COMPANIONS | genai | {"config.json": OURS, "preprocessor_config.json": "mine", "other.onnx": "kept"}
-    fill(tmp_path, OLD | others)
+    others = COMPANIONS | genai | {"other.onnx": "kept"}
+    fill(tmp_path, OLD | others | listing(COMPANIONS | genai))
     export(tmp_path, NEW)
     assert contents(tmp_path) == NEW | others
 
 
 def test_a_second_artifact_of_a_folder_leaves_the_first_its_companions(tmp_path: Path) -> None:
-    first = {"first.onnx": "1", f"first.onnx.{'a' * 16}.data": "1", "tokenizer.json": "1", "config.json": OURS}
-    fill(tmp_path, first | {"claq.json": "{}", "claq.safetensors": "1"})
+    first = {"first.onnx": "1", f"first.onnx.{'a' * 16}.data": "1", **COMPANIONS}
+    fill(tmp_path, first | listing(COMPANIONS) | {"claq.safetensors": "1"})
     export(tmp_path, NEW)
     assert contents(tmp_path) == first | NEW
 
