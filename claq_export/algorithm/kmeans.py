@@ -12,6 +12,8 @@ machinery:
 - ``"optimal"``: the global optimum by dynamic programming with divide and conquer (Wang and Song 2011; Groenlund et
   al. 2017).
 
+Columns of at most 64 different values get the optimum by every method: each border between two of them is a candidate.
+
 The paper's section 3.2 calls for k-means of each column; its code runs a general library with a random start
 (claq.md, 1.3).
 """
@@ -152,13 +154,20 @@ def _companded_start(data: SortedValues, k: int) -> Float64:
 def _coarse_start(data: SortedValues, k: int) -> Float64 | None:
     """Optimal centroids when borders may stand at the companded candidates only; None if those are fewer than k + 1."""
     index, curve = _companded(data)
-    candidates = max(_CANDIDATES, 4 * k)
-    cuts = index[curve.searchsorted(np.linspace(0.0, curve[-1], candidates + 1))]
+    cuts = index[curve.searchsorted(np.linspace(0.0, curve[-1], _candidates(k) + 1))]
     cuts[0], cuts[-1] = 0, len(data.values)
     cuts = cuts[np.concatenate([[True], cuts[1:] > cuts[:-1]])]
+    return _best_partition(data, k, cuts) if len(cuts) > k else None
+
+
+def _candidates(k: int) -> int:
+    return max(_CANDIDATES, 4 * k)
+
+
+def _best_partition(data: SortedValues, k: int, cuts: Int64) -> Float64:
+    """Centroids of the partition into ``k`` clusters with the least error, whose borders are among ``cuts`` (ascending, from 0
+    to n, at least ``k + 1``)."""
     m = len(cuts)
-    if m < k + 1:
-        return None
     moment, mass = data.moment[cuts], data.mass[cuts]
     # gain[j, i]: what the cluster between cuts i < j takes off the sum of squares; the best partition has the largest
     # sum of gains. Only the best sums are kept on the way; which border gave them is found again on the way back.
@@ -281,18 +290,23 @@ def centroids_of(
         centroids, _, steps = lloyd(data, start, max_iterations)
         return centroids, steps
     values = data.values
-    if method != "optimal" and len(values) > 2 * k:
-        probe = values[_sample(len(values))[0]]
-        if np.count_nonzero(probe[1:] - probe[:-1]) > 2 * k:
-            first = _coarse_start(data, k) if method == "coarse" else _companded_start(data, k)
-            if first is not None:
-                centroids, _, steps = lloyd(data, first, max_iterations)
-                return centroids, steps
-    distinct = np.unique(values)
-    if len(distinct) <= k:
-        return np.concatenate([distinct, np.full(k - len(distinct), distinct[-1])]), 0
+    probe = values[_sample(len(values))[0]]
+    changes = np.count_nonzero(probe[1:] - probe[:-1])
+    if changes < _candidates(k):
+        cuts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1], [True]]))
+        distinct = values[cuts[:-1]]
+        if len(distinct) <= k:
+            return np.concatenate([distinct, np.full(k - len(distinct), distinct[-1])]), 0
+        if method != "optimal" and len(distinct) <= _candidates(k):
+            return _best_partition(data, k, cuts), 0
     if method == "optimal":
         return _means(data, optimal_borders(data, k)), 0
+    if changes > 2 * k:
+        first = _coarse_start(data, k) if method == "coarse" else _companded_start(data, k)
+        if first is not None:
+            centroids, _, steps = lloyd(data, first, max_iterations)
+            return centroids, steps
+    distinct = np.unique(values)
     spread = distinct[((np.arange(k) + 0.5) / k * len(distinct)).astype(np.int64)]
     centroids, _, steps = lloyd(data, spread, max_iterations)
     return centroids, steps

@@ -110,6 +110,19 @@ def test_coarse_is_close_to_the_optimum() -> None:
             assert cluster(values, k, method="coarse").error <= limit * optimum
 
 
+@pytest.mark.parametrize("method", ["lloyd", "coarse"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_columns_of_few_different_values_get_the_optimum(method: str, weighted: bool) -> None:
+    """Weights that were on a grid before, as those of int8 models: Lloyd from a start ends far from the optimum there."""
+    rng = np.random.default_rng(5)
+    for distinct, k in itertools.product((5, 9, 17, 33, 64), (4, 8, 16)):
+        grid, shares = rng.standard_t(4, distinct), rng.dirichlet(np.full(distinct, 0.5))
+        values = torch.from_numpy(grid[rng.choice(distinct, 700, p=shares)].astype(np.float32))
+        weights = torch.from_numpy(rng.uniform(0.1, 3, 700)) if weighted else None
+        best = cluster(values, k, method="optimal", weights=weights).error
+        assert cluster(values, k, method=method, weights=weights).error <= best * (1 + 1e-9) + 1e-9
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "values",

@@ -84,10 +84,10 @@ void Companding::measure(const float* values, int64_t count, const Loops& loops)
   for (int64_t i = 0; i + 1 < size_; ++i) curve[i + 1] = curve[i] + curve[i + 1] * share_[static_cast<size_t>(i)];
 }
 
-bool Companding::varied(int64_t least) const {
+int64_t Companding::changes() const {
   int64_t changes = 0;
   for (int64_t i = 0; i + 1 < size_; ++i) changes += sample_[static_cast<size_t>(i)] != sample_[static_cast<size_t>(i + 1)];
-  return changes > least;
+  return changes;
 }
 
 void lloyd(const SortedValues& data, int k, int most_iterations, double* centroids, int64_t* borders) {
@@ -114,15 +114,15 @@ void lloyd(const SortedValues& data, int k, int most_iterations, double* centroi
 }
 
 KMeans::KMeans(int64_t most_values, Method method, const Loops& loops) : method_(method), loops_(loops) {
-  if (method == Method::kCoarse) {
-    gain_.resize(static_cast<size_t>((kCandidates + 1) * kGainStride));
-    layers_.resize(static_cast<size_t>((kMostCentroids - 1) * kGainStride));
-  } else if (method == Method::kOptimal) {
+  if (method == Method::kOptimal) {
     const size_t size = static_cast<size_t>(most_values) + 1;
     best_.resize(size);
     grown_.resize(size);
     total_.resize(size);
     choice_.resize(size * (kMostCentroids - 1));
+  } else {
+    gain_.resize(static_cast<size_t>((kCandidates + 1) * kGainStride));
+    layers_.resize(static_cast<size_t>((kMostCentroids - 1) * kGainStride));
   }
 }
 
@@ -153,6 +153,33 @@ bool KMeans::coarse_start(const SortedValues& data, int k, double* centroids) {
     if (c == 0 || cut > cuts[count - 1]) cuts[count++] = cut;
   }
   if (count < k + 1) return false;
+  best_partition(data, k, cuts, count, centroids);
+  return true;
+}
+
+// At most k different values are the centroids, and the last repeats. At most kCandidates: each border between two is a candidate, so
+// this is the optimum.
+bool KMeans::few_values(const SortedValues& data, int k, double* centroids) {
+  const int64_t most = method_ == Method::kOptimal ? k : kCandidates;
+  const float* values = data.values;
+  int64_t cuts[kCandidates + 1];
+  int64_t distinct = 0;
+  for (int64_t i = 0; i < data.count; ++i) {
+    if (i > 0 && values[i] == values[i - 1]) continue;
+    if (distinct == most) return false;
+    cuts[distinct++] = i;
+  }
+  if (distinct <= k) {
+    for (int c = 0; c < k; ++c) centroids[c] = values[cuts[std::min<int64_t>(c, distinct - 1)]];
+  } else {
+    cuts[distinct] = data.count;
+    best_partition(data, k, cuts, distinct + 1, centroids);
+  }
+  return true;
+}
+
+// The best of those whose borders are among `cuts`, `count` ascending ones from 0 to the number of values, more than k.
+void KMeans::best_partition(const SortedValues& data, int k, const int64_t* cuts, int64_t count, double* centroids) {
   double moment[kCandidates + 1], mass[kCandidates + 1];
   for (int64_t c = 0; c < count; ++c) {
     moment[c] = data.moment[cuts[c]];
@@ -183,7 +210,6 @@ bool KMeans::coarse_start(const SortedValues& data, int k, double* centroids) {
     }
   }
   for (int c = 0; c < k; ++c) centroids[c] = mean(data, cuts[chosen[c]], cuts[chosen[c + 1]]);
-  return true;
 }
 
 // The best last border never moves left as more values are taken in.
@@ -229,38 +255,29 @@ void KMeans::fit(const SortedValues& data, int k, int most_iterations, const dou
   }
   const float* values = data.values;
   const int64_t n = data.count;
-  if (method_ != Method::kOptimal && n > 2 * k) {
-    companding_.measure(values, n, loops_);
-    if (companding_.varied(2 * k)) {
-      bool started = true;
-      if (method_ == Method::kCoarse) {
-        started = coarse_start(data, k, centroids);
-      } else {
-        companded_start(k, centroids);
-      }
-      if (started) {
-        lloyd(data, k, most_iterations, centroids, borders);
-        return;
-      }
+  companding_.measure(values, n, loops_);
+  const int64_t changes = companding_.changes();
+  if (changes < kCandidates && few_values(data, k, centroids)) return;
+  if (method_ == Method::kOptimal) return optimal(data, k, centroids);
+  bool started = changes > 2 * k;
+  if (started && method_ == Method::kCoarse) {
+    started = coarse_start(data, k, centroids);
+  } else if (started) {
+    companded_start(k, centroids);
+  }
+  if (!started) {  // k of the different values, evenly spread
+    int64_t distinct = 1;
+    for (int64_t i = 1; i < n; ++i) distinct += values[i] != values[i - 1];
+    int c = 0;
+    int64_t rank = 0;
+    for (int64_t i = 0; i < n && c < k; ++i) {
+      if (i > 0 && values[i] == values[i - 1]) continue;
+      if (rank == static_cast<int64_t>((c + 0.5) / k * static_cast<double>(distinct))) centroids[c++] = values[i];
+      ++rank;
     }
+    for (; c < k; ++c) centroids[c] = values[n - 1];
   }
-  int64_t distinct = 1;
-  for (int64_t i = 1; i < n; ++i) distinct += values[i] != values[i - 1];
-  if (distinct > k && method_ == Method::kOptimal) {
-    optimal(data, k, centroids);
-    return;
-  }
-  // Few different values: each is a centroid and the last repeats. More: k of them, evenly spread.
-  int c = 0;
-  int64_t rank = 0;
-  for (int64_t i = 0; i < n && c < k; ++i) {
-    if (i > 0 && values[i] == values[i - 1]) continue;
-    const int64_t wanted = distinct <= k ? rank : static_cast<int64_t>((c + 0.5) / k * static_cast<double>(distinct));
-    if (rank == wanted) centroids[c++] = values[i];
-    ++rank;
-  }
-  for (; c < k; ++c) centroids[c] = values[n - 1];
-  if (distinct > k) lloyd(data, k, most_iterations, centroids, borders);
+  lloyd(data, k, most_iterations, centroids, borders);
 }
 
 }  // namespace claq::quantize

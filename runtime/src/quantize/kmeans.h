@@ -42,8 +42,8 @@ class Companding {
   const int64_t* index() const { return index_.data(); }
   const float* sample() const { return sample_.data(); }
   const double* curve() const { return curve_.data(); }
-  // Whether the samples take more than `least` + 1 different values.
-  bool varied(int64_t least) const;
+  // How often the value changes from one sample to the next.
+  int64_t changes() const;
 
  private:
   void place(int64_t count);
@@ -68,6 +68,8 @@ class KMeans {
  private:
   void companded_start(int k, double* centroids) const;
   bool coarse_start(const SortedValues& data, int k, double* centroids);
+  bool few_values(const SortedValues& data, int k, double* centroids);
+  void best_partition(const SortedValues& data, int k, const int64_t* cuts, int64_t count, double* centroids);
   void optimal(const SortedValues& data, int k, double* centroids);
   void split(const SortedValues& data, int64_t low, int64_t high, int64_t left, int64_t right, int32_t* choice);
 
