@@ -124,8 +124,8 @@ def _native_layer(
         in_features,
         out_features,
         columns,
-        *(tensor.data_ptr() for tensor in tensors),
-        *(0 if tensor.is_inference() else tensor._version for tensor in tensors),
+        [tensor.data_ptr() for tensor in tensors],
+        [0 if tensor.is_inference() else tensor._version for tensor in tensors],
     )
     entry: tuple[object, NativeLinear] | None = cache.get(codes)
     if entry is None or entry[0] != state:

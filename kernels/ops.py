@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from .cpu import cpu_embedding, cpu_linear
 from .cuda import cuda_embedding, cuda_linear
@@ -185,6 +186,34 @@ linear = torch.ops.claq.linear.default
 autocast that of autocast, as with ``aten.linear``. ``columns`` are the stored columns of width 4, 3 and 2;
 ``accuracy_level`` is the arithmetic of the native kernels. There is no gradient.
 """
+
+
+def call_linear(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """:data:`linear` for modules that run eagerly: without PyTorch's dispatcher where only the CPU kernel is behind it.
+
+    To pass fourteen arguments through the dispatcher and its key for gradients takes 20 µs, several times what the product of
+    a small layer does, and a decoding step has hundreds of these.
+    """
+    return (_cpu if _reaches_cpu_kernel(x) else linear)(x, *rest)
+
+
+def _reaches_cpu_kernel(x: torch.Tensor) -> bool:
+    """Whether nothing that PyTorch puts between a call and the CPU kernel has anything to do: no tracing or compilation, no
+    subclass, mode, transform or autocast, no gradient, no profile that should name the operator."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is torch.Tensor
+        and x.is_cpu
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+        and not torch._C._autograd._profiler_enabled()
+    )
+
 
 embedding = torch.ops.claq.embedding.default
 """Rows of a layer's weight ``W[out_features, in_features]``, the vocabulary being its output features.

@@ -195,7 +195,7 @@ class ClaqLinear(QuantizedModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x[..., in_features]`` of float32, float16 or bfloat16 to ``[..., out_features]`` of the same dtype."""
-        return ops.linear(
+        return ops.call_linear(
             x,
             self.codes,
             self.codebook,

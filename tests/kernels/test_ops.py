@@ -15,8 +15,9 @@ from quantized_layers import arguments, dense_weight, layers, random_layer
 
 from claq_export.errors import FormatError
 from claq_export.format.layer import QuantizedLinear
-from claq_export.kernels import backend, cpu, linear, use_backend
+from claq_export.kernels import backend, cpu, linear, ops, use_backend
 from claq_export.kernels.native import native_available
+from claq_export.modules.layers import ClaqLinear
 
 NATIVE = native_available()
 BACKENDS = [
@@ -137,6 +138,77 @@ def test_autocast_in_compiled_and_exported_graphs() -> None:
             assert wanted.dtype == (torch.bfloat16 if enabled else torch.float32)
             for run in (torch.compile(model, fullgraph=True, backend="aot_eager"), program):
                 torch.testing.assert_close(run(x), wanted)
+
+
+class Reached(Exception):
+    """The dispatcher was asked."""
+
+
+def asks_the_dispatcher(x: torch.Tensor, layer: QuantizedLinear) -> bool:
+    def reached(*_arguments: object) -> torch.Tensor:
+        raise Reached
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "linear", reached)
+        try:
+            ops.call_linear(*arguments(layer, x))
+        except Reached:
+            return True
+    return False
+
+
+def test_modules_leave_the_dispatcher_out_where_it_does_nothing() -> None:
+    from torch.autograd import forward_ad
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Dispatching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            return function(*args, **(kwargs or {}))
+
+    layer, x = random_layer(8, 4), torch.randn(2, 8)
+    wants_gradient = x.clone().requires_grad_()
+    for plain in (x, x.half(), x[:, :0].new_zeros(0, 8)):
+        assert not asks_the_dispatcher(plain, layer)
+        assert torch.equal(ops.call_linear(*arguments(layer, plain)), linear(*arguments(layer, plain)))
+    assert asks_the_dispatcher(wants_gradient, layer)
+    with torch.no_grad():
+        assert not asks_the_dispatcher(wants_gradient, layer)
+    with torch.inference_mode():
+        assert not asks_the_dispatcher(torch.randn(2, 8), layer)
+    assert asks_the_dispatcher(x.to("meta"), layer)
+    assert asks_the_dispatcher(torch.nn.Buffer(x).as_subclass(torch.nn.Parameter), layer)
+    for around in (
+        torch.autocast("cpu", torch.bfloat16),
+        Dispatching(),
+        torch.device("cpu"),  # a mode for functions
+        torch.profiler.profile(),
+        forward_ad.dual_level(),
+    ):
+        with around:
+            assert asks_the_dispatcher(x, layer), around
+        assert not asks_the_dispatcher(x, layer)
+    asked: list[bool] = []
+    torch.vmap(lambda row: (asked.append(asks_the_dispatcher(row, layer)), row)[1])(x)
+    assert asked == [True]
+
+
+def test_programs_and_profiles_have_the_operator_of_a_module() -> None:
+    module, x = ClaqLinear(random_layer(8, 4)).eval(), torch.randn(2, 8)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(module)(x)
+    compiled: list[torch.fx.GraphModule] = []
+
+    def note(graph: torch.fx.GraphModule, _inputs: object) -> torch.fx.GraphModule:
+        compiled.append(graph)
+        return graph
+
+    torch.compile(module, backend=note, fullgraph=True)(x)
+    programs = (torch.export.export(module, (x,), strict=strict).graph_module for strict in (False, True))
+    for graph in (traced, *compiled, *programs):
+        assert linear in [node.target for node in graph.graph.nodes]
+    assert "claq::linear" in torch.jit.trace(module, x).graph.str()
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        module(x)
+    assert "claq::linear" in {event.key for event in profile.key_averages()}
 
 
 def test_gradients_are_refused_at_backward_only() -> None:
