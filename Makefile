@@ -28,7 +28,7 @@ demo: setup ## export the MiniLM sentence encoder at 4 bits and use the exported
 
 test: setup ## linters, type checker and all tests
 	$(MAKE) lint
-	$(BIN)/python -m pytest -q --numprocesses $(TEST_WORKERS) --dist loadfile --durations 25
+	$(BIN)/python -m pytest -q --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations 25
 
 kernels: setup ## compile the GPU kernels of claq-runtime ahead of time (no GPU needed; half an hour on two cores)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "triton>=3.6"

@@ -16,6 +16,12 @@ torch.set_num_threads(max(1, min(2, os.cpu_count() or 1) // int(os.environ.get("
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, or one process would be left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_unquantized_files() -> Iterator[None]:
     """Exports do not also write the unquantized model for its latency, half of their time here; tests of that set the limit."""
