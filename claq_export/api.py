@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +35,7 @@ from .emit.artifact import Artifact
 from .emit.staging import StagedExport
 from .errors import CaptureError, ClaqError, ConfigError, OutputError
 from .file_graph import in_float32
+from .format.files import scratch_folder
 from .modules import ClaqEmbedding, ClaqLinear, check_replaceable, replace_linears
 from .passes import Skipped
 from .preflight import check as check_preflight
@@ -306,15 +306,13 @@ def export(
         preflight = compilation.preflight()
         reporter.stage(str(preflight), predicted=preflight.to_json())
         check_preflight(preflight, memory, out, None if work is None else Path(work))
-    with tempfile.TemporaryDirectory(prefix="claq-") as scratch:
+    with ExitStack() as until_the_end:
         emitted = compilation.emitted
         samples = verification_inputs(emitted) if verify else []
         originals = _Recorded(emitted, samples) if verify else None
         original_path = None
         if verify and original_bytes <= UNQUANTIZED_LIMIT:
-            original_path = Path(scratch) / "original.onnx"
-            with compilation.timed("emission"):
-                emit_captured(emitted, original_path)
+            original_path = _emit_original(compilation, until_the_end)
         collect_garbage()
         reporter.stage(f"quantizing {len(compilation.plan.sites)} layers")
         try:
@@ -460,6 +458,21 @@ class _Recorded:
 
     def __call__(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self._outputs[self._key(inputs)]
+
+
+def _emit_original(compilation: Compilation, stack: ExitStack) -> Path | None:
+    """Write the unquantized model as ONNX into a folder that ends with ``stack``.
+
+    Only a latency is measured with it: None, with a warning, where it cannot be written.
+    """
+    try:
+        path = stack.enter_context(scratch_folder()) / "original.onnx"
+        with compilation.timed("emission"):
+            emit_captured(compilation.emitted, path)
+    except (OSError, OutputError) as error:
+        compilation.reporter.warn(f"the latency of the unquantized model will not be measured: {error}")
+        return None
+    return path
 
 
 def _verified(

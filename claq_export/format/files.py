@@ -6,7 +6,9 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,9 @@ from typing import BinaryIO
 from ..errors import OutputError
 
 _WRITTEN_AT_ONCE = 8 << 20
+
+_SCRATCH = "claq-scratch-"
+_LOCK = "lock"
 
 _LONGEST_NAME = 255
 """Bytes of a name, where a file system does not say."""
@@ -152,6 +157,45 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for files as large as a model that are of no use afterwards, in the system's place for temporary ones.
+
+    What killed processes of this user left there goes first. A folder is somebody's as long as the file ``lock`` in it is locked:
+    the number of its process would say nothing of processes in other containers.
+
+    Raises:
+        OSError: none can be made.
+    """
+    parent = Path(tempfile.gettempdir())
+    for folder in parent.glob(f"{_SCRATCH}*"):
+        _remove_if_left(folder)
+    made = Path(tempfile.mkdtemp(prefix=f".{_SCRATCH}", dir=parent))
+    folder = parent / made.name.removeprefix(".")
+    lock = lock_file(made / _LOCK)
+    try:
+        made.rename(folder)  # only now others look at it
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove another process's scratch folder if it is gone. Anyone may put things there: links and other users' are left."""
+    try:
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or not (folder / _LOCK).is_file():
+            return
+        lock = lock_file(folder / _LOCK)
+    except OSError:
+        return  # several processes may remove it at once
+    if lock is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 def _temporary(path: Path) -> Path:
