@@ -204,6 +204,9 @@ def _reaches_cpu_kernel(x: torch.Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(x) is torch.Tensor
         and x.is_cpu
+        and x.layout is torch.strided
+        and not x.is_neg()  # a view whose values are those of its memory with another sign
+        and not x._is_zerotensor()  # zeros without memory
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch.is_autocast_enabled("cpu")
         and torch._C._len_torch_dispatch_stack() == 0

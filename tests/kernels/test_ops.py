@@ -175,7 +175,11 @@ def test_modules_leave_the_dispatcher_out_where_it_does_nothing() -> None:
         assert not asks_the_dispatcher(wants_gradient, layer)
     with torch.inference_mode():
         assert not asks_the_dispatcher(torch.randn(2, 8), layer)
-    assert asks_the_dispatcher(x.to("meta"), layer)
+    negative, zeros = torch.complex(x, x).conj().imag, torch._efficientzerotensor((2, 8))
+    for odd in (x.to("meta"), negative, zeros, x.to_sparse(), x.to_mkldnn()):
+        assert asks_the_dispatcher(odd, layer)
+    for odd in (negative, zeros):
+        assert torch.equal(ops.call_linear(*arguments(layer, odd)), linear(*arguments(layer, odd.clone())))
     assert asks_the_dispatcher(torch.nn.Buffer(x).as_subclass(torch.nn.Parameter), layer)
     for around in (
         torch.autocast("cpu", torch.bfloat16),
