@@ -157,9 +157,12 @@ def save_checkpoint(
 
 def header_text(description: Mapping[str, Any]) -> str:
     """The description as metadata ``claq`` of a safetensors header: JSON without ``config`` and ``files``."""
-    return json.dumps(
-        {key: value for key, value in description.items() if key not in ("config", "files")}, ensure_ascii=False
-    )
+    return json.dumps(_of_tensors(description), ensure_ascii=False)
+
+
+def _of_tensors(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What of ``claq.json`` the header of ``claq.safetensors`` repeats."""
+    return {key: value for key, value in description.items() if key not in ("config", "files")}
 
 
 def layer_entry(
@@ -267,7 +270,7 @@ def load_checkpoint(folder: Path | str) -> Checkpoint:
         stated = parse_json_object(
             header.encode("utf-8", "surrogatepass"), f"{path}: its header's description", FormatError
         )
-        if stated != {key: value for key, value in description.items() if key != "config"}:
+        if stated != _of_tensors(description):
             raise FormatError(
                 f"{path} and {CONFIG_FILE} are from two exports, or one was changed: their descriptions of the layers "
                 "differ; an export that was interrupted while it replaced them leaves such a pair. Export again"

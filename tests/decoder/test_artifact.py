@@ -31,6 +31,16 @@ PROMPTS = ([2, 40, 41, 42, 43, 44], [2, 50, 51])
 NEW_TOKENS = 8
 
 
+@pytest.fixture(scope="module")
+def one_block_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny Llama's first block alone, without tokenizer."""
+    from transformers import LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    LlamaForCausalLM.from_pretrained(tiny_llama, num_hidden_layers=1).save_pretrained(folder)
+    return folder
+
+
 def quantized(folder: Path) -> torch.nn.Module:
     """The artifact's model in PyTorch."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -180,14 +190,16 @@ def test_perplexity_is_that_of_pytorch(decoder_artifact: Path, tmp_path: Path) -
     assert not out.exists()
 
 
-def test_no_cache_and_other_opset(tiny_llama: Path, decoder_artifact: Path, tmp_path: Path) -> None:
+def test_no_cache_and_other_opset(
+    tiny_llama: Path, one_block_llama: Path, decoder_artifact: Path, tmp_path: Path
+) -> None:
     """The graph that sees all tokens at once refuses to generate; opset 18 generates the same in older runtimes."""
-    common = [str(tiny_llama), "--calibration", "none", "--quiet", "--no-verify"]
-    assert main([*common, "--out", str(tmp_path / "whole" / "model.onnx"), "--no-cache"]) == 0
+    common = ["--calibration", "none", "--quiet", "--no-verify", "--out"]
+    assert main([str(one_block_llama), *common, str(tmp_path / "whole" / "model.onnx"), "--no-cache"]) == 0
     assert not (tmp_path / "whole" / "genai_config.json").exists()
     with pytest.raises(ModelError, match="no key/value cache"):
         Generator(tmp_path / "whole")
-    assert main([*common, "--out", str(tmp_path / "old" / "model.onnx"), "--opset", "18"]) == 0
+    assert main([str(tiny_llama), *common, str(tmp_path / "old" / "model.onnx"), "--opset", "18"]) == 0
     model = onnx.load(str(tmp_path / "old" / "model.onnx"), load_external_data=False)
     assert {entry.domain: entry.version for entry in model.opset_import}[""] == 18
     tokens = list(Generator(tmp_path / "old").tokens(PROMPTS[0], NEW_TOKENS))
@@ -204,21 +216,23 @@ def test_no_cache_and_other_opset(tiny_llama: Path, decoder_artifact: Path, tmp_
         assert [int(token) for token in result.stdout.split()] == tokens
 
 
-def test_last_logits_generate_the_same_tokens(tiny_llama: Path, decoder_artifact: Path, tmp_path: Path) -> None:
+def test_last_logits_generate_the_same_tokens(
+    tiny_llama: Path, one_block_llama: Path, decoder_artifact: Path, tmp_path: Path
+) -> None:
     from claq_export.evaluation.models import OnnxModel
 
     text = tmp_path / "text.txt"
     text.write_text("\n".join(sentences(64)), encoding="utf-8")
-    common = [str(tiny_llama), "--quiet", "--last-logits", "--calibration", str(text)]
+    common = ["--quiet", "--last-logits", "--calibration", str(text), "--out"]
     target = tmp_path / "last" / "model.onnx"
-    assert main([*common, "--samples", "4", "--sequence-length", "32", "--out", str(target)]) == 0
+    assert main([str(tiny_llama), *common, str(target), "--samples", "4", "--sequence-length", "32"]) == 0
     logits = ort.InferenceSession(str(target)).get_outputs()[0]
     assert logits.shape[:2] == ["batch", 1]
     tokens = list(Generator(target).tokens(PROMPTS[0], NEW_TOKENS))
     assert tokens == list(Generator(decoder_artifact).tokens(PROMPTS[0], NEW_TOKENS))
     with pytest.raises(ModelError, match="without --last-logits"):
         OnnxModel(target).logits(torch.tensor([PROMPTS[0]]))
-    assert main([*common, "--no-cache", "--out", str(tmp_path / "whole.onnx")]) == ConfigError.exit_code
+    assert main([str(one_block_llama), *common, str(tmp_path / "whole.onnx"), "--no-cache"]) == ConfigError.exit_code
 
 
 def test_each_layer_runs_alone_with_and_without_the_library(decoder_artifact: Path) -> None:

@@ -8,12 +8,18 @@ Each round exports into a folder that holds the artifact of an *other* export, s
 artifact is killed too. After every kill the artifact must be the old or the new one, whole, and a layer that was
 finished must not be quantized again; the artifact that a round ends with must be that of an export nobody killed, byte
 for byte. One JSON line with the counts is printed.
+
+With ``--captured`` what will be killed begins with a model that was captured before, as nothing is written until then: as
+many kills while something is done in half of the time. The process that nobody kills captures anew, and so goes on with
+what others left as a command that is given again does.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -22,6 +28,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "support")]
@@ -84,12 +91,35 @@ def everything_is_large() -> None:
     claq_export.compiler.predict_resources = without_room
 
 
-def campaign(kind: str, seconds: float, seed: int, most_kills: int, folder: Path) -> dict[str, float]:
+def capture_alone(export) -> Callable[..., object]:
+    """A capture of the model, in the place of the one that ``export`` begins with; for forked processes, which change it."""
+    from claq_export import api
+
+    class CapturedError(Exception):
+        pass
+
+    capture, found = api.capture, []
+
+    def alone(*arguments, **options):
+        found.append(capture(*arguments, **options))
+        raise CapturedError
+
+    api.capture = alone
+    with contextlib.suppress(CapturedError):
+        export()
+    api.capture = capture
+    return lambda *_, **__: found[0]
+
+
+def campaign(
+    kind: str, seconds: float, seed: int, most_kills: int, folder: Path, captured: bool = False
+) -> dict[str, float]:
     """Rounds of killed exports for about ``seconds``; raises AssertionError at the first violation."""
     import torch
     from tiny_models import save_tiny_bert, save_tiny_llama, sentences, shard
 
     import claq_export
+    from claq_export import api
     from claq_export.calibration.progress import ProgressReporter
 
     limits = {}
@@ -113,14 +143,14 @@ def campaign(kind: str, seconds: float, seed: int, most_kills: int, folder: Path
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "layers.log"
 
-    def export(out: Path, settings: claq_export.Config, work: Path | None) -> None:
+    def export(out: Path, settings: claq_export.Config, work: Path | None) -> claq_export.ExportResult:
         class Reporter(ProgressReporter):
             def layer(self, name: str, **fields: object) -> None:
                 if "layer_seconds" in fields:
                     with log.open("a") as lines:
                         lines.write(json.dumps([name, bool(fields.get("restored"))]) + "\n")
 
-        claq_export.export(
+        return claq_export.export(
             model,
             example,
             out=out / "model.onnx",
@@ -134,8 +164,15 @@ def campaign(kind: str, seconds: float, seed: int, most_kills: int, folder: Path
     # Here and not in a child, so that children find everything imported.
     export(folder / "old", other, None)
     start = time.perf_counter()
-    export(folder / "expected", config, None)
+    result = export(folder / "expected", config, None)
     duration = time.perf_counter() - start
+    capture = capture_alone(lambda: export(folder / "captured", config, None)) if captured else api.capture
+
+    def export_killed(out: Path, work: Path) -> None:
+        api.capture = capture
+        export(out, config, work)
+
+    lasts = duration - result.seconds["capture"] if captured else duration  # of what is killed
     expected, old = contents(folder / "expected"), contents(folder / "old")
     counts = {"rounds": 0, "kills": 0, "restored": 0, "repeated": 0, "seconds_undisturbed": round(duration, 2)}
     while time.perf_counter() - start < seconds or not counts["rounds"]:
@@ -149,8 +186,9 @@ def campaign(kind: str, seconds: float, seed: int, most_kills: int, folder: Path
         finished, kills = False, 0
         while not finished:
             # Now and then nobody kills, and nobody after so many: a slow machine would never come to an end.
-            delay = rng.uniform(0, 1.1 * duration) if kills < most_kills and rng.random() < 0.9 else None
-            finished = in_child(lambda: export(out, config, work), delay)  # noqa: B023
+            delay = rng.uniform(0, 1.1 * lasts) if kills < most_kills and rng.random() < 0.9 else None
+            begun = export_killed if delay is not None else functools.partial(export, settings=config)
+            finished = in_child(functools.partial(begun, out=out, work=work), delay)
             kills += not finished
             found = contents(out)
             for names in (("model.onnx",), ("claq.safetensors",), ("claq.json",)):
@@ -180,11 +218,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--most-kills", type=int, default=8, help="in a round")
+    parser.add_argument("--captured", action="store_true", help="kill no process while it captures the model")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         print(
             json.dumps(
-                campaign(options.model, options.seconds, options.seed, options.most_kills, Path(scratch) / "campaign")
+                campaign(
+                    options.model,
+                    options.seconds,
+                    options.seed,
+                    options.most_kills,
+                    Path(scratch) / "campaign",
+                    options.captured,
+                )
             )
         )
 

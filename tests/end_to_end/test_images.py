@@ -12,6 +12,8 @@ import torch
 import transformers
 
 import claq_export
+from claq_export.api import capture
+from claq_export.calibration.loading import load_calibration
 from claq_export.cli import main
 from claq_export.errors import CalibrationError, ModelError
 
@@ -92,12 +94,15 @@ def test_what_cannot_calibrate_or_be_told_is_named(tmp_path: Path, capsys: pytes
     assert "has no array 'pixel_values'; it has 'images'" in capsys.readouterr().err
     np.savez(tmp_path / "objects.npz", pixel_values=np.array([None, 1], object))
     (tmp_path / "damaged.npz").write_bytes(b"PK\x03\x04 not an archive")
-    for name in ("objects", "damaged"):
-        assert main([*command, "--calibration", str(tmp_path / f"{name}.npz")]) == CalibrationError.exit_code
-        assert "is not a readable .npz archive" in capsys.readouterr().err
     np.savez(tmp_path / "integers.npz", pixel_values=np.zeros((2, 3, 24, 24), np.int64))
-    assert main([*command, "--calibration", str(tmp_path / "integers.npz")]) == CalibrationError.exit_code
-    assert "must be torch.float32" in capsys.readouterr().err
+    captured, _ = capture(tmp_path / "vit")
+    for name, message in (
+        ("objects", "is not a readable .npz archive"),
+        ("damaged", "is not a readable .npz archive"),
+        ("integers", "must be torch.float32"),
+    ):
+        with pytest.raises(CalibrationError, match=message):
+            load_calibration(captured, claq_export.Config(calibration=tmp_path / f"{name}.npz"))
     assert main([str(tmp_path / "clip"), *command[1:]]) == ModelError.exit_code
     assert "--task image-feature-extraction" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("model*"))

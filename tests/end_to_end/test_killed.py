@@ -2,7 +2,7 @@
 
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,14 +19,11 @@ from claq_export.format.checkpoint import load_checkpoint, save_checkpoint
 PROGRAM = Path(__file__).with_name("kill_export.py")
 
 
-@pytest.mark.parametrize(("model", "seconds"), [("module", 15), ("sharded", 20)])
-def test_killed_at_random_moments(model, seconds):
-    result = subprocess.run(
-        [sys.executable, PROGRAM, "--model", model, f"--seconds={seconds}", f"--seed={os.getpid()}", "--most-kills=4"],
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+@pytest.mark.parametrize(("model", "seconds", "kills"), [("module", 8, 4), ("sharded", 10, 2)])
+def test_killed_at_random_moments(model, seconds, kills):
+    options = [f"--seconds={seconds}", f"--seed={os.getpid()}", f"--most-kills={kills}", "--captured"]
+    command = [sys.executable, PROGRAM, "--model", model, *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stdout + result.stderr
     counts = json.loads(result.stdout.splitlines()[-1])
     assert counts["rounds"] >= 1
@@ -166,47 +163,91 @@ def test_a_pair_of_two_exports_is_refused(tmp_path):
 
 
 _KILLED_BETWEEN_RENAMES = """
-import os, signal, sys
+import os, shutil, signal, sys
 import torch
-sys.path[:0] = sys.argv[3:]
+folder, count = sys.argv[1], int(sys.argv[2])
+moments = [int(word) for word in sys.argv[3 : 3 + count]]
+sys.path[:0] = sys.argv[3 + count :]
 import claq_export
-replace, left = os.replace, int(sys.argv[2])
-def dying(source, target):
-    global left
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    replace(source, target)
-torch.manual_seed(1)
-model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64))
-os.replace = dying
-claq_export.export(model, torch.randn(2, 64), out=sys.argv[1], verify=False,
-                   config=claq_export.Config(bits=2, calibration="none"))
+
+def export(out):
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64))
+    claq_export.export(model, torch.randn(2, 64), out=out, verify=False,
+                       config=claq_export.Config(bits=2, calibration="none"))
+
+def in_child(out, left):
+    pid = os.fork()
+    if pid == 0:
+        replace = os.replace
+        def dying(source, target):
+            nonlocal left
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            replace(source, target)
+        os.replace = dying
+        try:
+            export(out)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+export(f"{folder}/imports/model.onnx")  # once here, so that children find everything imported
+for moment in moments:
+    killed = in_child(f"{folder}/{moment}/model.onnx", moment)
+    assert killed == -signal.SIGKILL, (moment, killed)
+    shutil.copytree(f"{folder}/{moment}", f"{folder}/{moment}-killed")
+    finished = in_child(f"{folder}/{moment}/model.onnx", 99)
+    assert finished == 0, (moment, finished)
 """
+_MOMENTS = (0, 1, 4, 7)
 
 
-@pytest.mark.parametrize("renames", [0, 1, 4, 7])
-def test_a_live_artifact_stays_whole_when_its_replacement_is_killed(tmp_path, renames):
+@pytest.fixture(scope="module")
+def replaced(tmp_path_factory):
+    """A folder of artifacts: ``before``, and for each moment ``<renames>-killed``, what a killed replacement of a copy left of
+    it, and ``<renames>``, what the replacement that followed made of that. All of them by one process, which forks."""
+    folder = tmp_path_factory.mktemp("replaced")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64))
+    config = claq_export.Config(bits=2, calibration="none")
+    out = folder / "before" / "model.onnx"
+    claq_export.export(model, torch.randn(2, 64), out=out, verify=False, config=config)
+    for moment in _MOMENTS:
+        shutil.copytree(out.parent, folder / str(moment))
+    command = [
+        sys.executable,
+        "-c",
+        _KILLED_BETWEEN_RENAMES,
+        folder,
+        str(len(_MOMENTS)),
+        *map(str, _MOMENTS),
+        *sys.path,
+    ]
+    # One thread: forked children must not find locks of threads that the parent started.
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("renames", _MOMENTS)
+def test_a_live_artifact_stays_whole_when_its_replacement_is_killed(replaced, renames):
     """Killed before the two renames of ``model.onnx`` and its data where they are written, before the first of those that
     put all files into their places, and before the last one."""
     import onnxruntime
 
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64))
-    out = tmp_path / "model.onnx"
-    config = claq_export.Config(bits=2, calibration="none")
-    claq_export.export(model, torch.randn(2, 64), out=out, verify=False, config=config)
     x = torch.randn(2, 64).numpy()
 
-    def run():
-        session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    def run(name):
+        path = replaced / name / "model.onnx"
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         return session.run(None, {session.get_inputs()[0].name: x})[0].tobytes()
 
-    before = run()
-    command = [sys.executable, "-c", _KILLED_BETWEEN_RENAMES, out, str(renames), *sys.path]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
-    assert run() == before
-    subprocess.run([*command[:4], "99", *sys.path], check=True, capture_output=True)
-    assert run() != before
-    assert len(list(tmp_path.glob("model.onnx.*.data"))) == 1
-    assert not list(tmp_path.glob(".*"))
+    before = run("before")
+    assert run(f"{renames}-killed") == before
+    assert run(str(renames)) != before
+    assert len(list((replaced / str(renames)).glob("model.onnx.*.data"))) == 1
+    assert not list((replaced / str(renames)).glob(".*"))

@@ -92,7 +92,7 @@ def test_a_budget_is_weighed_by_gradients_without_a_limit_alone(tmp_path, everyt
 def test_without_a_limit_activations_past_a_share_of_the_weights_go_to_disk(tmp_path, monkeypatch):
     source = save_tiny_llama(tmp_path / "model")
     config = claq_export.Config(bits=4, calibration=sentences(40), samples=6, sequence_length=32, batch_size=2)
-    claq_export.export(source, out=tmp_path / "memory" / "model.onnx", config=config, verify=False)
+    claq_export.export(source, out=tmp_path / "memory" / "model.onnx", config=config, verify=False, cache=False)
     for name, value in (("SPILL_FROM", 256), ("LEAST_BUDGET", 0), ("SHARE_OF_WEIGHTS", 0.0)):
         monkeypatch.setattr(spill, name, value)
     put, read, counts = ActivationSpill.put, spill.Spilled.read, {"put": 0, "read": 0}
@@ -103,7 +103,7 @@ def test_without_a_limit_activations_past_a_share_of_the_weights_go_to_disk(tmp_
 
     monkeypatch.setattr(ActivationSpill, "put", lambda *given: counted("put", put, *given))
     monkeypatch.setattr(spill.Spilled, "read", lambda *given: counted("read", read, *given))
-    claq_export.export(source, out=tmp_path / "disk" / "model.onnx", config=config, verify=False)
+    claq_export.export(source, out=tmp_path / "disk" / "model.onnx", config=config, verify=False, cache=False)
     same_artifacts(tmp_path / "memory", tmp_path / "disk")  # and nothing else lies there
     # Three batches stand at seven linears, in front of four of them with a residual stream that was written once for two.
     assert 3 * 7 <= counts["put"] < counts["read"]
@@ -159,7 +159,9 @@ def test_weights_that_are_read_again_make_the_same_artifact(tmp_path, monkeypatc
     config = claq_export.Config(
         calibration=sentences(40), samples=6, sequence_length=32, exclude=["*layers.1.mlp.down_proj"], dtype="float16"
     )
-    kept = claq_export.export(source, out=tmp_path / "kept" / "model.onnx", config=config)
+    with monkeypatch.context() as patch:  # what is written of the unquantized model goes to no artifact
+        patch.setattr(api, "UNQUANTIZED_LIMIT", 0)
+        kept = claq_export.export(source, out=tmp_path / "kept" / "model.onnx", config=config)
     monkeypatch.setattr("claq_export.capture.reread.DEFER_FROM", 8192)
     weights = load_file(source / "a.safetensors") | load_file(source / "b.safetensors")
     largest = max(4 * weight.numel() for name, weight in weights.items() if "proj" in name)

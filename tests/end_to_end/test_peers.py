@@ -16,7 +16,7 @@ from claq_export.format.checkpoint import load_checkpoint
 
 _PROGRAM = """
 import sys
-sys.path[:0] = sys.argv[3:]
+sys.path[:0] = sys.argv[4:]
 import torch
 import claq_export
 import claq_export.calibration.stage as stage
@@ -33,7 +33,7 @@ batches = [torch.randn(16, 64) for _ in range(9)]
 config = claq_export.Config(
     bits=3, calibration=batches, fuse_siblings=False, outliers=0.01, devices=tuple(sys.argv[2].split(","))
 )
-result = claq_export.export(Model(), torch.randn(4, 64), out=sys.argv[1], config=config)
+result = claq_export.export(Model(), torch.randn(4, 64), out=sys.argv[1], config=config, verify=sys.argv[3] == "verify")
 print(len(result.layers), result.artifact_bytes)
 """
 
@@ -58,28 +58,28 @@ except claq_export.ClaqError as error:
 
 _SUM = """
 import sys
-sys.path[:0] = sys.argv[2:]
+sys.path[:0] = sys.argv[1:]
 import torch
 from claq_export.algorithm import Hessian
 from claq_export.calibration.peers import Peers
 peers = Peers.from_environment()
 tokens = torch.randn(512, 96, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 97.0)
-few = sys.argv[1] == "few"
-mine = tokens[:40] if few else tokens
-hessian = Hessian(96 * (40 if few else 1))
-if few:
-    mine = mine.repeat(1, 40)
-for part in mine.chunk(4)[peers.rank :: peers.size]:
-    hessian.add(part)
-peers.add_up(hessian)
-print(hessian.tokens, *hessian.matrix.diagonal().tolist()[:96], float(hessian.matrix.square().sum().sqrt()))
+found = []
+for few in (True, False):
+    mine = tokens[:40].repeat(1, 40) if few else tokens
+    hessian = Hessian(96 * (40 if few else 1))
+    for part in mine.chunk(4)[peers.rank :: peers.size]:
+        hessian.add(part)
+    peers.add_up(hessian)
+    found.append([hessian.tokens, *hessian.matrix.diagonal().tolist()[:96], float(hessian.matrix.square().sum().sqrt())])
+print(*(" ".join(map(str, values)) for values in found), sep=";")
 """
 
 
-def run(out: Path, size: int, devices: str = "cpu") -> list[str]:
+def run(out: Path, size: int, devices: str = "cpu", verify: bool = False) -> list[str]:
     """Export in ``size`` processes; what each printed last."""
     out.parent.mkdir()
-    return in_processes(_PROGRAM, size, str(out), devices)
+    return in_processes(_PROGRAM, size, str(out), devices, "verify" if verify else "")
 
 
 def in_processes(program: str, size: int, *arguments: str) -> list[str]:
@@ -109,29 +109,41 @@ def in_processes(program: str, size: int, *arguments: str) -> list[str]:
     return outputs
 
 
-@pytest.mark.parametrize("tokens", ["few", "many"])
-def test_hessians_are_summed_over_processes(tokens):
+@pytest.fixture(scope="module")
+def summed():
+    """What one process printed, and each of two."""
+    return [*in_processes(_SUM, 1), *in_processes(_SUM, 2)]
+
+
+@pytest.mark.parametrize(("number", "tokens"), enumerate(["few", "many"]), ids=["few", "many"])
+def test_hessians_are_summed_over_processes(summed, number, tokens):
     """Kept as sums or as the tokens themselves, every process ends with the Hessian of all tokens."""
-    (alone,) = in_processes(_SUM, 1, tokens)
-    first, second = in_processes(_SUM, 2, tokens)
+    alone, first, second = (output.split(";")[number] for output in summed)
     assert first == second
     expected, got = (torch.tensor([float(word) for word in line.split()]) for line in (alone, first))
     assert got[0] == expected[0] == {"few": 40, "many": 512}[tokens]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
 
 
-def test_two_processes_end_with_what_one_ends_with(tmp_path):
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    """The folder of a verified artifact made by two processes, and what each of them printed."""
+    folder = tmp_path_factory.mktemp("peers") / "two"
+    return folder, run(folder / "model.onnx", 2, verify=True)
+
+
+def test_two_processes_end_with_what_one_ends_with(of_two, tmp_path):
     (alone,) = run(tmp_path / "one" / "model.onnx", 1)
-    together = run(tmp_path / "two" / "model.onnx", 2)
+    folder, together = of_two
     assert together[0] == together[1]
     assert together[0].split()[0] == alone.split()[0] == "4"
-    one, two = load_checkpoint(tmp_path / "one"), load_checkpoint(tmp_path / "two")
+    one, two = load_checkpoint(tmp_path / "one"), load_checkpoint(folder)
     for name, layer in one.layers.items():
         expected, got = layer.dequantize(), two.layers[name].dequantize()
         # A sum in another order can move a weight to the neighbouring centroid, here and there.
         assert float((expected - got).norm() / expected.norm()) < 1e-2, name
-    assert not list(tmp_path.glob("two/.*"))
-    assert json.loads((tmp_path / "two" / "claq.json").read_text())["format"] == "claq"
+    assert not list(folder.glob(".*"))
+    assert json.loads((folder / "claq.json").read_text())["format"] == "claq"
 
 
 def test_all_processes_are_told_of_a_failed_verification(tmp_path):
@@ -140,13 +152,13 @@ def test_all_processes_are_told_of_a_failed_verification(tmp_path):
     assert second == "OutputError the process that writes the artifact failed: it deviates"
 
 
-def test_processes_with_several_devices_each_end_with_the_same_bytes(tmp_path):
-    for name, devices in (("one", "cpu"), ("several", "cpu,cpu")):
-        run(tmp_path / name / "model.onnx", 2, devices)
-    files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert files == sorted(path.name for path in (tmp_path / "several").iterdir())
+def test_processes_with_several_devices_each_end_with_the_same_bytes(of_two, tmp_path):
+    one, several = of_two[0], tmp_path / "several"
+    run(several / "model.onnx", 2, "cpu,cpu")
+    files = sorted(path.name for path in one.iterdir())
+    assert files == sorted(path.name for path in several.iterdir())
     for name in files:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "several" / name).read_bytes(), name
+        assert (one / name).read_bytes() == (several / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(

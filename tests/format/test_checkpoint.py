@@ -48,6 +48,7 @@ def saved(tmp_path: Path) -> Path:
         parts={"block.q+k": [("block.q", 16), ("block.k", 8)]},
         accuracy_level=4,
         transposed=["head"],
+        files={"tokenizer.json": "0" * 64},
     )
     return tmp_path
 
@@ -63,6 +64,7 @@ def test_layers_come_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, 
 def test_everything_comes_back(saved: Path) -> None:
     checkpoint = load_checkpoint(saved)
     assert checkpoint.config == {"bits": 3.5}
+    assert json.loads((saved / CONFIG_FILE).read_text())["files"] == {"tokenizer.json": "0" * 64}
     assert checkpoint.parts_of("block.q+k") == (("block.q", 16), ("block.k", 8))
     assert checkpoint.parts_of("head") == (("head", 7),)
     assert checkpoint.accuracy_levels == {"block.q+k": 4, "head": 4}
