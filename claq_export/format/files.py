@@ -179,7 +179,8 @@ def scratch_folder() -> Iterator[Path]:
         made.rename(folder)  # only now others look at it
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for name in (folder, made):
+            shutil.rmtree(name, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
