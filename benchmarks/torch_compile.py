@@ -1,13 +1,14 @@
 """Decoding in PyTorch: torch.compile(model, backend="claq") against Inductor in float32.
 
-    python benchmarks/torch_compile.py --model SmolLM2-135M [--artifact exported] [--rounds 12] [--threads 2]
+    python benchmarks/torch_compile.py --model SmolLM2-135M [--artifact exported] [--eager] [--rounds 12] [--threads 2]
 
 Every variant decodes the same prompt with a dynamic cache, one token a step; the prompt itself runs uncompiled and is not
 timed. The variants take turns, a few steps each, so that whatever else the machine does hits all alike; printed are medians
 and the ratio of medians to Inductor's. Greedy tokens through the backend (``fallback="eager"``, which spares a compilation of
 the prompt's graph) are compared with those of a model from ``claq_export.quantize`` with the same settings; with
 ``--artifact``, those of the backend on the artifact's weights with those that ONNX Runtime generates from the artifact.
-Writes benchmarks/results/torch_compile_KERNEL.md and .json, KERNEL being the family of claq's kernels.
+``--eager`` times the model as it is, and with the modules of ``claq_export.quantize``, without torch.compile, too. Writes
+benchmarks/results/torch_compile_KERNEL.md and .json, KERNEL being the family of claq's kernels.
 """
 
 from __future__ import annotations
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("--calibration", default="none", help="text file, 'default' or 'none'")
     parser.add_argument("--artifact", type=Path, help="folder that claq-export made of the model: compare its tokens")
     parser.add_argument("--accuracy", nargs="+", default=["fp32", "int8"], choices=["fp32", "int8"])
+    parser.add_argument("--eager", action="store_true", help="also without torch.compile")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=32, help="tokens")
@@ -173,6 +175,11 @@ def main() -> None:
             decoders[name].step()
         print(f"{name}: compiled in {time.perf_counter() - start:.0f} s", flush=True)
 
+    if arguments.eager:
+        dense = load(arguments.model, arguments.layers)
+        modules = quantized_eagerly(load(arguments.model, arguments.layers), Config(**settings), tokenizer)
+        decoders["eager, float32"] = Decoder(dense, dense, prompt)
+        decoders["claq's modules, eager, fp32"] = Decoder(modules, modules, prompt)
     for decoder in decoders.values():
         decoder.restart()
     seconds: dict[str, list[float]] = {name: [] for name in decoders}
