@@ -6,6 +6,7 @@ import functools
 import gc
 import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +64,26 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_models import save_tiny_llama
 
     return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def one_block_bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny BERT's first block alone, where what is tested does not hang on the number of blocks."""
+    from transformers import BertModel
+
+    folder = shutil.copytree(tiny_bert, tmp_path_factory.mktemp("models") / "one-block-bert")
+    BertModel.from_pretrained(tiny_bert, num_hidden_layers=1, add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def one_block_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny Llama's first block alone."""
+    from transformers import LlamaForCausalLM
+
+    folder = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("models") / "one-block-llama")
+    LlamaForCausalLM.from_pretrained(tiny_llama, num_hidden_layers=1).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

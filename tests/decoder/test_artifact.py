@@ -31,16 +31,6 @@ PROMPTS = ([2, 40, 41, 42, 43, 44], [2, 50, 51])
 NEW_TOKENS = 8
 
 
-@pytest.fixture(scope="module")
-def one_block_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the tiny Llama's first block alone, without tokenizer."""
-    from transformers import LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    LlamaForCausalLM.from_pretrained(tiny_llama, num_hidden_layers=1).save_pretrained(folder)
-    return folder
-
-
 def quantized(folder: Path) -> torch.nn.Module:
     """The artifact's model in PyTorch."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -140,17 +139,15 @@ def test_stock_onnxruntime_opens_float16(decoder: Path) -> None:
     assert {value.type for value in session.get_outputs()} == {"tensor(float16)"}
 
 
-def test_other_graphs(tiny_bert: Path, tiny_llama: Path, tmp_path: Path) -> None:
+def test_other_graphs(one_block_bert: Path, one_block_llama: Path, tmp_path: Path) -> None:
     """An encoder, and a decoder without cache from a checkpoint that is stored in bfloat16."""
-    from transformers import AutoModelForCausalLM, BertModel
+    from transformers import AutoModelForCausalLM
 
-    stored, encoder = tmp_path / "stored", shutil.copytree(tiny_bert, tmp_path / "one-block-bert")
-    one = {"num_hidden_layers": 1}
-    AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16, **one).save_pretrained(stored)
-    BertModel.from_pretrained(tiny_bert, add_pooling_layer=False, **one).save_pretrained(encoder)
+    stored = tmp_path / "stored"
+    AutoModelForCausalLM.from_pretrained(one_block_llama, dtype=torch.bfloat16).save_pretrained(stored)
     none = Config(calibration="none", dtype="float16")
     results = {
-        "encoder": claq_export.export(encoder, out=tmp_path / "encoder" / "model.onnx", config=none),
+        "encoder": claq_export.export(one_block_bert, out=tmp_path / "encoder" / "model.onnx", config=none),
         "whole": claq_export.export(stored, out=tmp_path / "whole" / "model.onnx", config=none, cache=False),
     }
     for name, result in results.items():

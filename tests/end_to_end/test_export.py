@@ -36,26 +36,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def one_block_bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the tiny BERT's first block alone, where what is tested does not hang on the number of blocks."""
-    from transformers import BertModel
-
-    folder = shutil.copytree(tiny_bert, tmp_path_factory.mktemp("models") / "bert")
-    BertModel.from_pretrained(tiny_bert, num_hidden_layers=1, add_pooling_layer=False).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def one_block_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the tiny Llama's first block alone."""
-    from transformers import LlamaForCausalLM
-
-    folder = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("models") / "llama")
-    LlamaForCausalLM.from_pretrained(tiny_llama, num_hidden_layers=1).save_pretrained(folder)
-    return folder
-
-
 def run_cli(model: Path, out: Path, text: Path, *options: str) -> int:
     return main([str(model), "--out", str(out), "--calibration", str(text), "--samples", "8", "--quiet", *options])
 

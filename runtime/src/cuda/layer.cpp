@@ -168,6 +168,22 @@ void Layer::run(const void* x, int64_t rows, void* y, void* workspace, Stream st
   }
 }
 
+Launch Layer::prepare(const Kernel& kernel, const Plan& plan, const void* x, int64_t rows, char* memory, Stream stream) const {
+  Launch launch(kernel, stream);
+  launch.pointer(x)
+      .pointer(tensors_.order)
+      .pointer(tensors_.scale)
+      .pointer(memory + plan.activations)
+      .pointer(memory + plan.scales)
+      .pointer(memory + plan.gathered)
+      .integer(rows)
+      .integer(tensors_.in_features)
+      .integer(tensors_.columns)
+      .integer(tensors_.blocks[0])
+      .integer(tensors_.blocks[1]);
+  return launch;
+}
+
 void Layer::finish(const Kernel& kernel, const void* part, const void* scales, const void* gathered, void* y, int64_t rows,
                    int64_t splits, Stream stream) const {
   Launch(kernel, stream)
@@ -201,19 +217,7 @@ void Layer::few(const Plan& plan, const void* x, void* y, char* memory, Stream s
       Driver::get().copy(memory + plan.aligned_x, xs, static_cast<size_t>(rows * K * item), stream);
       xs = memory + plan.aligned_x;
     }
-    Launch(*quantize_, stream)
-        .pointer(xs)
-        .pointer(tensors_.order)
-        .pointer(tensors_.scale)
-        .pointer(memory + plan.activations)
-        .pointer(memory + plan.scales)
-        .pointer(memory + plan.gathered)
-        .integer(rows)
-        .integer(K)
-        .integer(P)
-        .integer(tensors_.blocks[0])
-        .integer(tensors_.blocks[1])
-        .over(divide_up(P, kBlock * int64_t{quantize_->record->tile[2]}), rows);
+    prepare(*quantize_, plan, xs, rows, memory, stream).over(divide_up(P, kBlock * int64_t{quantize_->record->tile[2]}), rows);
     Launch(gemv, stream)
         .pointer(tensors_.codes)
         .pointer(tensors_.codebook)
@@ -238,19 +242,7 @@ void Layer::tens(const Plan& plan, const void* x, void* y, char* memory, Stream 
   const auto item = static_cast<int64_t>(size_of(tensors_.dtype));
   for (int64_t first = 0; first < plan.rows; first += plan.at_a_time) {
     const int64_t rows = std::min(plan.at_a_time, plan.rows - first);
-    Launch(*scale_activations_, stream)
-        .pointer(static_cast<const char*>(x) + first * K * item)
-        .pointer(tensors_.order)
-        .pointer(tensors_.scale)
-        .pointer(memory + plan.activations)
-        .pointer(memory + plan.scales)
-        .pointer(memory + plan.gathered)
-        .integer(rows)
-        .integer(K)
-        .integer(P)
-        .integer(tensors_.blocks[0])
-        .integer(tensors_.blocks[1])
-        .over(rows);
+    prepare(*scale_activations_, plan, static_cast<const char*>(x) + first * K * item, rows, memory, stream).over(rows);
     Launch(*plan.matrix, stream)
         .pointer(tensors_.codes)
         .pointer(tensors_.codebook)

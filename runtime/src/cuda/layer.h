@@ -12,6 +12,8 @@
 
 namespace claq::cuda {
 
+class Launch;
+
 class Layer {
  public:
   // Throws Error if this device cannot run it.
@@ -35,6 +37,8 @@ class Layer {
   void few(const Plan& plan, const void* x, void* y, char* memory, Stream stream) const;
   void tens(const Plan& plan, const void* x, void* y, char* memory, Stream stream) const;
   void dense(const Plan& plan, const void* x, void* y, char* memory, Stream stream, void* blas) const;
+  // What scales the activations, and quantizes them for few rows, for the caller to say over how many programs.
+  Launch prepare(const Kernel& kernel, const Plan& plan, const void* x, int64_t rows, char* memory, Stream stream) const;
   void finish(const Kernel& kernel, const void* part, const void* scales, const void* gathered, void* y, int64_t rows, int64_t splits,
               Stream stream) const;
 

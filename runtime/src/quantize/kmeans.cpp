@@ -72,9 +72,12 @@ void Companding::place(int64_t count) {
   placed_for_ = count;
 }
 
-void Companding::measure(const float* values, int64_t count, const Loops& loops) {
+void Companding::take(const float* values, int64_t count) {
   if (count != placed_for_) place(count);
   for (int64_t i = 0; i < size_; ++i) sample_[static_cast<size_t>(i)] = values[index_[static_cast<size_t>(i)]];
+}
+
+void Companding::compand(const Loops& loops) {
   double* curve = curve_.data();
   for (int64_t i = 0; i + 1 < size_; ++i) {
     curve[i + 1] = static_cast<double>(sample_[static_cast<size_t>(i + 1)]) - static_cast<double>(sample_[static_cast<size_t>(i)]);
@@ -138,6 +141,22 @@ void KMeans::companded_start(int k, double* centroids) const {
     const double low = sample[i], high = sample[i + 1];
     centroids[c] = low + (target - curve[i]) * ((high - low) / (curve[i + 1] - curve[i]));
   }
+}
+
+// k of the different values, evenly spread.
+void KMeans::spread_start(const SortedValues& data, int k, double* centroids) {
+  const float* values = data.values;
+  const int64_t n = data.count;
+  int64_t distinct = 1;
+  for (int64_t i = 1; i < n; ++i) distinct += values[i] != values[i - 1];
+  int c = 0;
+  int64_t rank = 0;
+  for (int64_t i = 0; i < n && c < k; ++i) {
+    if (i > 0 && values[i] == values[i - 1]) continue;
+    if (rank == static_cast<int64_t>((c + 0.5) / k * static_cast<double>(distinct))) centroids[c++] = values[i];
+    ++rank;
+  }
+  for (; c < k; ++c) centroids[c] = values[n - 1];
 }
 
 bool KMeans::coarse_start(const SortedValues& data, int k, double* centroids) {
@@ -253,30 +272,17 @@ void KMeans::fit(const SortedValues& data, int k, int most_iterations, const dou
     lloyd(data, k, most_iterations, centroids, borders);
     return;
   }
-  const float* values = data.values;
-  const int64_t n = data.count;
-  companding_.measure(values, n, loops_);
+  companding_.take(data.values, data.count);
   const int64_t changes = companding_.changes();
   if (changes < kCandidates && few_values(data, k, centroids)) return;
   if (method_ == Method::kOptimal) return optimal(data, k, centroids);
   bool started = changes > 2 * k;
-  if (started && method_ == Method::kCoarse) {
-    started = coarse_start(data, k, centroids);
-  } else if (started) {
-    companded_start(k, centroids);
+  if (started) {
+    companding_.compand(loops_);
+    if (method_ == Method::kCoarse) started = coarse_start(data, k, centroids);
+    else companded_start(k, centroids);
   }
-  if (!started) {  // k of the different values, evenly spread
-    int64_t distinct = 1;
-    for (int64_t i = 1; i < n; ++i) distinct += values[i] != values[i - 1];
-    int c = 0;
-    int64_t rank = 0;
-    for (int64_t i = 0; i < n && c < k; ++i) {
-      if (i > 0 && values[i] == values[i - 1]) continue;
-      if (rank == static_cast<int64_t>((c + 0.5) / k * static_cast<double>(distinct))) centroids[c++] = values[i];
-      ++rank;
-    }
-    for (; c < k; ++c) centroids[c] = values[n - 1];
-  }
+  if (!started) spread_start(data, k, centroids);
   lloyd(data, k, most_iterations, centroids, borders);
 }
 

@@ -36,7 +36,9 @@ class Companding {
  public:
   // Throws std::bad_alloc.
   Companding();
-  void measure(const float* values, int64_t count, const Loops& loops);
+  // Takes samples of ascending values; the curve through them is made by compand().
+  void take(const float* values, int64_t count);
+  void compand(const Loops& loops);
 
   int64_t size() const { return size_; }
   const int64_t* index() const { return index_.data(); }
@@ -67,6 +69,7 @@ class KMeans {
 
  private:
   void companded_start(int k, double* centroids) const;
+  static void spread_start(const SortedValues& data, int k, double* centroids);
   bool coarse_start(const SortedValues& data, int k, double* centroids);
   bool few_values(const SortedValues& data, int k, double* centroids);
   void best_partition(const SortedValues& data, int k, const int64_t* cuts, int64_t count, double* centroids);

@@ -39,7 +39,8 @@ class ColumnProfile {
       moment_[static_cast<size_t>(i) + 1] = moment_[static_cast<size_t>(i)] + value;
       square_[static_cast<size_t>(i) + 1] = square_[static_cast<size_t>(i)] + value * value;
     }
-    companding_.measure(ordered_.data(), rows, loops_);
+    companding_.take(ordered_.data(), rows);
+    companding_.compand(loops_);
     for (int64_t m = 0; m < desc_.reserves; ++m) {
       const int64_t low = reserved_low(ordered_.data(), rows, desc_.reserve[m], false);
       const int64_t high = low + rows - desc_.reserve[m];
