@@ -114,6 +114,7 @@ def _stack(gm: fx.GraphModule, members: list[LinearSite], weights: bool) -> Line
         piece.meta = dict(node.meta)
         fetched = [value for value in node.args[1:] if isinstance(value, fx.Node)]
         node.replace_all_uses_with(piece)
+        _copy_where_views_cannot_be(piece)
         gm.graph.erase_node(node)
         for value in fetched:
             release(gm, value, stored_name(value))
@@ -127,6 +128,27 @@ def _stack(gm: fx.GraphModule, members: list[LinearSite], weights: bool) -> Line
         parts=[part for site in members for part in site.parts],
         transposed=members[0].transposed,
     )
+
+
+def _copy_where_views_cannot_be(piece: fx.Node) -> None:
+    """Let ``view`` be ``reshape`` in all that shares the memory of a piece.
+
+    The linear's own result lay together, and capture wrote ``view`` for a ``reshape`` of it; a piece of the stacked one does
+    not, and a view that joins its rows with other axes fails (Qwen3.5's linear attention).
+    """
+    reached = [piece]
+    for value in reached:
+        for user in value.users:
+            if user.target is _aten.view.default:
+                user.target = _aten.reshape.default
+            if user not in reached and _may_alias(user.target):
+                reached.append(user)
+
+
+def _may_alias(target: object) -> bool:
+    if target is operator.getitem:
+        return True
+    return isinstance(target, torch._ops.OpOverload) and any(value.alias_info for value in target._schema.returns)
 
 
 def _record_shape(linear: fx.Node, first: fx.Node, out_features: int) -> None:

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from ..errors import ModelError
-from ..modules import ClaqEmbedding, ClaqLinear, linear_kind
+from ..modules import ClaqEmbedding, ClaqLinear, hollow_embedding, linear_kind
 from .sharing import other_names
 from .weights import LayerFiles
 
@@ -45,7 +45,8 @@ class Place:
                 f"{self.target!r} has {rows} output features in the model, {self.stop - self.start} in the files"
             )
         if kind == "Embedding":
-            self.module = ClaqEmbedding.hollow(in_features, rows, columns, weight.dtype)
+            assert isinstance(self.owner, nn.Embedding)
+            self.module = hollow_embedding(self.owner, columns)
         else:
             bias = self.owner.bias if isinstance(self.owner.bias, torch.Tensor) else None
             self.module = ClaqLinear.hollow(in_features, rows, columns, bias, accuracy_level)

@@ -28,7 +28,7 @@ from ..experts import join_experts, split_experts
 from ..format.checkpoint import METHOD, VERSION, header_text, layer_entry
 from ..format.layer import TENSOR_NAMES
 from ..format.rows import columns_key, join_rows, slice_rows
-from ..modules import ClaqEmbedding, ClaqLinear
+from ..modules import ClaqEmbedding, ClaqLinear, dense_embedding, keep_a_parameter
 from ..passes.fuse_siblings import stacked_name
 from .places import Place, find_places, possible_targets, spellings
 from .resolved import noted_files, watch
@@ -123,6 +123,7 @@ class ClaqHfQuantizer(HfQuantizer):
         self._shared.settle(model)
         self._untied.end()
         _note_ties(model, self.quantization_config)
+        keep_a_parameter(model)
         # Kernels have no gradient, and would be asked for one where a parameter before them wants it.
         model.requires_grad_(False)
         # save_pretrained names its file otherwise.
@@ -230,9 +231,7 @@ def _free(name: str, taken: Collection[str]) -> str:
 def _dense(module: ClaqLinear | ClaqEmbedding, weight: nn.Parameter) -> nn.Module:
     """A module of the kind in whose place ``module`` stands, on the dense ``weight [out_features, in_features]``."""
     if isinstance(module, ClaqEmbedding):
-        table = nn.Embedding(module.num_embeddings, module.embedding_dim, device="meta")
-        table.weight = weight
-        return table
+        return dense_embedding(module, weight)
     bias = nn.Parameter(module.bias.to(weight.dtype, copy=True), requires_grad=False) if module.has_bias else None
     if module.transposed:
         turned = Conv1D(module.out_features, module.in_features)

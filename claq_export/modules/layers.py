@@ -28,14 +28,14 @@ class QuantizedModule(nn.Module):
     outlier_value: torch.Tensor
 
     def __init__(self, layer: QuantizedLinear) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not the next class in line, which may be a model's own
         self.in_features = layer.in_features
         self.out_features = layer.out_features
         self.columns = layer.columns
         for name, tensor in layer.tensors().items():
             self.register_buffer(name, _own_if_empty(tensor))
 
-    def _empty_until_filled(self) -> None:
+    def empty_until_filled(self) -> None:
         """Leave the tensors out of the ``state_dict()`` until :meth:`fill`."""
         self._non_persistent_buffers_set.update(TENSOR_NAMES)
 
@@ -121,7 +121,7 @@ class QuantizedModule(nn.Module):
         """Undo :meth:`__getstate__`."""
         buffers = {
             name: unsigned(tensor)
-            if tensor is not None and (name == "codes" or tensor.dtype == torch.int16)
+            if tensor is not None and name in TENSOR_NAMES and (name == "codes" or tensor.dtype == torch.int16)
             else tensor
             for name, tensor in state["_buffers"].items()
         }
@@ -134,7 +134,7 @@ def _own_if_empty(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.numel() else torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _no_tensors(in_features: int, out_features: int, columns: tuple[int, int, int]) -> QuantizedLinear:
+def no_tensors(in_features: int, out_features: int, columns: tuple[int, int, int]) -> QuantizedLinear:
     """A weight whose tensors are not there yet."""
     return QuantizedLinear(
         in_features, out_features, columns, **{name: torch.zeros(0, device="cpu") for name in TENSOR_NAMES}
@@ -181,8 +181,8 @@ class ClaqLinear(QuantizedModule):
         accuracy_level: int = 0,
     ) -> ClaqLinear:
         """A module whose tensors are empty until :meth:`fill`, and absent from its ``state_dict()`` until then."""
-        module = cls(_no_tensors(in_features, out_features, columns), bias, accuracy_level)
-        module._empty_until_filled()
+        module = cls(no_tensors(in_features, out_features, columns), bias, accuracy_level)
+        module.empty_until_filled()
         return module
 
     @property
@@ -234,15 +234,6 @@ class ClaqEmbedding(QuantizedModule):
     def __init__(self, layer: QuantizedLinear, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(layer)
         self.register_buffer("like", torch.zeros(0, dtype=dtype, device=layer.codes.device), persistent=False)
-
-    @classmethod
-    def hollow(
-        cls, in_features: int, out_features: int, columns: tuple[int, int, int], dtype: torch.dtype = torch.float32
-    ) -> ClaqEmbedding:
-        """A module whose tensors are empty until :meth:`fill`, and absent from its ``state_dict()`` until then."""
-        module = cls(_no_tensors(in_features, out_features, columns), dtype)
-        module._empty_until_filled()
-        return module
 
     def _dtype(self) -> torch.dtype:
         return self.like.dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from ..errors import ConfigError, ModelError
 from ..experts import split_experts
 from ..format.layer import QuantizedLinear
 from ..format.rows import slice_rows
+from .derived import embedding_in_place_of, is_embedding
 from .layers import ClaqEmbedding, ClaqLinear, QuantizedModule
 
 
@@ -74,7 +76,8 @@ def replace_linears(
                     # A model without memory of its own gets its layers where they are.
                     on_devices[weight.device] = part if weight.is_meta else part.to(weight.device)
                 if kind == "Embedding":
-                    modules[every] = ClaqEmbedding(on_devices[weight.device], weight.dtype)
+                    assert isinstance(owner, nn.Embedding)
+                    modules[every] = embedding_in_place_of(owner, on_devices[weight.device])
                 elif kind:
                     bias = getattr(owner, "bias", None)
                     linear = ClaqLinear(on_devices[weight.device], bias, (accuracy_levels or {}).get(name, 0))
@@ -86,10 +89,41 @@ def replace_linears(
     for target, module in modules.items():
         _take_hooks(module, model.get_submodule(target))
         model.set_submodule(target, module)
+    keep_a_parameter(model)
     with torch.no_grad():
         for weight, value in dense:
             weight.copy_(value)
     return model
+
+
+def keep_a_parameter(model: nn.Module) -> None:
+    """Give a model whose last parameter was quantized one without elements, which is in no ``state_dict()``.
+
+    Programs ask the first parameter of a model for its device and dtype, as transformers does in ``generate``. OLMo's first
+    generation has none but the weights of linears and embeddings. It goes beside the first quantized module, where the
+    transformers model inside a transformers model has it too.
+    """
+    if next(model.parameters(), None) is not None:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedModule):
+            like = torch.zeros(0, dtype=module.weight.dtype, device=module.codes.device)
+            model.get_submodule(name.rpartition(".")[0]).add_module("dtype_and_device", DtypeAndDevice(like))
+            return
+
+
+class DtypeAndDevice(nn.Module):
+    """Holds a parameter that tells both, and nothing that is stored."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        super().__init__()
+        self.like = nn.Parameter(like, requires_grad=False)
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        pass
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        pass
 
 
 def check_replaceable(model: nn.Module) -> None:
@@ -122,15 +156,18 @@ def _take_hooks(module: nn.Module, replaced: nn.Module) -> None:
     module.train(replaced.training)
 
 
+# Classes of transformers that do what the name to the right says, in their own words.
+_KINDS = {"Conv1D": "Conv1D", "FalconLinear": "Linear"}
+
+
 def linear_kind(module: nn.Module | None) -> str | None:
     """``"Linear"`` or ``"Conv1D"`` for modules that do nothing but multiply by their weight, ``"Embedding"`` for those
-    that do nothing but take its rows, else None."""
-    if type(module) is nn.Linear:  # subclasses may do anything
+    that take its rows, else None."""
+    if type(module) is nn.Linear:  # classes derived from it may do anything
         return "Linear"
-    if type(module) is nn.Embedding and module.max_norm is None:
+    if module is not None and is_embedding(module):
         return "Embedding"
-    name, home = type(module).__name__, type(module).__module__
-    return "Conv1D" if name == "Conv1D" and home.startswith("transformers.") else None
+    return _KINDS.get(type(module).__name__) if type(module).__module__.startswith("transformers.") else None
 
 
 def _modules_by_weight(model: nn.Module) -> dict[int, list[str]]:

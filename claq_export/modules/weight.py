@@ -33,10 +33,14 @@ def absent_weight(out_features: int, in_features: int, dtype: torch.dtype) -> to
 
 
 def _decode(layer: QuantizedLinear, dtype: torch.dtype) -> torch.Tensor:
+    return _rows(layer, torch.arange(layer.out_features, device=layer.codes.device), dtype)
+
+
+def _rows(layer: QuantizedLinear, indices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     device = layer.codes.device
     like = torch.zeros(0, dtype=dtype if dtype in ops.ACTIVATION_DTYPES else torch.float32, device=device)
     rows = ops.embedding(
-        torch.arange(layer.out_features, device=device),
+        indices,
         *layer.tensors().values(),
         like,
         layer.in_features,
@@ -87,7 +91,7 @@ class DenseWeight(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run an operator on the decoded values.
+        """Run an operator on the decoded values, of which ``embedding`` decodes the rows asked for alone.
 
         Raises:
             ModelError: it would write to them.
@@ -99,6 +103,11 @@ class DenseWeight(torch.Tensor):
                     f"{func} would write to the weight of a quantized layer, which has no dense values to change; "
                     "change the weight before it is quantized"
                 )
+        if func is torch.ops.aten.embedding.default and isinstance(args[0], cls) and not isinstance(args[1], cls):
+            table, indices = args[0], args[1]
+            # The operator counts from the end, where nn.functional.embedding refuses an index.
+            outside = torch.where(indices < 0, table._layer.out_features, indices)
+            return _rows(table._layer, outside, table.dtype)
         decode: Callable[[DenseWeight], torch.Tensor] = cls.dequantize
         args, kwargs = tree_map_only(cls, decode, (args, kwargs))
         return func(*args, **kwargs)

@@ -17,7 +17,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from claq_export.errors import ConfigError, ModelError
 from claq_export.format.checkpoint import Checkpoint, save_checkpoint
 from claq_export.format.layer import TENSOR_NAMES, QuantizedLinear
-from claq_export.modules import ClaqEmbedding, ClaqLinear, load, replace_linears, restore
+from claq_export.modules import (
+    ClaqEmbedding,
+    ClaqLinear,
+    dense_embedding,
+    linear_kind,
+    load,
+    replace_linears,
+    restore,
+)
+from claq_export.modules.weight import DenseWeight
 
 
 class Attention(nn.Module):
@@ -379,3 +388,82 @@ def test_the_weight_and_the_size_of_a_table_can_be_set_to_what_they_are() -> Non
         other.weight = table.weight
     with pytest.raises(ModelError, match=r"embedding of 8 rows cannot be resized to 9"):
         table.num_embeddings = 9
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Rows times a factor in a buffer, as Gemma's; and indices that are moved, as OPT's."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__(rows, width, padding_idx=0)
+        self.register_buffer("factor", torch.tensor(3.0), persistent=False)
+        self.offset = 2
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        return super().forward(indices + self.offset) * self.factor.to(self.weight.dtype)
+
+
+class OwnLookup(nn.Embedding):
+    """Reads its weight itself."""
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(indices, self.weight, self.padding_idx) + 1
+
+
+@pytest.mark.parametrize("kind", [ScaledEmbedding, OwnLookup])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_embedding_of_the_models_own_class_stays_of_that_class(kind: type, dtype: torch.dtype) -> None:
+    layer = random_layer(70, 40, (4, 2), outliers=0.1)
+    model = nn.ModuleDict({"table": kind(40, 70), "head": nn.Linear(70, 40, bias=False)}).to(dtype)
+    model["head"].weight = model["table"].weight
+    dense = copy.deepcopy(model)
+    with torch.no_grad():
+        dense["table"].weight.copy_(layer.dequantize(dtype))
+    replace_linears(model, {"table": layer})
+    indices = torch.tensor([[0, 37], [5, 5]])
+    expected = dense["table"](indices)
+    compiled = torch.compile(lambda table, tokens: table(tokens), backend="eager", fullgraph=True)
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        table = copied["table"]
+        assert isinstance(table, ClaqEmbedding)
+        assert isinstance(table, kind)
+        assert torch.equal(table(indices), expected)
+        assert torch.equal(compiled(table, indices), expected)
+        assert table.codes.data_ptr() == copied["head"].codes.data_ptr()
+        assert not list(table.parameters())
+    assert torch.equal(model.double()["table"].weight, layer.dequantize(torch.float64))
+
+
+def test_rows_of_a_weight_are_decoded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = random_layer(70, 40, (4, 2), outliers=0.1)
+    table = ClaqEmbedding(layer)
+    monkeypatch.setattr(DenseWeight, "dequantize", lambda _: pytest.fail("the whole table was decoded"))
+    rows = nn.functional.embedding(torch.tensor([[3, 39]]), table.weight)
+    assert torch.equal(rows, layer.dequantize()[[3, 39]][None])
+    for outside in (-1, 40):
+        with pytest.raises(IndexError):
+            nn.functional.embedding(torch.tensor([outside]), table.weight)
+
+
+def test_the_dense_module_of_an_embedding_of_the_models_own_class() -> None:
+    layer = random_layer(70, 40, (4, 2))
+    model = nn.ModuleDict({"table": ScaledEmbedding(40, 70)})
+    replace_linears(model, {"table": layer})
+    dense = dense_embedding(model["table"], nn.Parameter(layer.dequantize()))
+    assert type(dense) is ScaledEmbedding
+    assert set(vars(dense)) == set(vars(ScaledEmbedding(40, 70)))
+    assert {**dict(dense.named_buffers()), **dense.state_dict()}.keys() == {"factor", "weight"}
+    indices = torch.arange(38)
+    torch.testing.assert_close(dense(indices), model["table"](indices), rtol=0, atol=0)
+
+
+def test_a_parametrized_embedding_gets_the_dequantized_table() -> None:
+    class Double(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 2 * weight
+
+    model = nn.ModuleDict({"table": nn.Embedding(40, 70)})
+    nn.utils.parametrize.register_parametrization(model["table"], "weight", Double())
+    layer = random_layer(70, 40)
+    assert linear_kind(model["table"]) is None
+    replace_linears(model, {"table.parametrizations.weight.original": layer})
+    assert torch.equal(model["table"](torch.arange(40)), 2 * layer.dequantize())

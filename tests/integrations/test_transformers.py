@@ -20,7 +20,7 @@ from torch import nn
 import claq_export
 from claq_export.errors import ConfigError, FormatError, ModelError
 from claq_export.integrations.transformers import mark_quantized
-from claq_export.modules import ClaqLinear
+from claq_export.modules import ClaqEmbedding, ClaqLinear
 
 STORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "stories260k"
 GREEDY = {"max_new_tokens": 40, "do_sample": False}
@@ -223,6 +223,7 @@ def tiny(kind: str):
     torch.manual_seed(0)
     sizes = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, **SPECIAL}
     encoder = {**sizes, "intermediate_size": 64, "max_position_embeddings": 64}
+    decoder = {**sizes, "max_position_embeddings": 64}
     bart = {"encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
     made = {
         "GPT2LMHeadModel": (
@@ -236,6 +237,10 @@ def tiny(kind: str):
         "AlbertForMaskedLM": ("AlbertConfig", {**encoder, "embedding_size": 32}),
         "PhiForCausalLM": ("PhiConfig", encoder),
         "MixtralForCausalLM": ("MixtralConfig", {**encoder, "num_key_value_heads": 2, "num_local_experts": 2}),
+        "Gemma3ForCausalLM": ("Gemma3TextConfig", {**encoder, "num_key_value_heads": 2, "head_dim": 8}),
+        "OPTForCausalLM": ("OPTConfig", {**decoder, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+        "FalconForCausalLM": ("FalconConfig", sizes),
+        "OlmoForCausalLM": ("OlmoConfig", encoder),
         "BartForConditionalGeneration": (
             "BartConfig",
             {"vocab_size": 90, "d_model": 32, **bart, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, **SPECIAL},
@@ -354,6 +359,24 @@ def test_a_masked_language_model_of_a_bare_models_folder(tmp_path: Path) -> None
     assert not any(name.endswith("codes") for name in info["unexpected_keys"] if "pooler" not in name)
 
 
+@pytest.mark.parametrize("kind", ["Gemma3ForCausalLM", "OPTForCausalLM", "FalconForCausalLM", "OlmoForCausalLM"])
+def test_classes_of_their_own_and_no_parameter_at_all(kind: str, tmp_path: Path) -> None:
+    """Gemma scales rows of its table, OPT moves positions, Falcon has its own linear, OLMo weights of linears alone."""
+    model = marked(kind)
+    again = loaded_again(model, tmp_path)
+    table = again.get_input_embeddings()
+    own = type(tiny(kind).get_input_embeddings())
+    assert isinstance(table, ClaqEmbedding)
+    assert own is nn.Embedding or isinstance(table, own)
+    for one in (model, again):
+        assert not any(isinstance(part, nn.Linear) for part in one.modules())
+        assert max(value.numel() for value in one.parameters()) <= 64  # norms and biases
+        assert torch.equal(greedy(one), greedy(model))
+        one.load_state_dict(one.state_dict())
+    assert torch.equal(greedy(again.to(torch.bfloat16)), greedy(model.to(torch.bfloat16)))
+    assert (again.dtype, again.model.dtype if kind == "OlmoForCausalLM" else again.dtype) == (torch.bfloat16,) * 2
+
+
 @pytest.mark.parametrize("kind", ["PhiForCausalLM", "T5ForConditionalGeneration", "BartForConditionalGeneration"])
 def test_layers_that_share_codebooks_without_being_neighbours(kind: str, tmp_path: Path) -> None:
     model = marked(kind)
@@ -367,6 +390,10 @@ def test_layers_that_share_codebooks_without_being_neighbours(kind: str, tmp_pat
         "GPT2LMHeadModel",
         "BertForMaskedLM",
         "BartForConditionalGeneration",
+        "Gemma3ForCausalLM",
+        "OPTForCausalLM",
+        "FalconForCausalLM",
+        "OlmoForCausalLM",
         pytest.param(
             "MixtralForCausalLM",
             marks=pytest.mark.skipif(

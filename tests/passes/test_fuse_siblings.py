@@ -142,3 +142,23 @@ def test_without_a_plan(helpers):
     planned = helpers.plan(Attention(), torch.randn(2, D))
     with pytest.raises(ContractError, match="pass fuse_siblings: there is no plan; select_linears goes first"):
         FuseSiblings()(planned.graph_module, PassContext())
+
+
+def test_pieces_that_a_view_cannot_flatten(helpers):
+    """As in Qwen3.5: writing in place makes capture turn ``reshape`` into a view, which a piece does not allow."""
+
+    class Flattened(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, x):
+            written = torch.zeros_like(x)
+            written[:, 0] = self.q(x)[:, 0]
+            heads = self.k(x).reshape(*x.shape[:-1], 4, -1)
+            return written + heads[:, :, 1:].reshape(-1, D // 4).sum() + heads.reshape(-1, D // 4).relu().sum()
+
+    model = Flattened()
+    planned = helpers.plan(model, torch.randn(2, 5, D))
+    assert [site.name for site in planned.plan] == ["q+k"]
+    helpers.same(planned.captured, model, (2, 5, D), (3, 7, D), atol=1e-3)
