@@ -438,7 +438,8 @@ def verification_inputs(captured: CapturedModel) -> list[dict[str, torch.Tensor]
         samples.append(dict(captured.given_inputs))
     if captured.tokenizer is not None and "input_ids" in captured.input_names:
         limit = captured.max_sequence or 512
-        rows = [captured.tokenizer(text)["input_ids"][:limit] for text in _VERIFY_TEXTS]
+        tokenized = [captured.tokenizer(text, truncation=True, max_length=limit) for text in _VERIFY_TEXTS]
+        rows = [one["input_ids"] for one in tokenized]
         samples.insert(0, captured.inputs_from_tokens(rows))
     return samples
 

@@ -1,9 +1,9 @@
 """Tensors that are not in memory: stand-ins with shape, dtype and layout, whose values are read when they are needed.
 
 A model larger than memory goes through the compiler as a graph whose large tensors are stand-ins. A stand-in is an
-ordinary CPU tensor with one stored element a row (stride 0 along the others), so ``torch.export``, views and transposes
-treat it as any weight; :func:`materialize` reads the values. Whoever would copy a tensor's values asks
-:func:`is_deferred` first.
+ordinary CPU tensor with few stored elements (stride 0 along the last axis), so ``torch.export``, views and transposes
+treat it as any weight, also one matrix of a stack of them, as mixtures of experts have; :func:`materialize` reads the values.
+Whoever would copy a tensor's values asks :func:`is_deferred` first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,22 +25,42 @@ DEFER_FROM = 1 << 18
 folds or merges by value (1024 elements)."""
 
 Load = Callable[[], torch.Tensor]
+LoadMatrix = Callable[[int], torch.Tensor]
 
-_loads: dict[int, tuple[tuple[int, ...], tuple[int, ...], Load]] = {}
+
+@dataclass(frozen=True)
+class _Source:
+    """What a stand-in stands for: its shape and strides, and what reads it, or one matrix of a stack."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    load: Load
+    load_matrix: LoadMatrix
 
 
-def stand_in(shape: Sequence[int], dtype: torch.dtype, load: Load) -> torch.Tensor:
+_loads: dict[int, _Source] = {}
+
+
+def stand_in(
+    shape: Sequence[int], dtype: torch.dtype, load: Load, load_matrix: LoadMatrix | None = None
+) -> torch.Tensor:
     """A tensor of that shape and dtype without its values.
 
     Args:
         shape, dtype: of what ``load`` returns.
         load: reads the values; called at each :func:`materialize`.
+        load_matrix: of a tensor of three axes: reads the matrix of that index alone.
     """
     shape = tuple(shape)
-    stored = torch.zeros(shape[:1] + (1,) * (len(shape) - 1), dtype=dtype)
-    tensor = stored.expand(shape) if len(shape) > 1 else stored[:1].expand(shape)
+    if len(shape) == 3:
+        # Matrices are two elements apart, their rows one: each matrix has a place of its own, and looks other than its
+        # transpose and than a cut along another axis.
+        tensor = torch.zeros(2 * shape[0] + shape[1], dtype=dtype).as_strided(shape, (2, 1, 0))
+    else:
+        stored = torch.zeros(shape[:1] + (1,) * (len(shape) - 1), dtype=dtype)
+        tensor = stored.expand(shape) if len(shape) > 1 else stored[:1].expand(shape)
     key = _key(tensor)
-    _loads[key] = (shape, tensor.stride(), load)
+    _loads[key] = _Source(shape, tensor.stride(), load, load_matrix or (lambda index: load()[index]))
     weakref.finalize(tensor.untyped_storage(), _loads.pop, key, None)
     return tensor
 
@@ -60,7 +80,8 @@ def is_deferred(tensor: object) -> bool:
 
 
 def materialize(tensor: torch.Tensor) -> torch.Tensor:
-    """The values of a stand-in (read anew at each call) or of the transpose of one; other tensors as they are.
+    """The values of a stand-in (read anew at each call), of the transpose of one, or of a matrix of a stack or its transpose;
+    other tensors as they are.
 
     Raises:
         RuntimeError: the tensor is another kind of view.
@@ -68,12 +89,22 @@ def materialize(tensor: torch.Tensor) -> torch.Tensor:
     """
     if not is_deferred(tensor):
         return tensor
-    shape, stride, load = _loads[_key(tensor)]
-    if tuple(tensor.shape) == shape and tensor.stride() == stride:
-        return load()
-    if tensor.dim() == 2 and tuple(tensor.shape) == shape[::-1] and tensor.stride() == stride[::-1]:
-        return load().T
-    raise RuntimeError(f"a stand-in of shape {list(shape)} was viewed as {list(tensor.shape)}; claq cannot follow that")
+    source = _loads[_key(tensor)]
+    layout = (tuple(tensor.shape), tensor.stride())
+    if layout == (source.shape, source.stride):
+        return source.load()
+    if tensor.dim() == 2:
+        shape, stride = source.shape[-2:], source.stride[-2:]
+        index = tensor.storage_offset() // 2
+        turned = layout == (shape[::-1], stride[::-1])
+        if turned and len(source.shape) == 2:
+            return source.load().T
+        if (turned or layout == (shape, stride)) and len(source.shape) == 3 and index < source.shape[0]:
+            matrix = source.load_matrix(index)
+            return matrix.T if turned else matrix
+    raise RuntimeError(
+        f"a stand-in of shape {list(source.shape)} was viewed as {list(tensor.shape)}; claq cannot follow that"
+    )
 
 
 class ReadingInterpreter(fx.Interpreter):
@@ -120,7 +151,12 @@ def cast_tensors(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dic
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if not is_deferred(tensor):
         return tensor.to(dtype)
-    return stand_in(tensor.shape, dtype, lambda: materialize(tensor).to(dtype))
+    return stand_in(
+        tensor.shape,
+        dtype,
+        lambda: materialize(tensor).to(dtype),
+        lambda index: materialize(tensor[index]).to(dtype),
+    )
 
 
 def logical_bytes(tensor: torch.Tensor) -> int:

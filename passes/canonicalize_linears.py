@@ -322,8 +322,8 @@ def _place(stored: torch.Tensor, matrix: torch.Tensor) -> tuple[int | None, bool
     """
     if stored.dim() == 2:
         candidates: list[tuple[int | None, torch.Tensor]] = [(None, stored)]
-    elif stored.dim() == 3 and stored.is_contiguous() and stored.numel() and matrix.numel() == stored[0].numel():
-        nth = (matrix.data_ptr() - stored.data_ptr()) // (stored[0].numel() * stored.element_size())
+    elif stored.dim() == 3 and stored.stride(0) > 0:
+        nth = (matrix.storage_offset() - stored.storage_offset()) // stored.stride(0)
         candidates = [(nth, stored[nth])] if 0 <= nth < stored.shape[0] else []
     else:
         candidates = []

@@ -136,8 +136,8 @@ def _cache_shapes(task_model: TaskModel) -> list[tuple[tuple[int, int], tuple[in
     with torch.no_grad():
         result = model(**inputs, use_cache=True, return_dict=True)
     layers = list(getattr(getattr(result, "past_key_values", None), "layers", None) or ())
-    while layers and not getattr(layers[-1], "is_initialized", True):
-        layers.pop()  # transformers counts an encoder's layers where there are more of them
+    while layers and _keeps_nothing(layers[-1]):
+        layers.pop()
     if not layers:
         raise CaptureError(f"{title} keeps no cache of keys and values between steps; export it with --no-cache")
     shapes = []
@@ -150,6 +150,12 @@ def _cache_shapes(task_model: TaskModel) -> list[tuple[tuple[int, int], tuple[in
             )
         shapes.append(tuple((int(tensor.shape[1]), int(tensor.shape[3])) for tensor in pair))  # type: ignore[union-attr]
     return shapes  # type: ignore[return-value]
+
+
+def _keeps_nothing(layer: Any) -> bool:
+    """Whether a layer of the cache at its end is none: transformers counts an encoder's layers where there are more of them,
+    and the last layers of Gemma 3n and 4 read keys and values of earlier ones."""
+    return not getattr(layer, "is_initialized", True) or type(layer).__name__ == "DummyLayer"
 
 
 def _filled_cache(past: tuple[torch.Tensor, ...]) -> Any:

@@ -110,9 +110,16 @@ class StoredParameter:
         Raises:
             ModelError: one is not finite, in the file or in the parameter's dtype; or the file cannot be read.
         """
-        values = torch.empty(self.shape, dtype=self._dtype)
+        return self._values(self.shape, 0)
+
+    def load_matrix(self, index: int) -> torch.Tensor:
+        """The values of one matrix of a stack of them; see :meth:`load`."""
+        return self._values(self.shape[1:], index)
+
+    def _values(self, shape: tuple[int, ...], index: int) -> torch.Tensor:
+        values = torch.empty(shape, dtype=self._dtype)
         flat = values.view(-1)
-        for where, piece in self._pieces():
+        for where, piece in self._pieces(index * len(flat), (index + 1) * len(flat)):
             flat[where] = piece
         return values
 
@@ -123,11 +130,11 @@ class StoredParameter:
         flat = parameter.detach().view(-1)
         return all(torch.equal(flat[where], piece) for where, piece in self._pieces())
 
-    def _pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Values in the parameter's dtype, and where in the flat parameter they belong."""
+    def _pieces(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The values from ``start`` to ``stop`` in the parameter's dtype, and where among them they belong."""
         # Piece by piece, since the values of the file's dtype, and what checks make of them, would double the memory.
         done = 0
-        for piece in self._file.pieces(self._source):
+        for piece in self._file.pieces(self._source, start, stop):
             values = piece.to(self._dtype)
             checked = values if values.is_floating_point() else piece
             if checked.is_floating_point() and not torch.isfinite(checked).all():
@@ -190,6 +197,8 @@ def _tensor(
             f"{file.path}: tensor {source!r} has shape {list(file.tensors[source].shape)}, the model needs {list(shape)}"
         )
 
-    load = StoredParameter(file, source, dtype, name).load
+    stored = StoredParameter(file, source, dtype, name)
     wanted = parameter.to(dtype)  # on the meta device: for its size
-    return stand_in(shape, dtype, load) if logical_bytes(wanted) >= DEFER_FROM else load()
+    if logical_bytes(wanted) < DEFER_FROM:
+        return stored.load()
+    return stand_in(shape, dtype, stored.load, stored.load_matrix)

@@ -69,7 +69,8 @@ def _stand_in_for(
     stored = StoredParameter(files[source], source, parameter.dtype, name)
     if not stored.gives(parameter):
         return None
-    return nn.Parameter(stand_in(parameter.shape, parameter.dtype, stored.load), requires_grad=False)
+    values = stand_in(parameter.shape, parameter.dtype, stored.load, stored.load_matrix)
+    return nn.Parameter(values, requires_grad=False)
 
 
 def _targets_by_identity(graph: fx.GraphModule) -> dict[_Identity, list[str]]:

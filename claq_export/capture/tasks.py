@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,13 +151,33 @@ class TaskModel(nn.Module):
         """Inputs to trace with: fixed pseudo-random tokens, the last row padded; or noise of an image's size."""
         generator = torch.Generator().manual_seed(0)
         if TASKS[self.task].image:
-            pixels = torch.randn(batch, *_image_shape(self.config), generator=generator)
+            shape = _image_shape(self.config, self.source.folder if self.source is not None else None)
+            pixels = torch.randn(batch, *shape, generator=generator)
             return {"pixel_values": pixels.to(next(self.model.parameters()).dtype)}
-        tokens = torch.randint(0, int(self.config.vocab_size), (batch, sequence), generator=generator)
+        tokens = torch.randint(0, self._vocabulary(), (batch, sequence), generator=generator)
         mask = torch.ones(batch, sequence, dtype=torch.int64)
         mask[-1, sequence - sequence // 4 :] = 0
+        end = getattr(self.config, "eos_token_id", None)
+        if self.task == "text-classification" and getattr(self.config, "is_encoder_decoder", False) and end is not None:
+            # BART and its kin classify by the state at the end token, of which each row must have as many as the others.
+            tokens[tokens == end] = (end + 1) % self._vocabulary()
+            tokens[torch.arange(batch), mask.sum(1) - 1] = end
         tokens[mask == 0] = self.pad_token_id
         return text_inputs(self.input_names, tokens, mask, self.pad_token_id)
+
+    def _vocabulary(self) -> int:
+        """Number of tokens, by the configuration.
+
+        Raises:
+            ModelError: it does not tell.
+        """
+        size = getattr(self.config.get_text_config(), "vocab_size", None)
+        if not isinstance(size, int):
+            raise ModelError(
+                f"the configuration of {self.config.model_type!r} gives no vocab_size, so its tokens are unknown; export the "
+                "module from Python with an example"
+            )
+        return size
 
 
 def longest_sequence(model: nn.Module) -> int | None:
@@ -186,21 +208,46 @@ def _positions_before_first(model: nn.Module, limit: int) -> int:
     return 0
 
 
-def _image_shape(config: Any) -> tuple[int, int, int]:
-    """Channels, height and width by an image model's configuration, or by that of its image half.
+def _image_shape(config: Any, folder: Path | None) -> tuple[int, int, int]:
+    """Channels, height and width by an image model's configuration, or by that of its image half; the size else by what the
+    folder says about preparing images.
 
     Raises:
-        ModelError: the configuration does not give the size.
+        ModelError: neither gives the size.
     """
     image = config if hasattr(config, "image_size") else getattr(config, "vision_config", config)
-    size = getattr(image, "image_size", None)
+    sides = _sides(getattr(image, "image_size", None)) or _prepared_sides(folder)
+    if sides is None:
+        raise ModelError(
+            f"the configuration of {config.model_type!r} gives no image_size, and there is no preprocessor_config.json with "
+            "one, so its input is unknown; export the module from Python with an example"
+        )
+    return (int(getattr(image, "num_channels", 3)), *sides)
+
+
+def _prepared_sides(folder: Path | None) -> tuple[int, int] | None:
+    """Height and width of the images that an image processor's configuration makes."""
+    path = None if folder is None else folder / "preprocessor_config.json"
+    if path is None or not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is no JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ModelError(f"{path} holds no settings")
+    cropped = settings.get("crop_size") if settings.get("do_center_crop", True) else None
+    return _sides(cropped) or _sides(settings.get("size"))
+
+
+def _sides(size: Any) -> tuple[int, int] | None:
+    """Height and width of a size as configurations give it: a number, two, or a mapping."""
+    if isinstance(size, dict):
+        size = [size["height"], size["width"]] if {"height", "width"} <= size.keys() else size.get("shortest_edge")
     sides = [size, size] if isinstance(size, int) else size
     if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
-        raise ModelError(
-            f"the configuration of {config.model_type!r} gives no image_size, so its input is unknown; export the module "
-            "from Python with an example"
-        )
-    return (int(getattr(image, "num_channels", 3)), sides[0], sides[1])
+        return None
+    return sides[0], sides[1]
 
 
 def _input_names(model: nn.Module, task: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -237,11 +238,15 @@ def _tidy(model: ir.Model) -> None:
 
 
 def _name_transposed_weights(model: ir.Model) -> None:
-    """Let the transpose of a weight, which folding turns into an initializer, carry the weight's name."""
+    """Let the transpose of a weight, which folding turns into an initializer, carry the weight's name; those of a weight that
+    is transposed several times have numbers besides."""
+    times: Counter[str] = Counter()
     for node in model.graph:
         source = node.inputs[0] if node.op_type == "Transpose" else None
         if source is not None and source.is_initializer() and not node.outputs[0].is_graph_output():
-            node.outputs[0].name = f"{source.name}.transposed"
+            name = f"{source.name}.transposed"
+            times[name] += 1
+            node.outputs[0].name = name if times[name] == 1 else f"{name}.{times[name]}"
 
 
 def _store_equal_tensors_once(model: ir.Model) -> None:

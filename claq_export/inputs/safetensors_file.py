@@ -173,15 +173,20 @@ class SafetensorsFile:
         self._read_into(buffer, info, 0, name)
         return buffer.view(info.dtype).reshape(info.shape)
 
-    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+    def pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
         """The values of the tensor of that name in their order, as flat tensors of a few megabytes.
+
+        Args:
+            name: of the tensor.
+            start, stop: the first of the values, and the one after the last; all of them by default.
 
         Raises:
             error: see :meth:`read`.
         """
         info = self._info(name)
-        for begin in range(0, info.nbytes, _PIECE_BYTES):
-            buffer = torch.empty(min(_PIECE_BYTES, info.nbytes - begin), dtype=torch.uint8)
+        end = info.nbytes if stop is None else stop * info.dtype.itemsize
+        for begin in range(start * info.dtype.itemsize, end, _PIECE_BYTES):
+            buffer = torch.empty(min(_PIECE_BYTES, end - begin), dtype=torch.uint8)
             self._read_into(buffer, info, begin, name)
             yield buffer.view(info.dtype)
 

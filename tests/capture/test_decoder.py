@@ -54,3 +54,27 @@ def test_layers_of_an_encoder_have_no_cache() -> None:
     assert [name for name in cached.output_names if name.startswith("present")] == [
         f"present_{layer}_{part}" for layer in range(2) for part in ("key", "value")
     ]
+
+
+def test_layers_that_read_keys_and_values_of_earlier_ones_have_no_cache() -> None:
+    torch.manual_seed(0)
+    config = transformers.Gemma3nTextConfig(
+        **SIZES,
+        vocab_size_per_layer_input=60,
+        hidden_size=32,
+        hidden_size_per_layer_input=4,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_kv_shared_layers=1,
+        layer_types=["full_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        laurel_rank=4,
+    )
+    model = TaskModel(transformers.Gemma3nForCausalLM(config).eval(), "text-generation")
+    cached = capture_decoder(model)
+    assert cached.output_names == ("logits", "present_0_key", "present_0_value")
+    whole = capture_module(model, dynamic_shapes=model.dynamic_axes)
+    assert check_cache(whole, cached, decoding_inputs(cached)) < 1e-4

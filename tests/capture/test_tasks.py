@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from claq_export.capture import TaskModel
-from claq_export.capture.captured import text_inputs
+from claq_export.capture import TaskModel, capture_module
+from claq_export.capture.captured import Source, text_inputs
 from claq_export.errors import ModelError
 
 SIZES = {
@@ -50,6 +52,55 @@ def test_the_size_of_images_is_that_of_the_image_half(family: str) -> None:
     assert inputs["pixel_values"].shape == (2, 1, 24, 24)
     with torch.no_grad():
         assert model(*inputs.values()).shape == (2, config.num_labels)
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        ({"size": {"height": 16, "width": 24}}, (16, 24)),
+        ({"size": {"shortest_edge": 40}, "crop_size": {"height": 24, "width": 24}}, (24, 24)),
+        ({"size": {"shortest_edge": 40}, "crop_size": 24, "do_center_crop": False}, (40, 40)),
+        ({"size": 32}, (32, 32)),
+    ],
+)
+def test_the_size_of_images_is_that_of_the_image_processor(
+    settings: dict[str, Any], size: tuple[int, int], tmp_path: Path
+) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    model = transformers.ResNetModel(transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
+    source = Source("here", "0", folder=tmp_path)
+    assert TaskModel(model, "image-classification", source).example_inputs()["pixel_values"].shape == (2, 3, *size)
+    (tmp_path / "preprocessor_config.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"preprocessor_config\.json holds no settings"):
+        TaskModel(model, "image-classification", source).example_inputs()
+
+
+def test_rows_end_as_classifiers_with_a_decoder_need_it() -> None:
+    """BART classifies by the state at the end token and refuses rows without one, or with several."""
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=6,  # few tokens, of which one ends a row
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=32,
+    )
+    model = TaskModel(transformers.BartForSequenceClassification(config).eval(), "text-classification")
+    captured = capture_module(model, dynamic_shapes=model.dynamic_axes)
+    inputs = captured.inputs_from_tokens([[0, 4, 5, 2], [0, 5, 2]])
+    with torch.no_grad():
+        torch.testing.assert_close(captured.run(inputs)[0], model(*inputs.values()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_vocabulary_of_unknown_size_is_named() -> None:
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = TaskModel(transformers.CanineModel(transformers.CanineConfig(**tiny)), "feature-extraction")
+    with pytest.raises(ModelError, match="the configuration of 'canine' gives no vocab_size"):
+        model.example_inputs()
 
 
 def test_images_of_unknown_size_are_named() -> None:

@@ -135,6 +135,26 @@ def test_initializers_are_named_after_their_layers(artifact: Artifact) -> None:
     assert {"up.bias", "down.bias", "norm.weight", "dense.bias", "dense.weight.transposed"} <= names
 
 
+def test_a_small_linear_that_is_called_twice(tmp_path: Path) -> None:
+    """Its transposed weight is folded once for each call."""
+
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = torch.nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.router(x) + self.router(x.relu()).exp()
+
+    model, x = Twice(), torch.randn(2, 3, 16)
+    path = tmp_path / "model.onnx"
+    emit_onnx(model, {"x": x}, path)
+    with torch.no_grad():
+        expected = model(x)
+    (found,) = stock_session(path).run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_tied_weight_is_stored_once(artifact: Artifact) -> None:
     graph = onnx.load(artifact.path).graph
     large = [i for i in graph.initializer if np.prod(i.dims) == 200 * 48]

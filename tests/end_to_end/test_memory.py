@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import save_tiny_llama, sentences, shard
+from tiny_models import save_tiny_llama, save_tokenizer, sentences, shard
 
 import claq_export
 from claq_export import api, deferred, preflight, verify
@@ -23,6 +24,7 @@ from claq_export.capture import load_pretrained
 from claq_export.capture.lazy import StoredParameter
 from claq_export.compiler import Compilation
 from claq_export.errors import ConfigError, ModelError, OutputError
+from claq_export.format.checkpoint import load_checkpoint
 from claq_export.format.safetensors_writer import write_safetensors
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -264,6 +266,75 @@ def test_missing_weights_are_named(tmp_path):
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         load_pretrained(source, lazy=True)
+
+
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 loops over the experts hit")
+def test_experts_in_one_tensor_are_read_one_by_one(tmp_path, monkeypatch):
+    """Of a model whose file holds the experts of a projection as one tensor, GPT-OSS, whose matrices lie transposed."""
+    source = tmp_path / "model"
+    source.mkdir()
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(
+            vocab_size=save_tokenizer(source),
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            num_local_experts=3,
+            num_experts_per_tok=2,
+            layer_types=["full_attention"],
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=3,
+        )
+    ).eval()
+    model.save_pretrained(source)
+    config = claq_export.Config(calibration="none", fuse_siblings=False)
+    options = {"config": config, "verify": False, "cache": False}
+    claq_export.export(source, out=tmp_path / "kept" / "model.onnx", **options)
+    for module in ("deferred", "capture.lazy", "capture.reread"):
+        monkeypatch.setattr(f"claq_export.{module}.DEFER_FROM", 8192)
+    whole, matrices = [], []
+    load, load_matrix = StoredParameter.load, StoredParameter.load_matrix
+    monkeypatch.setattr(StoredParameter, "load", lambda self: whole.append(self._name) or load(self))
+    monkeypatch.setattr(
+        StoredParameter, "load_matrix", lambda self, index: matrices.append(self._name) or load_matrix(self, index)
+    )
+    claq_export.export(source, out=tmp_path / "read" / "model.onnx", **options)
+    same_artifacts(tmp_path / "kept", tmp_path / "read")
+    experts = "model.layers.0.mlp.experts."
+    assert set(matrices) == {f"{experts}gate_up_proj", f"{experts}down_proj"}
+    assert not set(matrices) & set(whole)
+    claq_export.export(source, out=tmp_path / "lazy" / "model.onnx", memory=2 << 30, **options)
+    same_artifacts(tmp_path / "kept", tmp_path / "lazy")
+    checkpoint = load_checkpoint(tmp_path / "kept")
+    for leaf in ("gate_up_proj", "down_proj"):
+        stack = model.state_dict()[experts + leaf]
+        for index in range(3):
+            found = checkpoint.layers[f"{experts}{leaf}.{index}"].dequantize().T
+            assert (found - stack[index]).norm() < 0.1 * stack[index].norm()
+
+
+def test_stand_ins_of_stacks_of_matrices():
+    values = torch.arange(64 * 64 * 64.0).reshape(64, 64, 64)
+    read = []
+    tensor = deferred.stand_in(values.shape, values.dtype, lambda: values, lambda i: read.append(i) or values[i])
+    assert tensor.untyped_storage().nbytes() < 1000
+    assert torch.equal(deferred.materialize(tensor), values)
+    parameter = torch.nn.Parameter(tensor, requires_grad=False)
+    for index in (0, 1, 63):
+        assert torch.equal(deferred.materialize(parameter[index]), values[index])
+        assert torch.equal(deferred.materialize(parameter[index].T), values[index].T)
+    assert read == [0, 0, 1, 1, 63, 63]
+    halves = deferred.cast_tensors({"stack": tensor}, torch.float16)["stack"]
+    assert torch.equal(deferred.materialize(halves[2].T), values[2].T.half())
+    for view in (tensor[1, 3:], tensor.transpose(0, 1), tensor[1:], tensor[:, 2], tensor[2, 0]):
+        with pytest.raises(RuntimeError, match="cannot follow"):
+            deferred.materialize(view)
 
 
 def test_stand_ins_follow_transposes_and_refuse_other_views():

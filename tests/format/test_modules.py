@@ -456,6 +456,33 @@ def test_the_dense_module_of_an_embedding_of_the_models_own_class() -> None:
     torch.testing.assert_close(dense(indices), model["table"](indices), rtol=0, atol=0)
 
 
+class Experts(nn.Module):
+    """Takes matrices of one parameter in its own way, as JetMoE does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 16, 32))
+        self.other = nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(nn.functional.linear(x, matrix) for matrix in self.weight) + self.other(x)
+
+
+@pytest.mark.parametrize("count", [3, 2], ids=["all experts", "some"])
+def test_matrices_of_a_stack_are_restored_dense(count: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Experts()
+    layers = {f"weight.{index}": random_layer(32, 16, (4,), seed=index) for index in range(count)}
+    stored = {name: tensor for name, tensor in model.state_dict().items() if count < 3 or name != "weight"}
+    save_checkpoint(tmp_path, layers, stored, {})
+    expected = [layer.dequantize() for layer in layers.values()] + list(model.weight.detach()[count:])
+    fresh = load(tmp_path, Experts())
+    assert torch.equal(fresh.weight, torch.stack(expected))
+    assert torch.equal(fresh.other.weight, model.other.weight)
+    with pytest.raises(ModelError, match=r"no linear layer 'weight\.3'"):
+        replace_linears(Experts(), {"weight.3": random_layer(32, 16)})
+
+
 def test_a_parametrized_embedding_gets_the_dequantized_table() -> None:
     class Double(nn.Module):
         def forward(self, weight: torch.Tensor) -> torch.Tensor:
