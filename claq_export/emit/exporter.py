@@ -29,6 +29,7 @@ from claq_export.format.files import check_target
 from claq_export.passes import AdditiveMasks, PassContext
 
 from .artifact import Artifact
+from .complex_values import complex_axes_on_real_views
 from .decoder import decoder_translations, settle_decoder
 from .function import DOMAIN, LAYER_OPERATORS, OPSET, functions_of
 from .fused_forms import fused_forms
@@ -168,6 +169,7 @@ def _exported_program(
         raise CaptureError(f"the quantized graph cannot be exported: {_reason(error)}") from error
     _settle_strides(program.graph)
     AdditiveMasks().run(program.graph_module, PassContext())
+    complex_axes_on_real_views(program.graph_module)
     return program
 
 

@@ -97,19 +97,18 @@ def replace_linears(
 
 
 def keep_a_parameter(model: nn.Module) -> None:
-    """Give a model whose last parameter was quantized one without elements, which is in no ``state_dict()``.
+    """Give transformers models whose last parameter was quantized one without elements, which is in no ``state_dict()``.
 
-    Programs ask the first parameter of a model for its device and dtype, as transformers does in ``generate``. OLMo's first
-    generation has none but the weights of linears and embeddings. It goes beside the first quantized module, where the
-    transformers model inside a transformers model has it too.
+    Transformers asks the first parameter of a model for its device and dtype, in ``generate`` for example. OLMo's first
+    generation has none but the weights of linears and embeddings.
     """
-    if next(model.parameters(), None) is not None:
-        return
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedModule):
+    for part in reversed(list(model.modules())):  # the innermost first: those around it have its parameter then
+        if not hasattr(part, "get_input_embeddings") or next(part.parameters(), None) is not None:
+            continue
+        module = next((module for module in part.modules() if isinstance(module, QuantizedModule)), None)
+        if module is not None:
             like = torch.zeros(0, dtype=module.weight.dtype, device=module.codes.device)
-            model.get_submodule(name.rpartition(".")[0]).add_module("dtype_and_device", DtypeAndDevice(like))
-            return
+            part.add_module("dtype_and_device", DtypeAndDevice(like))
 
 
 class DtypeAndDevice(nn.Module):

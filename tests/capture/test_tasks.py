@@ -75,6 +75,9 @@ def test_the_size_of_images_is_that_of_the_image_processor(
         TaskModel(model, "image-classification", source).example_inputs()
 
 
+@pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 looks at the tokens while it is captured"
+)
 def test_rows_end_as_classifiers_with_a_decoder_need_it() -> None:
     """BART classifies by the state at the end token and refuses rows without one, or with several."""
     torch.manual_seed(0)
