@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import inspect
 import json
 import logging
 import subprocess
@@ -49,7 +50,7 @@ TRIED = {
         modernbert opt phi3 qwen2 qwen3 roberta xlm-roberta nomic_bert""",
     "feature-extraction": """albert bert deberta-v2 distilbert electra gte jina_embeddings_v3 modernbert mpnet nomic_bert roberta
         xlm-roberta qwen3 qwen2 mistral gemma3_text llama eurobert clip_text_model splinter canine tapas nystromformer
-        bert-generation layoutlm lilt markuplm siglip_text_model""",
+        bert-generation layoutlm markuplm""",
     "image-classification": """beit data2vec-vision deit dinov2 dinov2_with_registers focalnet ijepa mobilevit pvt pvt_v2
         segformer swiftformer swin swinv2 vit vit_msn""",
     "image-feature-extraction": """vit dinov2 dinov2_with_registers dinov3_vit clip_vision_model siglip_vision_model beit swin
@@ -78,7 +79,9 @@ _SIZES: dict[str, Any] = {
     ),
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 48),
-    **dict.fromkeys(("num_experts_per_tok", "num_key_value_heads", "bos_token_id", "decoder_start_token_id"), 2),
+    **dict.fromkeys(
+        ("num_experts_per_tok", "moe_k", "moe_topk", "num_key_value_heads", "bos_token_id", "decoder_start_token_id"), 2
+    ),
     **dict.fromkeys(("head_dim", "attention_head_dim", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"), 16),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
     **dict.fromkeys(
@@ -152,24 +155,18 @@ def small_config(kind: str, task: str, vocabulary: int) -> Any:
     from transformers import CONFIG_MAPPING
 
     cls = CONFIG_MAPPING[kind]
-    default = cls()
     wanted = {**_SIZES, "vocab_size": vocabulary, "vocab_size_per_layer_input": vocabulary, "n_vocab": vocabulary}
-    settings: dict[str, Any] = {}
-    for name, value in wanted.items():
-        try:
-            present = hasattr(default, name)
-            now = getattr(default, name, None)
-        except AttributeError:  # transformers refuses to tell one value of what may vary by layer
-            present, now = True, 0
-        if present and not isinstance(now, (bool, list, tuple)) and (now is not None or name in _OPTIONAL):
-            settings[name] = value
-    for name, other in getattr(cls, "attribute_map", {}).items():
-        if other in settings:
-            settings.pop(name, None)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+    settings = {
+        name: value
+        for name, value in wanted.items()
+        if name in defaults and (type(defaults[name]) in (int, float) or (defaults[name] is None and name in _OPTIONAL))
+    }
     own = _OWN.get(kind, {})
     settings |= {} if own is _DECODER and task != "text-generation" else own
+    default = cls()
     kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or ()))
-    if kinds and "layer_types" not in settings and not isinstance(getattr(cls, "layer_types", None), property):
+    if kinds and "layer_types" in defaults and "layer_types" not in settings:
         settings["layer_types"] = (kinds * 2)[: max(2, len(kinds))]
         settings |= {
             name: len(settings["layer_types"]) for name in ("num_hidden_layers", "num_layers") if name in settings
@@ -358,21 +355,21 @@ def page(results: dict[str, Any]) -> str:
     """docs/models.md."""
     versions = ", ".join(f"{name} {results[name]}" for name in ("transformers", "torch", "onnxruntime"))
     text = [HEAD, f"{versions}, {results['date']}.\n"]
-    for task, rows in results["tasks"].items():
+    for task, names in TRIED.items():
+        found = results["tasks"].get(task, {})
+        rows = {kind: found[kind] for kind in names.split() if kind in found}
         good = {kind: row for kind, row in rows.items() if passes(row)}
         text.append(f"## {task}: {len(good)} of {len(rows)}\n")
-        names = ", ".join(f"`{kind}`" for kind, row in good.items() if "cache" not in row)
-        text += [names + "\n"] if names else []
-        without = {kind: row["cache"] for kind, row in good.items() if "cache" in row}
-        if without:
-            text.append("Without a cache (`--no-cache`): " + ", ".join(f"`{kind}`" for kind in without) + "\n")
-        loading = {kind: row["loads"] for kind, row in good.items() if "loads" in row}
-        if loading:
-            text.append(
-                "Loaded by `claq_export.load`, not by `from_pretrained`: "
-                + ", ".join(f"`{kind}`" for kind in loading)
-                + "\n"
-            )
+        for title, chosen in (
+            ("", [kind for kind, row in good.items() if "cache" not in row]),
+            ("Without a cache (`--no-cache`): ", [kind for kind, row in good.items() if "cache" in row]),
+            (
+                "Loaded by `claq_export.load`, not by `from_pretrained`: ",
+                [kind for kind, row in good.items() if "loads" in row],
+            ),
+        ):
+            if chosen:
+                text.append(title + ", ".join(f"`{kind}`" for kind in chosen) + "\n")
         bad = {kind: row for kind, row in rows.items() if kind not in good}
         if bad:
             text.append("Not:\n")
