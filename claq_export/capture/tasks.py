@@ -158,7 +158,11 @@ class TaskModel(nn.Module):
         mask = torch.ones(batch, sequence, dtype=torch.int64)
         mask[-1, sequence - sequence // 4 :] = 0
         end = getattr(self.config, "eos_token_id", None)
-        if self.task == "text-classification" and getattr(self.config, "is_encoder_decoder", False) and isinstance(end, int):
+        if (
+            self.task == "text-classification"
+            and getattr(self.config, "is_encoder_decoder", False)
+            and isinstance(end, int)
+        ):
             # BART and its kin classify by the state at the end token, of which each row must have as many as the others.
             tokens[tokens == end] = (end + 1) % self._vocabulary()
             tokens[torch.arange(batch), mask.sum(1) - 1] = end

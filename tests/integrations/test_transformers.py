@@ -10,6 +10,7 @@ import re
 import runpy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 
 import claq_export
 from claq_export.errors import ConfigError, FormatError, ModelError
+from claq_export.integrations.places import find_places
 from claq_export.integrations.transformers import mark_quantized
 from claq_export.modules import ClaqEmbedding, ClaqLinear
 
@@ -484,3 +486,14 @@ def test_the_example_generates(tiny_llama: Path, tmp_path: Path, capsys: pytest.
     text, memory = capsys.readouterr().out.strip().splitlines()[-2:]
     assert text.startswith("the people")
     assert re.fullmatch(r"\d+\.\d MB in memory", memory)
+
+
+def test_matrices_of_a_stack_that_a_model_uses_in_its_own_way_are_refused() -> None:
+    """As JetMoE's experts: left out, they would be random."""
+    model = nn.Module()
+    model.base_model_prefix = "model"
+    model.experts = nn.Module()
+    model.experts.weight = nn.Parameter(torch.zeros(3, 16, 32))
+    stored = SimpleNamespace(entries={"experts.weight.0": {}}, parts=lambda name: [(name, 16)], tied=lambda _: [])
+    with pytest.raises(ModelError, match=r"'experts\.weight\.0' is a matrix of a stack .* claq_export\.load instead"):
+        find_places(model, stored)
