@@ -198,11 +198,12 @@ def save_small(kind: str, task: str, folder: Path) -> Any:
 def attempt(task: str, kind: str) -> dict[str, Any]:
     """What came of one architecture: ``deviations`` by run, or ``refused`` with claq's reason; ``cache``, ``loads``."""
     import torch
-    from onnx_models import stock_session
 
     import claq_export
     import claq_export.integrations.transformers
+    import claq_runtime
     from claq_export.errors import ClaqError
+    from claq_export.onnx_session import open_session
 
     row: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -224,21 +225,10 @@ def attempt(task: str, kind: str) -> dict[str, Any]:
             row["loads"] = " ".join(str(error).split())
             model = cls.from_pretrained(source).eval()
             claq_export.load(out.parent, model)
-        sessions = {"stock": stock_session(out), "runtime": _runtime_session(out)}
+        sessions = {"stock": open_session(out), "runtime": open_session(out, claq_runtime.library_path())}
         with torch.no_grad():
             row["deviations"] = {name: _deviation(task, session, model) for name, session in sessions.items()}
     return row
-
-
-def _runtime_session(path: Path) -> Any:
-    import onnxruntime
-
-    import claq_runtime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    claq_runtime.register(options)
-    return onnxruntime.InferenceSession(str(path), options)
 
 
 def _deviation(task: str, session: Any, model: Any) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -104,6 +104,17 @@ def is_mixture(module: nn.Module) -> bool:
     return hasattr(module, "_apply_gate") and hasattr(module, "has_gate") and hasattr(module, "num_experts")
 
 
+def matrix_of_stack(model: nn.Module, name: str) -> tuple[str, int] | None:
+    """For ``a.weight.3``: ``a.weight``, if that is a parameter of three axes, and 3; None if the model has no such matrix."""
+    path, _, index = name.rpartition(".")
+    if index.isdigit():
+        with suppress(AttributeError):
+            stack = model.get_parameter(path)
+            if stack.dim() == 3 and int(index) < len(stack):
+                return path, int(index)
+    return None
+
+
 def split_experts(model: nn.Module, names: Iterable[str]) -> None:
     """Make linear modules of expert weights, so that ``experts.gate_up_proj.3`` is a module as any other.
 
@@ -113,18 +124,15 @@ def split_experts(model: nn.Module, names: Iterable[str]) -> None:
     """
     split = False
     for name in names:
-        path, _, index = name.rpartition(".")
-        owner_path, _, leaf = path.rpartition(".")
-        if not index.isdigit() or not leaf:
+        found = matrix_of_stack(model, name)
+        if found is None:
             continue
-        try:
-            owner = model.get_submodule(owner_path)
-        except AttributeError:
+        owner_path, _, leaf = found[0].rpartition(".")
+        owner: Any = model.get_submodule(owner_path)
+        if not is_mixture(owner):
             continue
-        stacked = owner._parameters.get(leaf)
-        if stacked is None or stacked.dim() != 3 or not is_mixture(owner):
-            continue
-        experts = [_linear_on(matrix.t() if owner.is_transposed else matrix) for matrix in stacked.detach()]
+        stacked = owner.get_parameter(leaf).detach()
+        experts = [_linear_on(matrix.t() if owner.is_transposed else matrix) for matrix in stacked]
         del owner._parameters[leaf]
         owner.add_module(leaf, nn.ModuleList(experts))
         split = True

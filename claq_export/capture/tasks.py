@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 
 from ..errors import ModelError
 from .captured import Source, text_inputs
+from .checkpoint import read_json
 
 
 @dataclass(frozen=True)
@@ -234,12 +234,7 @@ def _prepared_sides(folder: Path | None) -> tuple[int, int] | None:
     path = None if folder is None else folder / "preprocessor_config.json"
     if path is None or not path.is_file():
         return None
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is no JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise ModelError(f"{path} holds no settings")
+    settings = read_json(path)
     cropped = settings.get("crop_size") if settings.get("do_center_crop", True) else None
     return _sides(cropped) or _sides(settings.get("size"))
 

@@ -10,7 +10,8 @@ import transformers
 from torch import nn
 
 from ..errors import ModelError
-from ..modules import ClaqEmbedding, ClaqLinear, hollow_embedding, linear_kind, matrix_of_stack
+from ..experts import matrix_of_stack
+from ..modules import ClaqEmbedding, ClaqLinear, hollow_embedding, linear_kind
 from .sharing import other_names
 from .weights import LayerFiles
 
@@ -80,9 +81,7 @@ def find_places(model: Any, layers: LayerFiles) -> dict[str, list[Place]]:
                 owner = _submodule(model, target)
                 if owner is not None:
                     break
-            if owner is None and any(
-                matrix_of_stack(model, target)[0] is not None for target in spellings(model, part)
-            ):
+            if owner is None and any(matrix_of_stack(model, target) for target in spellings(model, part)):
                 raise ModelError(
                     f"{part!r} is a matrix of a stack that {type(model).__name__} uses in its own way; load the folder with "
                     "claq_export.load instead"

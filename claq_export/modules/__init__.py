@@ -3,7 +3,7 @@
 from .derived import dense_embedding, hollow_embedding
 from .layers import ClaqEmbedding, ClaqLinear
 from .loading import load, restore
-from .replace import check_replaceable, keep_a_parameter, linear_kind, matrix_of_stack, replace_linears
+from .replace import check_replaceable, keep_a_parameter, linear_kind, replace_linears
 
 __all__ = [
     "ClaqEmbedding",
@@ -14,7 +14,6 @@ __all__ = [
     "keep_a_parameter",
     "linear_kind",
     "load",
-    "matrix_of_stack",
     "replace_linears",
     "restore",
 ]

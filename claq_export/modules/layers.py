@@ -12,7 +12,7 @@ from ..errors import ModelError
 from ..format.layer import TENSOR_NAMES, QuantizedLinear
 from ..kernels import ops
 from .signs import signed, unsigned
-from .weight import DenseWeight, absent_weight, dense_weight
+from .weight import DenseWeight, absent_weight, dense_weight, refusing_negative
 
 
 class QuantizedModule(nn.Module):
@@ -274,8 +274,8 @@ class ClaqEmbedding(QuantizedModule):
                 f"{self.like.dtype}; cast it to one of those, for example with model.float()"
             )
         return ops.embedding(
-            # The operator counts from the end, as ONNX does; nn.Embedding does not. A file gets no node for it.
-            indices if torch.compiler.is_exporting() else torch.where(indices < 0, self.out_features, indices),
+            # A file gets no node for it.
+            indices if torch.compiler.is_exporting() else refusing_negative(indices, self.out_features),
             self.codes,
             self.codebook,
             self.scale,

@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import ModelError
-from ..experts import split_experts
+from ..experts import matrix_of_stack, split_experts
 from ..format.checkpoint import Checkpoint, load_checkpoint
-from .replace import check_replaceable, matrix_of_stack, replace_linears
+from .replace import check_replaceable, replace_linears
 
 
 def load(folder: Path | str, model: nn.Module, *, strict: bool = True) -> nn.Module:
@@ -40,7 +40,9 @@ def restore(model: nn.Module, checkpoint: Checkpoint, *, strict: bool = True) ->
     state = model.state_dict(keep_vars=True)
     parts = [part for name in checkpoint.layers for part, _ in checkpoint.parts_of(name)]
     parts += [other for names in checkpoint.tied.values() for other in names]
-    quantized = {f"{part}.weight" for part in parts} | set(parts) | _whole_stacks(model, parts)
+    stacks = _stacks(model, parts)
+    quantized = {f"{part}.weight" for part in parts} | set(parts)
+    quantized |= {name for name, matrices in stacks.items() if len(matrices) == len(state[name])}
     weights = {id(state[name]) for name in quantized if name in state}
     needed = [name for name in state if name not in quantized and id(state[name]) not in weights]
     # Tied weights are one object under several names; one of them is enough.
@@ -65,26 +67,19 @@ def restore(model: nn.Module, checkpoint: Checkpoint, *, strict: bool = True) ->
         transposed=checkpoint.transposed,
         tied=checkpoint.tied,
     )
-    for part in parts:
-        # Of a stack that is quantized in part the file holds all matrices: those must not come back.
-        stack, index = matrix_of_stack(model, part)
-        name = part.rpartition(".")[0]
-        if stack is not None and name in values:
-            if values[name] is checkpoint.tensors[name]:
-                values[name] = values[name].clone()
-            values[name][index] = stack.detach()[index]
+    for name, matrices in stacks.items():
+        if name in values:  # the file holds all matrices of a stack that is quantized in part: those must not come back
+            values[name] = values[name].clone()
+            for index in matrices:
+                values[name][index] = state[name].detach()[index]
     model.load_state_dict(values, strict=False)
     return model
 
 
-def _whole_stacks(model: nn.Module, parts: Sequence[str]) -> set[str]:
-    """Parameters that are stacks of matrices, as of experts, all of which are among ``parts`` (``a.weight.0`` and so on)."""
+def _stacks(model: nn.Module, parts: Sequence[str]) -> dict[str, set[int]]:
+    """Parameters that are stacks of matrices, as of experts -> those of their matrices that are among ``parts``
+    (``a.weight.0`` and so on)."""
     found: dict[str, set[int]] = {}
-    sizes: dict[str, int] = {}
-    for part in parts:
-        stack, index = matrix_of_stack(model, part)
-        if stack is not None:
-            name = part.rpartition(".")[0]
-            sizes[name] = len(stack)
-            found.setdefault(name, set()).add(index)
-    return {name for name, matrices in found.items() if len(matrices) == sizes[name]}
+    for stack, index in filter(None, (matrix_of_stack(model, part) for part in parts)):
+        found.setdefault(stack, set()).add(index)
+    return found

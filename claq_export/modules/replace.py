@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, ModelError
-from ..experts import split_experts
+from ..experts import matrix_of_stack, split_experts
 from ..format.layer import QuantizedLinear
 from ..format.rows import slice_rows
 from .derived import embedding_in_place_of, is_embedding
@@ -193,18 +193,8 @@ def _weight_of(model: nn.Module, target: str, layer: str) -> tuple[nn.Module | N
     for tensor_named in (model.get_parameter, model.get_buffer):
         with suppress(AttributeError):
             return None, tensor_named(target)
-    stack, index = matrix_of_stack(model, target)
-    if stack is not None:
-        return None, stack.detach()[index]
+    found = matrix_of_stack(model, target)
+    if found is not None:
+        stack, index = found
+        return None, model.get_parameter(stack).detach()[index]
     raise ModelError(f"the model has no linear layer {target!r}, which layer {layer!r} stands for")
-
-
-def matrix_of_stack(model: nn.Module, target: str) -> tuple[torch.Tensor | None, int]:
-    """For ``a.weight.3``: the parameter ``a.weight`` of three axes, and 3; None if the model has no such parameter."""
-    path, _, index = target.rpartition(".")
-    if index.isdigit():
-        with suppress(AttributeError):
-            stack = model.get_parameter(path)
-            if stack.dim() == 3 and int(index) < len(stack):
-                return stack, int(index)
-    return None, 0

@@ -32,6 +32,12 @@ def absent_weight(out_features: int, in_features: int, dtype: torch.dtype) -> to
     return weight
 
 
+def refusing_negative(indices: torch.Tensor, rows: int) -> torch.Tensor:
+    """Indices of which negative ones are out of range, as ``nn.Embedding`` has it; ``claq::embedding`` counts them from the
+    end, as ONNX does."""
+    return torch.where(indices < 0, rows, indices)
+
+
 def _decode(layer: QuantizedLinear, dtype: torch.dtype) -> torch.Tensor:
     return _rows(layer, torch.arange(layer.out_features, device=layer.codes.device), dtype)
 
@@ -104,10 +110,8 @@ class DenseWeight(torch.Tensor):
                     "change the weight before it is quantized"
                 )
         if func is torch.ops.aten.embedding.default and isinstance(args[0], cls) and not isinstance(args[1], cls):
-            table, indices = args[0], args[1]
-            # The operator counts from the end, where nn.functional.embedding refuses an index.
-            outside = torch.where(indices < 0, table._layer.out_features, indices)
-            return _rows(table._layer, outside, table.dtype)
+            table = args[0]
+            return _rows(table._layer, refusing_negative(args[1], table._layer.out_features), table.dtype)
         decode: Callable[[DenseWeight], torch.Tensor] = cls.dequantize
         args, kwargs = tree_map_only(cls, decode, (args, kwargs))
         return func(*args, **kwargs)

@@ -71,7 +71,7 @@ def test_the_size_of_images_is_that_of_the_image_processor(
     source = Source("here", "0", folder=tmp_path)
     assert TaskModel(model, "image-classification", source).example_inputs()["pixel_values"].shape == (2, 3, *size)
     (tmp_path / "preprocessor_config.json").write_text("[]")
-    with pytest.raises(ModelError, match=r"preprocessor_config\.json holds no settings"):
+    with pytest.raises(ModelError, match=r"preprocessor_config\.json must hold a JSON object, found list"):
         TaskModel(model, "image-classification", source).example_inputs()
 
 
