@@ -16,22 +16,26 @@ from torch import nn
 import claq_export
 
 from .cached import check_cache, decoding_inputs
+from .cached_seq2seq import check_parts, seq2seq_inputs
 from .calibration.peers import Peers
 from .calibration.progress import ProgressReporter
 from .capture import (
     CACHED_TASK,
+    TASKS,
     CapturedModel,
     TaskModel,
     capture_decoder,
     capture_module,
+    capture_parts,
     let_go_of_weights,
     load_pretrained,
 )
 from .capture.precision import check_finite, check_range, check_weights, in_dtype, inputs_in_dtype
+from .capture.tasks import DECODER_TOKENS
 from .compiler import Compilation, emit_captured, used_state
 from .config import Config
 from .deferred import weight_bytes
-from .emit.artifact import Artifact
+from .emit.artifact import Artifact, part_path
 from .emit.staging import StagedExport
 from .errors import CaptureError, ClaqError, ConfigError, OutputError
 from .file_graph import in_float32
@@ -87,7 +91,7 @@ class ExportResult:
         artifact_bytes: of ``model.onnx`` and its data.
         seconds: by stage.
         quantization_seconds: where those of the quantization went: forward passes, Hessians, Cholesky factors, k-means, ...
-        verification: None when it was switched off.
+        verifications: by model file; none when verification was switched off.
     """
 
     artifact: Artifact
@@ -99,7 +103,12 @@ class ExportResult:
     artifact_bytes: int
     seconds: Mapping[str, float]
     quantization_seconds: Mapping[str, float]
-    verification: VerificationReport | None
+    verifications: Mapping[Path, VerificationReport]
+
+    @property
+    def verification(self) -> VerificationReport | None:
+        """Of the first model file; None when verification was switched off."""
+        return next(iter(self.verifications.values()), None)
 
 
 def capture(
@@ -125,7 +134,7 @@ def capture(
             :func:`claq_export.capture.capture_module`. A folder has those of its task, batch and sequence (of tokens) dynamic.
         task: of a folder, where it cannot be inferred.
         tokenizer: for text calibration of a module given in Python.
-        cache: of a folder with a causal language model, capture the graph with a key/value cache too.
+        cache: of a folder with a causal language model or an encoder-decoder, capture what has a key/value cache too.
         trust_remote_code: run Python code that comes with a folder.
         lazy: leave a folder's large weights on disk until their values are needed.
         reread: load them, but let go of each after the capture that its file gives again when it is needed.
@@ -144,7 +153,7 @@ def capture(
     loaded, found_tokenizer, _ = load_pretrained(model, task, trust_remote_code=trust_remote_code, lazy=lazy)
     captured = capture_module(loaded, dynamic_shapes=loaded.dynamic_axes)
     captured.tokenizer = tokenizer if tokenizer is not None else found_tokenizer
-    cached = cache and captured.task == "text-generation"
+    cached = cache and TASKS[loaded.task].generates
     other = loaded
     if dtype != torch.float32:
         check_range(loaded.model, dtype)
@@ -154,12 +163,18 @@ def capture(
         other, _, _ = load_pretrained(model, task, dtype, trust_remote_code=trust_remote_code, lazy=lazy)
     if cached or dtype != torch.float32:
         example = inputs_in_dtype(other.example_inputs(), dtype)
-        file_graph = capture_decoder(other) if cached else capture_module(other, example, other.dynamic_axes)
-        file_graph.tokenizer = captured.tokenizer
-        captured.file_graph = file_graph
+        graphs = _capture_cached(other) if cached else (capture_module(other, example, other.dynamic_axes),)
+        for graph in graphs:
+            graph.tokenizer = captured.tokenizer
+        captured.file_graphs = graphs
     if reread:
         let_go_of_weights(other, [graph.graph_module for graph in captured.graphs])
     return captured, loaded.model
+
+
+def _capture_cached(model: TaskModel) -> tuple[CapturedModel, ...]:
+    """What has a key/value cache: one graph, or those of an encoder-decoder."""
+    return capture_parts(model) if TASKS[model.task].seq2seq else (capture_decoder(model),)
 
 
 def _refuse_for_folder(**arguments: Any) -> None:
@@ -202,7 +217,7 @@ def _capture_given(
         graph.tokenizer = tokenizer
         graphs.append(graph)
     captured = graphs[0]
-    captured.file_graph = graphs[1] if len(graphs) > 1 else None
+    captured.file_graphs = tuple(graphs[1:])
     return captured, base
 
 
@@ -237,8 +252,9 @@ def export(
             :func:`capture`.
         out: the ``.onnx`` file.
         config: the settings; 4 bits by default.
-        cache: write a folder's causal language model with a key/value cache, prefill and decode in one graph; False:
-            as a graph that sees all tokens at once.
+        cache: write a folder's causal language model with a key/value cache, prefill and decode in one graph; an
+            encoder-decoder as three files beside ``out``, ``encoder_<out>``, ``decoder_<out>`` (the first step) and
+            ``decoder_with_past_<out>``. False: as a graph that sees all tokens at once.
         verify: compare the written file, run by ONNX Runtime, with the PyTorch quantized model, before it takes its place.
         memory: bytes of resident memory the run may take. Weights are then read from the folder's files while the
             calibration passes them, activations past the budget go to disk, and a run that cannot fit is refused with
@@ -285,7 +301,7 @@ def export(
         dtype=config.torch_dtype,
     )
     compilation = Compilation(captured, config, reporter, used_state(module, captured), keep_records=report is not None)
-    if config.last_logits and not compilation.cached:
+    if config.last_logits and compilation.emitted[0].task != CACHED_TASK:
         raise ConfigError("last_logits is for language models with a key/value cache; this graph has none")
     compilation.memory, compilation.scratch = memory, out.parent
     compilation.peers = peers
@@ -307,27 +323,27 @@ def export(
         reporter.stage(str(preflight), predicted=preflight.to_json())
         check_preflight(preflight, memory, out, None if work is None else Path(work))
     with ExitStack() as until_the_end:
-        emitted = compilation.emitted
-        samples = verification_inputs(emitted) if verify else []
-        originals = _Recorded(emitted, samples) if verify else None
-        original_path = None
-        if verify and original_bytes <= UNQUANTIZED_LIMIT:
-            original_path = _emit_original(compilation, until_the_end)
+        checks: list[_Check] = []
+        if verify:
+            checks = _checks(compilation)
+            if original_bytes <= UNQUANTIZED_LIMIT:
+                _emit_originals(compilation, checks, until_the_end)
         collect_garbage()
         reporter.stage(f"quantizing {len(compilation.plan.sites)} layers")
         try:
             compilation.quantize(Path(work) if work is not None else None, resume)
             collect_garbage()
             reporter.stage(f"writing {out}")
-            artifact = verification = None
+            artifact = None
+            verifications: dict[Path, VerificationReport] = {}
             if peers.rank == 0:
                 with _failure_told(peers), StagedExport(out) as staged:
                     artifact = compilation.emit(staged.path, out.parent)
                     if verify:
-                        verification = _verified(compilation, staged.path, samples, originals, original_path)
-                        verification = replace(verification, path=out)
+                        reports = _verified(compilation, staged.path, checks)
+                        verifications = {out.parent / name: replace(report, path=out.parent / name) for name, report in reports.items()}
                     if memory is not None:
-                        _compare_with_layers(compilation, staged.path)
+                        _compare_with_layers(compilation, artifact)
                     artifact = staged.publish(artifact)
             artifact = _told(peers, artifact)
         except BaseException:
@@ -349,7 +365,7 @@ def export(
         artifact_bytes=artifact.bytes,
         seconds=dict(compilation.seconds),
         quantization_seconds=dict(compilation.quantization_seconds),
-        verification=verification,
+        verifications=verifications,
     )
     if report is not None and peers.rank == 0:
         write_report(report, _report_data(compilation, result))
@@ -428,20 +444,40 @@ def check_plan(compilation: Compilation, quantized: Sequence[str] = ()) -> None:
     raise ConfigError(f"there is no layer to quantize ({reasons or 'the model has none'})")
 
 
-def verification_inputs(captured: CapturedModel) -> list[dict[str, torch.Tensor]]:
-    """Inputs to compare runs with: the example, as it was given too where capture enlarged it, and for text models a padded
-    batch of other sizes."""
-    if captured.task == CACHED_TASK:
-        return decoding_inputs(captured)
-    samples = [dict(captured.example_inputs)]
-    if captured.given_inputs is not None:
-        samples.append(dict(captured.given_inputs))
-    if captured.tokenizer is not None and "input_ids" in captured.input_names:
-        limit = captured.max_sequence or 512
-        tokenized = [captured.tokenizer(text, truncation=True, max_length=limit) for text in _VERIFY_TEXTS]
+def verification_inputs(captured: CapturedModel) -> list[list[dict[str, torch.Tensor]]]:
+    """Inputs to compare runs with, for each graph that goes into a file: the steps of a generation, or the example, as it was
+    given too where capture enlarged it, and for text models a padded batch of other sizes."""
+    graph = captured.emitted[0]
+    if graph.part:
+        return seq2seq_inputs(captured)
+    if graph.cached:
+        return [decoding_inputs(graph)]
+    samples = [dict(graph.example_inputs)]
+    if graph.given_inputs is not None:
+        samples.append(dict(graph.given_inputs))
+    if graph.tokenizer is not None and "input_ids" in graph.input_names and DECODER_TOKENS not in graph.input_names:
+        limit = graph.max_sequence or 512
+        tokenized = [graph.tokenizer(text, truncation=True, max_length=limit) for text in _VERIFY_TEXTS]
         rows = [one["input_ids"] for one in tokenized]
-        samples.insert(0, captured.inputs_from_tokens(rows))
-    return samples
+        samples.insert(0, graph.inputs_from_tokens(rows))
+    return [samples]
+
+
+@dataclass
+class _Check:
+    """What a written graph is compared with: sample inputs, the unquantized model's outputs for them, and its ONNX file."""
+
+    samples: list[dict[str, torch.Tensor]]
+    originals: _Recorded
+    original_path: Path | None = None
+
+
+def _checks(compilation: Compilation) -> list[_Check]:
+    """One for each graph that goes into a file, recorded before they are rewritten."""
+    samples = verification_inputs(compilation.captured)
+    return [
+        _Check(inputs, _Recorded(graph, inputs)) for graph, inputs in zip(compilation.emitted, samples, strict=True)
+    ]
 
 
 class _Recorded:
@@ -461,62 +497,70 @@ class _Recorded:
         return self._outputs[self._key(inputs)]
 
 
-def _emit_original(compilation: Compilation, stack: ExitStack) -> Path | None:
+def _emit_originals(compilation: Compilation, checks: Sequence[_Check], stack: ExitStack) -> None:
     """Write the unquantized model as ONNX into a folder that ends with ``stack``.
 
-    Only a latency is measured with it: None, with a warning, where it cannot be written.
+    Only a latency is measured with it: a warning where it cannot be written.
     """
     try:
-        path = stack.enter_context(scratch_folder()) / "original.onnx"
+        folder = stack.enter_context(scratch_folder())
         with compilation.timed("emission"):
-            emit_captured(compilation.emitted, path)
+            for graph, check in zip(compilation.emitted, checks, strict=True):
+                path = part_path(folder / "original.onnx", graph.part)
+                emit_captured(graph, path)
+                check.original_path = path
     except (OSError, OutputError) as error:
         compilation.reporter.warn(f"the latency of the unquantized model will not be measured: {error}")
-        return None
-    return path
 
 
-def _verified(
-    compilation: Compilation,
-    path: Path,
-    samples: list[dict[str, torch.Tensor]],
-    originals: _Recorded | None,
-    original_path: Path | None,
-) -> VerificationReport:
-    """The report on a written artifact; the reporter is told its warnings.
+def _verified(compilation: Compilation, out: Path, checks: Sequence[_Check]) -> dict[str, VerificationReport]:
+    """The report on each model file of an artifact that was written as ``out``, by its name; the reporter is told their warnings.
 
     Raises:
-        VerificationError: it does not compute what the quantized PyTorch model computes.
+        VerificationError: one does not compute what the quantized PyTorch model computes.
     """
     from .verify import verify_artifact
 
     collect_garbage()
     captured, emitted = compilation.captured, compilation.emitted
     compilation.reporter.stage("verifying the artifact in ONNX Runtime")
+    reports = {}
     with compilation.timed("verification"):
-        exact = in_float32(emitted, captured) if emitted.dtype != torch.float32 else emitted
-        unfused = None
+        exact = [in_float32(graph, captured) if graph.dtype != torch.float32 else graph for graph in emitted]
         if compilation.cached:
-            check_cache(captured, exact, samples)  # with the graph without cache, in which nothing is fused
+            # With the graph without cache, in which nothing is fused.
+            _check_cache(captured, exact, [check.samples for check in checks])
             collect_garbage()
-        elif (unfused := compilation.unfused) is not None and exact is not emitted:
-            unfused = in_float32(unfused, captured)
-        verification = verify_artifact(
-            path,
-            emitted.graph_module,
-            samples,
-            exact=exact.graph_module if exact is not emitted else None,
-            unfused=None if unfused is None else unfused.graph_module,
-            file_names=emitted.file_names,
-            unquantized=originals,
-            original_path=original_path,
-        )
-    for warning in verification.warnings:
+        for graph, wide, check, before in zip(emitted, exact, checks, compilation.unfused, strict=True):
+            unfused = None if compilation.cached else before
+            if unfused is not None and wide is not graph:
+                unfused = in_float32(unfused, captured)
+            path = part_path(out, graph.part)
+            reports[path.name] = verify_artifact(
+                path,
+                graph.graph_module,
+                check.samples,
+                exact=wide.graph_module if wide is not graph else None,
+                unfused=None if unfused is None else unfused.graph_module,
+                file_names=graph.file_names,
+                unquantized=check.originals,
+                original_path=check.original_path,
+            )
+    for warning in dict.fromkeys(warning for report in reports.values() for warning in report.warnings):
         compilation.reporter.warn(warning)
-    return verification
+    return reports
 
 
-def _compare_with_layers(compilation: Compilation, path: Path) -> None:
+def _check_cache(
+    whole: CapturedModel, cached: Sequence[CapturedModel], samples: Sequence[list[dict[str, torch.Tensor]]]
+) -> None:
+    if cached[0].part:
+        check_parts(whole, cached, samples)
+    else:
+        check_cache(whole, cached[0], samples[0])
+
+
+def _compare_with_layers(compilation: Compilation, artifact: Artifact) -> None:
     """What is done in the place of :func:`_verified` where the model does not fit into memory.
 
     Raises:
@@ -526,7 +570,7 @@ def _compare_with_layers(compilation: Compilation, path: Path) -> None:
 
     compilation.reporter.stage("comparing the artifact with the finished layers")
     with compilation.timed("verification"):
-        check_stored(path, {name: done.layer for name, done in compilation.sites.items()})
+        check_stored(artifact.models, {name: done.layer for name, done in compilation.sites.items()})
 
 
 @contextmanager

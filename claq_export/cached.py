@@ -1,4 +1,5 @@
-"""Checks of a graph with a key/value cache: inputs of real decoding steps, and agreement with the graph without cache."""
+"""Checks of a language model's graph with a key/value cache: inputs of real decoding steps, and agreement with the graph
+without cache. Of encoder-decoders: cached_seq2seq.py."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ from .capture import CapturedModel
 from .errors import VerificationError
 from .kernels import use_backend
 
-_TEXTS = (
+TEXTS = (
     "The committee will meet again on Thursday to discuss the budget.",
     "Rain fell all night.",
 )
-_DECODE_STEPS = 3
+DECODE_STEPS = 3
 _AGREEMENT = 1e-3
 
 
@@ -25,7 +26,7 @@ def decoding_inputs(captured: CapturedModel) -> list[dict[str, torch.Tensor]]:
         captured: the graph with cache; its own keys and values are those of the next step.
     """
     if captured.tokenizer is not None:
-        rows = [captured.tokenizer(text)["input_ids"] for text in _TEXTS]
+        rows = [captured.tokenizer(text)["input_ids"] for text in TEXTS]
         length = max(len(row) for row in rows)
         tokens = torch.tensor([[captured.pad_token_id] * (length - len(row)) + list(row) for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
@@ -39,7 +40,7 @@ def decoding_inputs(captured: CapturedModel) -> list[dict[str, torch.Tensor]]:
         if name.startswith("past_key_values")
     }
     steps = []
-    for _ in range(1 + _DECODE_STEPS):
+    for _ in range(1 + DECODE_STEPS):
         inputs = step_inputs(captured, tokens, mask, past)
         steps.append(inputs)
         logits, *state = captured.run(inputs)
@@ -81,6 +82,15 @@ def check_cache(whole: CapturedModel, cached: CapturedModel, steps: list[dict[st
     # Rounded to int8, activations that differ in their last bit would differ by a 127th.
     with use_backend("reference"):
         error = _difference(whole, cached, steps)
+    return agreeing(error)
+
+
+def agreeing(error: float) -> float:
+    """``error`` itself, the largest difference of logits in units of the largest.
+
+    Raises:
+        VerificationError: it is more than rounding explains.
+    """
     if not error <= _AGREEMENT:
         raise VerificationError(
             f"the graph with cache deviates from the one without by {error:.3g} of the largest logit; "
@@ -108,5 +118,9 @@ def _difference(whole: CapturedModel, cached: CapturedModel, steps: list[dict[st
         columns += range(length - logits.shape[1], length)
     expected = whole.run(whole.inputs_from_tokens(tokens, mask))[0][:, columns]
     seen = mask[:, columns].bool()
-    want, have = expected[seen], torch.cat(parts, 1)[seen]
+    return relative_difference(torch.cat(parts, 1)[seen], expected[seen])
+
+
+def relative_difference(have: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest difference, divided by the largest magnitude of ``want``."""
     return float((want - have).abs().max() / want.abs().max().clamp(min=1e-9))

@@ -36,11 +36,11 @@ from .calibration.walk import NodeWalk, WalkMaker
 from .capture import CACHED_TASK, CapturedModel, graph_digest, restore_weights
 from .config import DECODER_OPSET, NO_CALIBRATION, Config
 from .deferred import cast_tensors, weight_bytes
-from .emit.artifact import Artifact
+from .emit.artifact import Artifact, SharedData, part_path, together
 from .emit.companions import companion_digests, copy_companions, declare_quantized
 from .emit.genai import write_genai_config
 from .errors import CalibrationError, ConfigError
-from .file_graph import lower_file_graph, plan_file_graph, release_weights, share_stacked_weights
+from .file_graph import lower_file_graph, plan_file_graphs, release_weights, share_stacked_weights
 from .format import metadata
 from .format.checkpoint import quantized_stacks, save_checkpoint
 from .format.files import check_writable
@@ -93,8 +93,8 @@ class Compilation:
     walk: WalkMaker | None = None
     keep_unfused: bool = False
     _context: PassContext | None = None
-    _unfused: fx.Graph | None = None
-    _file_plan: Plan | None = None
+    _unfused: list[fx.Graph | None] = field(default_factory=list)
+    _file_plans: list[Plan] = field(default_factory=list)
     _preflight: Preflight | None = None
     _predicted: list[PlannedLayer] | None = None
     _batches: list[Batch] | None = None
@@ -116,22 +116,24 @@ class Compilation:
                 for record in self._planning(self.config.fuse_siblings).run(self.captured.graph_module, context):
                     self.reporter.event("pass", name=record.name, modified=record.modified, nodes=record.nodes_after)
                 self._context = context
-                if self.captured.file_graph is not None:
-                    assert context.plan is not None
-                    planning = self._planning(fuse_siblings=False)
-                    self._file_plan = plan_file_graph(
-                        self.captured.file_graph,
+                assert context.plan is not None
+                if self.captured.file_graphs:
+                    self._file_plans = plan_file_graphs(
+                        self.captured.file_graphs,
                         context.plan,
-                        planning,
+                        self._planning(fuse_siblings=False),
                         fuse=self.config.opset >= DECODER_OPSET,
                         last_logits=self.config.last_logits,
                     )
-                    share_stacked_weights(
-                        self.captured.file_graph, self._file_plan, context.plan, self.captured.graph_module
-                    )
+                for graph, plan in self._planned_files():
+                    share_stacked_weights(graph, plan, context.plan, self.captured.graph_module)
                 self._forget_dense_state(context.plan)
         assert self._context.plan is not None
         return self._context.plan
+
+    def _planned_files(self) -> Iterator[tuple[CapturedModel, Plan]]:
+        """The files' graphs that are not the quantized one, each with its plan."""
+        return zip(self.captured.file_graphs, self._file_plans, strict=True)
 
     def _planning(self, fuse_siblings: bool) -> Pipeline:
         return planning_pipeline(
@@ -186,8 +188,8 @@ class Compilation:
         Args:
             work, resume: see :meth:`quantize_sites`.
         """
-        if self._file_plan is not None:
-            release_weights(self.emitted, self._file_plan)  # nothing reads them from here on
+        for graph, plan in self._planned_files():
+            release_weights(graph, plan)  # nothing reads them from here on
         collect_garbage()
         self.quantize_sites(work, resume, keep_dense=self.keep_records or self.config.tune is not None)
         if self.config.tune is not None:
@@ -374,17 +376,14 @@ class Compilation:
 
     def _lower(self) -> None:
         layers = {name: done.layer for name, done in self.sites.items()}
-        into_file = self._file_plan is None
         assert self._context is not None
-        level = self.config.accuracy_level
-        keep = self.keep_unfused
-        graph = self.captured.graph_module
-        self._unfused = lower(graph, self._context, layers, level, fuse=into_file, keep_unfused=keep)
-        if self._file_plan is not None:
-            assert self.captured.file_graph is not None
-            self._unfused = lower_file_graph(
-                self.captured.file_graph, self._file_plan, layers, level, keep_unfused=keep
-            )
+        level, keep = self.config.accuracy_level, self.keep_unfused
+        into_file = not self._file_plans
+        self._unfused = [lower(self.captured.graph_module, self._context, layers, level, fuse=into_file, keep_unfused=keep)]
+        if self._file_plans:
+            self._unfused = [
+                lower_file_graph(graph, plan, layers, level, keep_unfused=keep) for graph, plan in self._planned_files()
+            ]
 
     def _fingerprint(self, batches: Sequence[Batch] | None) -> dict[str, str]:
         settings = {key: value for key, value in self.config.to_json().items() if key not in _NOT_IN_FINGERPRINT}
@@ -438,8 +437,8 @@ class Compilation:
                 found[name] = tuple(layer_name(other) for other in others)
         return found
 
-    def metadata(self) -> dict[str, str]:
-        """What the ONNX file says about itself."""
+    def metadata(self, graph: CapturedModel) -> dict[str, str]:
+        """What the ONNX file of a graph says about itself."""
         return {
             "claq.version": claq_export.__version__,
             "claq.config": json.dumps(self.config.to_json(), sort_keys=True),
@@ -447,26 +446,34 @@ class Compilation:
             "claq.nominal_bits": f"{self.nominal_bits:.4f}",
             "claq.source": Path(self.captured.source.path).name,
             "claq.source_sha256": self.captured.source.sha256,
-            metadata.TASK: self.emitted.task or "",
+            metadata.TASK: graph.task or "",
             metadata.PARTS: json.dumps({name: d.site.parts for name, d in self.sites.items() if len(d.site.parts) > 1}),
             metadata.TRANSPOSED: json.dumps(sorted(self.transposed)),
         }
 
     @property
-    def emitted(self) -> CapturedModel:
-        """The graph that goes into the file."""
-        return self.captured.file_graph or self.captured
+    def emitted(self) -> tuple[CapturedModel, ...]:
+        """The graphs that go into files."""
+        return self.captured.emitted
 
     @property
-    def unfused(self) -> CapturedModel | None:
-        """The graph that goes into the file as it was before operators were fused; None before it is lowered, and where
-        ``keep_unfused`` is off."""
-        return None if self._unfused is None else before_fusing(self.emitted, self._unfused)
+    def unfused(self) -> list[CapturedModel | None]:
+        """The same as they were before operators were fused; None before they are lowered, and where ``keep_unfused`` is off."""
+        before = self._unfused or [None] * len(self.emitted)
+        return [
+            None if unfused is None else before_fusing(graph, unfused)
+            for graph, unfused in zip(self.emitted, before, strict=True)
+        ]
 
     @property
     def cached(self) -> bool:
-        """Whether the file's graph has a key/value cache."""
-        return self.emitted.task == CACHED_TASK
+        """Whether the files' graphs have a key/value cache."""
+        return self.emitted[0].cached
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the files' graphs."""
+        return self.emitted[0].dtype
 
     def emit(self, out: Path, place: Path | None = None) -> Artifact:
         """Write ``out``, its external data, ``claq.safetensors`` and ``claq.json``, and what a loader looks for
@@ -484,20 +491,26 @@ class Compilation:
         source = self.captured.source.folder
         at_home = source is not None and source.resolve() == (place or out.parent).resolve()
         with self.timed("emission"):
-            artifact = emit_captured(self.emitted, out, self.metadata())
-            state = cast_tensors(self.state, self.emitted.dtype)
+            shared = SharedData() if len(self.emitted) > 1 else None
+            artifact = together(
+                [
+                    emit_captured(graph, part_path(out, graph.part), self.metadata(graph), shared)
+                    for graph in self.emitted
+                ]
+            )
+            state = cast_tensors(self.state, self.dtype)
             companions = [] if source is None or at_home else copy_companions(source, out.parent)
             if companions:
-                floating = next((t.dtype for t in state.values() if t.is_floating_point()), self.emitted.dtype)
+                floating = next((t.dtype for t in state.values() if t.is_floating_point()), self.dtype)
                 declare_quantized(out.parent, self.true_bits, floating)
-            if self.cached:
-                genai = write_genai_config(out.parent, out.name, self.emitted.file_shapes, source if at_home else None)
+            if self.emitted[0].task == CACHED_TASK:
+                genai = write_genai_config(out.parent, out.name, self.emitted[0].file_shapes, source if at_home else None)
                 companions += [genai] if genai else []
             save_checkpoint(
                 out.parent,
                 {name: done.layer for name, done in self.sites.items()},
                 state,
-                {**self.config.to_json(), "task": self.emitted.task or ""},
+                {**self.config.to_json(), "task": self.emitted[0].task or ""},
                 parts={name: done.site.parts for name, done in self.sites.items()},
                 accuracy_level=self.config.torch_accuracy_level,
                 transposed=self.transposed,
@@ -507,8 +520,14 @@ class Compilation:
         return artifact
 
 
-def emit_captured(captured: CapturedModel, out: Path, metadata: Mapping[str, str] | None = None) -> Artifact:
-    """Write a captured graph as ONNX, inputs and outputs under the names they have in files."""
+def emit_captured(
+    captured: CapturedModel,
+    out: Path,
+    metadata: Mapping[str, str] | None = None,
+    shared: SharedData | None = None,
+) -> Artifact:
+    """Write a captured graph as ONNX, inputs and outputs under the names they have in files; ``shared`` as
+    :func:`~claq_export.emit.emit_onnx` has it."""
     from .emit.exporter import emit_onnx
 
     names = captured.file_names
@@ -520,6 +539,7 @@ def emit_captured(captured: CapturedModel, out: Path, metadata: Mapping[str, str
         input_names=[names.get(name, name) for name in captured.input_names],
         output_names=[names.get(name, name) for name in captured.output_names],
         metadata=metadata,
+        shared=shared,
     )
 
 

@@ -1,19 +1,19 @@
-"""The graph that goes into the file where it is not the one that was quantized: with a cache, or in another dtype.
+"""The graphs that go into files where they are not the one that was quantized: with a cache, or in another dtype.
 
-It gets the same layers, matched by the name of their weight.
+They get the same layers, matched by the name of their weight.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from .capture import CACHED_TASK, CapturedModel
+from .capture import CACHED, ENCODER, CapturedModel
 from .capture.precision import inputs_in_dtype
 from .deferred import is_deferred
 from .errors import CaptureError
@@ -32,37 +32,45 @@ from .passes import (
 from .passes.attributes import get_attribute, replace_tensor
 
 
-def plan_file_graph(
-    captured: CapturedModel, plan: Plan, planning: Pipeline, fuse: bool, last_logits: bool = False
-) -> Plan:
-    """Plan the file's graph as the quantized graph was planned, sibling linears not stacked yet.
+def plan_file_graphs(
+    graphs: Sequence[CapturedModel], plan: Plan, planning: Pipeline, fuse: bool, last_logits: bool = False
+) -> list[Plan]:
+    """Plan the files' graphs as the quantized graph was planned, sibling linears not stacked yet.
 
     Args:
-        captured: the file's graph, rewritten in place.
+        graphs: the files' graphs, rewritten in place; together they have the layers of the quantized graph.
         plan: of the graph that is quantized, sibling linears stacked or not.
         planning: the passes that made that plan, but for the stacking.
         fuse: with a cache, put one operator in the place of many (attention, rotary positions, normalization).
         last_logits: with a cache, let it return the logits of the last new token alone.
 
     Raises:
-        CaptureError: the two graphs do not have the same layers, or what makes the logits cannot be given one token.
+        CaptureError: the graphs do not have the same layers, or what makes the logits cannot be given one token.
     """
-    context = _context(captured)
-    cached = captured.task == CACHED_TASK
-    if cached:
-        Pipeline([AdditiveMasks()]).run(captured.graph_module, context)
-    planning.run(captured.graph_module, context)
-    assert context.plan is not None
-    _check_same(_parts_of(plan), _parts_of(context.plan), cached)
-    if cached and last_logits:
-        (record,) = Pipeline([LastLogits()]).run(captured.graph_module, context)
-        if not record.modified:
-            raise CaptureError(
-                f"the last token's logits cannot be had alone: {record.notes[0]}; leave --last-logits out"
-            )
-    if cached and fuse:
-        decoder_pipeline().run(captured.graph_module, context)
-    return context.plan
+    cached = any(graph.cached for graph in graphs)
+    wanted, found = _parts_of(plan), dict[str, int]()
+    contexts = [replace(_context(graph), chosen=frozenset(wanted)) for graph in graphs]
+    plans: list[Plan] = []
+    for graph, context in zip(graphs, contexts, strict=True):
+        if cached:
+            Pipeline([AdditiveMasks()]).run(graph.graph_module, context)
+        planning.run(graph.graph_module, context)
+        assert context.plan is not None
+        plans.append(context.plan)
+    for own in plans:
+        _check_same(wanted, wanted | _parts_of(own), cached)
+        found |= _parts_of(own)
+    _check_same(wanted, found, cached)
+    for graph, context in zip(graphs, contexts, strict=True):
+        if cached and last_logits:
+            (record,) = Pipeline([LastLogits()]).run(graph.graph_module, context)
+            if not record.modified:
+                raise CaptureError(
+                    f"the last token's logits cannot be had alone: {record.notes[0]}; leave --last-logits out"
+                )
+        if cached and fuse:
+            decoder_pipeline().run(graph.graph_module, context)
+    return plans
 
 
 def lower_file_graph(
@@ -73,18 +81,19 @@ def lower_file_graph(
     *,
     keep_unfused: bool = False,
 ) -> fx.Graph | None:
-    """Put quantized layers, single or stacked, into the file's graph, whose own plan is ``plan``; with ``keep_unfused`` returns
-    the graph before operators were fused.
+    """Put quantized layers, single or stacked, into a file's graph, whose own plan is ``plan`` and which has some of them at
+    least; with ``keep_unfused`` returns the graph before operators were fused.
 
     Raises:
         CaptureError: the linears that are stacked are not those of the graph that was quantized.
     """
     context = _context(captured)
     context.plan = plan
-    if layers.keys() != {site.name for site in plan.sites}:
+    if not layers.keys() >= {site.name for site in plan.sites}:
         Pipeline([FuseSiblings(weights=False)]).run(captured.graph_module, context)
     sizes = {site.name: site.out_features for site in plan.sites}
-    _check_same({name: layer.out_features for name, layer in layers.items()}, sizes, captured.task == CACHED_TASK)
+    layers = {name: layer for name, layer in layers.items() if name in sizes}
+    _check_same({name: layer.out_features for name, layer in layers.items()}, sizes, captured.cached)
     return lower(captured.graph_module, context, layers, accuracy_level, fuse=True, keep_unfused=keep_unfused)
 
 
@@ -102,6 +111,8 @@ def share_stacked_weights(captured: CapturedModel, own: Plan, plan: Plan, graph_
         weight = stack.weight(graph_module)
         if len(stack.parts) == 1 or is_deferred(weight) or stack.dtype != captured.dtype:
             continue
+        if not sites.keys() >= {part for part, _ in stack.parts}:
+            continue  # another file's
         rows = weight.detach().split([size for _, size in stack.parts])
         for (part, _), some in zip(stack.parts, rows, strict=True):
             parameter = nn.Parameter(some, requires_grad=False)
@@ -146,7 +157,8 @@ def in_float32(captured: CapturedModel, exact: CapturedModel) -> CapturedModel:
 
 
 def _context(captured: CapturedModel) -> PassContext:
-    task = "text-generation" if captured.task == CACHED_TASK else captured.task
+    # What an encoder ends with is no head.
+    task = "feature-extraction" if captured.part == ENCODER else (captured.task or "").removesuffix(CACHED) or None
     return PassContext(task=task, aliases=captured.aliases)
 
 

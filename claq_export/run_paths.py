@@ -140,7 +140,7 @@ def _same(a: Path, b: Path) -> bool:
 def _is_of_artifact(path: Path, artifact: Path) -> bool:
     """Whether an export to ``artifact`` writes a file of this name."""
     place, folder = path.resolve(), artifact.resolve().parent
-    return folder in place.parents and is_written_beside(place.relative_to(folder).as_posix(), artifact.name)
+    return folder in place.parents and is_written_beside(place.relative_to(folder).as_posix(), artifact)
 
 
 def _is_of_model(path: Path, model: Path) -> bool:

@@ -303,25 +303,27 @@ def _check_rounding(path: Path, rounding: Mapping[str, Deviation], dtypes: Mappi
             )
 
 
-def check_stored(path: Path | str, layers: Mapping[str, QuantizedLinear]) -> None:
-    """Check that an artifact is a valid model that holds these layers, byte for byte, without running it.
+def check_stored(paths: Sequence[Path], layers: Mapping[str, QuantizedLinear]) -> None:
+    """Check that the files of an artifact are valid models that hold these layers, byte for byte, without running them.
 
     For a model that does not fit into memory: one tensor at a time is read.
 
     Raises:
-        VerificationError: it is not; the message names the layer and the tensor.
+        VerificationError: they do not; the message names the layer and the tensor.
     """
-    path = Path(path)
-    _check_model(path)
-    file = OnnxFile(path, VerificationError)
+    for path in paths:
+        _check_model(path)
+    files = [OnnxFile(path, VerificationError) for path in paths]
     for name, layer in layers.items():
         for part, expected in layer.tensors().items():
             key = f"{name}.{part}"
+            holders = [file for file in files if key in file.initializers]
             # Small equal tensors of several layers may have been merged under one name.
-            if key not in file.initializers and logical_bytes(expected) < DEFER_FROM:
+            if not holders and logical_bytes(expected) < DEFER_FROM:
                 continue
-            if file.read(key).tobytes() != materialize(expected).numpy().tobytes():
-                raise VerificationError(f"{path}: tensor {key!r} is not that of the finished layer")
+            for file in holders or files[:1]:
+                if file.read(key).tobytes() != materialize(expected).numpy().tobytes():
+                    raise VerificationError(f"{file.path}: tensor {key!r} is not that of the finished layer")
 
 
 def _check_model(path: Path) -> None:

@@ -23,12 +23,14 @@ class PassContext:
         task: the model's task, or None.
         aliases: state_dict name -> other names of the same tensor.
         reasons: node name -> why it is not treated as a linear layer, where it looks like one.
+        chosen: names of the layers to quantize, where another graph of the model has been planned; None: the passes choose.
         plan: the linears to quantize, once :class:`~claq_export.passes.select_linears.SelectLinears` has run.
     """
 
     task: str | None = None
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    chosen: frozenset[str] | None = None
     plan: Plan | None = None
 
 

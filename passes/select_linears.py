@@ -51,6 +51,8 @@ _HEAD_TASKS = {
     "text-generation": "language-model head",
     "fill-mask": "masked-LM head",
     "text-classification": _CLASSIFIER,
+    "text2text-generation": "language-model head",
+    "automatic-speech-recognition": "language-model head",
 }
 SMALL_TABLE = 0.02
 """An embedding with less than this share of the model's bytes is left alone: positions, token types."""
@@ -107,7 +109,8 @@ class SelectLinears(Pass):
         heads = _heads(gm, context.task)
         candidates, both_ways = _candidates(gm)
         names = {site.name: _all_names(site, context) for site in candidates.values()}
-        self._check_patterns([name for every in names.values() for name in every])
+        if context.chosen is None:
+            self._check_patterns([name for every in names.values() for name in every])
         whole = sum(parameter.numel() * parameter.element_size() for parameter in gm.parameters())
         plan = Plan(predict=self._predicted_bytes)
         for storage, site in candidates.items():
@@ -116,7 +119,10 @@ class SelectLinears(Pass):
                 site.role = HEAD_ROLE
             elif not site.nodes:
                 site.role = EMBEDDING_ROLE
-            reason = self._reason(site, names[site.name], label, whole)
+            if context.chosen is None:
+                reason = self._reason(site, names[site.name], label, whole)
+            else:
+                reason = None if site.name in context.chosen else "left in the graph that is quantized"
             if storage in both_ways:
                 reason = "its weight is used both as it is and transposed"
             others = [user for user in uses.get(storage, []) if user not in (*site.nodes, *site.lookups)]
@@ -246,7 +252,8 @@ def _heads(gm: fx.GraphModule, task: str | None) -> dict[fx.Node, str]:
     vocabularies = {table.shape[0] for table in _embedding_tables(gm)}
     heads: dict[fx.Node, str] = {}
     output = next(node for node in gm.graph.nodes if node.op == "output")
-    stack, seen = list(output.all_input_nodes), set()
+    # A task's result is the first output; others are keys and values of a cache, straight from a linear where nothing is past.
+    stack, seen = list(output.all_input_nodes if label is None else output.all_input_nodes[:1]), set()
     while stack:
         node = stack.pop()
         if node in seen:

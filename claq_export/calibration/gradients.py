@@ -21,7 +21,13 @@ from .padding import real_tokens
 TOKENS_AT_ONCE = 256
 """Tokens of a decoder's sample that go through the graph together at most: what autograd keeps grows with them."""
 
-DISTRIBUTIONS = ("text-generation", "fill-mask", "text-classification")
+DISTRIBUTIONS = (
+    "text-generation",
+    "fill-mask",
+    "text-classification",
+    "text2text-generation",
+    "automatic-speech-recognition",
+)
 """Tasks whose first output is a distribution (logits), not a vector to be preserved."""
 
 _LINEAR = torch.ops.aten.linear.default

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from .captured import CapturedModel, Source, graph_digest, text_inputs
+from .captured import CACHED, ENCODER, CapturedModel, Source, graph_digest, text_inputs
 from .decoder import CACHED_TASK, capture_decoder
 from .module import capture_module
 from .pretrained import capture_pretrained, load_pretrained
 from .reread import let_go_of_weights, restore_weights
+from .seq2seq import capture_parts
 from .tasks import TASKS, Task, TaskModel
 
 __all__ = [
+    "CACHED",
     "CACHED_TASK",
+    "ENCODER",
     "TASKS",
     "CapturedModel",
     "Source",
@@ -18,6 +21,7 @@ __all__ = [
     "TaskModel",
     "capture_decoder",
     "capture_module",
+    "capture_parts",
     "capture_pretrained",
     "graph_digest",
     "let_go_of_weights",

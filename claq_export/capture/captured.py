@@ -14,6 +14,12 @@ from torch import nn
 from ..deferred import ReadingInterpreter, is_deferred
 from ..errors import ConfigError
 
+ENCODER, FIRST_STEP, NEXT_STEP = PARTS = ("encoder", "decoder", "decoder_with_past")
+"""Graphs of an encoder-decoder with a cache, by what optimum lets the names of their files begin with."""
+
+CACHED = "-with-past"
+"""What optimum adds to the name of a task whose graphs have a cache."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -78,11 +84,14 @@ class CapturedModel:
         aliases: state_dict name -> other state_dict names of the same tensor (tied weights).
         pad_token_id: what pads ragged token lists.
         max_sequence: most tokens a sequence may have, or None if the model sets no limit.
+        start_token_id: what an encoder-decoder's output begins after.
+        end_token_ids: what ends what is generated.
         tokenizer: the model's tokenizer, if it came with one.
         file_names: input or output -> its name in the emitted file, where that is no identifier.
         dtype: of the model's weights and activations.
-        file_graph: the same model as the graph that goes into the file, where that is another one: with a key/value
-            cache (sharing parameters), in another dtype, or both.
+        file_graphs: the same model as the graphs that go into files, where they are others: with a key/value cache
+            (sharing parameters), in another dtype, or both; of an encoder-decoder with a cache there are several.
+        part: of one of several such graphs, what its file's name begins with.
     """
 
     graph_module: torch.fx.GraphModule
@@ -94,16 +103,29 @@ class CapturedModel:
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     pad_token_id: int = 0
     max_sequence: int | None = None
+    start_token_id: int = 0
+    end_token_ids: tuple[int, ...] = ()
     tokenizer: Any = None
     file_names: dict[str, str] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
-    file_graph: CapturedModel | None = None
+    file_graphs: tuple[CapturedModel, ...] = ()
+    part: str = ""
     given_inputs: dict[str, torch.Tensor] | None = None
 
     @property
     def graphs(self) -> list[CapturedModel]:
-        """This graph, and the file's where that is another one."""
-        return [self] if self.file_graph is None else [self, self.file_graph]
+        """This graph, and the files' where they are others."""
+        return [self, *self.file_graphs]
+
+    @property
+    def cached(self) -> bool:
+        """Whether this is a graph with a key/value cache, or one of several that share one."""
+        return (self.task or "").endswith(CACHED)
+
+    @property
+    def emitted(self) -> tuple[CapturedModel, ...]:
+        """The graphs that go into files."""
+        return self.file_graphs or (self,)
 
     @property
     def input_names(self) -> tuple[str, ...]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..errors import CaptureError
-from .captured import CapturedModel
+from .captured import CACHED, CapturedModel
 from .module import capture_module
 from .tasks import TaskModel
 
-CACHED_TASK = "text-generation-with-past"
+CACHED_TASK = f"text-generation{CACHED}"
 """Task name of a graph with cache, as optimum has it; the transformers class is that of ``text-generation``."""
 
 _SLOT = re.compile(r"^(past_key_values|present)_(\d+)_(key|value)$")
@@ -51,7 +52,7 @@ class CachedDecoder(TaskModel):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
         """Run the model; tensors in the order of ``input_names``, results in that of ``output_names``."""
         tokens, past = tensors[: len(self.token_inputs)], tensors[len(self.token_inputs) :]
-        cache = _filled_cache(past)
+        cache = filled_cache(past)
         result = self.model(
             **dict(zip(self.token_inputs, tokens, strict=True)), past_key_values=cache, use_cache=True, return_dict=True
         )
@@ -158,7 +159,7 @@ def _keeps_nothing(layer: Any) -> bool:
     return not getattr(layer, "is_initialized", True) or type(layer).__name__ == "DummyLayer"
 
 
-def _filled_cache(past: tuple[torch.Tensor, ...]) -> Any:
+def filled_cache(past: Sequence[torch.Tensor]) -> Any:
     """A transformers cache that holds the given keys and values, which updates append to."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 

@@ -151,6 +151,8 @@ def capture_module(
         aliases=_aliases(inner),
         pad_token_id=model.pad_token_id if isinstance(model, TaskModel) else 0,
         max_sequence=model.max_sequence if isinstance(model, TaskModel) else None,
+        start_token_id=model.start_token_id if isinstance(model, TaskModel) else 0,
+        end_token_ids=model.end_token_ids if isinstance(model, TaskModel) else (),
         dtype=next((weight.dtype for weight in inner.parameters() if weight.is_floating_point()), torch.float32),
     )
 

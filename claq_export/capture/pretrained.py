@@ -20,7 +20,7 @@ from .fit import check_fit
 from .lazy import build_lazily
 from .module import capture_module
 from .precision import check_weights
-from .tasks import Task, TaskModel, canonical_task, infer_task
+from .tasks import Task, TaskModel, canonical_task, infer_task, seq2seq_task
 
 _log = logging.getLogger(__name__)
 
@@ -37,9 +37,10 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "spiece.model",
     "tokenizer.model",
+    "sentencepiece.bpe.model",
 )
 _GENERATION = "generation_config.json"
-_FILES_READ = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_FILES_READ = ("*.json", "*.safetensors", "*.txt", "*.model", "*.spm", "*.jinja")
 
 
 def load_pretrained(
@@ -162,7 +163,7 @@ def _version() -> str:
 def _inferred(folder: Path, config: Any) -> Task:
     if (folder / "modules.json").is_file():  # sentence-transformers: pooled hidden states, whatever the checkpoint was
         return canonical_task("feature-extraction")
-    task = infer_task(config.architectures)
+    task = seq2seq_task(config) or infer_task(config.architectures)
     if task.name == "feature-extraction" and hasattr(config, "vision_config"):
         raise ModelError(
             f"{config.architectures[0]} reads text and images; --task image-feature-extraction exports the half that reads "

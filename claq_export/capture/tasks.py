@@ -25,6 +25,8 @@ class Task:
         output: the field of the model's output that is the result.
         suffixes: endings of architecture names (``config.architectures``) that mean this task.
         image: the model reads ``pixel_values`` instead of tokens.
+        speech: it reads ``input_features``, log-mel spectra.
+        seq2seq: it is an encoder and a decoder, which also reads ``decoder_input_ids``.
     """
 
     name: str
@@ -32,6 +34,13 @@ class Task:
     output: str
     suffixes: tuple[str, ...]
     image: bool = False
+    speech: bool = False
+    seq2seq: bool = False
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model generates token by token, with a key/value cache."""
+        return self.seq2seq or self.name == "text-generation"
 
 
 TASKS = {
@@ -49,6 +58,9 @@ TASKS = {
             image=True,
         ),
         Task("image-feature-extraction", "AutoModel", "last_hidden_state", ("VisionModel",), image=True),
+        # Architectures of text and images end as these do; :func:`seq2seq_task` tells them apart.
+        Task("text2text-generation", "AutoModelForSeq2SeqLM", "logits", (), seq2seq=True),
+        Task("automatic-speech-recognition", "AutoModelForSpeechSeq2Seq", "logits", (), speech=True, seq2seq=True),
     )
 }
 
@@ -58,7 +70,12 @@ ALIASES = {
     "sequence-classification": "text-classification",
     "masked-lm": "fill-mask",
     "causal-lm": "text-generation",
+    "seq2seq-lm": "text2text-generation",
+    "speech2seq-lm": "automatic-speech-recognition",
 }
+
+SPECTRUM, DECODER_TOKENS = "input_features", "decoder_input_ids"
+"""Inputs of encoder-decoders: what a speech model hears, and the tokens that came before."""
 
 # Decoders whose positions optimum's exports leave to the model: they count the mask's ones, or have no positions.
 _COUNTS_POSITIONS = frozenset({"opt", "bloom", "mpt", "xglm", "biogpt"})
@@ -74,6 +91,20 @@ def canonical_task(name: str) -> Task:
     if task is None:
         raise ModelError(f"unknown task {name!r}; known tasks: {', '.join(TASKS)} (also {', '.join(ALIASES)})")
     return task
+
+
+def seq2seq_task(config: Any) -> Task | None:
+    """The task of an encoder-decoder's configuration, by the tables of transformers; None of other architectures."""
+    from transformers.models.auto import modeling_auto
+
+    saved = (getattr(config, "architectures", None) or [""])[0]
+    tables = {
+        "text2text-generation": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "automatic-speech-recognition": modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    }
+    found = (name for name, table in tables.items() if saved and table.get(config.model_type) == saved)
+    name = next(found, None) if getattr(config, "is_encoder_decoder", False) else None
+    return None if name is None else TASKS[name]
 
 
 def infer_task(architectures: list[str] | None) -> Task:
@@ -122,19 +153,24 @@ class TaskModel(nn.Module):
         self.eval()
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        """Run the model on tensors in the order of ``input_names``: int64 ``[batch, sequence]``, or float32 images
-        ``[batch, channels, height, width]``."""
+        """Run the model on tensors in the order of ``input_names``: int64 ``[batch, sequence]``, float32 images
+        ``[batch, channels, height, width]`` or spectra ``[batch, mel bins, frames]``."""
         named: dict[str, Any] = dict(zip(self.input_names, tensors, strict=True))
-        if self.task == "text-generation":
+        if self.task == "text-generation" or TASKS[self.task].seq2seq:
             named["use_cache"] = False
         result: torch.Tensor = getattr(self.model(**named, return_dict=True), self.output_names[0])
         return result
 
     @property
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
-        """Input name -> {axis: name}. The size of an image is fixed: position embeddings depend on it."""
-        axes = {0: "batch"} if TASKS[self.task].image else {0: "batch", 1: "sequence"}
-        return {name: dict(axes) for name in self.input_names}
+        """Input name -> {axis: name}. The size of an image and the length of a spectrum are fixed: position embeddings depend
+        on them."""
+        if not TASKS[self.task].seq2seq:
+            axes = {0: "batch"} if TASKS[self.task].image else {0: "batch", 1: "sequence"}
+            return {name: dict(axes) for name in self.input_names}
+        encoded = {0: "batch"} if TASKS[self.task].speech else {0: "batch", 1: "encoder_sequence"}
+        decoded = {0: "batch", 1: "sequence"}
+        return {name: dict(decoded if name == DECODER_TOKENS else encoded) for name in self.input_names}
 
     @property
     def pad_token_id(self) -> int:
@@ -143,17 +179,32 @@ class TaskModel(nn.Module):
         return pad if isinstance(pad, int) and pad >= 0 else 0
 
     @property
+    def start_token_id(self) -> int:
+        """The token that an encoder-decoder's output begins after; the padding token where the model names none."""
+        start = getattr(self.config, "decoder_start_token_id", None)
+        return start if isinstance(start, int) and start >= 0 else self.pad_token_id
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end what is generated."""
+        end = getattr(self.config, "eos_token_id", None)
+        return tuple(token for token in (end if isinstance(end, list) else [end]) if isinstance(token, int))
+
+    @property
     def max_sequence(self) -> int | None:
         """Most tokens a sequence may have, by the configuration."""
         return longest_sequence(self.model)
 
     def example_inputs(self, batch: int = 2, sequence: int = 8) -> dict[str, torch.Tensor]:
-        """Inputs to trace with: fixed pseudo-random tokens, the last row padded; or noise of an image's size."""
+        """Inputs to trace with: fixed pseudo-random tokens, the last row padded; or noise of an image's or a spectrum's size.
+        An encoder-decoder's second sequence is two tokens shorter."""
         generator = torch.Generator().manual_seed(0)
         if TASKS[self.task].image:
             shape = _image_shape(self.config, self.source.folder if self.source is not None else None)
             pixels = torch.randn(batch, *shape, generator=generator)
             return {"pixel_values": pixels.to(next(self.model.parameters()).dtype)}
+        if TASKS[self.task].seq2seq:
+            return self._pair_of_sequences(batch, sequence, generator)
         tokens = torch.randint(0, self._vocabulary(), (batch, sequence), generator=generator)
         mask = torch.ones(batch, sequence, dtype=torch.int64)
         mask[-1, sequence - sequence // 4 :] = 0
@@ -168,6 +219,20 @@ class TaskModel(nn.Module):
             tokens[torch.arange(batch), mask.sum(1) - 1] = end
         tokens[mask == 0] = self.pad_token_id
         return text_inputs(self.input_names, tokens, mask, self.pad_token_id)
+
+    def _pair_of_sequences(self, batch: int, sequence: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """What an encoder-decoder reads, see :meth:`example_inputs`."""
+        if TASKS[self.task].speech:
+            frames = torch.randn(batch, *spectrum_shape(self.config), generator=generator)
+            encoded = {SPECTRUM: frames.to(next(self.model.parameters()).dtype)}
+        else:
+            tokens = torch.randint(0, self._vocabulary(), (batch, sequence), generator=generator)
+            mask = torch.ones(batch, sequence, dtype=torch.int64)
+            mask[-1, sequence - sequence // 4 :] = 0
+            tokens[mask == 0] = self.pad_token_id
+            encoded = text_inputs(("input_ids", "attention_mask"), tokens, mask, self.pad_token_id)
+        shorter = (batch, max(1, sequence - 2))
+        return {**encoded, DECODER_TOKENS: torch.randint(0, self._vocabulary(), shorter, generator=generator)}
 
     def _vocabulary(self) -> int:
         """Number of tokens, by the configuration.
@@ -192,7 +257,7 @@ def longest_sequence(model: nn.Module) -> int | None:
 
 def stated_positions(config: Any) -> int | None:
     """Positions of a model by its configuration, or None; of some the first ones are no token's."""
-    for key in ("max_position_embeddings", "n_positions"):
+    for key in ("max_position_embeddings", "n_positions", "max_target_positions"):
         limit = getattr(config, key, None)
         if isinstance(limit, int) and limit > 0:
             return limit
@@ -210,6 +275,21 @@ def _positions_before_first(model: nn.Module, limit: int) -> int:
         if isinstance(table, torch.Tensor) and table.shape[0] == limit:
             return padding + 1
     return 0
+
+
+def spectrum_shape(config: Any) -> tuple[int, int]:
+    """Mel bins and frames of a speech model's input, by its configuration.
+
+    Raises:
+        ModelError: it is no Whisper's.
+    """
+    bins, positions = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
+    if config.model_type != "whisper" or not isinstance(bins, int) or not isinstance(positions, int):
+        raise ModelError(
+            f"of speech models claq knows the input of Whisper alone, this is {config.model_type!r}; export the module from "
+            "Python with an example"
+        )
+    return bins, 2 * positions  # its second convolution takes every other frame
 
 
 def _image_shape(config: Any, folder: Path | None) -> tuple[int, int, int]:
@@ -252,6 +332,9 @@ def _sides(size: Any) -> tuple[int, int] | None:
 def _input_names(model: nn.Module, task: str) -> tuple[str, ...]:
     if TASKS[task].image:
         return ("pixel_values",)
+    if TASKS[task].seq2seq:
+        encoded = (SPECTRUM,) if TASKS[task].speech else ("input_ids", "attention_mask")
+        return (*encoded, DECODER_TOKENS)
     accepted = inspect.signature(model.forward).parameters
     config: Any = model.config
     names = ["input_ids", "attention_mask"]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from claq_export.capture.captured import PARTS
 
 DIGEST_CHARACTERS = 16
 """Of the digest in a data file's name."""
@@ -12,14 +17,16 @@ DIGEST_CHARACTERS = 16
 DATA_NAME_LONGER = len("..data") + DIGEST_CHARACTERS
 """Characters by which the name of a model's data file is longer than the model's."""
 
+MODEL_SUFFIX = ".onnx"
+
 
 @dataclass(frozen=True)
 class Artifact:
     """What :func:`~claq_export.emit.emit_onnx` wrote.
 
     Attributes:
-        path: the model file.
-        files: all files written, the model first.
+        path: the model file; of an encoder-decoder with a cache its encoder's.
+        files: all files written, a model before its data.
         bytes: their sizes, summed.
         inputs, outputs: names of the graph's inputs and outputs.
         layers: names of the quantized layers, in graph order.
@@ -31,6 +38,46 @@ class Artifact:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     layers: tuple[str, ...]
+
+    @property
+    def models(self) -> tuple[Path, ...]:
+        """The model files: one, or several that share their data."""
+        return tuple(file for file in self.files if file.suffix == MODEL_SUFFIX)
+
+
+def part_path(out: Path, part: str) -> Path:
+    """Where a graph of an export to ``out`` is written: ``<part>_<out>`` of several, ``out`` itself of one (``part`` empty)."""
+    return out.with_name(f"{part}_{out.name}") if part else out
+
+
+def model_files(out: Path) -> list[Path]:
+    """All model files that an export to ``out`` may write."""
+    return [part_path(out, part) for part in ("", *PARTS)]
+
+
+def together(artifacts: Sequence[Artifact]) -> Artifact:
+    """Several artifacts in one folder as one: inputs and outputs are the first one's."""
+    first = artifacts[0]
+    return dataclasses.replace(
+        first,
+        files=tuple(dict.fromkeys(file for artifact in artifacts for file in artifact.files)),
+        bytes=sum(artifact.bytes for artifact in artifacts),
+        layers=tuple(dict.fromkeys(layer for artifact in artifacts for layer in artifact.layers)),
+    )
+
+
+class SharedData:
+    """Tensors in the data files of one folder, by their content, so that several models can refer to one copy."""
+
+    def __init__(self) -> None:
+        self._places: dict[bytes, tuple[str, int]] = {}
+
+    def find(self, content: bytes | memoryview) -> tuple[str, int] | None:
+        """Data file and offset of a tensor with these bytes."""
+        return self._places.get(hashlib.sha256(content).digest())
+
+    def add(self, content: bytes | memoryview, data_file: str, offset: int) -> None:
+        self._places[hashlib.sha256(content).digest()] = (data_file, offset)
 
 
 def is_data_file(name: str, model_file: str) -> bool:

@@ -15,7 +15,7 @@ from ..errors import ModelError, OutputError
 from ..format.checkpoint import CONFIG_FILE, METHOD, TENSORS_FILE, VERSION
 from ..format.files import StagedFiles, write_atomically
 from ..inputs import contained, read_json_object
-from .artifact import is_data_file
+from .artifact import is_data_file, model_files
 from .genai import FILE as GENAI_CONFIG
 
 CONFIG = "config.json"
@@ -28,6 +28,8 @@ _COMPANIONS = (
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
+    "processor_config.json",
+    "normalizer.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -37,6 +39,11 @@ _COMPANIONS = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
+    # Vocabularies of SentencePiece.
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
     # What sentence-transformers does with the tokens' vectors.
     "modules.json",
     "sentence_bert_config.json",
@@ -73,17 +80,21 @@ def copy_companions(source: Path, folder: Path) -> list[Path]:
     return copied
 
 
-def is_written_beside(name: str, model_file: str) -> bool:
-    """Whether an export to ``model_file`` may write a file of this name (relative to its folder) beside it."""
-    return name in (*_COMPANIONS, GENAI_CONFIG, TENSORS_FILE, CONFIG_FILE) or is_data_file(name, model_file)
+def is_written_beside(name: str, out: Path) -> bool:
+    """Whether an export to ``out`` may write a file of this name (relative to its folder) beside it."""
+    models = [model.name for model in model_files(out)]
+    if name in (*_COMPANIONS, GENAI_CONFIG, TENSORS_FILE, CONFIG_FILE, *models[1:]):
+        return True
+    return any(is_data_file(name, model) for model in models)
 
 
-def earlier_companions(folder: Path, model_file: str) -> list[Path]:
+def earlier_companions(folder: Path, out: Path) -> list[Path]:
     """The files that an earlier export of claq wrote beside its artifact, as ``claq.json`` lists them, and nobody changed since.
 
-    None of a folder with another ``.onnx`` file than ``model_file``, whose companions they may be.
+    None of a folder with other ``.onnx`` files than those of an export to ``out``, whose companions they may be.
     """
-    if not (folder / CONFIG_FILE).is_file() or any(path.name != model_file for path in folder.glob("*.onnx")):
+    models = {model.name for model in model_files(out)}
+    if not (folder / CONFIG_FILE).is_file() or any(path.name not in models for path in folder.glob("*.onnx")):
         return []
     try:
         written = read_json_object(folder / CONFIG_FILE, OutputError).get("files")

@@ -28,7 +28,7 @@ from claq_export.errors import CaptureError
 from claq_export.format.files import check_target
 from claq_export.passes import AdditiveMasks, PassContext
 
-from .artifact import Artifact
+from .artifact import Artifact, SharedData
 from .complex_values import complex_axes_on_real_views
 from .decoder import decoder_translations, settle_decoder
 from .function import DOMAIN, LAYER_OPERATORS, OPSET, functions_of
@@ -60,6 +60,7 @@ def emit_onnx(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     metadata: Mapping[str, str] | None = None,
+    shared: SharedData | None = None,
 ) -> Artifact:
     """Write a quantized model as ONNX: ``path`` and, beside it, ``<path>.data``.
 
@@ -78,6 +79,7 @@ def emit_onnx(
         input_names: names of the graph's inputs, in order, where they are not to be those of the example.
         output_names: names of the graph's outputs, in order; by default those of the captured graph.
         metadata: entries for the file's ``metadata_props``.
+        shared: of several models in one folder that hold equal tensors: what those before this one wrote.
 
     Returns:
         what was written.
@@ -110,7 +112,7 @@ def emit_onnx(
         if decoder:
             for function in functions:
                 _set_opset(function, graph.opset_imports[""])
-        files = write_model(graph, functions, path)
+        files = write_model(graph, functions, path, shared)
         return Artifact(
             path=path,
             files=tuple(files),

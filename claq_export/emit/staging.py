@@ -68,7 +68,7 @@ class StagedExport:
             error.args = tuple(text.replace(staged, place) if isinstance(text, str) else text for text in error.args)
 
     def publish(self, artifact: Artifact) -> Artifact:
-        """Rename all files to their places, the model last; then remove what the export before left.
+        """Rename all files to their places, models last; then remove what the export before left.
 
         That are the model's earlier data file, and the tokenizer, configuration and the like that the earlier export wrote and
         this one does not bring itself: they would be served as if they were its own. A folder with another model file too
@@ -85,10 +85,10 @@ class StagedExport:
         """
         folder = self._out.parent
         staged = sorted(path for path in self._folder.rglob("*") if path.is_file())
-        staged.sort(key=lambda path: path == self.path)
+        staged.sort(key=lambda path: path in artifact.models)
         places = {path: folder / path.relative_to(self._folder) for path in staged}
         try:
-            earlier = earlier_companions(folder, self._out.name)
+            earlier = earlier_companions(folder, self._out)
             for place in places.values():
                 place.parent.mkdir(exist_ok=True)
                 check_target(place)
@@ -96,7 +96,7 @@ class StagedExport:
                 os.replace(path, place)
             flush(folder, getattr(os, "O_DIRECTORY", 0))
             written = set(places.values())
-            for path in (*data_files(self._out), *earlier):
+            for path in (*(data for model in artifact.models for data in data_files(folder / model.name)), *earlier):
                 if path not in written:
                     path.unlink(missing_ok=True)
                     if path.parent != folder and not any(path.parent.iterdir()):
@@ -104,4 +104,4 @@ class StagedExport:
         except OSError as error:
             raise OutputError(f"cannot write into {folder}: {error.strerror or error}") from error
         files = tuple(places[path] for path in artifact.files)
-        return dataclasses.replace(artifact, path=self._out, files=files)
+        return dataclasses.replace(artifact, path=places[artifact.path], files=files)

@@ -8,6 +8,7 @@ model file is replaced, in one step, the old pair is whole, and from then on the
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +19,7 @@ import torch
 from claq_export.deferred import is_deferred, materialize
 from claq_export.format.files import StagedFiles, open_for_weights
 
-from .artifact import DIGEST_CHARACTERS, data_files
+from .artifact import DIGEST_CHARACTERS, SharedData, data_files
 
 INLINE_BELOW = 1024
 """Tensors smaller than this many bytes stay inside ``model.onnx``."""
@@ -41,15 +42,14 @@ def _is_external(value: ir.Value) -> bool:
     return value.const_value is not None and value.const_value.nbytes >= INLINE_BELOW
 
 
-def _write_external(model: ir.Model, data: BinaryIO) -> tuple[dict[str, int], str]:
-    """Write the large initializers to ``data``; returns the offset of each and the digest of all."""
+def _write_external(model: ir.Model, names: Sequence[str], data: BinaryIO) -> tuple[dict[str, int], str]:
+    """Write initializers to ``data``; returns the offset of each and the digest of all."""
     offset = 0
     offsets: dict[str, int] = {}
     digest = hashlib.sha256()
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is None or not _is_external(value):
-            continue
+    for name in names:
+        tensor = model.graph.initializers[name].const_value
+        assert tensor is not None
         start = _place(offset, tensor.nbytes)
         for content in (b"\0" * (start - offset), _content(tensor)):
             data.write(content)
@@ -69,8 +69,8 @@ def _content(tensor: ir.TensorProtocol) -> bytes | memoryview:
     return tensor.tobytes()
 
 
-def _refer_to(model: ir.Model, data_name: str, offsets: dict[str, int]) -> None:
-    for name, start in offsets.items():
+def _refer_to(model: ir.Model, places: Mapping[str, tuple[str, int]]) -> None:
+    for name, (data_name, start) in places.items():
         value = model.graph.initializers[name]
         tensor = value.const_value
         assert tensor is not None
@@ -84,7 +84,9 @@ def _refer_to(model: ir.Model, data_name: str, offsets: dict[str, int]) -> None:
         )
 
 
-def write_model(model: ir.Model, functions: list[onnx.FunctionProto], path: Path) -> list[Path]:
+def write_model(
+    model: ir.Model, functions: list[onnx.FunctionProto], path: Path, shared: SharedData | None = None
+) -> list[Path]:
     """Write ``model`` to ``path`` and its large tensors beside it; ``model`` refers to the data file afterwards.
 
     Data files of earlier exports to ``path`` are deleted last.
@@ -93,21 +95,32 @@ def write_model(model: ir.Model, functions: list[onnx.FunctionProto], path: Path
         model: the graph, its initializers in memory.
         functions: model-local functions to add; their domains are imported if the graph does not use them.
         path: the ``.onnx`` file.
+        shared: what data files of other models in the folder hold; it is referred to, and the rest of this one's is added.
 
     Returns:
-        the files written: the model, then its data file unless all tensors are small.
+        the files written: the model, then its data file unless all tensors are small or shared.
 
     Raises:
         OutputError: the files cannot be written; nothing is left behind then.
     """
     data_path = None
+    external = {name: value.const_value for name, value in model.graph.initializers.items() if _is_external(value)}
+    places: dict[str, tuple[str, int]] = {}
+    if shared is not None:
+        found = {name: shared.find(_content(tensor)) for name, tensor in external.items()}
+        places = {name: place for name, place in found.items() if place is not None}
+    own = [name for name in external if name not in places]
     with StagedFiles(path.parent) as files:
-        if any(_is_external(value) for value in model.graph.initializers.values()):
+        if own:
             staged = files.stage(f"{path.name}.data")
             with open_for_weights(staged) as data:
-                offsets, digest = _write_external(model, data)
+                offsets, digest = _write_external(model, own, data)
             data_path = files.rename(staged, f"{path.name}.{digest}.data")
-            _refer_to(model, data_path.name, offsets)
+            places |= {name: (data_path.name, start) for name, start in offsets.items()}
+            if shared is not None:
+                for name in own:
+                    shared.add(_content(external[name]), *places[name])
+        _refer_to(model, places)
         proto = ir.serde.serialize_model(model)
         imported = {entry.domain for entry in proto.opset_import}
         for function in functions:

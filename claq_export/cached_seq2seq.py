@@ -1,0 +1,117 @@
+"""Generation by the three graphs of an encoder-decoder: inputs of real steps, agreement with the graph without cache, and the
+tokens that the model itself would write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from .cached import DECODE_STEPS, TEXTS, agreeing, relative_difference
+from .capture import CapturedModel
+from .capture.tasks import DECODER_TOKENS
+from .kernels import use_backend
+
+Inputs = dict[str, torch.Tensor]
+
+
+class Generation:
+    """One batch on its way: what was encoded, and keys and values of the steps so far.
+
+    Args:
+        parts: encoder, first step and later steps (:mod:`claq_export.capture.seq2seq`).
+        encoded: the encoder's inputs.
+
+    Attributes:
+        inputs: of each part, what it ran with.
+    """
+
+    def __init__(self, parts: Sequence[CapturedModel], encoded: Mapping[str, torch.Tensor]) -> None:
+        self._encoder, self._first, self._next = parts
+        self.inputs: list[list[Inputs]] = [[dict(encoded)], [], []]
+        (hidden,) = self._encoder.run(encoded)
+        self._known: Inputs = {"encoder_hidden_states": hidden}
+        if (mask := encoded.get("attention_mask")) is not None:
+            self._known["encoder_attention_mask"] = mask
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Read further tokens, int64 ``[batch, sequence]``; their logits ``[batch, sequence, vocabulary]``."""
+        began = bool(self.inputs[1])
+        part, seen = (self._next, self.inputs[2]) if began else (self._first, self.inputs[1])
+        named = {"input_ids": tokens, **self._known}
+        inputs = {name: named[name] for name in part.input_names}
+        seen.append(inputs)
+        logits, *state = part.run(inputs)
+        names = (name.replace("present", "past_key_values", 1) for name in part.output_names[1:])
+        self._known |= dict(zip(names, state, strict=True))
+        return logits
+
+
+def seq2seq_inputs(captured: CapturedModel) -> list[list[Inputs]]:
+    """For each of the three graphs its inputs in a generation of a few greedy steps, which begins with two tokens; of models
+    that read tokens, for a padded batch."""
+    parts = captured.file_graphs
+    encoder = parts[0]
+    encoded = dict(encoder.example_inputs)
+    if captured.tokenizer is not None and "input_ids" in encoder.input_names:
+        encoded = encoder.inputs_from_tokens([captured.tokenizer(text)["input_ids"] for text in TEXTS])
+    run = Generation(parts, encoded)
+    batch = next(iter(encoded.values())).shape[0]
+    tokens = torch.full((batch, 2), captured.start_token_id)
+    for _ in range(1 + DECODE_STEPS):
+        tokens = run.step(tokens)[:, -1:].argmax(-1)
+    return run.inputs
+
+
+def check_parts(whole: CapturedModel, parts: Sequence[CapturedModel], steps: Sequence[Sequence[Inputs]]) -> float:
+    """Compare generation by the three graphs with the graph that sees all tokens at once, all quantized, in exact arithmetic.
+
+    Args:
+        whole: the graph without cache.
+        parts: the graphs with cache, in the dtype of ``whole``.
+        steps: from :func:`seq2seq_inputs`; what was encoded and the tokens are used.
+
+    Returns:
+        the largest difference of logits, divided by their largest magnitude.
+
+    Raises:
+        VerificationError: it is more than rounding explains.
+    """
+    encoded = {name: value.float() if value.is_floating_point() else value for name, value in steps[0][0].items()}
+    tokens = [inputs["input_ids"] for inputs in (*steps[1], *steps[2])]
+    # Rounded to int8, activations that differ in their last bit would differ by a 127th.
+    with use_backend("reference"):
+        run = Generation(parts, encoded)
+        found = torch.cat([run.step(some) for some in tokens], 1)
+        expected = whole.run({**encoded, DECODER_TOKENS: torch.cat(tokens, 1)})[0]
+    return agreeing(relative_difference(found, expected))
+
+
+def greedy_tokens(
+    captured: CapturedModel, encoded: Mapping[str, torch.Tensor], limit: int
+) -> list[torch.Tensor]:
+    """What the model writes for a batch, the likeliest token at each step: what a decoder reads to write it.
+
+    Args:
+        captured: an encoder-decoder with its three graphs.
+        encoded: the encoder's inputs.
+        limit: most tokens.
+
+    Returns:
+        int64 ``[tokens]`` for each row: the start token and what follows, without the end.
+    """
+    run = Generation(captured.file_graphs, encoded)
+    batch = next(iter(encoded.values())).shape[0]
+    last = torch.full((batch, 1), captured.start_token_id)
+    written = [last]
+    ended = torch.zeros(batch, dtype=torch.bool)
+    ends = torch.tensor(captured.end_token_ids, dtype=torch.int64)
+    lengths = torch.ones(batch, dtype=torch.int64)
+    while len(written) < limit and not bool(ended.all()):
+        last = run.step(last)[:, -1:].argmax(-1)
+        written.append(last)
+        ended |= torch.isin(last[:, 0], ends)
+        lengths += (~ended).to(torch.int64)
+        run.inputs = [[{}], [{}], []]  # a long generation's inputs are not kept
+    tokens = torch.cat(written, 1)
+    return [row[: int(length)] for row, length in zip(tokens, lengths, strict=True)]

@@ -1,0 +1,211 @@
+"""Encoder-decoders with a key/value cache: three graphs over one set of parameters, named as optimum names them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import CaptureError
+from .captured import CACHED, ENCODER, FIRST_STEP, NEXT_STEP, PARTS, CapturedModel
+from .decoder import filled_cache
+from .module import capture_module
+from .tasks import DECODER_TOKENS, TaskModel
+
+_STATE = re.compile(r"^(past_key_values|present)_(\d+)_(decoder|encoder)_(key|value)$")
+_PROBES = ((1, 3, 4, 2), (3, 1, 6, 5), (1, 1, 2, 1))
+"""Batch, new tokens, encoded tokens and cached tokens: where the graphs must agree with the model."""
+
+
+class Seq2SeqPart(TaskModel):
+    """One of the three functions that an encoder-decoder generates with, all arguments positional tensors.
+
+    ``encoder``: the model's input (``input_ids`` and ``attention_mask [batch, encoder_sequence]``, or ``input_features``) to
+    ``last_hidden_state [batch, encoder_sequence, hidden size]``.
+
+    ``decoder``, the first step: ``encoder_attention_mask`` (of models that read tokens), ``input_ids [batch, sequence]`` and
+    ``encoder_hidden_states`` to ``logits [batch, sequence, vocabulary]``, then four tensors a layer:
+    ``present.N.decoder.key`` and ``.value [batch, heads, sequence, head size]`` of the tokens, and ``present.N.encoder.key`` and
+    ``.value [batch, heads, encoder_sequence, head size]``, which stay the same.
+
+    ``decoder_with_past``, each later step: the mask, ``input_ids`` and the four tensors a layer as ``past_key_values.N...`` to
+    ``logits`` and ``present.N.decoder.key`` and ``.value [batch, heads, past + sequence, head size]``.
+
+    Args:
+        task_model: the whole model.
+        part: which.
+        state: heads and head size of the keys and values of each layer, from :func:`cache_shapes`.
+    """
+
+    independent_axes = False  # an encoder's mask is as long as what it encoded
+
+    def __init__(self, task_model: TaskModel, part: str, state: Sequence[tuple[int, int]]) -> None:
+        super().__init__(task_model.model, task_model.task, task_model.source)
+        self.whole, self.part, self.state = [task_model], part, tuple(state)  # a list: its parameters are those of self.model
+        self.reads_tokens = "input_ids" in task_model.input_names
+        self.task = task_model.task + CACHED
+        mask = ("encoder_attention_mask",) if self.reads_tokens else ()
+        if part == ENCODER:
+            self.input_names = tuple(name for name in task_model.input_names if name != DECODER_TOKENS)
+            self.output_names = ("last_hidden_state",)
+            return
+        both, own = ("decoder", "encoder"), ("decoder",)
+        if part == FIRST_STEP:
+            self.input_names = (*mask, "input_ids", "encoder_hidden_states")
+            self.output_names = ("logits", *self._slots("present", both))
+        else:
+            self.input_names = (*mask, "input_ids", *self._slots("past_key_values", both))
+            self.output_names = ("logits", *self._slots("present", own))
+
+    def _slots(self, prefix: str, kinds: Sequence[str]) -> list[str]:
+        """Names of graphs' arguments are identifiers; the dots come back in the file."""
+        return [
+            f"{prefix}_{layer}_{kind}_{tensor}"
+            for layer in range(len(self.state))
+            for kind in kinds
+            for tensor in ("key", "value")
+        ]
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        """Run the part; tensors in the order of ``input_names``, results in that of ``output_names``."""
+        named = dict(zip(self.input_names, tensors, strict=True))
+        if self.part == ENCODER:
+            return self.model.get_encoder()(**named, return_dict=True).last_hidden_state
+        past = tensors[len(tensors) - 4 * len(self.state) :] if self.part == NEXT_STEP else ()
+        cache = _filled_pair(past)
+        hidden = named.get("encoder_hidden_states")
+        if hidden is None:
+            # Its keys and values are cached: nothing reads more of it than its shape.
+            size = int(self.config.get_text_config().hidden_size)
+            hidden = past[2].new_zeros(past[2].shape[0], past[2].shape[2], size)
+        result = self.model(
+            encoder_outputs=(hidden,),
+            attention_mask=named.get("encoder_attention_mask"),
+            decoder_input_ids=named["input_ids"],
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        caches = (cache.self_attention_cache, cache.cross_attention_cache)
+        kept = caches if self.part == FIRST_STEP else caches[:1]
+        state = [
+            tensor
+            for layers in zip(*(one.layers for one in kept), strict=True)
+            for layer in layers
+            for tensor in (layer.keys, layer.values)
+        ]
+        return (result.logits, *state)
+
+    @property
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        """Input name -> {axis: name}."""
+        if self.part == ENCODER:
+            return {name: axes for name, axes in self.whole[0].dynamic_axes.items() if name in self.input_names}
+        axes = {
+            "encoder_attention_mask": {0: "batch", 1: "encoder_sequence"},
+            "input_ids": {0: "batch", 1: "sequence"},
+            "encoder_hidden_states": {0: "batch", 1: "encoder_sequence"},
+        }
+        lengths = {"decoder": "past_sequence", "encoder": "encoder_sequence"}
+        for name in self.input_names:
+            if (slot := _STATE.match(name)) is not None:
+                axes[name] = {0: "batch", 2: lengths[slot[3]]}
+        return {name: axes[name] for name in self.input_names}
+
+    def example_inputs(
+        self, batch: int = 2, sequence: int = 3, encoded: int = 6, past: int = 5, dtype: torch.dtype = torch.float32
+    ) -> dict[str, torch.Tensor]:
+        """Fixed pseudo-random tokens, states and cache; of tokens that were encoded the last of the last row is padding."""
+        if self.part == ENCODER:
+            whole = self.whole[0].example_inputs(batch, encoded)
+            return {name: value.to(dtype) if value.is_floating_point() else value for name, value in whole.items()
+                    if name in self.input_names}  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        mask = torch.ones(batch, encoded, dtype=torch.int64)
+        mask[-1, encoded - encoded // 4 :] = 0
+        hidden = int(self.config.get_text_config().hidden_size)
+        inputs = {
+            "encoder_attention_mask": mask,
+            "input_ids": torch.randint(0, self._vocabulary(), (batch, sequence), generator=generator),
+            "encoder_hidden_states": torch.randn(batch, encoded, hidden, generator=generator).to(dtype),
+        }
+        for name in self.input_names:
+            if (slot := _STATE.match(name)) is not None:
+                heads, size = self.state[int(slot[2])]
+                length = past if slot[3] == "decoder" else encoded
+                inputs[name] = torch.randn(batch, heads, length, size, generator=generator).to(dtype)
+        return {name: inputs[name] for name in self.input_names}
+
+
+def capture_parts(model: TaskModel) -> tuple[CapturedModel, ...]:
+    """The three graphs of a model loaded for a sequence-to-sequence task; they share its parameters.
+
+    Each is compared with the model at other sizes.
+
+    Raises:
+        CaptureError: the model's cache is not keys and values of its own tokens and of the encoder's, or a graph cannot be
+            captured.
+    """
+    state = cache_shapes(model)
+    dtype = next(model.model.parameters()).dtype
+    return tuple(_capture_part(Seq2SeqPart(model, part, state), dtype) for part in PARTS)
+
+
+def _capture_part(part: Seq2SeqPart, dtype: torch.dtype) -> CapturedModel:
+    captured = capture_module(part, part.example_inputs(dtype=dtype), part.dynamic_axes)
+    captured.part = part.part
+    captured.file_names = {
+        name: _STATE.sub(r"\1.\2.\3.\4", name) for name in (*captured.input_names, *captured.output_names)
+    }
+    for batch, sequence, encoded, past in _PROBES:
+        inputs = part.example_inputs(batch, sequence, encoded, past, dtype)
+        with torch.no_grad():
+            expected = part(*inputs.values())
+        found = captured.run(inputs)
+        wanted = (expected,) if isinstance(expected, torch.Tensor) else expected
+        for name, want, have in zip(captured.output_names, wanted, found, strict=True):
+            if want.shape != have.shape or not torch.allclose(have, want, rtol=1e-3, atol=1e-4):
+                raise CaptureError(
+                    f"the graph of the {part.part} of {type(part.model).__name__} disagrees with the model in {name} for a "
+                    f"batch of {batch} with {sequence} new, {encoded} encoded and {past} cached tokens; without cache it can "
+                    "be exported (--no-cache)"
+                )
+    return captured
+
+
+def cache_shapes(task_model: TaskModel) -> list[tuple[int, int]]:
+    """Heads and head size of each layer's keys and values, seen on a run of the model.
+
+    Raises:
+        CaptureError: the model keeps something else between steps.
+    """
+    title = type(task_model.model).__name__
+    with torch.no_grad():
+        result = task_model.model(
+            **task_model.example_inputs(1, 4), use_cache=True, return_dict=True
+        )
+    cache = getattr(result, "past_key_values", None)
+    pair = [getattr(cache, f"{kind}_attention_cache", None) for kind in ("self", "cross")]
+    layers = [list(getattr(one, "layers", ())) for one in pair]
+    if not layers[0] or len(layers[0]) != len(layers[1]):
+        raise CaptureError(f"{title} keeps no cache of keys and values between steps; export it with --no-cache")
+    shapes = []
+    for index, (own, cross) in enumerate(zip(*layers, strict=True)):
+        tensors = [getattr(layer, name, None) for layer in (own, cross) for name in ("keys", "values")]
+        sizes = {(int(t.shape[1]), int(t.shape[3])) for t in tensors if isinstance(t, torch.Tensor) and t.dim() == 4}
+        if len(sizes) != 1 or any(not isinstance(tensor, torch.Tensor) for tensor in tensors):
+            raise CaptureError(f"layer {index} of {title} keeps no keys and values of one size; export it with --no-cache")
+        shapes.append(sizes.pop())
+    return shapes
+
+
+def _filled_pair(past: Sequence[torch.Tensor]) -> Any:
+    """A transformers cache of an encoder-decoder: keys and values of its tokens, which updates append to, and of the
+    encoder's, which stay; four tensors a layer."""
+    from transformers.cache_utils import EncoderDecoderCache
+
+    own = [tensor for start in range(0, len(past), 4) for tensor in past[start : start + 2]]
+    cross = [tensor for start in range(0, len(past), 4) for tensor in past[start + 2 : start + 4]]
+    return EncoderDecoderCache(filled_cache(own), filled_cache(cross))
