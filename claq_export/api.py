@@ -17,6 +17,7 @@ import claq_export
 
 from .cached import check_cache, decoding_inputs
 from .cached_seq2seq import check_parts, seq2seq_inputs
+from .calibration.data import Batch
 from .calibration.peers import Peers
 from .calibration.progress import ProgressReporter
 from .capture import (
@@ -341,7 +342,10 @@ def export(
                     artifact = compilation.emit(staged.path, out.parent)
                     if verify:
                         reports = _verified(compilation, staged.path, checks)
-                        verifications = {out.parent / name: replace(report, path=out.parent / name) for name, report in reports.items()}
+                        verifications = {
+                            out.parent / name: replace(report, path=out.parent / name)
+                            for name, report in reports.items()
+                        }
                     if memory is not None:
                         _compare_with_layers(compilation, artifact)
                     artifact = staged.publish(artifact)
@@ -444,12 +448,15 @@ def check_plan(compilation: Compilation, quantized: Sequence[str] = ()) -> None:
     raise ConfigError(f"there is no layer to quantize ({reasons or 'the model has none'})")
 
 
-def verification_inputs(captured: CapturedModel) -> list[list[dict[str, torch.Tensor]]]:
+def verification_inputs(
+    captured: CapturedModel, batches: Sequence[Batch] | None = None
+) -> list[list[dict[str, torch.Tensor]]]:
     """Inputs to compare runs with, for each graph that goes into a file: the steps of a generation, or the example, as it was
-    given too where capture enlarged it, and for text models a padded batch of other sizes."""
+    given too where capture enlarged it, and for text models a padded batch of other sizes. An encoder-decoder that hears
+    gets the first of the calibration ``batches``, if there are any."""
     graph = captured.emitted[0]
     if graph.part:
-        return seq2seq_inputs(captured)
+        return seq2seq_inputs(captured, batches[0] if batches else None)
     if graph.cached:
         return [decoding_inputs(graph)]
     samples = [dict(graph.example_inputs)]
@@ -474,7 +481,7 @@ class _Check:
 
 def _checks(compilation: Compilation) -> list[_Check]:
     """One for each graph that goes into a file, recorded before they are rewritten."""
-    samples = verification_inputs(compilation.captured)
+    samples = verification_inputs(compilation.captured, compilation.batches())
     return [
         _Check(inputs, _Recorded(graph, inputs)) for graph, inputs in zip(compilation.emitted, samples, strict=True)
     ]

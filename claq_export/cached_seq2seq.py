@@ -47,17 +47,25 @@ class Generation:
         return logits
 
 
-def seq2seq_inputs(captured: CapturedModel) -> list[list[Inputs]]:
-    """For each of the three graphs its inputs in a generation of a few greedy steps, which begins with two tokens; of models
-    that read tokens, for a padded batch."""
+def seq2seq_inputs(captured: CapturedModel, batch: Mapping[str, torch.Tensor] | None = None) -> list[list[Inputs]]:
+    """For each of the three graphs its inputs in a generation of a few greedy steps, which begins with two tokens.
+
+    Args:
+        captured: the whole model, with its three graphs.
+        batch: calibration data; of a model that reads no tokens the first two samples are encoded. Tokens of models that read
+            them are those of a padded batch.
+    """
     parts = captured.file_graphs
     encoder = parts[0]
     encoded = dict(encoder.example_inputs)
-    if captured.tokenizer is not None and "input_ids" in encoder.input_names:
-        encoded = encoder.inputs_from_tokens([captured.tokenizer(text)["input_ids"] for text in TEXTS])
+    if "input_ids" in encoder.input_names:
+        if captured.tokenizer is not None:
+            encoded = encoder.inputs_from_tokens([captured.tokenizer(text)["input_ids"] for text in TEXTS])
+    elif batch is not None:
+        encoded = {name: batch[name][:2].to(example.dtype) for name, example in encoded.items()}
     run = Generation(parts, encoded)
-    batch = next(iter(encoded.values())).shape[0]
-    tokens = torch.full((batch, 2), captured.start_token_id)
+    rows = next(iter(encoded.values())).shape[0]
+    tokens = torch.full((rows, 2), captured.start_token_id)
     for _ in range(1 + DECODE_STEPS):
         tokens = run.step(tokens)[:, -1:].argmax(-1)
     return run.inputs
@@ -87,9 +95,7 @@ def check_parts(whole: CapturedModel, parts: Sequence[CapturedModel], steps: Seq
     return agreeing(relative_difference(found, expected))
 
 
-def greedy_tokens(
-    captured: CapturedModel, encoded: Mapping[str, torch.Tensor], limit: int
-) -> list[torch.Tensor]:
+def greedy_tokens(captured: CapturedModel, encoded: Mapping[str, torch.Tensor], limit: int) -> list[torch.Tensor]:
     """What the model writes for a batch, the likeliest token at each step: what a decoder reads to write it.
 
     Args:

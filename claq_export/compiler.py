@@ -179,7 +179,7 @@ class Compilation:
         """
         if self._batches is None and self.config.calibration != NO_CALIBRATION:
             with self.timed("calibration data"):
-                self._batches = load_calibration(self.captured, self.config)
+                self._batches = load_calibration(self.captured, self.config, self.reporter, whole=self.memory is None)
         return self._batches
 
     def quantize(self, work: Path | None = None, resume: bool | None = None) -> None:
@@ -379,7 +379,9 @@ class Compilation:
         assert self._context is not None
         level, keep = self.config.accuracy_level, self.keep_unfused
         into_file = not self._file_plans
-        self._unfused = [lower(self.captured.graph_module, self._context, layers, level, fuse=into_file, keep_unfused=keep)]
+        self._unfused = [
+            lower(self.captured.graph_module, self._context, layers, level, fuse=into_file, keep_unfused=keep)
+        ]
         if self._file_plans:
             self._unfused = [
                 lower_file_graph(graph, plan, layers, level, keep_unfused=keep) for graph, plan in self._planned_files()
@@ -504,7 +506,9 @@ class Compilation:
                 floating = next((t.dtype for t in state.values() if t.is_floating_point()), self.dtype)
                 declare_quantized(out.parent, self.true_bits, floating)
             if self.emitted[0].task == CACHED_TASK:
-                genai = write_genai_config(out.parent, out.name, self.emitted[0].file_shapes, source if at_home else None)
+                genai = write_genai_config(
+                    out.parent, out.name, self.emitted[0].file_shapes, source if at_home else None
+                )
                 companions += [genai] if genai else []
             save_checkpoint(
                 out.parent,

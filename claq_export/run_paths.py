@@ -114,7 +114,7 @@ def check_could_be_written(out: str | Path | None, report: str | Path | None) ->
 
 
 def _calibration_file(calibration: object) -> Path | None:
-    """The file that calibration data are read from, if that is what the setting names.
+    """The file, or the folder of recordings, that calibration data are read from, if that is what the setting names.
 
     Raises:
         CalibrationError: it does not exist.
@@ -122,7 +122,7 @@ def _calibration_file(calibration: object) -> Path | None:
     if not isinstance(calibration, str | Path) or str(calibration) in (DEFAULT_CALIBRATION, NO_CALIBRATION):
         return None
     path = Path(calibration)
-    if not os.path.isfile(path):
+    if not os.path.isfile(path) and not os.path.isdir(path):
         raise CalibrationError(f"calibration file {str(path)!r} does not exist or is not a file")
     return path
 

@@ -71,7 +71,8 @@ def print_result(console: Console, result: ExportResult) -> None:
     weights = sum(layer.out_features * layer.in_features for layer in result.layers)
     nbytes = sum(layer.nbytes for layer in result.layers)
     ratio = result.original_bytes / result.artifact_bytes
-    table.add_row("artifact", Text(str(result.artifact.path)))
+    first, *others = result.artifact.models
+    table.add_row("artifact", Text(", ".join([str(first), *(other.name for other in others)])))
     table.add_row(
         "size", f"{megabytes(result.original_bytes)} -> {megabytes(result.artifact_bytes)} ({ratio:.2f} times smaller)"
     )
@@ -90,16 +91,16 @@ def print_result(console: Console, result: ExportResult) -> None:
     table.add_row("time", _seconds(result.seconds))
     table.add_row("quantization", _seconds(result.quantization_seconds))
     console.print(table)
-    if result.verification is not None:
-        print_verification(console, result.verification)
+    for path, report in result.verifications.items():
+        print_verification(console, report, path.name if others else "")
 
 
 def _seconds(spent: Mapping[str, float]) -> str:
     return ", ".join(f"{step} {seconds:.1f} s" for step, seconds in spent.items())
 
 
-def print_verification(console: Console, report: VerificationReport) -> None:
-    """Agreement of the runs, distance from the unquantized model, latencies."""
+def print_verification(console: Console, report: VerificationReport, file: str = "") -> None:
+    """Agreement of the runs, distance from the unquantized model, latencies; ``file`` is the model file's name, of several."""
     labels = {
         "original": "unquantized, ONNX Runtime",
         "stock": "artifact, ONNX Runtime alone",
@@ -108,7 +109,8 @@ def print_verification(console: Console, report: VerificationReport) -> None:
     }
     if "runtime, fp32" in report.runs:
         labels["runtime"] += ", int8"
-    table = Table(title=f"verified with ONNX Runtime {report.onnxruntime}", title_justify="left")
+    title = f"{file} verified" if file else "verified"
+    table = Table(title=f"{title} with ONNX Runtime {report.onnxruntime}", title_justify="left")
     for heading in ("run", "agrees with PyTorch within", "session", "latency"):
         table.add_column(heading, justify="left" if heading == "run" else "right")
     for name in labels:

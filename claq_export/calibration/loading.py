@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
 import torch
 
 from ..capture import CapturedModel
+from ..capture.tasks import DECODER_TOKENS, SPECTRUM
 from ..config import DEFAULT_CALIBRATION, DEFAULT_SAMPLES, DEFAULT_SENTENCES, Config
 from ..errors import CalibrationError
+from ..inputs import names_in_npz
 from ..passes.attributes import get_attribute
 from .data import (
     Batch,
@@ -22,6 +24,9 @@ from .data import (
     split_sentences,
     tokenize_texts,
 )
+from .pairs import is_pair_of_sequences, with_decoder_tokens
+from .progress import ProgressReporter
+from .speech import is_speech, read_speech
 
 DEFAULT_TEXT = Path(__file__).parent / "texts" / "state_of_the_union.txt"
 
@@ -33,14 +38,25 @@ _TEXTS_A_SAMPLE = 100
 """Texts of a Python iterable that are read for each calibration sample at most; short ones are joined for decoders."""
 
 
-def load_calibration(captured: CapturedModel, config: Config) -> list[Batch]:
+def load_calibration(
+    captured: CapturedModel, config: Config, reporter: ProgressReporter | None = None, *, whole: bool = True
+) -> list[Batch]:
     """The calibration batches ``config`` asks for.
+
+    Args:
+        captured: the model; an encoder-decoder writes what its decoder reads where the data do not give it.
+        config: the settings.
+        reporter: told of that; silent by default.
+        whole: whether the model's weights may all be in memory.
 
     Raises:
         CalibrationError: the data cannot be read, is not enough, or does not fit the model.
     """
     batches = _load(captured, config)
     _check_lookups(captured, batches)
+    if is_pair_of_sequences(captured):
+        size = config.batch_size or _SAMPLES_A_BATCH
+        batches = with_decoder_tokens(captured, batches, size, reporter or ProgressReporter(quiet=True), whole=whole)
     return batches
 
 
@@ -55,7 +71,7 @@ def _check_lookups(captured: CapturedModel, batches: Sequence[Batch]) -> None:
     for node in captured.graph_module.graph.nodes:
         if node.target is not torch.ops.aten.embedding.default or node.args[1] not in names:
             continue
-        if node.args[0].op != "get_attr":
+        if node.args[0].op != "get_attr" or names[node.args[1]] not in batches[0]:
             continue
         table, name = str(node.args[0].target), names[node.args[1]]
         rows = get_attribute(captured.graph_module, table).shape[0]
@@ -81,15 +97,22 @@ def _load(captured: CapturedModel, config: Config) -> list[Batch]:
         if first and isinstance(first[0], str):
             texts = iterate_texts(chain(first, islice(items, _TEXTS_A_SAMPLE * samples)))
             return _batches_of_texts(texts, captured, config, samples)
-        return batches_from_iterable(chain(first, items), captured.input_names, captured.example_inputs, samples)
+        given = first[0] if first and isinstance(first[0], Mapping) else captured.input_names
+        return batches_from_iterable(chain(first, items), _names(captured, given), captured.example_inputs, samples)
     if Path(source).suffix.lower() == ".npz":
-        rows = read_arrays(source, captured.input_names, samples, config.seed)
-        batches = batches_from_iterable(rows, captured.input_names, captured.example_inputs, samples)
+        names = _names(captured, names_in_npz(Path(source), CalibrationError))
+        rows = read_arrays(source, names, samples, config.seed)
+        batches = batches_from_iterable(rows, names, captured.example_inputs, samples)
         return group_equal_shapes(batches, config.batch_size or _SAMPLES_A_BATCH)
+    if SPECTRUM in captured.input_names and source != DEFAULT_CALIBRATION and is_speech(source):
+        return group_equal_shapes(
+            read_speech(source, captured, samples, config.seed), config.batch_size or _SAMPLES_A_BATCH
+        )
     if "input_ids" not in captured.input_names:
+        recordings = "recordings (an audio file, or a folder of them), " if SPECTRUM in captured.input_names else ""
         raise CalibrationError(
-            f"the model reads {', '.join(captured.input_names)}, which no text can give; calibrate it with a .npz file (an "
-            "array for each input, a sample a row), with batches from Python, or with --calibration none"
+            f"the model reads {', '.join(captured.input_names)}, which no text can give; calibrate it with {recordings}a .npz "
+            "file (an array for each input, a sample a row), with batches from Python, or with --calibration none"
         )
     if source != DEFAULT_CALIBRATION:
         return _batches_of_texts(read_texts(source), captured, config, samples)
@@ -97,8 +120,15 @@ def _load(captured: CapturedModel, config: Config) -> list[Batch]:
     if captured.task != "text-generation":
         # What encoders are given at inference is mostly short; see docs/algorithm.md for what that brings.
         documents = [sentence for text in documents for sentence in split_sentences(text)]
-        samples = config.samples or DEFAULT_SENTENCES
+        samples = config.samples or (DEFAULT_SAMPLES if is_pair_of_sequences(captured) else DEFAULT_SENTENCES)
     return _batches_of_texts(documents, captured, config, samples)
+
+
+def _names(captured: CapturedModel, given: Iterable[str]) -> tuple[str, ...]:
+    """The inputs that calibration data must hold: all, but of an encoder-decoder not the decoder's tokens unless they are
+    given."""
+    written = is_pair_of_sequences(captured) and DECODER_TOKENS not in given
+    return tuple(name for name in captured.input_names if not (written and name == DECODER_TOKENS))
 
 
 def default_sequence_length(captured: CapturedModel) -> int:
@@ -119,7 +149,7 @@ def _batches_of_texts(texts: Iterable[str], captured: CapturedModel, config: Con
     samples = tokenize_texts(
         texts,
         captured.tokenizer,
-        input_names=captured.input_names,
+        input_names=_names(captured, ()),
         samples=count,
         sequence_length=length,
         seed=config.seed,

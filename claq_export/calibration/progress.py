@@ -113,6 +113,11 @@ class ProgressReporter:
                 last += f"  {fields['true_bits']:.2f} bits  error {fields['error']:.2e}"
             self._progress.update(self._task, advance=1, last=last)
 
+    def advance(self) -> None:
+        """One of several things that are no layers is done."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, advance=1)
+
     def finish_layers(self) -> None:
         """Stop the live line."""
         if self._progress is not None:

@@ -6,7 +6,7 @@ from .captured import CACHED, ENCODER, CapturedModel, Source, graph_digest, text
 from .decoder import CACHED_TASK, capture_decoder
 from .module import capture_module
 from .pretrained import capture_pretrained, load_pretrained
-from .reread import let_go_of_weights, restore_weights
+from .reread import let_go_of_weights, restore_weights, weights_in_memory
 from .seq2seq import capture_parts
 from .tasks import TASKS, Task, TaskModel
 
@@ -28,4 +28,5 @@ __all__ = [
     "load_pretrained",
     "restore_weights",
     "text_inputs",
+    "weights_in_memory",
 ]

@@ -7,7 +7,8 @@ needed for moments only, so each one that is what its file holds, value for valu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import fx, nn
@@ -45,6 +46,25 @@ def let_go_of_weights(model: TaskModel, graphs: Sequence[fx.GraphModule]) -> Non
             for target in found.pop(identity, ()):
                 replace_tensor(graph, target, replacement)
     collect_garbage()
+
+
+@contextmanager
+def weights_in_memory(graphs: Sequence[fx.GraphModule]) -> Iterator[None]:
+    """Inside the block graphs have the values of all their weights; afterwards the stand-ins are back."""
+    stand_ins = [
+        (graph, target, tensor)
+        for graph in graphs
+        for targets in _targets_by_identity(graph).values()
+        for target in targets
+        if is_deferred(tensor := get_attribute(graph, target))
+    ]
+    restore_weights(graphs)
+    try:
+        yield
+    finally:
+        for graph, target, tensor in stand_ins:
+            replace_tensor(graph, target, tensor)
+        collect_garbage()
 
 
 def restore_weights(graphs: Sequence[fx.GraphModule]) -> None:

@@ -43,7 +43,11 @@ class Seq2SeqPart(TaskModel):
 
     def __init__(self, task_model: TaskModel, part: str, state: Sequence[tuple[int, int]]) -> None:
         super().__init__(task_model.model, task_model.task, task_model.source)
-        self.whole, self.part, self.state = [task_model], part, tuple(state)  # a list: its parameters are those of self.model
+        self.whole, self.part, self.state = (
+            [task_model],
+            part,
+            tuple(state),
+        )  # a list: its parameters are those of self.model
         self.reads_tokens = "input_ids" in task_model.input_names
         self.task = task_model.task + CACHED
         mask = ("encoder_attention_mask",) if self.reads_tokens else ()
@@ -72,7 +76,8 @@ class Seq2SeqPart(TaskModel):
         """Run the part; tensors in the order of ``input_names``, results in that of ``output_names``."""
         named = dict(zip(self.input_names, tensors, strict=True))
         if self.part == ENCODER:
-            return self.model.get_encoder()(**named, return_dict=True).last_hidden_state
+            encoder: Any = self.model.get_encoder()  # type: ignore[operator]
+            return encoder(**named, return_dict=True).last_hidden_state
         past = tensors[len(tensors) - 4 * len(self.state) :] if self.part == NEXT_STEP else ()
         cache = _filled_pair(past)
         hidden = named.get("encoder_hidden_states")
@@ -80,14 +85,7 @@ class Seq2SeqPart(TaskModel):
             # Its keys and values are cached: nothing reads more of it than its shape.
             size = int(self.config.get_text_config().hidden_size)
             hidden = past[2].new_zeros(past[2].shape[0], past[2].shape[2], size)
-        result = self.model(
-            encoder_outputs=(hidden,),
-            attention_mask=named.get("encoder_attention_mask"),
-            decoder_input_ids=named["input_ids"],
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-        )
+        result = _decode(self.model, hidden, named.get("encoder_attention_mask"), named["input_ids"], cache)
         caches = (cache.self_attention_cache, cache.cross_attention_cache)
         kept = caches if self.part == FIRST_STEP else caches[:1]
         state = [
@@ -148,9 +146,12 @@ def capture_parts(model: TaskModel) -> tuple[CapturedModel, ...]:
         CaptureError: the model's cache is not keys and values of its own tokens and of the encoder's, or a graph cannot be
             captured.
     """
-    state = cache_shapes(model)
-    dtype = next(model.model.parameters()).dtype
-    return tuple(_capture_part(Seq2SeqPart(model, part, state), dtype) for part in PARTS)
+    try:
+        state = cache_shapes(model)
+        dtype = next(model.model.parameters()).dtype
+        return tuple(_capture_part(Seq2SeqPart(model, part, state), dtype) for part in PARTS)
+    except CaptureError as error:
+        raise CaptureError(f"{error}; without a cache it may be captured (--no-cache)") from error
 
 
 def _capture_part(part: Seq2SeqPart, dtype: torch.dtype) -> CapturedModel:
@@ -169,10 +170,23 @@ def _capture_part(part: Seq2SeqPart, dtype: torch.dtype) -> CapturedModel:
             if want.shape != have.shape or not torch.allclose(have, want, rtol=1e-3, atol=1e-4):
                 raise CaptureError(
                     f"the graph of the {part.part} of {type(part.model).__name__} disagrees with the model in {name} for a "
-                    f"batch of {batch} with {sequence} new, {encoded} encoded and {past} cached tokens; without cache it can "
-                    "be exported (--no-cache)"
+                    f"batch of {batch} with {sequence} new, {encoded} encoded and {past} cached tokens"
                 )
     return captured
+
+
+def _decode(model: Any, hidden: torch.Tensor, mask: torch.Tensor | None, tokens: torch.Tensor, cache: Any) -> Any:
+    """A step of the decoder, by the model's own forward; no ``cache``: it makes one."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    return model(
+        encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+        attention_mask=mask,
+        decoder_input_ids=tokens,
+        past_key_values=cache,
+        use_cache=True,
+        return_dict=True,
+    )
 
 
 def cache_shapes(task_model: TaskModel) -> list[tuple[int, int]]:
@@ -182,21 +196,25 @@ def cache_shapes(task_model: TaskModel) -> list[tuple[int, int]]:
         CaptureError: the model keeps something else between steps.
     """
     title = type(task_model.model).__name__
-    with torch.no_grad():
-        result = task_model.model(
-            **task_model.example_inputs(1, 4), use_cache=True, return_dict=True
-        )
+    inputs = task_model.example_inputs(1, 4)
+    encoder = Seq2SeqPart(task_model, ENCODER, ())
+    try:
+        with torch.no_grad():
+            hidden = encoder(*(inputs[name] for name in encoder.input_names))
+            result = _decode(task_model.model, hidden, inputs.get("attention_mask"), inputs[DECODER_TOKENS], None)
+    except Exception as error:  # models refuse a cache in their own ways; each is the reason
+        raise CaptureError(f"{title} does not run with a cache: {str(error).strip().splitlines()[0][:200]}") from error
     cache = getattr(result, "past_key_values", None)
     pair = [getattr(cache, f"{kind}_attention_cache", None) for kind in ("self", "cross")]
     layers = [list(getattr(one, "layers", ())) for one in pair]
     if not layers[0] or len(layers[0]) != len(layers[1]):
-        raise CaptureError(f"{title} keeps no cache of keys and values between steps; export it with --no-cache")
+        raise CaptureError(f"{title} keeps no cache of keys and values between steps")
     shapes = []
     for index, (own, cross) in enumerate(zip(*layers, strict=True)):
         tensors = [getattr(layer, name, None) for layer in (own, cross) for name in ("keys", "values")]
         sizes = {(int(t.shape[1]), int(t.shape[3])) for t in tensors if isinstance(t, torch.Tensor) and t.dim() == 4}
         if len(sizes) != 1 or any(not isinstance(tensor, torch.Tensor) for tensor in tensors):
-            raise CaptureError(f"layer {index} of {title} keeps no keys and values of one size; export it with --no-cache")
+            raise CaptureError(f"layer {index} of {title} keeps no keys and values of one size")
         shapes.append(sizes.pop())
     return shapes
 

@@ -38,10 +38,6 @@ def _place(offset: int, size: int) -> int:
     return -(-offset // unit) * unit
 
 
-def _is_external(value: ir.Value) -> bool:
-    return value.const_value is not None and value.const_value.nbytes >= INLINE_BELOW
-
-
 def _write_external(model: ir.Model, names: Sequence[str], data: BinaryIO) -> tuple[dict[str, int], str]:
     """Write initializers to ``data``; returns the offset of each and the digest of all."""
     offset = 0
@@ -104,7 +100,11 @@ def write_model(
         OutputError: the files cannot be written; nothing is left behind then.
     """
     data_path = None
-    external = {name: value.const_value for name, value in model.graph.initializers.items() if _is_external(value)}
+    external = {
+        name: value.const_value
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None and value.const_value.nbytes >= INLINE_BELOW
+    }
     places: dict[str, tuple[str, int]] = {}
     if shared is not None:
         found = {name: shared.find(_content(tensor)) for name, tensor in external.items()}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .json_file import is_text, parse_json_object, read_json_object
 from .model_config import check_sizes
-from .npz_file import read_npz
+from .npz_file import names_in_npz, read_npz
 from .paths import contained
 from .safetensors_file import SafetensorsFile, TensorInfo, parse_header
 
@@ -28,6 +28,7 @@ __all__ = [
     "check_sizes",
     "contained",
     "is_text",
+    "names_in_npz",
     "parse_header",
     "parse_json_object",
     "read_json_object",

@@ -53,11 +53,9 @@ def read_npz(
             or the arrays are larger than ``limit`` bytes together.
     """
     where = f"{str(path)!r}"
-    if not path.is_file():
-        raise error(f"{where} does not exist or is not a file")
     try:
-        with zipfile.ZipFile(path) as archive:
-            held = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+        with _opened(path, error) as archive:
+            held = _entries(archive)
             missing = [name for name in names if name not in held]
             if missing:
                 found = ", ".join(map(repr, held))[:400] or "none"
@@ -80,6 +78,30 @@ def read_npz(
             return arrays
     except _DAMAGED as problem:
         raise error(f"{where} is not a readable .npz archive: {problem}") from None
+
+
+def names_in_npz(path: Path, error: type[ClaqError]) -> list[str]:
+    """The names of an archive's arrays.
+
+    Raises:
+        error: the file is missing or damaged.
+    """
+    try:
+        with _opened(path, error) as archive:
+            return list(_entries(archive))
+    except _DAMAGED as problem:
+        raise error(f"{str(path)!r} is not a readable .npz archive: {problem}") from None
+
+
+def _opened(path: Path, error: type[ClaqError]) -> zipfile.ZipFile:
+    if not path.is_file():
+        raise error(f"{str(path)!r} does not exist or is not a file")
+    return zipfile.ZipFile(path)
+
+
+def _entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """By name of the array."""
+    return {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
 
 
 def _array(stream: IO[bytes], size: int, name: str) -> npt.NDArray[np.generic]:

@@ -425,7 +425,9 @@ def test_what_the_plan_rules_out_is_refused_before_calibration(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("claq_export.compiler.load_calibration", lambda *_: pytest.fail("calibration data was read"))
+    monkeypatch.setattr(
+        "claq_export.compiler.load_calibration", lambda *_, **__: pytest.fail("calibration data was read")
+    )
     out = [] if "--dry-run" in options else ["--out", "out/model.onnx"]
     assert main([str(tiny_bert), "--calibration", "text.txt", "--quiet", *out, *options]) == status
     assert named in capsys.readouterr().err
