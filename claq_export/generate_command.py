@@ -12,11 +12,12 @@ from .inputs import is_text
 from .option_types import not_negative
 from .standard_output import to_standard_output
 
-_DESCRIPTION = """Generate text from an exported causal language model, token by token, with ONNX Runtime and (where it is
-installed) claq-runtime.
+_DESCRIPTION = """Generate text from an exported language model, token by token, with ONNX Runtime and (where it is installed)
+claq-runtime. A causal model goes on with the prompt, an encoder-decoder (T5, BART, Marian) answers it.
 
-example:
+examples:
   claq-export generate ./smol --prompt "The capital of France is" --max-new-tokens 32
+  claq-export generate ./t5 --prompt "translate English to German: The house is small."
 """
 
 
@@ -28,8 +29,10 @@ def add_generate_command(subparsers: Any) -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="FOLDER", help="folder of an artifact, or its model.onnx")
-    parser.add_argument("--prompt", required=True, help="text to go on with; - reads it from standard input")
+    parser.add_argument("model", metavar="FOLDER", help="folder of an artifact, or a causal model's model.onnx")
+    parser.add_argument(
+        "--prompt", required=True, help="text to go on with, or to answer; - reads it from standard input"
+    )
     parser.add_argument(
         "--chat", action="store_true", help="wrap the prompt in the model's chat template, as a user's turn"
     )
@@ -63,24 +66,27 @@ def run_generate(options: argparse.Namespace) -> None:
     """
     from .evaluation.models import open_tokenizer, runtime_library
     from .generation import Generator
+    from .generation_seq2seq import Seq2SeqGenerator, is_seq2seq_folder
 
     path = Path(options.model)
     library = runtime_library(options.library)
-    generator = Generator(path, library, options.threads)
-    tokenizer = open_tokenizer(generator.path.parent, chosen=options.tokenizer)
-    prompt = _prompt(options.prompt)
-    ids = _encode(tokenizer, prompt, options.chat)
-    stop = _stop_tokens(tokenizer, generator.path.parent)
-    drawn = generator.tokens(
-        ids,
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-        stop=stop,
+    answers = is_seq2seq_folder(path)
+    generator = (
+        Seq2SeqGenerator(path, library, options.threads) if answers else Generator(path, library, options.threads)
     )
-    if not options.chat:
-        _show(prompt)
+    folder = path if isinstance(generator, Seq2SeqGenerator) else generator.path.parent
+    tokenizer = open_tokenizer(folder, chosen=options.tokenizer)
+    prompt = _prompt(options.prompt)
+    stop = _stop_tokens(tokenizer, folder)
+    chosen = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed, "stop": stop}
+    ids = _encode(tokenizer, prompt, options.chat)
+    if isinstance(generator, Seq2SeqGenerator):
+        encoded = _encoded(ids, generator.inputs)
+        drawn = generator.tokens(encoded, _first_tokens(folder), options.max_new_tokens, **chosen)
+    else:
+        drawn = generator.tokens(ids, options.max_new_tokens, **chosen)
+        if not options.chat:
+            _show(prompt)
     shown, tokens = "", []
     for token in drawn:
         tokens.append(token)
@@ -91,12 +97,54 @@ def run_generate(options: argparse.Namespace) -> None:
             shown = text
     _show("\n")
     timing = generator.timing
+    if answers:
+        read = f"{len(ids)} prompt tokens in {timing.prefill_seconds:.2f} s"
+    else:
+        read = f"{timing.prompt_tokens} prompt tokens at {timing.prefill_rate:.1f} tokens/s"
     print(
-        f"{timing.prompt_tokens} prompt tokens at {timing.prefill_rate:.1f} tokens/s, "
-        f"{timing.new_tokens} new ones at {timing.decode_rate:.1f} tokens/s "
+        f"{read}, {timing.new_tokens} new ones at {timing.decode_rate:.1f} tokens/s "
         f"({'claq-runtime' if library else 'ONNX Runtime alone'})",
         file=sys.stderr,
     )
+
+
+def _encoded(ids: list[int], names: tuple[str, ...]) -> dict[str, Any]:
+    """What an encoder reads.
+
+    Raises:
+        ConfigError: it reads no tokens.
+    """
+    import numpy as np
+
+    from .capture.tasks import SPECTRUM
+
+    if SPECTRUM in names:
+        raise ConfigError(
+            "this model hears speech, which no prompt can give; examples/transcribe.py transcribes with it"
+        )
+    tokens = np.array([ids], np.int64)
+    return {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
+
+
+def _first_tokens(folder: Path) -> list[int]:
+    """What an encoder-decoder's output begins after: the start token, and the language's where one is forced.
+
+    Raises:
+        ModelError: the folder's configuration does not tell.
+    """
+    from .capture.checkpoint import read_json
+
+    found: dict[str, Any] = {}
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            settings = read_json(folder / name)
+            found |= {
+                key: settings[key] for key in ("decoder_start_token_id", "forced_bos_token_id") if key in settings
+            }
+    start, forced = found.get("decoder_start_token_id"), found.get("forced_bos_token_id")
+    if not isinstance(start, int):
+        raise ModelError(f"{folder / 'config.json'} names no decoder_start_token_id, so the output cannot begin")
+    return [start, forced] if isinstance(forced, int) else [start]
 
 
 def _prompt(option: str) -> str:

@@ -1,10 +1,13 @@
-"""Text generation from an ONNX artifact with a key/value cache: prefill, steps, sampling; NumPy and ONNX Runtime."""
+"""Text generation from an ONNX artifact with a key/value cache: prefill, steps, sampling; NumPy and ONNX Runtime.
+
+Encoder-decoders: generation_seq2seq.py.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,79 @@ class Timing:
         return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: most tokens to generate.
+        temperature: 0 = always the likeliest token.
+        top_p: sample from the likeliest tokens that make up this share of the probability.
+        seed: of the draws.
+        stop: tokens that end the text; they are not yielded.
+
+    Raises:
+        ConfigError: one is out of range.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"max_new_tokens must be positive, temperature finite and at least 0 and top_p in (0, 1]; got "
+                f"{self.max_new_tokens}, {self.temperature}, {self.top_p}"
+            )
+        if self.seed is not None and self.seed < 0:
+            raise ConfigError(f"the seed must be at least 0, got {self.seed}")
+
+    def draw(
+        self, step: Callable[[Sequence[int]], npt.NDArray[Any]], first: Sequence[int], timing: Timing, path: Path
+    ) -> Iterator[int]:
+        """Generate tokens, one at a time.
+
+        Args:
+            step: reads further tokens; logits ``[1, tokens, vocabulary]``.
+            first: what it reads first, at least one token.
+            timing: is told how long each took; what is spent before the first call counts as the prefill's.
+            path: of the model, for the message.
+
+        Raises:
+            ConfigError: at once: there is no token to begin with.
+            ModelError: while tokens are drawn: ``step`` raises it, or the model's logits are NaN.
+        """
+        if not first:
+            raise ConfigError("the prompt has no tokens")
+        return self._draw(step, list(first), timing, path)
+
+    def _draw(
+        self, step: Callable[[Sequence[int]], npt.NDArray[Any]], new: list[int], timing: Timing, path: Path
+    ) -> Iterator[int]:
+        random = np.random.default_rng(self.seed)
+        length = 0
+        for _ in range(self.max_new_tokens):
+            start = time.perf_counter()
+            logits = step(new)
+            length += len(new)
+            if np.isnan(logits[0, -1]).any():
+                raise ModelError(f"{path} gives NaN as logits after {length} tokens")
+            token = _pick(logits[0, -1], self.temperature, self.top_p, random)
+            elapsed = time.perf_counter() - start
+            if timing.new_tokens == 0:
+                timing.prefill_seconds += elapsed
+            else:
+                timing.decode_seconds += elapsed
+            timing.new_tokens += 1
+            if token in self.stop:
+                return
+            yield token
+            new = [token]
+
+
 @dataclass
 class Generator:
     """A causal language model in ONNX Runtime, one sequence at a time.
@@ -73,10 +149,7 @@ class Generator:
         if not self.path.is_file():
             file = self.path if self.path.suffix == ".onnx" else self.path / "model.onnx"
             raise ModelError(f"{self.path} does not exist; write it with: claq-export MODEL --out {file}")
-        try:
-            self.session = open_session(self.path, self.library, self.threads)
-        except Exception as error:  # onnxruntime's exception classes have no public common base
-            raise ModelError(f"ONNX Runtime {ort.__version__} cannot load {self.path}: {error}") from error
+        self.session = loaded(self.path, self.library, self.threads)
         self._inputs = {value.name: value for value in self.session.get_inputs()}
         self._outputs = [value.name for value in self.session.get_outputs()]
         past = [name for name in self._inputs if name.startswith(PAST)]
@@ -104,56 +177,24 @@ class Generator:
 
         Args:
             prompt: token ids, at least one.
-            max_new_tokens: most tokens to generate.
-            temperature: 0 = always the likeliest token.
-            top_p: sample from the likeliest tokens that make up this share of the probability.
-            seed: of the draws.
-            stop: tokens that end the text; they are not yielded.
+            max_new_tokens, temperature, top_p, seed, stop: see :class:`Sampling`.
 
         Raises:
-            ConfigError: at once: a setting is out of range.
+            ConfigError: at once: a setting is out of range, or there is no token to begin with.
             ModelError: while tokens are drawn: ONNX Runtime refuses them, or the model's logits are NaN.
         """
-        if not prompt:
-            raise ConfigError("the prompt has no tokens")
-        if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-            raise ConfigError(
-                f"max_new_tokens must be positive, temperature finite and at least 0 and top_p in (0, 1]; got {max_new_tokens}, "
-                f"{temperature}, {top_p}"
-            )
-        if seed is not None and seed < 0:
-            raise ConfigError(f"the seed must be at least 0, got {seed}")
-        self.timing = Timing(prompt_tokens=len(prompt))
-        return self._draw(prompt, max_new_tokens, temperature, top_p, np.random.default_rng(seed), stop)
-
-    def _draw(
-        self,
-        prompt: Sequence[int],
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        random: np.random.Generator,
-        stop: Sequence[int],
-    ) -> Iterator[int]:
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop))
         past = self.empty_cache()
-        new, length = list(prompt), 0
-        for _ in range(max_new_tokens):
-            start = time.perf_counter()
+        length = 0
+
+        def step(new: Sequence[int]) -> npt.NDArray[Any]:
+            nonlocal past, length
             logits, past = self.step(np.array([new], np.int64), length, past)
             length += len(new)
-            if np.isnan(logits[0, -1]).any():
-                raise ModelError(f"{self.path} gives NaN as logits after {length} tokens")
-            token = _pick(logits[0, -1], temperature, top_p, random)
-            elapsed = time.perf_counter() - start
-            if self.timing.new_tokens == 0:
-                self.timing.prefill_seconds = elapsed
-            else:
-                self.timing.decode_seconds += elapsed
-            self.timing.new_tokens += 1
-            if token in stop:
-                return
-            yield token
-            new = [token]
+            return logits
+
+        self.timing = Timing(prompt_tokens=len(prompt))
+        return sampling.draw(step, prompt, self.timing, self.path)
 
     def empty_cache(self, batch: int = 1) -> list[Any]:
         """Keys and values of no token, one ``OrtValue`` an input."""
@@ -191,6 +232,18 @@ class Generator:
         except Exception as error:  # as above
             raise ModelError(f"{self.path} fails after {length} tokens: {error}") from error
         return logits.numpy(), state
+
+
+def loaded(path: Path, library: Path | None, threads: int) -> ort.InferenceSession:
+    """A session on a model file.
+
+    Raises:
+        ModelError: ONNX Runtime refuses it.
+    """
+    try:
+        return open_session(path, library, threads)
+    except Exception as error:  # onnxruntime's exception classes have no public common base
+        raise ModelError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}") from error
 
 
 def _pick(logits: npt.NDArray[Any], temperature: float, top_p: float, random: np.random.Generator) -> int:

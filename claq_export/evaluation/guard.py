@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..capture import load_pretrained
-from ..capture.tasks import TaskModel
+from ..capture.tasks import TASKS, TaskModel
 from ..errors import ConfigError, FormatError, ModelError
 from ..format import metadata
 from ..format.checkpoint import load_checkpoint
@@ -158,6 +158,10 @@ def guard(
         task or (_recorded_task(path) or "").removesuffix("-with-past") or None,
         trust_remote_code=trust_remote_code,
     )
+    if TASKS[task].seq2seq:
+        raise ConfigError(
+            f"verify has no measure for {task}; it compares causal language models, encoders and classifiers"
+        )
     if tokenizer is None:
         raise ConfigError(f"{original} has no tokenizer, so a text cannot be measured")
     length = window_length(context, _CONTEXT, model.max_sequence) if task == "text-generation" else 0
