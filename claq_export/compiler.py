@@ -44,7 +44,7 @@ from .file_graph import lower_file_graph, plan_file_graphs, release_weights, sha
 from .format import metadata
 from .format.checkpoint import quantized_stacks, save_checkpoint
 from .format.files import check_writable
-from .lowering import before_fusing, lower
+from .lowering import before_fusing, layers_in, lower
 from .passes import PassContext, Pipeline, Plan, planning_pipeline
 from .passes.select_linears import layer_name
 from .preflight import Preflight, predict_resources
@@ -441,6 +441,10 @@ class Compilation:
 
     def metadata(self, graph: CapturedModel) -> dict[str, str]:
         """What the ONNX file of a graph says about itself."""
+        held = layers_in(graph)
+        parts = {
+            name: done.site.parts for name, done in self.sites.items() if name in held and len(done.site.parts) > 1
+        }
         return {
             "claq.version": claq_export.__version__,
             "claq.config": json.dumps(self.config.to_json(), sort_keys=True),
@@ -449,8 +453,8 @@ class Compilation:
             "claq.source": Path(self.captured.source.path).name,
             "claq.source_sha256": self.captured.source.sha256,
             metadata.TASK: graph.task or "",
-            metadata.PARTS: json.dumps({name: d.site.parts for name, d in self.sites.items() if len(d.site.parts) > 1}),
-            metadata.TRANSPOSED: json.dumps(sorted(self.transposed)),
+            metadata.PARTS: json.dumps(parts),
+            metadata.TRANSPOSED: json.dumps(sorted(self.transposed & held)),
         }
 
     @property

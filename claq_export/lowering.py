@@ -9,7 +9,8 @@ from dataclasses import replace
 from torch import fx
 
 from .capture import CapturedModel
-from .format.layer import QuantizedLinear
+from .format.layer import TENSOR_NAMES, QuantizedLinear
+from .kernels.fused_ops import LAYER_OPERATORS
 from .passes import PassContext, fusing_pipeline, lowering_pipeline
 
 
@@ -42,6 +43,15 @@ def lower(
     unfused = copy.deepcopy(graph_module.graph) if keep_unfused else None
     fusing_pipeline().run(graph_module, context)
     return unfused
+
+
+def layers_in(captured: CapturedModel) -> set[str]:
+    """Names of the quantized layers that a lowered model reads."""
+    return {
+        str(node.args[1].target).removesuffix(f".{TENSOR_NAMES[0]}")
+        for node in captured.graph_module.graph.nodes
+        if node.target in LAYER_OPERATORS
+    }
 
 
 def before_fusing(captured: CapturedModel, unfused: fx.Graph) -> CapturedModel:

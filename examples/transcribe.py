@@ -22,7 +22,6 @@ from tokenizers import Tokenizer
 from transformers import WhisperFeatureExtractor
 
 PARTS = ("encoder", "decoder", "decoder_with_past")
-MOST_TOKENS = 224
 
 
 def open_session(model: Path) -> ort.InferenceSession:
@@ -44,14 +43,16 @@ def run(session: ort.InferenceSession, known: dict[str, ort.OrtValue]) -> dict[s
     return dict(zip(names, session.run_with_ort_values(names, feed), strict=True))
 
 
-def transcribe(sessions: list[ort.InferenceSession], spectrum: np.ndarray, first: list[int], end: int) -> list[int]:
-    """The likeliest token at each step. Keys and values of what was heard are made once, in the first step."""
+def transcribe(
+    sessions: list[ort.InferenceSession], spectrum: np.ndarray, first: list[int], end: int, most: int
+) -> list[int]:
+    """The likeliest token at each step, ``most`` of them at most. Keys and values of what was heard are made once, in the first step."""
     encoder, step, later = sessions
     value = ort.OrtValue.ortvalue_from_numpy
     hidden = run(encoder, {"input_features": value(spectrum)})["last_hidden_state"]
     known = {"encoder_hidden_states": hidden}
     new, found = first, []
-    while len(found) < MOST_TOKENS:
+    while len(found) < most:
         outputs = run(step, {**known, "input_ids": value(np.array([new], np.int64))})
         token = int(outputs.pop("logits").numpy()[0, -1].argmax())
         if token == end:
@@ -79,7 +80,8 @@ def main() -> None:
     if options.first:
         first = tokenizer.encode(options.first, add_special_tokens=False).ids
     sessions = [open_session(options.folder / f"{part}_model.onnx") for part in PARTS]
-    tokens = transcribe(sessions, spectrum, first, config["eos_token_id"])
+    most = config["max_target_positions"] - len(first)
+    tokens = transcribe(sessions, spectrum, first, config["eos_token_id"], most)
     print(tokenizer.decode(tokens, skip_special_tokens=True).strip())
 
 

@@ -99,3 +99,58 @@ def shard(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": {name: file for file, members in halves.items() for name in members}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def save_tiny_t5(folder: Path, seed: int = 0) -> Path:
+    """A T5 of one layer a side whose embedding is its head too, random weights and a tokenizer."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = save_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=vocabulary + 1,  # the last one is the end, which no text holds
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=1,
+        num_decoder_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+        eos_token_id=vocabulary,
+        initializer_factor=4.0,  # so large that it does not only repeat a token
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_whisper(folder: Path, seed: int = 0) -> Path:
+    """A Whisper of one layer a side that hears one second, random weights, a feature extractor and a tokenizer."""
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = save_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = WhisperConfig(
+        vocab_size=vocabulary + 1,
+        num_mel_bins=8,
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        max_source_positions=50,
+        max_target_positions=40,
+        init_std=0.2,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=vocabulary,
+        decoder_start_token_id=2,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    WhisperForConditionalGeneration(config).save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
+    return folder

@@ -1,0 +1,198 @@
+"""Encoder-decoders from folder to three files by the command line: T5 by text, Whisper by recordings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import soundfile
+import torch
+import transformers
+from tiny_models import save_tiny_t5, save_tiny_whisper
+
+import claq_export
+import claq_export.integrations.transformers
+import claq_runtime
+from claq_export.cli import main
+from claq_export.errors import ConfigError
+from claq_export.evaluation.guard import guard
+from claq_export.format.checkpoint import load_checkpoint
+from claq_export.generation_seq2seq import Seq2SeqGenerator, is_seq2seq_folder
+from claq_export.onnx_session import float32_arithmetic
+
+PARTS = ("encoder", "decoder", "decoder_with_past")
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+TOKENS = [2, 70, 71, 72, 90, 3]
+
+
+def recordings(folder: Path, count: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        soundfile.write(folder / f"{number}.wav", np.random.default_rng(number).standard_normal(16_000) * 0.1, 16_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_t5(tmp_path_factory.mktemp("models") / "t5")
+
+
+@pytest.fixture(scope="module")
+def exported(t5: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 at 4 bits, over what an earlier export left."""
+    folder = tmp_path_factory.mktemp("artifact")
+    (folder / "decoder_model.onnx.0123456789abcdef.data").write_bytes(b"of an earlier export")
+    assert main([str(t5), "--out", str(folder / "model.onnx"), "--samples", "8", "--quiet"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_whisper(tmp_path_factory.mktemp("models") / "whisper")
+
+
+@pytest.fixture(scope="module")
+def heard(whisper: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whisper")
+    calibration = recordings(folder / "recordings", 4)
+    assert main([str(whisper), "--out", str(folder / "model.onnx"), "--calibration", str(calibration), "--quiet"]) == 0
+    return folder
+
+
+def data_of(model: Path) -> dict[str, tuple[str, int]]:
+    """Initializer -> file and offset, of those outside of the model file."""
+    found = {}
+    for tensor in onnx.load(str(model), load_external_data=False).graph.initializer:
+        if tensor.external_data:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            found[tensor.name] = (entries["location"], int(entries["offset"]))
+    return found
+
+
+def test_three_files_share_their_data(exported: Path) -> None:
+    assert is_seq2seq_folder(exported)
+    assert not (exported / "model.onnx").exists()
+    encoder, first, later = (data_of(exported / f"{part}_model.onnx") for part in PARTS)
+    files = {place for held in (encoder, first, later) for place, _ in held.values()}
+    assert {path.name for path in exported.glob("*.data")} == files  # the earlier one is gone
+    assert sorted(name.split(".onnx.")[0] for name in files) == ["decoder_model", "encoder_model"]
+    assert later  # all of it in the data of the first two
+    assert {name: later[name] for name in later if name in first} == {
+        name: first[name] for name in later if name in first
+    }
+    shared = next(name for name in encoder if name.endswith("codes") and name in first)
+    assert encoder[shared] == first[shared]  # the embedding, which is the head too
+    assert load_checkpoint(exported).config["task"] == "text2text-generation-with-past"
+    assert json.loads((exported / "config.json").read_text())["quantization_config"]["quant_method"] == "claq"
+
+
+@pytest.mark.parametrize("with_library", [False, True], ids=["stock", "runtime"])
+def test_onnx_runtime_generates_as_transformers_does(exported: Path, with_library: bool) -> None:
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(exported)
+    assert type(model.lm_head).__name__ == "ClaqLinear"
+    found = []
+    with float32_arithmetic():
+        generator = Seq2SeqGenerator(exported, Path(claq_runtime.library_path()) if with_library else None)
+        for prompt in (TOKENS, [2, 70, 5, 6, 7, 3]):
+            tokens = torch.tensor([prompt])
+            wanted = model.generate(input_ids=tokens, max_new_tokens=12, do_sample=False, num_beams=1)[0, 1:].tolist()
+            encoded = {"input_ids": tokens.numpy(), "attention_mask": np.ones_like(tokens.numpy())}
+            assert list(generator.tokens(encoded, [0], 12)) == wanted
+            found.append(wanted)
+    assert found[0] != found[1]
+
+
+def test_load_gives_the_same_model(t5: Path, exported: Path) -> None:
+    fresh = transformers.AutoModelForSeq2SeqLM.from_config(transformers.AutoConfig.from_pretrained(t5)).eval()
+    loaded = claq_export.load(exported, fresh)
+    named = {"input_ids": torch.tensor([TOKENS]), "decoder_input_ids": torch.tensor([[0, 7, 9]])}
+    again = transformers.AutoModelForSeq2SeqLM.from_pretrained(exported)
+    with torch.no_grad():
+        assert torch.equal(loaded(**named).logits, again(**named).logits)
+
+
+def test_generate_answers(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(exported), "--prompt", "the people of the land", "--max-new-tokens", "5"]) == 0
+    out, err = capsys.readouterr()
+    assert out.strip()
+    assert not out.startswith("the people")
+    assert "prompt tokens in" in err
+    assert "5 new ones" in err
+
+
+def test_what_has_no_measure_is_refused(t5: Path, exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the people\n")
+    with pytest.raises(ConfigError, match="verify has no measure for text2text-generation"):
+        guard(exported / "decoder_model.onnx", t5, tmp_path / "text.txt", {"max_kl": 1.0})
+
+
+def test_last_logits_are_for_language_models(t5: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(t5), "--dry-run", "--last-logits", "--quiet"]) == 2
+    assert "last_logits is for language models with a key/value cache" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_with_a_limit_on_memory_the_files_are_the_same(t5: Path, tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(5, 60, (6, 9))
+    pairs = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "decoder_input_ids": tokens[:, :5]}
+    np.savez(tmp_path / "pairs.npz", **pairs)
+    for name, arguments in (("whole", ["--no-verify"]), ("limited", ["--memory", "4GB"])):
+        out = str(tmp_path / name / "model.onnx")
+        assert main([str(t5), "--out", out, "--calibration", str(tmp_path / "pairs.npz"), "--quiet", *arguments]) == 0
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "limited").iterdir())
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "limited" / name).read_bytes(), name
+
+
+def test_whisper_transcribes(heard: Path, tmp_path: Path) -> None:
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(heard)
+    extractor = transformers.WhisperFeatureExtractor.from_pretrained(heard)
+    assert (extractor.feature_size, extractor.n_samples) == (8, 16_000)
+    sound, _ = soundfile.read(heard / "recordings" / "2.wav", dtype="float32")
+    spectrum = extractor(sound, sampling_rate=16_000, return_tensors="np")["input_features"]
+    with float32_arithmetic():
+        generator = Seq2SeqGenerator(heard, Path(claq_runtime.library_path()))
+        found = list(generator.tokens({"input_features": spectrum}, [2], 10))
+    tokens = [2]
+    for token in found:
+        with torch.no_grad():
+            logits = model(torch.from_numpy(spectrum), decoder_input_ids=torch.tensor([tokens])).logits
+        assert int(logits[0, -1].argmax()) == token
+        tokens.append(token)
+    assert len(set(found)) > 1
+
+
+def test_the_example_transcribes(heard: Path) -> None:
+    recording = heard / "recordings" / "1.wav"
+    script = f"""
+import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import functools, transformers, transcribe
+transcribe.WhisperFeatureExtractor = functools.partial(transformers.WhisperFeatureExtractor, chunk_length=1)
+sys.argv = ["transcribe.py", {str(heard)!r}, {str(recording)!r}, "--first", "[CLS]"]
+transcribe.main()
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.strip()
+
+
+def test_speech_has_no_prompt(heard: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(heard), "--prompt", "the"]) == 2
+    assert "hears speech, which no prompt can give; examples/transcribe.py" in capsys.readouterr().err
+
+
+def test_float16(whisper: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"calibration": "none", "dtype": "float16"}
+    result = claq_export.export(whisper, out=tmp_path / "model.onnx", config=claq_export.Config(**settings))
+    assert [path.name for path in result.artifact.models] == [f"{part}_model.onnx" for part in PARTS]
+    assert set(result.verifications) == set(result.artifact.models)
+    later = onnx.load(str(tmp_path / "decoder_with_past_model.onnx"), load_external_data=False)
+    kinds = {value.name: value.type.tensor_type.elem_type for value in later.graph.input}
+    assert kinds.pop("input_ids") == onnx.TensorProto.INT64
+    assert set(kinds.values()) == {onnx.TensorProto.FLOAT16}
