@@ -48,9 +48,8 @@ transformers 5 lets one put in place of its own.
 
 TAIL = """
 *Layers* counts linears, embeddings and heads; stacked siblings (q/k/v, gate/up) are one layer. Text decoders are tried here
-without cache; [onnx.md](onnx.md) tells of their graph with cache. T5 and Whisper are one graph from inputs and decoder
-tokens to logits: separate encoder and decoder files as optimum names them are not written yet, and neither is a cache for
-them. Encoder-decoders have no task of their own: give `claq_export.export` the module and example inputs. Image models have
+without cache; [onnx.md](onnx.md) tells of their graph with cache. T5 and Whisper are one graph here, from inputs and decoder
+tokens to logits; with a cache they are three files ([encoder-decoders.md](encoder-decoders.md)). Image models have
 (`image-classification`, `image-feature-extraction`), CLIP for the half that reads images; here both halves are one module.
 `tests/families` captures, plans and quantizes every family in CI, and emits Gemma 3, T5, CLIP and Mixtral.
 """

@@ -617,18 +617,19 @@ def _told(peers: Peers, artifact: Artifact | None) -> Artifact:
 
 def _report_data(compilation: Compilation, result: ExportResult) -> ReportData:
     quality = []
-    if result.verification is not None:
-        for output, deviation in result.verification.fidelity.items():
-            quality.append(QualityRow(f"cosine of {output}", "1", f"{deviation.cosine:.4f}", "verification inputs"))
+    for path, report in result.verifications.items():
+        of = f", {path.name}" if len(result.verifications) > 1 else ""
+        for output, deviation in report.fidelity.items():
+            quality.append(QualityRow(f"cosine of {output}{of}", "1", f"{deviation.cosine:.4f}", "verification inputs"))
             quality.append(
-                QualityRow(f"relative error of {output}", "0", f"{deviation.rms:.4f}", "verification inputs")
+                QualityRow(f"relative error of {output}{of}", "0", f"{deviation.rms:.4f}", "verification inputs")
             )
         for name, label in (("stock", "ONNX Runtime alone"), ("runtime", "with claq-runtime")):
-            if name in result.verification.runs and "original" in result.verification.runs:
-                original, run = (result.verification.runs[key].latency_ms for key in ("original", name))
+            if name in report.runs and "original" in report.runs:
+                original, run = (report.runs[key].latency_ms for key in ("original", name))
                 if math.isnan(run):
                     continue  # verified layer by layer
-                quality.append(QualityRow(f"latency, {label}", f"{original:.1f} ms", f"{run:.1f} ms"))
+                quality.append(QualityRow(f"latency, {label}{of}", f"{original:.1f} ms", f"{run:.1f} ms"))
     if (tuning := compilation.tuning) is not None:
         remark = f"before and after {tuning.steps} updates"
         quality.append(QualityRow("loss of tuning, held out", f"{tuning.before:.4g}", f"{tuning.after:.4g}", remark))

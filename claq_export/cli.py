@@ -42,6 +42,8 @@ examples:
       the same size, half an hour longer, closer to the original
   claq-export ./SmolLM2-135M --out smol/model.onnx --bits 3 --head-bits 4
       linears at 3 bits, the output head and the embedding that shares its codes at 4 (the default)
+  claq-export ./whisper-tiny.en --out whisper/model.onnx --calibration recordings/
+      encoder, first step and later steps in three files that share their data, calibrated on audio files
   claq-export ./all-MiniLM-L6-v2 --dry-run --bits 3
       what would be quantized, what not and why, and how large the result would be
 
@@ -221,8 +223,8 @@ def build_parser() -> argparse.ArgumentParser:
         default="default",
         metavar="FILE",
         help="text (a document a line, or running text), .jsonl or .parquet; .npz: an array for each of the model's inputs, a "
-        "sample a row (images, as the model's processor prepares them); 'default' = the English text that comes with claq; "
-        "'none' = no calibration, much worse",
+        "sample a row (images, as the model's processor prepares them); of speech models an audio file or a folder of them; "
+        "'default' = the English text that comes with claq; 'none' = no calibration, much worse",
     )
     data.add_argument(
         "--samples",
@@ -246,15 +248,16 @@ def build_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--task",
-        help="feature-extraction, text-classification, fill-mask, text-generation, image-classification or "
-        "image-feature-extraction (default: by the architecture)",
+        help="feature-extraction, text-classification, fill-mask, text-generation, text2text-generation, "
+        "automatic-speech-recognition (Whisper), image-classification or image-feature-extraction (default: by the architecture)",
     )
     model.add_argument(
         "--cache",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="write a text-generation model with a key/value cache, so that it generates token by token (default: on); "
-        "--no-cache: it sees all tokens at once",
+        help="write a model that generates with a key/value cache, so that it does so token by token; an encoder-decoder becomes "
+        "three files then, encoder_OUT, decoder_OUT and decoder_with_past_OUT (default: on); --no-cache: one file that sees all "
+        "tokens at once",
     )
     model.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     run = parser.add_argument_group("run")

@@ -46,7 +46,7 @@ def run(session: ort.InferenceSession, known: dict[str, ort.OrtValue]) -> dict[s
 def transcribe(
     sessions: list[ort.InferenceSession], spectrum: np.ndarray, first: list[int], end: int, most: int
 ) -> list[int]:
-    """The likeliest token at each step, ``most`` of them at most. Keys and values of what was heard are made once, in the first step."""
+    """The likeliest token at each step, ``most`` at most. Keys and values of what was heard are made once, in the first step."""
     encoder, step, later = sessions
     value = ort.OrtValue.ortvalue_from_numpy
     hidden = run(encoder, {"input_features": value(spectrum)})["last_hidden_state"]
