@@ -136,7 +136,9 @@ def _cache_shapes(task_model: TaskModel) -> list[tuple[tuple[int, int], tuple[in
     inputs = task_model.example_inputs(1, 4)
     with torch.no_grad():
         result = model(**inputs, use_cache=True, return_dict=True)
-    layers = list(getattr(getattr(result, "past_key_values", None), "layers", None) or ())
+    cache = getattr(result, "past_key_values", None)
+    # transformers 4 gives some decoders (BERT) a cache for an encoder too.
+    layers = list(getattr(getattr(cache, "self_attention_cache", cache), "layers", None) or ())
     while layers and _keeps_nothing(layers[-1]):
         layers.pop()
     if not layers:
