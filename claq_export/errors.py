@@ -53,3 +53,8 @@ class VerificationError(ClaqError):
     """The written artifact disagrees with the PyTorch quantized model."""
 
     exit_code = 8
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error that says something; of one without a message its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

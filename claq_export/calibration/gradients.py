@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, first_line
 from ..passes.attributes import get_attribute
 from .data import Batch
 from .padding import real_tokens
@@ -86,7 +86,7 @@ class DifferentiableGraph:
                 self._interpreter = self._plain
                 found = self._interpreter.run(*batch.values())
         except (RuntimeError, NotImplementedError) as error:
-            raise CalibrationError(f"gradients cannot be had: {str(error).splitlines()[0]}") from error
+            raise CalibrationError(f"gradients cannot be had: {first_line(error)}") from error
         outputs = [found] if isinstance(found, torch.Tensor) else list(found)
         return [value for value in outputs if isinstance(value, torch.Tensor) and value.is_floating_point()]
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..algorithm.importance import OutputImportance, projected_loss, sampled_loss
-from ..errors import CalibrationError
+from ..errors import CalibrationError, first_line
 from ..passes import LinearSite
 from ..passes.plan import LINEAR_ROLE
 from .data import Batch
@@ -144,7 +144,7 @@ def _backward_passes(
                 try:
                     loss.backward()
                 except RuntimeError as error:
-                    raise CalibrationError(f"gradients cannot be had: {str(error).splitlines()[0]}") from error
+                    raise CalibrationError(f"gradients cannot be had: {first_line(error)}") from error
             reporter.layer(f"sample {number + 1}", phase="gradients")
     finally:
         reporter.finish_layers()

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from ..algorithm.scales import round_codebook
-from ..errors import CalibrationError
+from ..errors import CalibrationError, first_line
 from ..format.layer import QuantizedLinear, assemble
 from ..passes import LinearSite
 from .data import Batch
@@ -235,7 +235,7 @@ def _backward(loss: torch.Tensor) -> float:
     try:
         loss.backward()
     except RuntimeError as error:
-        raise CalibrationError(f"gradients cannot be had: {str(error).splitlines()[0]}") from error
+        raise CalibrationError(f"gradients cannot be had: {first_line(error)}") from error
     return value
 
 

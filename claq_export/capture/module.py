@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import CaptureError, ConfigError
+from ..errors import CaptureError, ConfigError, first_line
 from ..experts import traceable_experts
 from .captured import CapturedModel, module_source
 from .graph import unlift, writes_in_place
@@ -267,8 +267,7 @@ def _call(model: nn.Module, arguments: _Arguments, title: str) -> Any:
     except Exception as error:  # the model's own code may raise anything; it is reported, not swallowed
         where = user_frame(error)
         raise CaptureError(
-            f"{title} fails on the example inputs: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            + (f" at {where}" if where else "")
+            f"{title} fails on the example inputs: {first_line(error)}" + (f" at {where}" if where else "")
         ) from error
 
 
@@ -520,7 +519,7 @@ def _compare_once(
     try:
         result = graph_module(*tensors)
     except Exception as error:
-        raise CaptureError(f"the graph of {title} does not run for {sizes}: {str(error).splitlines()[0]}") from error
+        raise CaptureError(f"the graph of {title} does not run for {sizes}: {first_line(error)}") from error
     found = [result] if isinstance(result, torch.Tensor) else list(result)
     for want, have in zip(expected, found, strict=True):
         if not _agree(want, have):

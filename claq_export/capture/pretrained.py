@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from ..inputs import check_sizes, contained
 from .captured import CapturedModel, Source
 from .checkpoint import digest, read_json, safetensors_names, weight_files
@@ -128,8 +128,9 @@ def _folder(path_or_id: str | Path, trust_remote_code: bool) -> Path:
         return Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many types (network, login, unknown id); each is the reason
         let_interruptions_through(error)
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"{text} is no folder here, and the Hugging Face hub does not give it: {reason}") from error
+        raise ModelError(
+            f"{text} is no folder here, and the Hugging Face hub does not give it: {first_line(error)}"
+        ) from error
 
 
 def _config(folder: Path, settings: dict[str, Any], trust_remote_code: bool) -> Any:
@@ -151,7 +152,7 @@ def _config(folder: Path, settings: dict[str, Any], trust_remote_code: bool) -> 
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # configuration classes validate in their own ways; each is the reason
         let_interruptions_through(error)
-        raise ModelError(f"{folder / 'config.json'} is not valid: {_first_line(error)}") from error
+        raise ModelError(f"{folder / 'config.json'} is not valid: {first_line(error)}") from error
 
 
 def _version() -> str:
@@ -268,7 +269,7 @@ def _cannot_load(folder: Path, config: Any, task: Task, error: Exception) -> Mod
     let_interruptions_through(error)
     if "Unrecognized configuration class" in str(error):
         return ModelError(f"transformers has no {task.name} model for architecture {config.model_type!r}")
-    return ModelError(f"{folder} cannot be loaded for {task.name}: {_first_line(error)}")
+    return ModelError(f"{folder} cannot be loaded for {task.name}: {first_line(error)}")
 
 
 def let_interruptions_through(error: BaseException) -> None:
@@ -329,12 +330,8 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many types; each is the reason
         let_interruptions_through(error)
-        raise ModelError(f"the tokenizer in {source} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"the tokenizer in {source} cannot be loaded: {first_line(error)}") from error
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         # transformers 5 makes one of special tokens alone where a folder holds no more than a configuration.
         raise ModelError(f"the tokenizer in {source} cannot be loaded: there are no files with its vocabulary")
     return tokenizer
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from ..errors import CaptureError
+from ..errors import CaptureError, first_line
 from .captured import CACHED, ENCODER, FIRST_STEP, NEXT_STEP, PARTS, CapturedModel
 from .decoder import filled_cache
 from .module import capture_module
+from .precision import inputs_in_dtype
 from .tasks import DECODER_TOKENS, TaskModel
 
 _STATE = re.compile(r"^(past_key_values|present)_(\d+)_(decoder|encoder)_(key|value)$")
@@ -43,14 +44,10 @@ class Seq2SeqPart(TaskModel):
 
     def __init__(self, task_model: TaskModel, part: str, state: Sequence[tuple[int, int]]) -> None:
         super().__init__(task_model.model, task_model.task, task_model.source)
-        self.whole, self.part, self.state = (
-            [task_model],
-            part,
-            tuple(state),
-        )  # a list: its parameters are those of self.model
-        self.reads_tokens = "input_ids" in task_model.input_names
+        self.part, self.state = part, tuple(state)
+        self._axes_of_whole, self._example_of_whole = task_model.dynamic_axes, task_model.example_inputs
         self.task = task_model.task + CACHED
-        mask = ("encoder_attention_mask",) if self.reads_tokens else ()
+        mask = ("encoder_attention_mask",) if "attention_mask" in task_model.input_names else ()
         if part == ENCODER:
             self.input_names = tuple(name for name in task_model.input_names if name != DECODER_TOKENS)
             self.output_names = ("last_hidden_state",)
@@ -100,7 +97,7 @@ class Seq2SeqPart(TaskModel):
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
         """Input name -> {axis: name}."""
         if self.part == ENCODER:
-            return {name: axes for name, axes in self.whole[0].dynamic_axes.items() if name in self.input_names}
+            return {name: self._axes_of_whole[name] for name in self.input_names}
         axes = {
             "encoder_attention_mask": {0: "batch", 1: "encoder_sequence"},
             "input_ids": {0: "batch", 1: "sequence"},
@@ -117,9 +114,8 @@ class Seq2SeqPart(TaskModel):
     ) -> dict[str, torch.Tensor]:
         """Fixed pseudo-random tokens, states and cache; of tokens that were encoded the last of the last row is padding."""
         if self.part == ENCODER:
-            whole = self.whole[0].example_inputs(batch, encoded)
-            return {name: value.to(dtype) if value.is_floating_point() else value for name, value in whole.items()
-                    if name in self.input_names}  # fmt: skip
+            whole = self._example_of_whole(batch, encoded)
+            return inputs_in_dtype({name: whole[name] for name in self.input_names}, dtype)
         generator = torch.Generator().manual_seed(0)
         mask = torch.ones(batch, encoded, dtype=torch.int64)
         mask[-1, encoded - encoded // 4 :] = 0
@@ -203,7 +199,7 @@ def cache_shapes(task_model: TaskModel) -> list[tuple[int, int]]:
             hidden = encoder(*(inputs[name] for name in encoder.input_names))
             result = _decode(task_model.model, hidden, inputs.get("attention_mask"), inputs[DECODER_TOKENS], None)
     except Exception as error:  # models refuse a cache in their own ways; each is the reason
-        raise CaptureError(f"{title} does not run with a cache: {str(error).strip().splitlines()[0][:200]}") from error
+        raise CaptureError(f"{title} does not run with a cache: {first_line(error)[:200]}") from error
     cache = getattr(result, "past_key_values", None)
     pair = [getattr(cache, f"{kind}_attention_cache", None) for kind in ("self", "cross")]
     layers = [list(getattr(one, "layers", ())) for one in pair]

@@ -88,13 +88,13 @@ def is_written_beside(name: str, out: Path) -> bool:
     return any(is_data_file(name, model) for model in models)
 
 
-def earlier_companions(folder: Path, out: Path) -> list[Path]:
+def earlier_companions(folder: Path, models: Iterable[str]) -> list[Path]:
     """The files that an earlier export of claq wrote beside its artifact, as ``claq.json`` lists them, and nobody changed since.
 
-    None of a folder with other ``.onnx`` files than those of an export to ``out``, whose companions they may be.
+    None of a folder with other ``.onnx`` files than ``models``, whose companions they may be.
     """
-    models = {model.name for model in model_files(out)}
-    if not (folder / CONFIG_FILE).is_file() or any(path.name not in models for path in folder.glob("*.onnx")):
+    known = set(models)
+    if not (folder / CONFIG_FILE).is_file() or any(path.name not in known for path in folder.glob("*.onnx")):
         return []
     try:
         written = read_json_object(folder / CONFIG_FILE, OutputError).get("files")

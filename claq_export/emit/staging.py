@@ -88,7 +88,7 @@ class StagedExport:
         staged.sort(key=lambda path: path in artifact.models)
         places = {path: folder / path.relative_to(self._folder) for path in staged}
         try:
-            earlier = earlier_companions(folder, self._out)
+            earlier = earlier_companions(folder, [model.name for model in artifact.models])
             for place in places.values():
                 place.parent.mkdir(exist_ok=True)
                 check_target(place)
