@@ -1,8 +1,8 @@
 """Tries architectures of transformers by name, as a user would: a saved folder, an export, the file beside the model.
 
 One small model of each with random weights is saved, exported at 4 bits without calibration, loaded back into
-transformers from the artifact, and run by ONNX Runtime alone and with claq-runtime: several lengths, padding, and language
-models token by token with their cache, left-padded, against the model without one. Written to docs/models.md.
+transformers from the artifact, and run by ONNX Runtime alone and with claq-runtime: several lengths, padding, and models that
+generate token by token with their cache, against the model without one. Written to docs/models.md.
 
     python benchmarks/architectures.py                     # all of them, each in a process of its own (an hour on two cores)
     python benchmarks/architectures.py --only gemma2 bert  # some
@@ -42,6 +42,9 @@ TRIED = {
         biogpt bitnet xglm ctrl openai-gpt jetmoe doge minimax_m2 ministral ministral3 modernbert-decoder nanochat olmoe phimoe
         seed_oss vaultgemma youtu minicpm3 internlm3 cwm flex_olmo hyperclovax iquestcoder jais2 solar_open afmoe nemotron_h
         qwen3_5_text mamba mamba2 jamba rwkv bert roberta electra bart marian mbart pegasus plbart whisper xlm""",
+    "text2text-generation": """t5 mt5 umt5 longt5 bart mbart marian pegasus pegasus_x m2m_100 nllb-moe blenderbot blenderbot-small
+        plbart mvp fsmt bigbird_pegasus led prophetnet switch_transformers t5gemma""",
+    "automatic-speech-recognition": "whisper",
     "fill-mask": """albert bert big_bird camembert convbert data2vec-text deberta deberta-v2 distilbert electra ernie
         eurobert flaubert fnet gte jina_embeddings_v3 layoutlm longformer megatron-bert mobilebert modernbert mpnet mra
         nomic_bert nystromformer rembert roberta roberta-prelayernorm roc_bert roformer squeezebert xlm xlm-roberta
@@ -59,6 +62,8 @@ TRIED = {
 
 _CLASSES = {
     "text-generation": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "text2text-generation": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "automatic-speech-recognition": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
     "fill-mask": "MODEL_FOR_MASKED_LM_MAPPING",
     "text-classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
     "image-classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
@@ -71,23 +76,37 @@ _SIZES: dict[str, Any] = {
         ("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_size", "word_embed_proj_dim"), 64
     ),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_decoder_layers", "num_encoder_layers", "num_sparse_encoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner"), 160),
     **dict.fromkeys(
-        ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_2d_position_embeddings"), 64
+        (
+            "max_position_embeddings",
+            "n_positions",
+            "max_seq_len",
+            "n_ctx",
+            "max_2d_position_embeddings",
+            "max_target_positions",
+            "max_encoder_position_embeddings",
+            "max_decoder_position_embeddings",
+        ),
+        64,
     ),
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 48),
     **dict.fromkeys(
         ("num_experts_per_tok", "moe_k", "moe_topk", "num_key_value_heads", "bos_token_id", "decoder_start_token_id"), 2
     ),
-    **dict.fromkeys(("head_dim", "attention_head_dim", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"), 16),
+    **dict.fromkeys(("head_dim", "attention_head_dim", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "d_kv"), 16),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
     **dict.fromkeys(
         ("sliding_window", "rotary_dim", "qk_rope_head_dim", "hidden_size_per_layer_input", "patch_size"), 8
     ),
     "hidden_dim": 160,
+    "num_mel_bins": 8,
+    "max_source_positions": 10,
     "q_lora_rank": 24,
     "image_size": 32,
     "num_channels": 3,
@@ -135,6 +154,9 @@ _OWN: dict[str, dict[str, Any]] = {
     "mobilebert": {"intra_bottleneck_size": 32, "true_hidden_size": 32},
     "modernbert": {"local_attention": 8, "global_attn_every_n_layers": 2},
     "modernbert-decoder": {"local_attention": 8, "global_attn_every_n_layers": 2},
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    "fsmt": {"src_vocab_size": 122, "tgt_vocab_size": 122, "langs": ["en", "de"]},
+    "led": {"attention_window": 8},
     "swin": _SWIN,
     "swinv2": _SWIN,
 }
@@ -145,8 +167,9 @@ HEAD = f"""# Models that were tried
 Written by [`benchmarks/architectures.py`](../benchmarks/architectures.py). Of each architecture that transformers has
 under these names, one small model with random weights is saved as a folder, exported at 4 bits as `claq-export FOLDER` does,
 loaded from the artifact by `from_pretrained`, and the two are compared: ONNX Runtime alone and with claq-runtime, at several
-lengths, with padding, and language models token by token with their cache. Those that pass agree within {TOLERANCE:.0e} of the
-largest output. A name here says that graph and operators are right, not how well a trained model takes 4 bits.
+lengths, with padding, and models that generate token by token with their cache. Those that pass agree within
+{TOLERANCE:.0e} of the largest output. A name here says that graph and operators are right, not how well a trained model takes
+4 bits.
 """
 
 
@@ -202,7 +225,10 @@ def attempt(task: str, kind: str) -> dict[str, Any]:
     import claq_export
     import claq_export.integrations.transformers
     import claq_runtime
+    from claq_export.capture.captured import PARTS
+    from claq_export.emit.artifact import part_path
     from claq_export.errors import ClaqError
+    from claq_export.generation_seq2seq import is_seq2seq_folder
     from claq_export.onnx_session import open_session
 
     row: dict[str, Any] = {}
@@ -225,9 +251,14 @@ def attempt(task: str, kind: str) -> dict[str, Any]:
             row["loads"] = " ".join(str(error).split())
             model = cls.from_pretrained(source).eval()
             claq_export.load(out.parent, model)
-        sessions = {"stock": open_session(out), "runtime": open_session(out, claq_runtime.library_path())}
-        with torch.no_grad():
-            row["deviations"] = {name: _deviation(task, session, model) for name, session in sessions.items()}
+        row["deviations"] = {}
+        for name, library in (("stock", None), ("runtime", claq_runtime.library_path())):
+            with torch.no_grad():
+                if is_seq2seq_folder(out.parent):
+                    sessions = [open_session(part_path(out, part), library) for part in PARTS]
+                    row["deviations"][name] = _answered(sessions, model)
+                else:
+                    row["deviations"][name] = _deviation(task, open_session(out, library), model)
     return row
 
 
@@ -276,6 +307,7 @@ def _tokens(session: Any, model: Any, inputs: Any, batch: int, length: int, padd
         "attention_mask": mask,
         "token_type_ids": torch.zeros_like(tokens),
         "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+        "decoder_input_ids": tokens[:, : length // 2 + 1],
     }
     given = {name: value for name, value in named.items() if name in inputs}
     result = model(**given)
@@ -312,6 +344,38 @@ def _token_by_token(session: Any, model: Any, inputs: Any) -> float:
         worst = max(worst, _relative(found["logits"][seen], wanted[seen]))
         new = torch.tensor(wanted[:, -1:].argmax(-1))
         tokens, mask = torch.cat([tokens, new], 1), torch.cat([mask, torch.ones(3, 1, dtype=torch.int64)], 1)
+    return worst
+
+
+def _answered(sessions: list[Any], model: Any) -> float:
+    """An encoder-decoder's two tokens at once and five more with its cache, of a padded batch, against the model without one."""
+    import torch
+
+    encoder, step, later = sessions
+    if any(value.name == "input_features" for value in encoder.get_inputs()):
+        shape = encoder.get_inputs()[0].shape[1:]
+        read = {"input_features": torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))}
+    else:
+        tokens, mask = _some_tokens(3, 21, slice(15, None))
+        read = {"input_ids": tokens, "attention_mask": mask}
+    named = {name: value.numpy() for name, value in read.items()}
+    known = {
+        "encoder_hidden_states": encoder.run(None, named)[0],
+        "encoder_attention_mask": named.get("attention_mask"),
+    }
+    written, worst = torch.full((3, 2), 7), 0.0
+    new = written
+    for _ in range(6):
+        feed = {**known, "input_ids": new.numpy()}
+        names = [value.name for value in step.get_outputs()]
+        found = dict(
+            zip(names, step.run(None, {value.name: feed[value.name] for value in step.get_inputs()}), strict=True)
+        )
+        wanted = model(**read, decoder_input_ids=written, use_cache=False).logits[:, -new.shape[1] :].numpy()
+        worst = max(worst, _relative(found.pop("logits"), wanted))
+        known |= {name.replace("present", "past_key_values"): value for name, value in found.items()}
+        new, step = torch.tensor(wanted[:, -1:].argmax(-1)), later
+        written = torch.cat([written, new], 1)
     return worst
 
 

@@ -20,7 +20,7 @@ VOCABULARY = 60
 BART_SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "d_model": 32,
-    "encoder_layers": 1,
+    "encoder_layers": 2,
     "decoder_layers": 1,
     "encoder_attention_heads": 2,
     "decoder_attention_heads": 4,
