@@ -14,11 +14,12 @@ from claq_export.summary import print_plan, print_result
 
 def test_brackets_are_no_markup() -> None:
     console = Console(file=io.StringIO(), width=200)
-    artifact = Artifact(Path("o/x[/b]/y[draft]/model.onnx"), (), 10, (), (), ())
+    path = Path("o/x[/b]/y[draft]/model.onnx")
+    artifact = Artifact(path, (path, path.with_suffix(".data"), path.with_name("second[b].onnx")), 10, (), (), ())
     layer = LayerSummary("experts[0][/b]", 4, 4, 3.0, 3.0, 6, 0.1, 1.0, "head")
-    print_result(console, ExportResult(artifact, (layer,), (), 3.0, 3.0, 64, 10, {}, {}, None))
+    print_result(console, ExportResult(artifact, (layer,), (), 3.0, 3.0, 64, 10, {}, {}, {}))
     planned = PlannedLayer("experts[1][/b]", (), 4, 4, (4, 0, 0), 64, 6, 3.0, 3.0)
     print_plan(console, [planned], [Skipped("norm[/b]", "is [bold]", (4,), 16)])
     printed = console.file.getvalue()
-    for text in ("o/x[/b]/y[draft]/model.onnx", "experts[0][/b]", "experts[1][/b]", "norm[/b]", "is [bold]"):
+    for text in (f"{path}, second[b].onnx", "experts[0][/b]", "experts[1][/b]", "norm[/b]", "is [bold]"):
         assert text in printed
