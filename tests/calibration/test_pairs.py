@@ -84,6 +84,13 @@ def test_texts_are_answered(t5: CapturedModel) -> None:
     assert all(torch.equal(a[name], b[name]) for a, b in zip(batches, again, strict=True) for name in a)
 
 
+def test_the_packaged_text_is_answered(t5: CapturedModel) -> None:
+    batches = load_calibration(t5, Config(samples=5, sequence_length=16))
+    assert sum(len(batch["input_ids"]) for batch in batches) == 5
+    assert all(batch["input_ids"].shape[1] <= 16 for batch in batches)
+    assert len({tuple(row.tolist()) for batch in batches for row in batch["decoder_input_ids"]}) > 1
+
+
 def test_tokens_that_are_given_stay(t5: CapturedModel, tmp_path: Path) -> None:
     tokens = np.arange(12).reshape(2, 6) + 5
     given = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "decoder_input_ids": tokens[:, :4]}
