@@ -119,6 +119,16 @@ _OPTIONAL = {"num_key_value_heads", "sliding_window", "head_dim", "pad_token_id"
 _LATENT = {"num_key_value_heads": 4, "head_dim": 8}  # multi-head latent attention: the rotated part alone
 _SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "patch_size": 4}
 _DECODER = {"is_decoder": True}
+_T5GEMMA = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 _OWN: dict[str, dict[str, Any]] = {
     "bert": _DECODER,
     "electra": _DECODER,
@@ -155,8 +165,9 @@ _OWN: dict[str, dict[str, Any]] = {
     "modernbert": {"local_attention": 8, "global_attn_every_n_layers": 2},
     "modernbert-decoder": {"local_attention": 8, "global_attn_every_n_layers": 2},
     "bigbird_pegasus": {"attention_type": "original_full"},
-    "fsmt": {"src_vocab_size": 122, "tgt_vocab_size": 122, "langs": ["en", "de"]},
+    "fsmt": {"src_vocab_size": 160, "tgt_vocab_size": 160, "langs": ["en", "de"]},
     "led": {"attention_window": 8},
+    "t5gemma": {"encoder": _T5GEMMA, "decoder": {**_T5GEMMA, "cross_attention_hidden_size": 64}, "vocab_size": 160},
     "swin": _SWIN,
     "swinv2": _SWIN,
 }

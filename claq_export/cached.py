@@ -94,7 +94,7 @@ def agreeing(error: float) -> float:
     if not error <= _AGREEMENT:
         raise VerificationError(
             f"the graph with cache deviates from the one without by {error:.3g} of the largest logit; "
-            f"at most {_AGREEMENT:g} is expected"
+            f"at most {_AGREEMENT:g} is expected; without a cache it may be exported (--no-cache)"
         )
     return error
 

@@ -175,8 +175,10 @@ def _decode(model: Any, hidden: torch.Tensor, mask: torch.Tensor | None, tokens:
     """A step of the decoder, by the model's own forward; no ``cache``: it makes one."""
     from transformers.modeling_outputs import BaseModelOutput
 
+    encoded = BaseModelOutput(last_hidden_state=hidden)
+    encoded.router_logits = None  # mixtures of experts look for them, for a loss
     return model(
-        encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+        encoder_outputs=encoded,
         attention_mask=mask,
         decoder_input_ids=tokens,
         past_key_values=cache,
