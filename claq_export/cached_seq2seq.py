@@ -21,26 +21,31 @@ class Generation:
     Args:
         parts: encoder, first step and later steps (:mod:`claq_export.capture.seq2seq`).
         encoded: the encoder's inputs.
+        keep_inputs: whether :attr:`inputs` is wanted.
 
     Attributes:
         inputs: of each part, what it ran with.
     """
 
-    def __init__(self, parts: Sequence[CapturedModel], encoded: Mapping[str, torch.Tensor]) -> None:
-        self._encoder, self._first, self._next = parts
+    def __init__(
+        self, parts: Sequence[CapturedModel], encoded: Mapping[str, torch.Tensor], *, keep_inputs: bool = False
+    ) -> None:
+        encoder, *self._steps = parts
+        self._keep_inputs, self._began = keep_inputs, False
         self.inputs: list[list[Inputs]] = [[dict(encoded)], [], []]
-        (hidden,) = self._encoder.run(encoded)
+        (hidden,) = encoder.run(encoded)
         self._known: Inputs = {"encoder_hidden_states": hidden}
         if (mask := encoded.get("attention_mask")) is not None:
             self._known["encoder_attention_mask"] = mask
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Read further tokens, int64 ``[batch, sequence]``; their logits ``[batch, sequence, vocabulary]``."""
-        began = bool(self.inputs[1])
-        part, seen = (self._next, self.inputs[2]) if began else (self._first, self.inputs[1])
+        part = self._steps[self._began]
         named = {"input_ids": tokens, **self._known}
         inputs = {name: named[name] for name in part.input_names}
-        seen.append(inputs)
+        if self._keep_inputs:
+            self.inputs[1 + self._began].append(inputs)
+        self._began = True
         logits, *state = part.run(inputs)
         names = (name.replace("present", "past_key_values", 1) for name in part.output_names[1:])
         self._known |= dict(zip(names, state, strict=True))
@@ -63,7 +68,7 @@ def seq2seq_inputs(captured: CapturedModel, batch: Mapping[str, torch.Tensor] | 
             encoded = encoder.inputs_from_tokens([captured.tokenizer(text)["input_ids"] for text in TEXTS])
     elif batch is not None:
         encoded = {name: batch[name][:2].to(example.dtype) for name, example in encoded.items()}
-    run = Generation(parts, encoded)
+    run = Generation(parts, encoded, keep_inputs=True)
     rows = next(iter(encoded.values())).shape[0]
     tokens = torch.full((rows, 2), captured.start_token_id)
     for _ in range(1 + DECODE_STEPS):
@@ -118,6 +123,5 @@ def greedy_tokens(captured: CapturedModel, encoded: Mapping[str, torch.Tensor], 
         written.append(last)
         ended |= torch.isin(last[:, 0], ends)
         lengths += (~ended).to(torch.int64)
-        run.inputs = [[{}], [{}], []]  # a long generation's inputs are not kept
     tokens = torch.cat(written, 1)
     return [row[: int(length)] for row, length in zip(tokens, lengths, strict=True)]

@@ -497,7 +497,7 @@ class Compilation:
         source = self.captured.source.folder
         at_home = source is not None and source.resolve() == (place or out.parent).resolve()
         with self.timed("emission"):
-            shared = SharedData() if len(self.emitted) > 1 else None
+            shared: SharedData | None = {} if len(self.emitted) > 1 else None
             artifact = together(
                 [
                     emit_captured(graph, part_path(out, graph.part), self.metadata(graph), shared)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from .errors import ConfigError, ModelError
-from .onnx_session import check_threads, open_session
+from .onnx_session import check_threads, load_session
 
 PAST = "past_key_values."
 PRESENT = "present."
@@ -149,7 +149,7 @@ class Generator:
         if not self.path.is_file():
             file = self.path if self.path.suffix == ".onnx" else self.path / "model.onnx"
             raise ModelError(f"{self.path} does not exist; write it with: claq-export MODEL --out {file}")
-        self.session = loaded(self.path, self.library, self.threads)
+        self.session = load_session(self.path, self.library, self.threads)
         self._inputs = {value.name: value for value in self.session.get_inputs()}
         self._outputs = [value.name for value in self.session.get_outputs()]
         past = [name for name in self._inputs if name.startswith(PAST)]
@@ -232,18 +232,6 @@ class Generator:
         except Exception as error:  # as above
             raise ModelError(f"{self.path} fails after {length} tokens: {error}") from error
         return logits.numpy(), state
-
-
-def loaded(path: Path, library: Path | None, threads: int) -> ort.InferenceSession:
-    """A session on a model file.
-
-    Raises:
-        ModelError: ONNX Runtime refuses it.
-    """
-    try:
-        return open_session(path, library, threads)
-    except Exception as error:  # onnxruntime's exception classes have no public common base
-        raise ModelError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}") from error
 
 
 def _pick(logits: npt.NDArray[Any], temperature: float, top_p: float, random: np.random.Generator) -> int:

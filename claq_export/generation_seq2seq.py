@@ -14,8 +14,8 @@ import onnxruntime as ort
 from .capture.captured import PARTS
 from .emit.artifact import part_path
 from .errors import ModelError
-from .generation import PAST, PRESENT, Sampling, Timing, loaded
-from .onnx_session import check_threads
+from .generation import PAST, PRESENT, Sampling, Timing
+from .onnx_session import check_threads, load_session
 
 
 def is_seq2seq_folder(path: Path) -> bool:
@@ -45,7 +45,7 @@ class Seq2SeqGenerator:
     def __post_init__(self) -> None:
         check_threads(self.threads)
         paths = [part_path(Path(self.folder) / "model.onnx", part) for part in PARTS]
-        self._encoder, self._first, self._next = (loaded(path, self.library, self.threads) for path in paths)
+        self._encoder, self._first, self._next = (load_session(path, self.library, self.threads) for path in paths)
         self.inputs = tuple(value.name for value in self._encoder.get_inputs())
 
     def tokens(

@@ -17,7 +17,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from .errors import ConfigError
+from .errors import ConfigError, ModelError
 
 BFLOAT16_KERNELS = frozenset(
     (
@@ -87,6 +87,18 @@ def open_session(path: Path | str, library: Path | str | None = None, threads: i
         source = widened(onnx.load(str(path), load_external_data=False)).SerializeToString()
         options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent.resolve()))
     return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def load_session(path: Path | str, library: Path | str | None = None, threads: int = 0) -> ort.InferenceSession:
+    """The same for a file that a user gave.
+
+    Raises:
+        ModelError: ONNX Runtime refuses it.
+    """
+    try:
+        return open_session(path, library, threads)
+    except Exception as error:  # onnxruntime's exception classes have no public common base
+        raise ModelError(f"ONNX Runtime {ort.__version__} cannot load {str(path)!r}: {error}") from error
 
 
 def uses_bfloat16(path: Path | str) -> bool:

@@ -16,7 +16,9 @@ from .tasks import TaskModel
 CACHED_TASK = f"text-generation{CACHED}"
 """Task name of a graph with cache, as optimum has it; the transformers class is that of ``text-generation``."""
 
-_SLOT = re.compile(r"^(past_key_values|present)_(\d+)_(key|value)$")
+SLOT = re.compile(r"^(past_key_values|present)_(\d+)_(?:(decoder|encoder)_)?(key|value)$")
+"""Name of a key or value in a graph; of encoder-decoders it tells whose."""
+
 _EXAMPLE = (2, 3, 5)
 _PROBES = ((1, 6, 0, False), (3, 4, 0, True), (2, 1, 6, True), (1, 1, 1, False))
 """Batch, new tokens, cached tokens and whether a row is padded on the left: where the graph must agree with the
@@ -106,9 +108,7 @@ def capture_decoder(model: TaskModel) -> CapturedModel:
     decoder = CachedDecoder(model)
     dtype = next(model.model.parameters()).dtype
     captured = capture_module(decoder, decoder.example_inputs(dtype=dtype), decoder.dynamic_axes)
-    captured.file_names = {
-        name: _SLOT.sub(r"\1.\2.\3", name) for name in (*captured.input_names, *captured.output_names)
-    }
+    captured.file_names = names_in_files(captured)
     for batch, sequence, past, padded in _PROBES:
         inputs = decoder.example_inputs(batch, sequence, past, padded, dtype)
         with torch.no_grad():
@@ -120,13 +120,27 @@ def capture_decoder(model: TaskModel) -> CapturedModel:
             want, have = (want[seen], have[seen]) if name == "logits" else (want[:, :, past:], have[:, :, past:])
             if name != "logits":
                 want, have = want.transpose(1, 2)[seen], have.transpose(1, 2)[seen]
-            if want.shape != have.shape or not torch.allclose(have, want, rtol=1e-3, atol=1e-4):
+            if not is_close(have, want):
                 raise CaptureError(
                     f"the graph with cache of {type(model.model).__name__} disagrees with the model in {name} for a "
                     f"batch of {batch} with {sequence} new and {past} cached tokens; without cache it can be exported "
                     "(--no-cache)"
                 )
     return captured
+
+
+def names_in_files(captured: CapturedModel) -> dict[str, str]:
+    """Input or output -> its name as optimum has it, with dots, which no argument's name can have."""
+    found = {}
+    for name in (*captured.input_names, *captured.output_names):
+        slot = SLOT.match(name)
+        found[name] = ".".join(filter(None, slot.groups())) if slot else name
+    return found
+
+
+def is_close(have: torch.Tensor, want: torch.Tensor) -> bool:
+    """Whether a graph's output is that of the model."""
+    return want.shape == have.shape and torch.allclose(have, want, rtol=1e-3, atol=1e-4)
 
 
 def _cache_shapes(task_model: TaskModel) -> list[tuple[tuple[int, int], tuple[int, int]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,12 +9,11 @@ import torch
 
 from ..errors import CaptureError, first_line
 from .captured import CACHED, ENCODER, FIRST_STEP, NEXT_STEP, PARTS, CapturedModel
-from .decoder import filled_cache
+from .decoder import SLOT, filled_cache, is_close, names_in_files
 from .module import capture_module
 from .precision import inputs_in_dtype
 from .tasks import DECODER_TOKENS, TaskModel
 
-_STATE = re.compile(r"^(past_key_values|present)_(\d+)_(decoder|encoder)_(key|value)$")
 _PROBES = ((1, 3, 4, 2), (3, 1, 6, 5), (1, 1, 2, 1))
 """Batch, new tokens, encoded tokens and cached tokens: where the graphs must agree with the model."""
 
@@ -105,7 +103,7 @@ class Seq2SeqPart(TaskModel):
         }
         lengths = {"decoder": "past_sequence", "encoder": "encoder_sequence"}
         for name in self.input_names:
-            if (slot := _STATE.match(name)) is not None:
+            if (slot := SLOT.match(name)) is not None:
                 axes[name] = {0: "batch", 2: lengths[slot[3]]}
         return {name: axes[name] for name in self.input_names}
 
@@ -126,7 +124,7 @@ class Seq2SeqPart(TaskModel):
             "encoder_hidden_states": torch.randn(batch, encoded, hidden, generator=generator).to(dtype),
         }
         for name in self.input_names:
-            if (slot := _STATE.match(name)) is not None:
+            if (slot := SLOT.match(name)) is not None:
                 heads, size = self.state[int(slot[2])]
                 length = past if slot[3] == "decoder" else encoded
                 inputs[name] = torch.randn(batch, heads, length, size, generator=generator).to(dtype)
@@ -153,9 +151,7 @@ def capture_parts(model: TaskModel) -> tuple[CapturedModel, ...]:
 def _capture_part(part: Seq2SeqPart, dtype: torch.dtype) -> CapturedModel:
     captured = capture_module(part, part.example_inputs(dtype=dtype), part.dynamic_axes)
     captured.part = part.part
-    captured.file_names = {
-        name: _STATE.sub(r"\1.\2.\3.\4", name) for name in (*captured.input_names, *captured.output_names)
-    }
+    captured.file_names = names_in_files(captured)
     for batch, sequence, encoded, past in _PROBES:
         inputs = part.example_inputs(batch, sequence, encoded, past, dtype)
         with torch.no_grad():
@@ -163,7 +159,7 @@ def _capture_part(part: Seq2SeqPart, dtype: torch.dtype) -> CapturedModel:
         found = captured.run(inputs)
         wanted = (expected,) if isinstance(expected, torch.Tensor) else expected
         for name, want, have in zip(captured.output_names, wanted, found, strict=True):
-            if want.shape != have.shape or not torch.allclose(have, want, rtol=1e-3, atol=1e-4):
+            if not is_close(have, want):
                 raise CaptureError(
                     f"the graph of the {part.part} of {type(part.model).__name__} disagrees with the model in {name} for a "
                     f"batch of {batch} with {sequence} new, {encoded} encoded and {past} cached tokens"

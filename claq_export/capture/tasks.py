@@ -203,8 +203,18 @@ class TaskModel(nn.Module):
             shape = _image_shape(self.config, self.source.folder if self.source is not None else None)
             pixels = torch.randn(batch, *shape, generator=generator)
             return {"pixel_values": pixels.to(next(self.model.parameters()).dtype)}
+        if TASKS[self.task].speech:
+            frames = torch.randn(batch, *spectrum_shape(self.config), generator=generator)
+            inputs = {SPECTRUM: frames.to(next(self.model.parameters()).dtype)}
+        else:
+            inputs = self._example_text(batch, sequence, generator)
         if TASKS[self.task].seq2seq:
-            return self._pair_of_sequences(batch, sequence, generator)
+            shorter = (batch, max(1, sequence - 2))
+            inputs[DECODER_TOKENS] = torch.randint(0, self._vocabulary(), shorter, generator=generator)
+        return inputs
+
+    def _example_text(self, batch: int, sequence: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Tokens and what goes with them, but not a decoder's; the last row is padded."""
         tokens = torch.randint(0, self._vocabulary(), (batch, sequence), generator=generator)
         mask = torch.ones(batch, sequence, dtype=torch.int64)
         mask[-1, sequence - sequence // 4 :] = 0
@@ -218,21 +228,8 @@ class TaskModel(nn.Module):
             tokens[tokens == end] = (end + 1) % self._vocabulary()
             tokens[torch.arange(batch), mask.sum(1) - 1] = end
         tokens[mask == 0] = self.pad_token_id
-        return text_inputs(self.input_names, tokens, mask, self.pad_token_id)
-
-    def _pair_of_sequences(self, batch: int, sequence: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """What an encoder-decoder reads, see :meth:`example_inputs`."""
-        if TASKS[self.task].speech:
-            frames = torch.randn(batch, *spectrum_shape(self.config), generator=generator)
-            encoded = {SPECTRUM: frames.to(next(self.model.parameters()).dtype)}
-        else:
-            tokens = torch.randint(0, self._vocabulary(), (batch, sequence), generator=generator)
-            mask = torch.ones(batch, sequence, dtype=torch.int64)
-            mask[-1, sequence - sequence // 4 :] = 0
-            tokens[mask == 0] = self.pad_token_id
-            encoded = text_inputs(("input_ids", "attention_mask"), tokens, mask, self.pad_token_id)
-        shorter = (batch, max(1, sequence - 2))
-        return {**encoded, DECODER_TOKENS: torch.randint(0, self._vocabulary(), shorter, generator=generator)}
+        names = tuple(name for name in self.input_names if name != DECODER_TOKENS)
+        return text_inputs(names, tokens, mask, self.pad_token_id)
 
     def _vocabulary(self) -> int:
         """Number of tokens, by the configuration.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,10 @@ DATA_NAME_LONGER = len("..data") + DIGEST_CHARACTERS
 """Characters by which the name of a model's data file is longer than the model's."""
 
 MODEL_SUFFIX = ".onnx"
+
+SharedData = dict[bytes, tuple[str, int]]
+"""Tensors in the data files of one folder, by the SHA-256 of their bytes -> file and offset, so that several models can refer
+to one copy."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +67,6 @@ def together(artifacts: Sequence[Artifact]) -> Artifact:
         bytes=sum(artifact.bytes for artifact in artifacts),
         layers=tuple(dict.fromkeys(layer for artifact in artifacts for layer in artifact.layers)),
     )
-
-
-class SharedData:
-    """Tensors in the data files of one folder, by their content, so that several models can refer to one copy."""
-
-    def __init__(self) -> None:
-        self._places: dict[bytes, tuple[str, int]] = {}
-
-    def find(self, content: bytes | memoryview) -> tuple[str, int] | None:
-        """Data file and offset of a tensor with these bytes."""
-        return self._places.get(hashlib.sha256(content).digest())
-
-    def add(self, content: bytes | memoryview, data_file: str, offset: int) -> None:
-        self._places[hashlib.sha256(content).digest()] = (data_file, offset)
 
 
 def is_data_file(name: str, model_file: str) -> bool:

@@ -105,10 +105,10 @@ def write_model(
         for name, value in model.graph.initializers.items()
         if value.const_value is not None and value.const_value.nbytes >= INLINE_BELOW
     }
-    places: dict[str, tuple[str, int]] = {}
+    digests: dict[str, bytes] = {}
     if shared is not None:
-        found = {name: shared.find(_content(tensor)) for name, tensor in external.items()}
-        places = {name: place for name, place in found.items() if place is not None}
+        digests = {name: hashlib.sha256(_content(tensor)).digest() for name, tensor in external.items()}
+    places = {name: shared[digest] for name, digest in digests.items() if shared is not None and digest in shared}
     own = [name for name in external if name not in places]
     with StagedFiles(path.parent) as files:
         if own:
@@ -118,8 +118,7 @@ def write_model(
             data_path = files.rename(staged, f"{path.name}.{digest}.data")
             places |= {name: (data_path.name, start) for name, start in offsets.items()}
             if shared is not None:
-                for name in own:
-                    shared.add(_content(external[name]), *places[name])
+                shared.update({digests[name]: places[name] for name in own})
         _refer_to(model, places)
         proto = ir.serde.serialize_model(model)
         imported = {entry.domain for entry in proto.opset_import}

@@ -123,16 +123,13 @@ class OnnxModel:
     """
 
     def __init__(self, path: str | Path, library: str | Path | None = None, threads: int = 0) -> None:
-        from ..onnx_session import check_threads, open_session
+        from ..onnx_session import check_threads, load_session
 
         check_threads(threads)
         path = self.path = Path(path)
         if not path.is_file():
             raise ModelError(f"ONNX file {str(path)!r} does not exist")
-        try:
-            self.session = open_session(path, library, threads)
-        except Exception as error:  # onnxruntime's exception classes have no public common base
-            raise ModelError(f"ONNX Runtime cannot load {str(path)!r}: {error}") from error
+        self.session = load_session(path, library, threads)
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
         if "input_ids" not in self.inputs and len(self.inputs) != 1:

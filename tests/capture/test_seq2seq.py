@@ -17,7 +17,7 @@ from claq_export.capture.tasks import infer_task, seq2seq_task
 from claq_export.errors import CaptureError, ModelError, VerificationError
 
 VOCABULARY = 60
-BART_SIZES: dict[str, Any] = {
+SIDES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "d_model": 32,
     "encoder_layers": 2,
@@ -26,9 +26,9 @@ BART_SIZES: dict[str, Any] = {
     "decoder_attention_heads": 4,
     "encoder_ffn_dim": 48,
     "decoder_ffn_dim": 48,
-    "max_position_embeddings": 32,
     "init_std": 0.5,
 }
+BART_SIZES = {**SIDES, "max_position_embeddings": 32}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
 T5_SIZES = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_decoder_layers": 1}
 
@@ -50,9 +50,8 @@ def marian() -> Any:
 
 
 def whisper() -> Any:
-    sizes = {key: value for key, value in BART_SIZES.items() if key != "max_position_embeddings"}
     config = transformers.WhisperConfig(
-        **sizes,
+        **SIDES,
         **TOKENS,
         num_mel_bins=8,
         max_source_positions=10,
@@ -175,16 +174,7 @@ def test_an_architecture_of_text_and_images_has_no_task() -> None:
 
 
 def test_other_speech_models_are_named() -> None:
-    config = transformers.Speech2TextConfig(
-        vocab_size=VOCABULARY,
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-    )
+    config = transformers.Speech2TextConfig(**SIDES)
     model = TaskModel(transformers.Speech2TextForConditionalGeneration(config), "automatic-speech-recognition")
     with pytest.raises(ModelError, match="claq knows the input of Whisper alone, this is 'speech_to_text'"):
         model.example_inputs()
