@@ -131,14 +131,14 @@ def build_parser() -> argparse.ArgumentParser:
         type=_table_bits,
         metavar="B",
         help="code width of embedding tables, 2, 3 or 4, or 'none' to leave them at full precision (default: 4; with a budget "
-        "the next whole width above it, and counted in it)",
+        "their columns compete like all others, and this is the least width of theirs)",
     )
     bits.add_argument(
         "--head-bits",
         type=_table_bits,
         metavar="B",
-        help="the same of a language model's output head; with a budget the least width of its columns. A head tied to the "
-        "embedding shares its codes: this option decides, if given, else --embedding-bits",
+        help="the same of a language model's output head. A head tied to the embedding shares its codes: this option decides, "
+        "if given, else --embedding-bits",
     )
     bits.add_argument(
         "--exact-tokens",

@@ -27,11 +27,12 @@ from .calibration.data import Batch, fingerprint
 from .calibration.loading import load_calibration
 from .calibration.peers import Peers
 from .calibration.progress import ProgressReporter
-from .calibration.sensitivity import Guidance, guidance, output_importance
+from .calibration.sensitivity import Guidance, Importance, guidance, output_importance
 from .calibration.spill import ActivationSpill, usual_budget
 from .calibration.stage import CalibrationStage, QuantizedSite
 from .calibration.store import LayerStore
 from .calibration.tune import TuneResult, TuneSettings, tune
+from .calibration.vocabulary import exact_rows, token_frequency
 from .calibration.walk import NodeWalk, WalkMaker
 from .capture import CACHED_TASK, CapturedModel, graph_digest, restore_weights
 from .config import DECODER_OPSET, NO_CALIBRATION, Config
@@ -256,7 +257,8 @@ class Compilation:
                 plans = None if self.store is None else self.store.load_plans()
                 # A budget is solved by all processes or by none.
                 if self.peers.size > 1 or plans is None:
-                    self.budget, plans = self.sizing.solve_budget(self.profiles(stage, batches, guide))
+                    self.budget = self.sizing.solve_budget(self.profiles(stage, batches, guide))
+                    plans = self.budget.plans
                     self.reporter.event("budget", **self.budget.to_json())
                     if self.store is not None:
                         self.store.save_plans(plans)
@@ -304,8 +306,14 @@ class Compilation:
     def profiles(
         self, stage: CalibrationStage, batches: Sequence[Batch] | None, guide: Guidance | None = None
     ) -> list[LayerProfile]:
-        """What every column of every linear would gain from bits and outliers; the same for all budgets."""
-        return stage.profile(batches, self._importance(batches) if guide is None else guide.rows)
+        """What every column of every layer would gain from bits and outliers; the same for all budgets."""
+        return stage.profile(batches, self._importance(batches) if guide is None else guide.importance)
+
+    def _exact_rows(self, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
+        """Rows of tables that will be stored exactly, by name."""
+        sites = self.plan.sites
+        frequency = token_frequency(self.captured.graph_module, sites, batches)
+        return exact_rows(sites, frequency, self.sizing.table_settings())
 
     def _guidance(self, batches: Sequence[Batch]) -> Guidance:
         """Gradients of all calibration tokens.
@@ -321,14 +329,15 @@ class Compilation:
         with self.timed("gradients"):
             return guidance(
                 self.captured.graph_module,
-                [site for site in self.plan.sites if site.nodes],
+                self.plan.sites,
                 batches,
                 task=self.captured.task,
                 seed=self.config.seed,
                 reporter=self.reporter,
+                exact=self._exact_rows(batches),
             )
 
-    def _importance(self, batches: Sequence[Batch] | None) -> dict[str, torch.Tensor] | None:
+    def _importance(self, batches: Sequence[Batch] | None) -> Importance | None:
         """What an error of each layer's outputs counts, by gradients; None where they are not wanted or not to be had."""
         if batches is None or not self.config.importance:
             return None
@@ -342,11 +351,12 @@ class Compilation:
             with self.timed("importance"):
                 return output_importance(
                     self.captured.graph_module,
-                    [site for site in self.plan.sites if site.nodes],
+                    self.plan.sites,
                     batches,
                     task=self.captured.task,
                     seed=self.config.seed,
                     reporter=self.reporter,
+                    exact=self._exact_rows(batches),
                 )
         except CalibrationError as error:
             self.reporter.warn(f"the budget weighs each layer's error relative to its own output: {error}")

@@ -77,11 +77,10 @@ class Config:
             and outliers compete.
         size: a budget in bytes for the whole artifact instead; ``bits`` is not used then.
         floors: least code width of the layers whose name matches a glob pattern, for budgets.
-        embedding_bits: code width of embedding tables, 0 = leave them at full precision. None: 4; with a budget the next
-            whole width above it, or less where the budget cannot be met otherwise; 0 with a preset.
-        head_bits: the same of the output heads of (masked) language models; with a budget the least width of their
-            columns, which compete like all others. A head tied to an embedding shares its codes: ``head_bits`` decides
-            where it is given, else ``embedding_bits``.
+        embedding_bits: code width of embedding tables, 0 = leave them at full precision; with a budget, for which their
+            columns compete like all others, the least width of theirs. None: 4, with a budget no least width; 0 with a preset.
+        head_bits: the same of the output heads of (masked) language models. A head tied to an embedding shares its codes:
+            ``head_bits`` decides where it is given, else ``embedding_bits``.
         exact_tokens: share of the rows of a quantized vocabulary that is stored at 16 bits, the most frequent tokens of the
             calibration data first (:mod:`claq_export.algorithm.exact_rows`); counted like everything else.
         importance: with a budget, weigh each layer's error by the gradient of the model's output with respect to it (a

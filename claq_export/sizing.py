@@ -1,19 +1,18 @@
 """How large each layer will be: predictions before calibration, and the bit budget that decides it.
 
-Everything is counted as the artifact stores it (docs/format.md). A budget is for the whole model: embeddings and output
-heads take one width each, what they leave is shared out over the columns and outliers of all other layers.
+Everything is counted as the artifact stores it (docs/format.md). A budget is for the whole model: columns and outliers of all
+layers compete for it, those of embeddings and output heads too.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
 
-from .algorithm import ColumnPlan, predict
+from .algorithm import predict
 from .algorithm.budget import Budget, LayerProfile, solve
 from .algorithm.settings import LayerSettings
 from .calibration.stage import column_counts
@@ -22,7 +21,7 @@ from .deferred import weight_bytes
 from .errors import ConfigError
 from .format.layer import index_dtype
 from .format.packing import WIDTHS
-from .passes import Plan
+from .passes import LinearSite, Plan
 from .passes.plan import HEAD_ROLE, LINEAR_ROLE
 
 _NODE_BYTES = 450
@@ -87,12 +86,11 @@ class Sizing:
         settings = self.config.layer_settings()
         if not self.config.budgeted:
             return self._predict(settings, self.table_settings())
-        self._floors(site.name for site in self.plan.sites if site.nodes)
-        for most in self._table_widths():
-            planned = self._predict_budget(settings, self.table_settings(most))
-            least = sum(layer.nbytes for layer in planned)
-            if 8 * least <= self._target_bits() * _BUDGET_TOLERANCE * self._weights():
-                return planned
+        self._floors(site.name for site in self.plan.sites)
+        planned = self._predict_budget(settings)
+        least = sum(layer.nbytes for layer in planned)
+        if 8 * least <= self._target_bits() * _BUDGET_TOLERANCE * self._weights():
+            return planned
         others = self.unquantized_bytes()
         raise self._cannot_meet(
             f"the budget of {self.config.bits:g} true bits a weight cannot be met: the narrowest columns take "
@@ -121,30 +119,37 @@ class Sizing:
             return float(self.config.bits)
         return 8 * (self.config.size - self.unquantized_bytes()) / max(self._weights(), 1)
 
-    def _table_widths(self) -> list[int]:
-        """With a budget, the widths of tables to try: the next whole one above the budget, then smaller ones."""
-        first = min(max(math.ceil(self._target_bits()), min(WIDTHS)), max(WIDTHS))
-        return [width for width in WIDTHS if width <= first]
+    def table_settings(self, bits: float | None = None) -> dict[str, LayerSettings]:
+        """Settings of tables and heads by name.
 
-    def table_settings(self, most: int = max(WIDTHS)) -> dict[str, LayerSettings]:
-        """Settings of tables and heads by name; ``most`` is their width where the configuration gives none."""
+        Args:
+            bits: with a budget, their nominal width where the configuration asks for less or for none.
+        """
         chosen = {}
         for site in self.plan.sites:
             if site.role != LINEAR_ROLE or site.lookups:
-                width = self.config.table_bits(head=site.role == HEAD_ROLE, embedding=bool(site.lookups)) or most
-                settings = self.config.layer_settings()
-                chosen[site.name] = replace(
-                    settings, bits=float(width), widths=None, shares=None, exact_rows=self._exact_tokens()
-                )
+                width = self._table_width(site)
+                settings = replace(self.config.layer_settings(), exact_rows=self._exact_tokens())
+                if not self.config.budgeted:
+                    settings = replace(settings, bits=float(width or max(WIDTHS)), widths=None, shares=None)
+                elif bits is not None:
+                    settings = replace(settings, bits=max(bits, width or min(WIDTHS)))
+                chosen[site.name] = settings
         return chosen
 
-    def _predict_budget(self, settings: LayerSettings, tables: dict[str, LayerSettings]) -> list[PlannedLayer]:
-        """All layers at the nominal width at which they take the budget together; tables at theirs."""
+    def _table_width(self, site: LinearSite) -> int | None:
+        """The width that was asked for of a table or a head; with a budget the least one of its columns."""
+        return self.config.table_bits(head=site.role == HEAD_ROLE, embedding=bool(site.lookups))
+
+    def _predict_budget(self, settings: LayerSettings) -> list[PlannedLayer]:
+        """All layers at the nominal width at which they take the budget together."""
         target, low, high = self._target_bits(), 2.0, 4.0
         for _ in range(12):
             middle = (low + high) / 2
-            size = sum(layer.nbytes for layer in self._predict(replace(settings, bits=middle), tables))
+            planned = self._predict(replace(settings, bits=middle), self.table_settings(middle))
+            size = sum(layer.nbytes for layer in planned)
             low, high = (middle, high) if 8 * size / self._weights() < target else (low, middle)
+        tables = self.table_settings(low)
         planned = self._predict(replace(settings, bits=low), tables)
         share = 0.0
         for _ in range(2 if high == 4.0 else 0):
@@ -185,14 +190,11 @@ class Sizing:
             )
         return planned
 
-    def solve_budget(self, profiles: Sequence[LayerProfile]) -> tuple[Budget, dict[str, ColumnPlan]]:
-        """Widths and outliers of all columns by layer; embeddings have one width each, which is counted.
+    def solve_budget(self, profiles: Sequence[LayerProfile]) -> Budget:
+        """Widths and outliers of all columns by layer.
 
         Args:
-            profiles: of every layer that is not only looked up in, what its columns gain from bits and outliers.
-
-        Returns:
-            the solution for the layers with a profile, and the plans of all layers, embeddings included.
+            profiles: of every layer, what its columns gain from bits and outliers.
 
         Raises:
             ConfigError: the budget cannot be met, or a floor is for a layer that is not there.
@@ -202,31 +204,17 @@ class Sizing:
             raise ConfigError(
                 f"a size of {self.config.size:,} bytes cannot be met: what is not quantized takes {others:,} already"
             )
-        refused: ConfigError | None = None
-        for most in self._table_widths():
-            tables = self.table_settings(most)
-            embeddings = {
-                site.name: ColumnPlan(
-                    torch.full((site.in_features,), int(tables[site.name].bits), dtype=torch.uint8),
-                    torch.zeros(site.in_features, dtype=torch.int64),
-                )
-                for site in self.plan.sites
-                if not site.nodes
-            }
-            heads = {p.name: max(floors.get(p.name, 0), int(tables[p.name].bits)) for p in profiles if p.name in tables}
-            room = int(self._target_bits() * self._weights() / 8)
-            room -= sum(plan.predict(self.plan.site(name).out_features).nbytes for name, plan in embeddings.items())
-            room -= sum(self._exact_bytes(name, settings) for name, settings in tables.items())
-            try:
-                if room <= 0:
-                    raise ConfigError("the budget cannot be met: tables alone take more")
-                budget = self._solve_with_pointers(profiles, room, {**floors, **heads}, heads)
-            except ConfigError as error:
-                refused = error
-                continue
-            return budget, {**budget.plans, **embeddings}
-        assert refused is not None
-        raise self._cannot_meet(str(refused)) from refused
+        tables = self.table_settings()
+        for name in tables:
+            floors[name] = max(floors.get(name, 0), self._table_width(self.plan.site(name)) or 0)
+        room = int(self._target_bits() * self._weights() / 8)
+        room -= sum(self._exact_bytes(name, settings) for name, settings in tables.items())
+        try:
+            if room <= 0:
+                raise ConfigError("the budget cannot be met: rows that are stored exactly take more")
+            return self._solve_with_pointers(profiles, room, floors, tables)
+        except ConfigError as error:
+            raise self._cannot_meet(str(error)) from error
 
     def _floors(self, layers: Iterable[str]) -> dict[str, int]:
         """Least width by name, of those layers that have one.
@@ -244,24 +232,27 @@ class Sizing:
         return floors
 
     def _solve_with_pointers(
-        self, profiles: Sequence[LayerProfile], room: int, floors: Mapping[str, int], heads: Iterable[str]
+        self, profiles: Sequence[LayerProfile], room: int, floors: Mapping[str, int], tables: Iterable[str]
     ) -> Budget:
-        """Solve so that the row pointers of exact rows fit in too, where a head reserves nothing else that needs them."""
-        pointers = {name: 4 * (self.plan.site(name).out_features + 1) for name in heads if self._exact_tokens()}
-        budget = solve(profiles, nbytes=room, floors=floors)
-        missing = sum(size for name, size in pointers.items() if not budget.plans[name].reserve.any())
-        return budget if not missing else solve(profiles, nbytes=room - sum(pointers.values()), floors=floors)
+        """Solve so that the row pointers of exact rows fit in too, where a table reserves nothing else that needs them."""
+        pointers = {name: 4 * (self.plan.site(name).out_features + 1) for name in tables if self._exact_tokens()}
+        alone: set[str] = set()
+        while True:
+            budget = solve(profiles, nbytes=room - sum(pointers[name] for name in alone), floors=floors)
+            found = {name for name in pointers if not budget.plans[name].reserve.any()}
+            if found <= alone:
+                return budget
+            alone |= found
 
     def _exact_tokens(self) -> float:
         """Share of a vocabulary's rows that is stored exactly; which ones is known from calibration data alone."""
         return 0.0 if self.config.calibration == NO_CALIBRATION else self.config.exact_tokens
 
     def _exact_bytes(self, name: str, settings: LayerSettings) -> int:
-        """What the exact rows of a table take; of an embedding with their row pointers."""
+        """What the exact rows of a table take, without row pointers."""
         site = self.plan.site(name)
         rows = round(settings.exact_rows * site.out_features)
-        entry = 2 + index_dtype(site.in_features).itemsize
-        return rows * site.in_features * entry + (4 * (site.out_features + 1) if rows and not site.nodes else 0)
+        return rows * site.in_features * (2 + index_dtype(site.in_features).itemsize)
 
     def unquantized_bytes(self) -> int:
         """Bytes of the artifact beside the quantized layers: tensors left alone, and the graph itself (estimated)."""

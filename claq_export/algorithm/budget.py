@@ -75,6 +75,22 @@ class LayerProfile:
 
 
 @dataclass(frozen=True)
+class Lookups:
+    """How the rows of a table are looked up.
+
+    Attributes:
+        probability: float64 ``[N]``: the share of each row in what is looked up, of text like the calibration data; sums to 1.
+        tokens: rows looked up in the calibration data; None: as many as there are tokens, or not known.
+        importance: ``[K]``: mean squared gradient of the model's loss with respect to what is looked up; None: the error
+            counts relative to the rows themselves.
+    """
+
+    probability: torch.Tensor
+    tokens: int | None = None
+    importance: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Budget:
     """A plan for all layers.
 
@@ -114,6 +130,8 @@ def profile_layer(
     settings: LayerSettings,
     *,
     row_importance: torch.Tensor | None = None,
+    lookups: Lookups | None = None,
+    exact_rows: torch.Tensor | None = None,
 ) -> LayerProfile:
     """Measure what each column of a layer gains from bits and from reserved weights.
 
@@ -126,6 +144,9 @@ def profile_layer(
             errors of layers are in units of the loss, for each row of calibration data that the layer reads
             (:func:`per_token_of_text`); without it each layer's error is taken relative to its output, so that layers count
             alike.
+        lookups: of a table whose rows are looked up. One that is multiplied by as well (a tied output head) has the errors
+            of both uses; without a Hessian those of looking up alone.
+        exact_rows: int64, rows that will be stored exactly (exact_rows.py), so that no error of theirs counts.
     """
     N, K = weight.shape
     w = weight.detach().to(torch.float32)
@@ -134,30 +155,70 @@ def profile_layer(
     divisor = scale[alive].to(torch.float32)
     columns = (w[alive] / divisor[:, None]).T.contiguous()
     energy = divisor.to(torch.float64).square()
-    cost = torch.ones(K, dtype=torch.float64, device=w.device)
-    if hessian is not None and hessian.tokens:
-        factor = hessian.factor(settings.damping, settings.act_order)
-        cost[factor.order.to(w.device)] = factor.upper.diagonal().to(device=w.device, dtype=torch.float64) ** -2
-        # The Hessian sums over tokens; an importance is a mean.
-        cost /= hessian.tokens
-    if row_importance is not None:
-        energy = energy * row_importance.to(energy)[alive]
-    unit = float(energy.mean()) if len(alive) else 0.0
-    if row_importance is None:
-        whole = (
-            w.square().sum(dtype=torch.float64)
-            if hessian is None or not hessian.tokens
-            else hessian.energy(w).sum() / hessian.tokens
-        )
-        unit = unit / float(whole) if float(whole) > 0 else 0.0
+    if exact_rows is not None:
+        counted = torch.ones(N, dtype=torch.float64, device=w.device)
+        counted[exact_rows.to(w.device)] = 0.0
+        energy *= counted[alive]
+    seen = hessian if hessian is not None and hessian.tokens else None
+    cost = torch.ones(K, dtype=torch.float64) if seen is None else _cost_of_columns(seen, settings)
+    cost = cost.to(w.device)
+    price = torch.zeros_like(cost)
+    if hessian is not None or lookups is None:
+        price = cost * _price_of_products(w, energy, alive, seen, row_importance)
+    tokens = hessian.tokens if hessian is not None else 0
+    if lookups is not None:
+        read = tokens if lookups.tokens is None else lookups.tokens
+        tokens = tokens or read
+        # In units of the loss errors count as often as rows are read; relative ones count alike.
+        often = read / tokens if lookups.importance is not None and tokens else 1.0
+        price += often * _price_of_lookups(w, energy, alive, lookups)
     reserve = sorted({min(round(share * N), max(0, len(alive) // 2)) for share in RESERVE_SHARES})
     error = np.zeros((K, len(WIDTHS), len(reserve)))
     if len(alive):
-        error = _column_errors(columns, tuple(reserve)) * (cost * unit).cpu().numpy()[:, None, None]
+        error = _column_errors(columns, tuple(reserve)) * price.cpu().numpy()[:, None, None]
     # More bits never hurt; where a local optimum says so, believe the cheaper choice.
     error = np.minimum.accumulate(error[:, ::-1], axis=1)[:, ::-1]
-    tokens = 0 if hessian is None else hessian.tokens
     return LayerProfile(name, N, np.minimum.accumulate(error, axis=2), tuple(reserve), tokens, float(cost.median()))
+
+
+def _cost_of_columns(hessian: Hessian, settings: LayerSettings) -> torch.Tensor:
+    """float64 ``[K]``: what a squared error of a weight costs, for each token that the layer reads."""
+    factor = hessian.factor(settings.damping, settings.act_order)
+    cost = torch.ones(hessian.in_features, dtype=torch.float64, device=factor.order.device)
+    cost[factor.order] = factor.upper.diagonal().to(cost) ** -2
+    # The Hessian sums over tokens; an importance is a mean.
+    return cost / hessian.tokens
+
+
+def _price_of_products(
+    weight: torch.Tensor,
+    energy: torch.Tensor,
+    alive: torch.Tensor,
+    hessian: Hessian | None,
+    row_importance: torch.Tensor | None,
+) -> float:
+    """What an error counts in the outputs of a layer, on average over its live rows of the given ``energy``."""
+    if not len(alive):
+        return 0.0
+    if row_importance is not None:
+        return float((energy * row_importance.to(energy)[alive]).mean())
+    whole = weight.square().sum(dtype=torch.float64)
+    if hessian is not None:
+        whole = hessian.energy(weight).sum() / hessian.tokens
+    return float(energy.mean()) / float(whole) if float(whole) > 0 else 0.0
+
+
+def _price_of_lookups(
+    weight: torch.Tensor, energy: torch.Tensor, alive: torch.Tensor, lookups: Lookups
+) -> torch.Tensor:
+    """float64 ``[K]``: what an error of each column counts where rows are looked up, on average over the live rows."""
+    probability = lookups.probability.to(energy)
+    price = float((energy * probability[alive]).mean()) if len(alive) else 0.0
+    if lookups.importance is not None:
+        return price * lookups.importance.to(energy)
+    norms = torch.linalg.vector_norm(weight, dim=1).to(torch.float64)
+    whole = float((norms.square() * probability).sum())
+    return torch.full((weight.shape[1],), price / whole if whole > 0 else 0.0).to(energy)
 
 
 def per_token_of_text(profiles: Sequence[LayerProfile], uses: Mapping[str, int]) -> list[LayerProfile]:

@@ -24,6 +24,7 @@ from .outliers import reserve_counts
 from .precision import assign_widths, column_scores, group_counts
 from .scales import row_scales
 from .settings import LayerSettings
+from .vocabulary import token_probability
 
 _ROWS_AT_ONCE = 256
 _ERROR_ROWS = 512
@@ -114,8 +115,8 @@ def quantize_layer(
         plan: widths and outliers of each column; None: :func:`plan_columns`.
         row_importance: non-negative ``[N]``: what a squared error of each output counts (mean squared gradient of
             the loss, as in SqueezeLLM and GuidedQuant), multiplied to the row weights of the k-means fits; None = 1.
-        row_frequency: non-negative ``[N]``: how often each row of a vocabulary is used, for ``exact_rows`` of the settings;
-            None: no row is kept exactly.
+        row_frequency: non-negative ``[N]``: how often each row of a vocabulary is used, for ``exact_rows`` and
+            ``frequency_power`` of the settings; None: no row is kept exactly, and all count alike.
 
     Raises:
         ModelError: a weight is not finite; names row and column.
@@ -141,6 +142,9 @@ def quantize_layer(
     cholesky = perf_counter() - tick
 
     scale = row_scales(wanted, settings.row_scale)
+    if row_frequency is not None and settings.frequency_power:
+        chance = token_probability(row_frequency) ** settings.frequency_power
+        row_importance = chance if row_importance is None else row_importance.to(chance) * chance
     scale, state, descent_seconds = _quantize_rows(wanted, scale, hessian, feedback, plan, settings, row_importance)
     layer = _store(state, scale, plan)
     if row_frequency is not None and settings.exact_rows:

@@ -26,6 +26,7 @@ _PAPER = LayerSettings(
     outlier_choice="sides",
     row_scale="none",
     row_weights="uniform",
+    frequency_power=0.0,
     kmeans="lloyd",
     kmeans_iterations=300,
     damping=0.01,

@@ -45,6 +45,8 @@ class LayerSettings:
             rows).
         row_weights: ``"uniform"``: every normalised weight counts alike in a column's k-means; ``"energy"``: by its
             row's squared scale, which is the layer's output error.
+        frequency_power: rows of a vocabulary count in a column's k-means by their chance in text to this power, 0 to 1
+            (vocabulary.py); 0: all alike.
         kmeans: ``"lloyd"``, ``"coarse"`` or ``"optimal"``; see kmeans.py.
         kmeans_iterations: most Lloyd steps a column.
         damping: share of the mean diagonal added to the Hessian's diagonal.
@@ -70,6 +72,7 @@ class LayerSettings:
     fit_outliers: bool = False
     row_scale: str = "rms"
     row_weights: str = "uniform"
+    frequency_power: float = 0.5
     kmeans: str = "coarse"
     kmeans_iterations: int = 100
     damping: float = 0.01
@@ -84,6 +87,7 @@ class LayerSettings:
         _number("outlier_threshold", self.outlier_threshold, 0, math.inf)
         _number("outliers", self.outliers, 0, 0.25)
         _number("exact_rows", self.exact_rows, 0, 0.1)
+        _number("frequency_power", self.frequency_power, 0, 1)
         _number("dynamic_top", self.dynamic_top, 0, 1)
         _number("dynamic_ratio", self.dynamic_ratio, 1, math.inf)
         _number("damping", self.damping, 0, 1)

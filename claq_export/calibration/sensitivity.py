@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch.nn.functional import embedding
 
 from ..algorithm.importance import OutputImportance, projected_loss, sampled_loss
 from ..errors import CalibrationError, first_line
@@ -22,16 +23,31 @@ SAMPLES = 24
 
 
 @dataclass(frozen=True)
-class Guidance:
-    """How much errors at each layer's outputs matter, by output and by calibration token.
+class Importance:
+    """How much errors of each layer matter.
 
     Attributes:
-        rows: mean over tokens of the squared gradient of every output, float64 ``[out_features]`` by site name.
+        rows: mean over tokens of the squared gradient of every output, float64 ``[out_features]`` by the name of a site that is
+            multiplied by.
+        columns: the same of every value of a row that is looked up, float64 ``[in_features]`` by the name of a table's site;
+            rows that are stored exactly are left out, because no error of theirs matters.
+    """
+
+    rows: dict[str, torch.Tensor]
+    columns: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How much errors of each layer matter, as a whole and by calibration token.
+
+    Attributes:
+        importance: over all tokens.
         tokens: mean over outputs of the squared gradient of every token, float32 ``[T]`` by site name, tokens in the order of
             the batches, without padding; only sites that stand at one place and saw every token once.
     """
 
-    rows: dict[str, torch.Tensor]
+    importance: Importance
     tokens: dict[str, torch.Tensor]
 
 
@@ -43,31 +59,30 @@ def output_importance(
     task: str | None,
     seed: int,
     reporter: ProgressReporter,
-) -> dict[str, torch.Tensor]:
+    exact: Mapping[str, torch.Tensor] | None = None,
+) -> Importance:
     """Mean squared gradient of every output of every site, in the unquantized model.
 
     One sample is in flight at a time, so that memory is what autograd keeps of that one.
 
     Args:
         graph_module: captured graph after the passes.
-        sites: the linears, at least one; all products with a weight count.
+        sites: linears and tables, at least one; all products with a weight and all lookups count.
         batches: calibration inputs; at most :data:`SAMPLES` pieces, evenly spaced, are used.
         task: decides the loss: log-likelihood of labels drawn from the model where the first output is a
             distribution, else a random projection of all outputs.
         seed: of labels and projections.
         reporter: told of every sample.
-
-    Returns:
-        float64 ``[out_features]`` by site name.
+        exact: int64, rows of a table that are stored exactly, by site name.
 
     Raises:
         CalibrationError: the graph has an operator without gradient, or gradients that are not finite.
     """
     samples = pieces(batches, task)
-    importance = OutputImportance({})
     chosen = [samples[i] for i in evenly_spaced(len(samples), SAMPLES)]
-    _backward_passes(graph_module, sites, chosen, importance, task, seed, reporter)
-    return _rows(importance, sites)
+    collected = _Collected(OutputImportance({}), OutputImportance({}), dict(exact or {}))
+    _backward_passes(graph_module, sites, chosen, collected, task, seed, reporter)
+    return collected.result(sites)
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:
@@ -89,6 +104,7 @@ def guidance(
     task: str | None,
     seed: int,
     reporter: ProgressReporter,
+    exact: Mapping[str, torch.Tensor] | None = None,
 ) -> Guidance:
     """The same over all calibration tokens, for Hessians that weigh each token by its squared gradient (GuidedQuant, arXiv
     2505.07004, with one group of outputs a layer).
@@ -97,23 +113,59 @@ def guidance(
         as for :func:`output_importance`. Sequences of decoders are cut into pieces, so a token's gradient is that of the
         following tokens of its piece.
     """
-    importance = OutputImportance({}, per_token=True)
-    _backward_passes(graph_module, sites, pieces(batches, task, whole=True), importance, task, seed, reporter)
+    collected = _Collected(OutputImportance({}, per_token=True), OutputImportance({}), dict(exact or {}))
+    _backward_passes(graph_module, sites, pieces(batches, task, whole=True), collected, task, seed, reporter)
     once = {site.name for site in sites if len(site.nodes) == 1 and site.role == LINEAR_ROLE}
-    tokens = {name: weights for name, weights in importance.tokens.items() if name in once and bool(weights.sum() > 0)}
-    return Guidance(_rows(importance, sites), tokens)
+    by_token = collected.outputs.tokens.items()
+    tokens = {name: weights for name, weights in by_token if name in once and bool(weights.sum() > 0)}
+    return Guidance(collected.result(sites), tokens)
+
+
+@dataclass(frozen=True)
+class _Collected:
+    """Gradients of the outputs of linears, and of the rows that tables give, those stored ``exact``ly left out."""
+
+    outputs: OutputImportance
+    looked_up: OutputImportance
+    exact: dict[str, torch.Tensor]
+
+    def result(self, sites: Sequence[LinearSite]) -> Importance:
+        """What was collected. A linear that no sample used (an expert that no token is routed to) counts as much as the others
+        on average; a table that no gradient came to, not at all.
+
+        Raises:
+            CalibrationError: no linear was used, or a gradient is not finite.
+        """
+        linears = [site for site in sites if site.nodes]
+        rows = self.outputs.result(self.outputs.seen)
+        if linears and not rows:
+            raise CalibrationError("gradients cannot be had: no layer takes part in the model's output")
+        if linears:
+            mean = float(torch.stack([found.mean() for found in rows.values()]).mean())
+            rows |= {
+                site.name: torch.full((site.out_features,), mean, dtype=torch.float64)
+                for site in linears
+                if site.name not in rows
+            }
+        columns = self.looked_up.result(self.looked_up.seen)
+        columns |= {
+            site.name: torch.zeros(site.in_features, dtype=torch.float64)
+            for site in sites
+            if site.lookups and site.name not in columns
+        }
+        return Importance(rows, columns)
 
 
 def _backward_passes(
     graph_module: fx.GraphModule,
     sites: Sequence[LinearSite],
     samples: Sequence[Batch],
-    importance: OutputImportance,
+    collected: _Collected,
     task: str | None,
     seed: int,
     reporter: ProgressReporter,
 ) -> None:
-    """Run every sample forward and backward, one in flight at a time; ``importance`` collects."""
+    """Run every sample forward and backward, one in flight at a time; ``collected`` takes the gradients."""
     device = sites[0].weight(graph_module).device
     dtype = fast_dtype(device)
     linears: dict[fx.Node, LinearFunction] = {}
@@ -125,7 +177,9 @@ def _backward_passes(
     for site in sites:
         weight = site.weight(graph_module).detach().to(dtype)
         for node in site.nodes:
-            linears[node] = _watched(site.name, weight, importance, counted)
+            linears[node] = _watched(site.name, weight, collected.outputs, counted)
+        for node in site.lookups:
+            linears[node] = _watched_lookups(site, graph_module, collected, counted)
     graph = DifferentiableGraph(graph_module, linears, dtype)
     generator = torch.Generator(device=device).manual_seed(seed)
     reporter.start_layers(len(samples), "gradients")
@@ -150,18 +204,6 @@ def _backward_passes(
         reporter.finish_layers()
 
 
-def _rows(importance: OutputImportance, sites: Sequence[LinearSite]) -> dict[str, torch.Tensor]:
-    """By site name; one that no sample used counts as much as the others on average."""
-    found = importance.result(importance.seen)
-    if not found:
-        raise CalibrationError("gradients cannot be had: no layer takes part in the model's output")
-    # An expert that these samples are never routed to: as much as the others on average.
-    mean = float(torch.stack([rows.mean() for rows in found.values()]).mean())
-    return {
-        site.name: found.get(site.name, torch.full((site.out_features,), mean, dtype=torch.float64)) for site in sites
-    }
-
-
 def _on(device: torch.device, value: torch.Tensor | None) -> torch.Tensor | None:
     return None if value is None else value.to(device)
 
@@ -175,5 +217,24 @@ def _watched(
     def run(x: torch.Tensor) -> torch.Tensor:
         y = multiply(x, weight)
         return importance.watch(name, y, counted(y))
+
+    return run
+
+
+def _watched_lookups(
+    site: LinearSite,
+    graph_module: fx.GraphModule,
+    collected: _Collected,
+    counted: Callable[[torch.Tensor], torch.Tensor | None],
+) -> LinearFunction:
+    table = site.weight(graph_module).detach()
+    rounded = torch.ones(site.out_features, dtype=torch.bool, device=table.device)
+    if site.name in collected.exact:
+        rounded[collected.exact[site.name].to(table.device)] = False
+
+    def run(indices: torch.Tensor) -> torch.Tensor:
+        y = embedding(indices, table)
+        own, real = rounded[indices].flatten(), counted(y)
+        return collected.looked_up.watch(site.name, y, own if real is None else own & real)
 
     return run

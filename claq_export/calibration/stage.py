@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -20,8 +21,9 @@ from torch import fx
 from torch.nn.functional import embedding
 
 from ..algorithm import Bits, ColumnPlan, Hessian, LayerResult, LayerSettings, measure, plan_columns, quantize_layer
-from ..algorithm.budget import LayerProfile, per_token_of_text, profile_layer
+from ..algorithm.budget import LayerProfile, Lookups, per_token_of_text, profile_layer
 from ..algorithm.precision import spread_counts
+from ..algorithm.vocabulary import token_probability
 from ..deferred import defer_layer, materialize, materialize_layer
 from ..errors import ClaqError
 from ..format.layer import QuantizedLinear
@@ -33,7 +35,9 @@ from .devices import Devices
 from .padding import real_rows, real_tokens
 from .peers import Peers
 from .progress import ProgressReporter
+from .sensitivity import Importance
 from .store import LayerStore
+from .vocabulary import exact_rows, token_frequency
 from .walk import NodeWalk, RowLookup, WalkMaker, ancestors
 
 _Result = TypeVar("_Result")
@@ -129,48 +133,71 @@ class CalibrationStage:
         self._finished: dict[str, QuantizedSite] = {}
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
-    def profile(
-        self, batches: Sequence[Batch] | None, importance: Mapping[str, torch.Tensor] | None = None
-    ) -> list[LayerProfile]:
-        """Measure, in the unquantized model, what each column of each linear would gain from bits and outliers.
-
-        Embeddings that are no linear as well are left out: no error of theirs is comparable with that of a linear.
+    def profile(self, batches: Sequence[Batch] | None, importance: Importance | None = None) -> list[LayerProfile]:
+        """Measure, in the unquantized model, what each column of each layer would gain from bits and outliers.
 
         Args:
             batches: as for :meth:`run`.
-            importance: mean squared gradient of each output ``[N]``, by site name: a layer's error is then that of all rows
+            importance: of each layer's outputs, and of what is looked up in tables: a layer's error is then that of all rows
                 it reads, for each token of the calibration data; None: each layer's error counts relative to its output.
 
         Returns:
-            one profile a linear, in the order of the sites.
+            one profile a layer, in the order of the sites.
         """
         profiles: dict[str, LayerProfile] = {}
         linears = [site for site in self._sites if site.nodes]
+        self._frequency = token_frequency(self._module, self._sites, batches or [])
+        exact = exact_rows(self._sites, self._frequency, self._table_settings)
+        text = 0
 
         def measure_site(site: LinearSite, hessian: Hessian | None) -> None:
             weight = self._weight(site, self._devices.first)
-            rows = None if importance is None else importance[site.name]
+            measure_it = partial(
+                profile_layer,
+                site.name,
+                weight,
+                hessian,
+                self._settings,
+                row_importance=None if importance is None else importance.rows.get(site.name),
+                lookups=self._lookups(site, importance, text if hessian is None else None),
+                exact_rows=exact.get(site.name),
+            )
             with self._timed("bit budget"), _full_precision(self._devices.first):
-                profiles[site.name] = _naming(
-                    site, lambda: profile_layer(site.name, weight, hessian, self._settings, row_importance=rows)
-                )
+                profiles[site.name] = _naming(site, measure_it)
             if hessian is not None and _is_pooled(site):
                 self._pooled[site.name] = hessian  # the same as from another walk
             self._reporter.layer(site.name, phase="profile")
 
-        self._reporter.start_layers(len(linears), "measuring")
+        self._reporter.start_layers(len(self._sites), "measuring")
         try:
-            if batches is None:
-                for site in linears:
-                    measure_site(site, None)
-            elif linears:
+            if batches is not None and linears:
                 self._visit_sites(batches, measure_site, linears)
+                text = max(profiles[site.name].tokens // len(site.nodes) for site in linears)
+            for site in self._sites:
+                if site.name not in profiles:
+                    measure_site(site, None)
         finally:
             self._reporter.finish_layers()
-        found = [profiles[site.name] for site in linears]
+        found = [profiles[site.name] for site in self._sites]
         if batches is None or importance is None:
             return found
-        return per_token_of_text(found, {site.name: len(site.nodes) for site in linears})
+        return per_token_of_text(found, {site.name: len(site.nodes or site.lookups) for site in self._sites})
+
+    def _lookups(self, site: LinearSite, importance: Importance | None, text: int | None) -> Lookups | None:
+        """How the rows of a table are looked up by the calibration data, of ``text`` tokens.
+
+        Which rows is known where the indices are an input of the model: of what a graph computes nothing is, and all are alike.
+        """
+        if not site.lookups:
+            return None
+        counted = self._frequency.get(site.out_features)
+        if counted is None or not counted.any():
+            counted = torch.zeros(site.out_features, dtype=torch.int64)
+        return Lookups(
+            token_probability(counted),
+            int(counted.sum()) or text,
+            None if importance is None else importance.columns[site.name],
+        )
 
     def run(
         self, batches: Sequence[Batch] | None, plans: Mapping[str, ColumnPlan] | None = None
@@ -456,9 +483,9 @@ class CalibrationStage:
             plan = self._plans.get(site.name)
             if plan is None:
                 plan = plan_columns(weight, hessian, settings, self._counts.get(site.name))
-            return quantize_layer(
-                weight, hessian, settings, plan=plan, row_frequency=self._frequency.get(site.out_features)
-            )
+            # A linear may happen to have as many outputs as the vocabulary has rows.
+            frequency = self._frequency.get(site.out_features) if site.name in self._table_settings else None
+            return quantize_layer(weight, hessian, settings, plan=plan, row_frequency=frequency)
 
         with _full_precision(device):
             result = _naming(site, quantize)
@@ -493,31 +520,6 @@ class CalibrationStage:
 def _is_pooled(site: LinearSite) -> bool:
     """Whether a weight is quantized before all of its products are reached."""
     return len(site.nodes) > 1 or bool(site.nodes and site.lookups)
-
-
-def token_frequency(
-    graph_module: fx.GraphModule, sites: Sequence[LinearSite], batches: Sequence[Batch]
-) -> dict[int, torch.Tensor]:
-    """How often each row of a vocabulary is looked up in the calibration data, by the size of the vocabulary.
-
-    Only tables whose indices are an input of the model count (not positions), and no padding. A head that is not tied has the
-    vocabulary of the embedding, so the size is key enough.
-    """
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    found: dict[int, torch.Tensor] = {}
-    for site in sites:
-        for node in site.lookups:
-            source = node.args[1]
-            if source not in placeholders or not batches:
-                continue
-            name = list(batches[0])[placeholders.index(source)]
-            counts = found.setdefault(site.out_features, torch.zeros(site.out_features, dtype=torch.int64))
-            for batch in batches:
-                indices, real = batch[name].flatten(), real_rows((*batch[name].shape, 1), real_tokens(batch))
-                looked_up = indices if real is None else indices[real]
-                counted = torch.bincount(looked_up.remainder(site.out_features), minlength=site.out_features)
-                counts += counted.cpu()  # what a compiled model was called with may lie on its GPU
-    return found
 
 
 def column_counts(sites: Sequence[LinearSite], settings: LayerSettings) -> list[tuple[int, ...]]:

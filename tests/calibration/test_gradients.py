@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from claq_export.algorithm import Hessian, LayerSettings, quantize_layer
-from claq_export.algorithm.importance import OutputImportance, sampled_loss
+from claq_export.algorithm.importance import OutputImportance, projected_loss, sampled_loss
 from claq_export.api import capture
 from claq_export.calibration.gradients import DifferentiableGraph, fast_dtype, multiply, pieces
 from claq_export.calibration.progress import ProgressReporter
@@ -64,7 +64,7 @@ def test_importance_is_that_of_the_modules(tiny_llama: Path, monkeypatch: pytest
     assert len(modules) > len(sites)
     for site in sites:
         torch.testing.assert_close(
-            found[site.name], torch.cat([rows[name] for name, _ in site.parts]), rtol=1e-4, atol=0
+            found.rows[site.name], torch.cat([rows[name] for name, _ in site.parts]), rtol=1e-4, atol=0
         )
 
 
@@ -95,7 +95,7 @@ def test_guidance_is_the_squared_gradient_of_every_token(monkeypatch: pytest.Mon
     ).reshape(20, 64)
     torch.testing.assert_close(found.tokens["second"], torch.ones(20))
     torch.testing.assert_close(found.tokens["first"], gradients.square().mean(1))
-    torch.testing.assert_close(found.rows["first"], gradients.square().mean(0).double(), check_dtype=False)
+    torch.testing.assert_close(found.importance.rows["first"], gradients.square().mean(0).double(), check_dtype=False)
 
 
 @pytest.mark.parametrize("known", ["every token", "too few tokens", "another layer"])
@@ -216,8 +216,47 @@ def test_a_layer_that_no_sample_uses_counts_like_the_others() -> None:
     found = output_importance(
         captured.graph_module, sites, samples, task=None, seed=0, reporter=ProgressReporter(quiet=True)
     )
-    torch.testing.assert_close(found["used"], torch.ones(48, dtype=torch.float64))
-    torch.testing.assert_close(found["unused"], found["used"])
+    torch.testing.assert_close(found.rows["used"], torch.ones(48, dtype=torch.float64))
+    torch.testing.assert_close(found.rows["unused"], found.rows["used"])
+
+
+def test_what_is_looked_up_is_weighed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Some processors multiply in bfloat16.
+    monkeypatch.setattr("claq_export.calibration.sensitivity.fast_dtype", lambda device: torch.float32)
+
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(1024, 128), nn.Linear(128, 128)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.table(ids))
+
+    model = Tagger().eval()
+    ids = torch.tensor([[1, 7, 7, 3]])
+    captured = capture_module(model, (ids,))
+    sites = planned(captured)
+    assert {site.name for site in sites} == {"table", "head"}
+
+    def importance(exact: dict[str, torch.Tensor]) -> torch.Tensor:
+        return output_importance(
+            captured.graph_module,
+            sites,
+            [{"ids": ids}],
+            task=None,
+            seed=0,
+            reporter=ProgressReporter(quiet=True),
+            exact=exact,
+        ).columns["table"]
+
+    values = model.table(ids).detach().requires_grad_()
+    projected_loss(model.head(values), torch.Generator().manual_seed(0)).backward()
+    squared = values.grad[0].double().square()
+    torch.testing.assert_close(importance({}), squared.mean(0))
+    # Of rows that are stored exactly no error counts: here the second and third token.
+    torch.testing.assert_close(importance({"table": torch.tensor([7])}), squared[[0, 3]].mean(0))
+    # Nothing but such rows: no error of this table matters.
+    assert not importance({"table": torch.tensor([1, 3, 7])}).any()
 
 
 def test_values_of_mixed_dtype_fall_back_to_float32() -> None:
