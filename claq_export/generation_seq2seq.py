@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from .capture.captured import PARTS
-from .emit.artifact import part_path
+from .emit.artifact import has_parts, part_path
 from .errors import ModelError
 from .generation import PAST, PRESENT, Sampling, Timing
 from .onnx_session import check_threads, load_session
@@ -20,7 +20,7 @@ from .onnx_session import check_threads, load_session
 
 def is_seq2seq_folder(path: Path) -> bool:
     """Whether a folder holds the files of an encoder-decoder, under the names that ``--out model.onnx`` gives them."""
-    return path.is_dir() and all(part_path(path / "model.onnx", part).is_file() for part in PARTS)
+    return path.is_dir() and has_parts(path / "model.onnx")
 
 
 @dataclass

@@ -105,9 +105,9 @@ def _load(captured: CapturedModel, config: Config) -> list[Batch]:
         batches = batches_from_iterable(rows, names, captured.example_inputs, samples)
         return group_equal_shapes(batches, config.batch_size or _SAMPLES_A_BATCH)
     if SPECTRUM in captured.input_names and source != DEFAULT_CALIBRATION and is_speech(source):
-        return group_equal_shapes(
-            read_speech(source, captured, samples, config.seed), config.batch_size or _SAMPLES_A_BATCH
-        )
+        bins = captured.example_inputs[SPECTRUM].shape[1]
+        spectra = read_speech(source, captured.source.folder, bins, samples, config.seed)
+        return group_equal_shapes(spectra, config.batch_size or _SAMPLES_A_BATCH)
     if "input_ids" not in captured.input_names:
         recordings = "recordings (an audio file, or a folder of them), " if SPECTRUM in captured.input_names else ""
         raise CalibrationError(

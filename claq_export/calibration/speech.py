@@ -1,4 +1,4 @@
-"""Recordings of speech as calibration data: audio files to log-mel spectra, as the model's feature extractor makes them."""
+"""Recordings of speech as a model's inputs: audio files to log-mel spectra, as the model's feature extractor makes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..capture import CapturedModel
 from ..capture.tasks import SPECTRUM
 from ..errors import CalibrationError
 from .data import Batch
@@ -28,15 +27,18 @@ def is_speech(source: str | Path) -> bool:
     return path.suffix.lower() in AUDIO or path.is_dir()
 
 
-def read_speech(source: str | Path, captured: CapturedModel, samples: int, seed: int = 0) -> list[Batch]:
+def read_speech(
+    source: str | Path, model: Path | None, mel_bins: int, samples: int | None, seed: int = 0
+) -> list[Batch]:
     """Spectra of recordings, one dictionary a sample: ``input_features [1, mel bins, frames]``.
 
     A recording longer than the model hears at once is cut; of more pieces than ``samples`` some are drawn at random.
 
     Args:
         source: an audio file, or a folder whose audio files are read, in the order of their names.
-        captured: a speech model.
-        samples: how many at most.
+        model: folder of the model, which may hold the settings of its feature extractor.
+        mel_bins: what the model hears where it does not.
+        samples: how many at most; None = all.
         seed: of the draw.
 
     Raises:
@@ -46,14 +48,16 @@ def read_speech(source: str | Path, captured: CapturedModel, samples: int, seed:
     path = Path(source)
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO) if path.is_dir() else [path]
     if not files:
-        raise CalibrationError(f"calibration folder {str(path)!r} holds no audio file ({', '.join(AUDIO)})")
-    extractor = _feature_extractor(captured)
+        raise CalibrationError(f"folder {str(path)!r} holds no audio file ({', '.join(AUDIO)})")
+    extractor = _feature_extractor(model, mel_bins)
     length = int(extractor.n_samples)
     pieces: list[npt.NDArray[np.float32]] = []
     for file in files:
         sound = _read(file, int(extractor.sampling_rate))
         pieces += [sound[start : start + length] for start in range(0, len(sound), length)]
-    chosen = sorted(random.Random(seed).sample(range(len(pieces)), min(samples, len(pieces))))
+    chosen = sorted(
+        random.Random(seed).sample(range(len(pieces)), len(pieces) if samples is None else min(samples, len(pieces)))
+    )
     batches = []
     for index in chosen:
         features = extractor(pieces[index], sampling_rate=extractor.sampling_rate, return_tensors="np")[SPECTRUM]
@@ -61,11 +65,10 @@ def read_speech(source: str | Path, captured: CapturedModel, samples: int, seed:
     return batches
 
 
-def _feature_extractor(captured: CapturedModel) -> Any:
+def _feature_extractor(folder: Path | None, mel_bins: int) -> Any:
     """That of the model's folder; Whisper's own where the folder has none."""
     from transformers import WhisperFeatureExtractor
 
-    folder = captured.source.folder
     if folder is not None and any(
         (folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")
     ):
@@ -73,7 +76,7 @@ def _feature_extractor(captured: CapturedModel) -> Any:
             return WhisperFeatureExtractor.from_pretrained(folder)
         except (OSError, ValueError, TypeError) as error:
             raise CalibrationError(f"the feature extractor in {str(folder)!r} cannot be loaded: {error}") from error
-    return WhisperFeatureExtractor(feature_size=captured.example_inputs[SPECTRUM].shape[1])
+    return WhisperFeatureExtractor(feature_size=mel_bins)
 
 
 def _read(path: Path, rate: int) -> npt.NDArray[np.float32]:

@@ -80,7 +80,7 @@ class Seq2SeqPart(TaskModel):
             # Its keys and values are cached: nothing reads more of it than its shape.
             size = int(self.config.get_text_config().hidden_size)
             hidden = past[2].new_zeros(past[2].shape[0], past[2].shape[2], size)
-        result = _decode(self.model, hidden, named.get("encoder_attention_mask"), named["input_ids"], cache)
+        result = decode(self.model, hidden, named.get("encoder_attention_mask"), named["input_ids"], cache)
         caches = (cache.self_attention_cache, cache.cross_attention_cache)
         kept = caches if self.part == FIRST_STEP else caches[:1]
         state = [
@@ -167,8 +167,25 @@ def _capture_part(part: Seq2SeqPart, dtype: torch.dtype) -> CapturedModel:
     return captured
 
 
-def _decode(model: Any, hidden: torch.Tensor, mask: torch.Tensor | None, tokens: torch.Tensor, cache: Any) -> Any:
-    """A step of the decoder, by the model's own forward; no ``cache``: it makes one."""
+def decode(
+    model: Any,
+    hidden: torch.Tensor,
+    mask: torch.Tensor | None,
+    tokens: torch.Tensor,
+    cache: Any = None,
+    *,
+    use_cache: bool = True,
+) -> Any:
+    """A step of the decoder of a transformers model, by its own forward.
+
+    Args:
+        model: the encoder-decoder.
+        hidden: what was encoded, ``[batch, encoder_sequence, hidden size]``.
+        mask: of what was encoded, ``[batch, encoder_sequence]``; None: nothing is padding.
+        tokens: int64 ``[batch, sequence]``, those that ``cache`` does not hold.
+        cache: of transformers; None: the model makes one if it is to use one.
+        use_cache: whether the result has a cache.
+    """
     from transformers.modeling_outputs import BaseModelOutput
 
     encoded = BaseModelOutput(last_hidden_state=hidden)
@@ -178,7 +195,7 @@ def _decode(model: Any, hidden: torch.Tensor, mask: torch.Tensor | None, tokens:
         attention_mask=mask,
         decoder_input_ids=tokens,
         past_key_values=cache,
-        use_cache=True,
+        use_cache=use_cache,
         return_dict=True,
     )
 
@@ -195,7 +212,7 @@ def cache_shapes(task_model: TaskModel) -> list[tuple[int, int]]:
     try:
         with torch.no_grad():
             hidden = encoder(*(inputs[name] for name in encoder.input_names))
-            result = _decode(task_model.model, hidden, inputs.get("attention_mask"), inputs[DECODER_TOKENS], None)
+            result = decode(task_model.model, hidden, inputs.get("attention_mask"), inputs[DECODER_TOKENS], None)
     except Exception as error:  # models refuse a cache in their own ways; each is the reason
         raise CaptureError(f"{title} does not run with a cache: {first_line(error)[:200]}") from error
     cache = getattr(result, "past_key_values", None)

@@ -53,6 +53,11 @@ def part_path(out: Path, part: str) -> Path:
     return out.with_name(f"{part}_{out.name}") if part else out
 
 
+def has_parts(out: Path) -> bool:
+    """Whether the files of an encoder-decoder are there that an export to ``out`` writes."""
+    return all(part_path(out, part).is_file() for part in PARTS)
+
+
 def model_files(out: Path) -> list[Path]:
     """All model files that an export to ``out`` may write."""
     return [part_path(out, part) for part in ("", *PARTS)]

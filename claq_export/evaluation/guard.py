@@ -1,7 +1,8 @@
 """The accuracy guard: an artifact against its original model on a text, within limits or not.
 
 What is measured follows from the task: next-token distributions for decoders, sentence embeddings for encoders, the
-distribution over classes or tokens for classifiers and masked language models.
+distribution over classes or tokens for classifiers and masked language models, and that over the next token for
+encoder-decoders, where the original wrote the tokens before it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 
 from ..capture import load_pretrained
+from ..capture.captured import PARTS
 from ..capture.tasks import TASKS, TaskModel
+from ..emit.artifact import has_parts, part_path
 from ..errors import ConfigError, FormatError, ModelError
 from ..format import metadata
 from ..format.checkpoint import load_checkpoint
@@ -25,6 +28,7 @@ from .layers import LayerError, layer_errors
 from .models import OnnxModel, TorchModel, open_model, runtime_library, window_length
 from .output import json_value
 from .sentences import sentence_quality
+from .seq2seq import OnnxSeq2Seq, TorchSeq2Seq, encoder_inputs, seq2seq_quality
 
 LIMITS: Mapping[str, tuple[str, bool]] = {
     "max_kl": ("kl_mean", True),
@@ -109,9 +113,10 @@ class GuardReport:
 def guard(
     artifact: str | Path,
     original: str | Path,
-    text: str | Path,
+    text: str | Path | None,
     limits: Mapping[str, float],
     *,
+    audio: str | Path | None = None,
     task: str | None = None,
     context: int | None = None,
     windows: int | None = 32,
@@ -120,16 +125,18 @@ def guard(
     layers: bool = True,
     trust_remote_code: bool = False,
 ) -> GuardReport:
-    """Compare an artifact with its original on a text.
+    """Compare an artifact with its original on a text or on recordings.
 
     Args:
-        artifact: ``.onnx`` file, or a folder with ``model.onnx`` or ``claq.safetensors``.
+        artifact: ``.onnx`` file (of an encoder-decoder as ``--out`` named it), or a folder with ``model.onnx``, the files of an
+            encoder-decoder or ``claq.safetensors``.
         original: Hugging Face folder or hub id of the unquantized model.
-        text: running text for decoders, a sentence a line for the rest; UTF-8.
+        text: running text for decoders, a sentence a line for the rest; UTF-8. None: ``audio`` instead.
         limits: by the names of :data:`LIMITS`, at least one.
+        audio: of models that hear speech: an audio file, or a folder of them.
         task: of the model; None: as the artifact records it, else by the architecture.
         context: tokens a window of a decoder; None: 512, or what the model takes if that is less.
-        windows: first windows (decoders) or this many sentences times four (others); None = all.
+        windows: first windows (decoders) or this many sentences or recordings times four (others); None = all.
         library: see :func:`~claq_export.evaluation.models.runtime_library`.
         threads: of ONNX Runtime; 0 = its choice.
         layers: compare layer by layer too.
@@ -152,27 +159,31 @@ def guard(
             raise ConfigError(f"the limit {name} must be a finite number, got {allowed}")
     if windows is not None and windows < 1:
         raise ConfigError(f"windows must be a positive number or None, got {windows}")
-    content = read_text(text)
+    if (text is None) == (audio is None):
+        raise ConfigError("verify needs a text (--text), or recordings for a model that hears speech (--audio)")
+    content = "" if text is None else read_text(text)
     model, tokenizer, task = load_pretrained(
         original,
         task or (_recorded_task(path) or "").removesuffix("-with-past") or None,
         trust_remote_code=trust_remote_code,
     )
-    if TASKS[task].seq2seq:
-        raise ConfigError(
-            f"verify has no measure for {task}; it compares causal language models, encoders and classifiers"
-        )
-    if tokenizer is None:
+    if audio is not None and not TASKS[task].seq2seq:
+        raise ConfigError(f"{task} is measured on text (--text), not on recordings")
+    if tokenizer is None and not TASKS[task].seq2seq:
         raise ConfigError(f"{original} has no tokenizer, so a text cannot be measured")
     length = window_length(context, _CONTEXT, model.max_sequence) if task == "text-generation" else 0
     lines = [line.strip() for line in content.splitlines() if line.strip()]
     lines = lines[: None if windows is None else 4 * windows]
     if path.suffix == ".onnx":
         # Refused here, with the tensor's name, before ONNX Runtime maps anything.
-        OnnxFile(path, FormatError)
-        candidate: Any = OnnxModel(path, runtime_library(library), threads)
+        for file in _model_files(path):
+            OnnxFile(file, FormatError)
+        opened = OnnxSeq2Seq if TASKS[task].seq2seq else OnnxModel
+        candidate: Any = opened(path, runtime_library(library), threads)
     else:
         candidate = open_model(path, causal=task == "text-generation", task=task, reference=original)
+        if TASKS[task].seq2seq:
+            candidate = TorchSeq2Seq(TaskModel(candidate.module, task))
 
     if task == "text-generation":
         tokens = token_windows(content, tokenizer, length, windows)
@@ -196,6 +207,16 @@ def guard(
         def run() -> None:
             sentence_quality(reference, tokenizer, sentences=lines[: 2 * _SENTENCES_AT_ONCE], reference=reference)
 
+    elif TASKS[task].seq2seq:
+        samples = None if windows is None else 4 * windows
+        batches = encoder_inputs(model, tokenizer, lines=lines, audio=audio, samples=samples)
+        measures = seq2seq_quality(candidate, model, batches)
+
+        reads, (writes, _) = batches[0], TorchSeq2Seq(model).written(batches[0])
+
+        def run() -> None:
+            TorchSeq2Seq(model).decoder_logits(reads, writes)
+
     else:
         measures = _logits_quality(candidate, model, tokenizer, lines)
 
@@ -214,13 +235,19 @@ def guard(
 
 
 def _artifact_path(path: Path) -> Path:
-    """The file to measure: an ONNX file, or a folder with ``claq.safetensors`` and no ``model.onnx``."""
+    """The file to measure: an ONNX file, several under the name of ``--out``, or a folder with ``claq.safetensors`` and no
+    ``model.onnx``."""
     if path.is_dir():
-        if (path / "model.onnx").is_file():
+        if (path / "model.onnx").is_file() or has_parts(path / "model.onnx"):
             return path / "model.onnx"
         if (path / "claq.safetensors").is_file():
             return path
         raise ModelError(f"{path} holds neither model.onnx nor claq.safetensors")
+    if path.suffix == ".onnx" and has_parts(path):
+        return path
+    for part in PARTS:
+        if path.name.startswith(f"{part}_") and has_parts(whole := path.with_name(path.name.removeprefix(f"{part}_"))):
+            raise ModelError(f"{path} is one of several files of a model; name them as {whole}, or by their folder")
     if not path.is_file():
         raise ModelError(f"artifact {str(path)!r} does not exist")
     if path.suffix != ".onnx":
@@ -228,9 +255,13 @@ def _artifact_path(path: Path) -> Path:
     return path
 
 
+def _model_files(path: Path) -> list[Path]:
+    return [part_path(path, part) for part in PARTS] if has_parts(path) else [path]
+
+
 def _recorded_task(path: Path) -> str | None:
     if path.suffix == ".onnx":
-        return OnnxFile(path, FormatError).metadata.get(metadata.TASK) or None
+        return OnnxFile(_model_files(path)[0], FormatError).metadata.get(metadata.TASK) or None
     recorded = load_checkpoint(path).config.get("task")
     return recorded if isinstance(recorded, str) else None
 

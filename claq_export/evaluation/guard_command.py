@@ -12,11 +12,12 @@ from ..standard_output import to_standard_output
 from .guard import LIMITS, GuardReport, guard
 from .output import json_text, print_table
 
-_DESCRIPTION = """Measure an artifact against its original model on a text and fail when it is worse than allowed.
+_DESCRIPTION = """Measure an artifact against its original model and fail when it is worse than allowed.
 
-decoders      --max-kl, --max-kl-p99 (nats a token), --min-top1, --max-perplexity-ratio
-encoders      --min-cosine, --min-cosine-worst (of sentence embeddings; --text has a sentence a line)
-classifiers   --max-kl, --max-kl-p99, --min-top1
+decoders          --max-kl, --max-kl-p99 (nats a token), --min-top1, --max-perplexity-ratio
+encoders          --min-cosine, --min-cosine-worst (of sentence embeddings; --text has a sentence a line)
+classifiers       --max-kl, --max-kl-p99, --min-top1
+encoder-decoders  the same, at each token that the original writes (--text has a sentence a line; speech: --audio)
 
 exit status: 0 every limit holds; 8 one does not; else as claq-export
 """
@@ -39,9 +40,13 @@ def add_verify_command(subparsers: Any) -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("artifact", metavar="ARTIFACT", help="model.onnx, or a folder with it or with claq.safetensors")
+    parser.add_argument(
+        "artifact", metavar="ARTIFACT", help="model.onnx as --out named it, or its folder, or one with claq.safetensors"
+    )
     parser.add_argument("--against", required=True, metavar="MODEL", help="the original: Hugging Face folder or hub id")
-    parser.add_argument("--text", required=True, metavar="FILE", help="running text, or a sentence a line for encoders")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--text", metavar="FILE", help="running text, or a sentence a line for all but decoders")
+    data.add_argument("--audio", metavar="PATH", help="for models of speech: an audio file, or a folder of them")
     limits = parser.add_argument_group("limits (at least one)")
     for name, text in _HELP.items():
         limits.add_argument(f"--{name.replace('_', '-')}", type=finite, metavar="X", help=text)
@@ -57,7 +62,7 @@ def add_verify_command(subparsers: Any) -> argparse.ArgumentParser:
         type=not_negative,
         default=32,
         metavar="N",
-        help="first N windows, or 4 N sentences; 0 = all (default: 32)",
+        help="first N windows, or 4 N sentences or recordings; 0 = all (default: 32)",
     )
     parser.add_argument(
         "--layers",
@@ -93,6 +98,7 @@ def run_verify(options: argparse.Namespace) -> None:
         options.against,
         options.text,
         {name: getattr(options, name) for name in LIMITS if getattr(options, name) is not None},
+        audio=options.audio,
         task=options.task,
         context=options.context,
         windows=options.windows or None,

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from ..algorithm import measure
+from ..capture.captured import PARTS
+from ..emit.artifact import has_parts, part_path
 from ..emit.function import LAYER_OPERATORS
 from ..errors import FormatError
 from ..format import metadata
@@ -70,13 +72,19 @@ class LayerError:
 
 
 def artifact_layers(path: Path) -> Iterator[ArtifactLayer]:
-    """The quantized layers of an ONNX file or of a folder with ``claq.safetensors``, one at a time, validated.
+    """The quantized layers of an ONNX file, of the files of an encoder-decoder (``path`` as ``--out`` named them), or of a folder
+    with ``claq.safetensors``, one at a time, validated.
 
     Raises:
         FormatError: the artifact is damaged; the message names file and layer.
     """
     if path.suffix == ".onnx":
-        yield from _onnx_layers(path)
+        seen: set[str] = set()
+        for file in [part_path(path, part) for part in PARTS] if has_parts(path) else [path]:
+            for entry in _onnx_layers(file):
+                if entry.name not in seen:
+                    seen.add(entry.name)
+                    yield entry
         return
     checkpoint = load_checkpoint(path)
     for name, layer in checkpoint.layers.items():

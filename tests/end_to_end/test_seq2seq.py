@@ -20,7 +20,7 @@ import claq_export
 import claq_export.integrations.transformers
 import claq_runtime
 from claq_export.cli import main
-from claq_export.errors import ConfigError
+from claq_export.errors import ConfigError, ModelError
 from claq_export.evaluation.guard import guard
 from claq_export.format.checkpoint import load_checkpoint
 from claq_export.generation_seq2seq import Seq2SeqGenerator, is_seq2seq_folder
@@ -134,10 +134,82 @@ def test_generate_answers(exported: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "5 new ones" in err
 
 
-def test_what_has_no_measure_is_refused(t5: Path, exported: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("the people\n")
-    with pytest.raises(ConfigError, match="verify has no measure for text2text-generation"):
-        guard(exported / "decoder_model.onnx", t5, tmp_path / "text.txt", {"max_kl": 1.0})
+SENTENCES = "the people of the land\nrain fell all night\nthe sea\n"
+
+
+def checkpoint_alone(artifact: Path, folder: Path) -> Path:
+    """What PyTorch reads of an artifact."""
+    folder.mkdir()
+    for name in ("claq.safetensors", "claq.json", "config.json"):
+        (folder / name).write_bytes((artifact / name).read_bytes())
+    return folder
+
+
+def test_verify_compares_what_comes_after_the_originals_tokens(
+    t5: Path, pairs: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(SENTENCES)
+    with float32_arithmetic():
+        report = guard(exported, t5, text, {"max_kl": 10.0}, library="none")
+    assert report.passed
+    assert report.task == "text2text-generation"
+    # The same by hand, a sentence at a time and without padding.
+    original = transformers.AutoModelForSeq2SeqLM.from_pretrained(t5).eval()
+    quantized = transformers.AutoModelForSeq2SeqLM.from_pretrained(exported).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(t5)
+    divergences = []
+    for line in SENTENCES.split("\n")[:-1]:
+        encoded = tokenizer(line, return_tensors="pt")["input_ids"]
+        written = original.generate(input_ids=encoded, max_new_tokens=63, do_sample=False, num_beams=1)
+        written = written[:, :-1] if written[0, -1] == original.config.eos_token_id else written
+        with torch.no_grad():
+            p, q = (
+                m(input_ids=encoded, decoder_input_ids=written).logits[0].log_softmax(-1) for m in (original, quantized)
+            )
+        divergences.append((p.exp() * (p - q)).sum(-1))
+    expected = torch.cat(divergences)
+    assert report.measures["tokens"] == len(expected)
+    assert report.measures["kl_mean"] == pytest.approx(float(expected.mean()), rel=1e-2, abs=1e-8)
+    assert len(report.layers) == len(load_checkpoint(exported).layers)
+    assert all(layer.output_error is not None for layer in report.layers if layer.name != "shared")
+    # The other forms of the artifact give the same.
+    alone = guard(checkpoint_alone(exported, tmp_path / "alone"), t5, text, {"max_kl": 10.0})
+    assert alone.measures["kl_mean"] == pytest.approx(report.measures["kl_mean"], rel=1e-2, abs=1e-8)
+    single = tmp_path / "single" / "model.onnx"
+    options = ["--calibration", str(pairs), "--no-cache", "--accuracy", "fp32", "--no-verify", "--quiet"]
+    assert main([str(t5), "--out", str(single), *options]) == 0
+    with float32_arithmetic():
+        uncached = guard(single, t5, text, {"max_kl": 10.0}, layers=False)
+    assert uncached.measures["kl_mean"] == pytest.approx(report.measures["kl_mean"], rel=1e-2, abs=1e-8)
+    # A limit that does not hold has an exit status of its own.
+    command = ["verify", str(exported / "model.onnx"), "--against", str(t5), "--text", str(text)]
+    assert main([*command, "--max-kl", str(report.measures["kl_mean"] / 2), "--no-layers"]) == 8
+    assert "kl_mean is" in capsys.readouterr().err
+
+
+def test_verify_of_speech(whisper: Path, heard: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["verify", str(heard), "--against", str(whisper), "--max-kl", "10", "--json"]
+    assert main([*command, "--audio", str(heard / "recordings")]) == 0
+    measures = json.loads(capsys.readouterr().out)["measures"]
+    assert measures["samples"] == 4
+    assert 0 < measures["kl_mean"] < measures["kl_p99"]
+    (tmp_path / "text.txt").write_text(SENTENCES)
+    assert main([*command, "--text", str(tmp_path / "text.txt")]) == 2
+    assert "automatic-speech-recognition is measured on recordings (--audio), not on text" in capsys.readouterr().err
+
+
+def test_verify_names_what_is_wrong(t5: Path, exported: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(SENTENCES)
+    with pytest.raises(
+        ModelError, match=r"decoder_model.onnx is one of several files of a model; name them as .*model.onnx"
+    ):
+        guard(exported / "decoder_model.onnx", t5, text, {"max_kl": 1.0})
+    with pytest.raises(ConfigError, match="text2text-generation is measured on text"):
+        guard(exported, t5, None, {"max_kl": 1.0}, audio=tmp_path)
+    with pytest.raises(ConfigError, match="needs a text"):
+        guard(exported, t5, None, {"max_kl": 1.0})
 
 
 def test_last_logits_are_for_language_models(t5: Path, capsys: pytest.CaptureFixture[str]) -> None:
