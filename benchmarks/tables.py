@@ -107,7 +107,7 @@ def main() -> None:
     tables: list[Table] = []
     for bits in arguments.bits:
         began = time.perf_counter()
-        layer = quantize_layer(original, hessian, LayerSettings(bits=bits)).layer
+        layer = quantize_layer(original, hessian, LayerSettings(bits=bits), row_frequency=frequency).layer
         print(f"{bits:g} bits: {time.perf_counter() - began:.0f} s", flush=True)
         for exact in arguments.exact:
             kept = keep_rows(layer, original, most_frequent(frequency, exact))
