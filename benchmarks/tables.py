@@ -1,8 +1,9 @@
 """Measures what quantizing the embedding and the output head alone costs a language model, all linears in float32.
 
-The vocabulary table is quantized against the Hessian of the head's input, as a tied one is, with some of the most frequent
-tokens of the calibration text kept exactly, and put in the place of the head, of the embedding, and of both. Prints and
-writes perplexity, KL divergence to the original and top-1 agreement.
+The vocabulary table is quantized against the Hessian of the head's input, as a tied one is, its rows counting alike or by
+their use in the fit of codebooks, with some of the most frequent tokens of the calibration text kept exactly, and put in the
+place of the head, of the embedding, and of both. Prints and writes perplexity, KL divergence to the original and top-1
+agreement.
 
     python benchmarks/tables.py --model FOLDER --text wiki.test.raw --calibration text.txt [--write]
 """
@@ -10,6 +11,7 @@ writes perplexity, KL divergence to the original and top-1 agreement.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -32,9 +34,11 @@ _TOKENS_AT_ONCE = 128
 
 @dataclass(frozen=True)
 class Table:
-    """A quantized vocabulary: its code width, the share of exact rows, its true bits, its dense weight."""
+    """A quantized vocabulary: its code width, the power of a row's chance that it counts by, the share of exact rows, its true
+    bits, its dense weight."""
 
     bits: float
+    power: float
     exact: float
     true_bits: float
     weight: torch.Tensor
@@ -88,6 +92,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens a window")
     parser.add_argument("--bits", type=float, nargs="*", default=[4, 3], help="code widths")
     parser.add_argument("--exact", type=float, nargs="*", default=[0, 0.005, 0.01, 0.02], help="shares of exact rows")
+    parser.add_argument(
+        "--powers", type=float, nargs="*", default=[0, 0.5], help="of a row's chance, that it counts by; 0: all alike"
+    )
     parser.add_argument("--write", action="store_true", help="keep table and numbers in benchmarks/results")
     arguments = parser.parse_args()
 
@@ -105,13 +112,14 @@ def main() -> None:
     everything = token_windows(read_text(arguments.calibration), tokenizer, arguments.length).flatten()
     frequency = torch.bincount(everything, minlength=original.shape[0])
     tables: list[Table] = []
-    for bits in arguments.bits:
+    for bits, power in itertools.product(arguments.bits, arguments.powers):
         began = time.perf_counter()
-        layer = quantize_layer(original, hessian, LayerSettings(bits=bits), row_frequency=frequency).layer
-        print(f"{bits:g} bits: {time.perf_counter() - began:.0f} s", flush=True)
+        settings = LayerSettings(bits=bits, frequency_power=power)
+        layer = quantize_layer(original, hessian, settings, row_frequency=frequency).layer
+        print(f"{bits:g} bits, power {power:g}: {time.perf_counter() - began:.0f} s", flush=True)
         for exact in arguments.exact:
             kept = keep_rows(layer, original, most_frequent(frequency, exact))
-            tables.append(Table(bits, exact, measure(kept).true_bits, kept.dequantize()))
+            tables.append(Table(bits, power, exact, measure(kept).true_bits, kept.dequantize()))
 
     sums: dict[tuple[str, int], Sums] = {}
     for number, window in enumerate(windows):
@@ -126,7 +134,7 @@ def main() -> None:
             sums.setdefault(("embedding", index), Sums()).add(own @ original.T, base, target)
             sums.setdefault(("both", index), Sums()).add(own @ table.weight.T, base, target)
         kl = ", ".join(
-            f"{what} {tables[i].bits:g} ({tables[i].exact:.1%} exact) {one.result()['kl']:.4f}"
+            f"{what} {tables[i].bits:g} (power {tables[i].power:g}, {tables[i].exact:.1%} exact) {one.result()['kl']:.4f}"
             for (what, i), one in sums.items()
         )
         print(f"window {number + 1} of {len(windows)}: KL {kl}", flush=True)
@@ -135,6 +143,7 @@ def main() -> None:
         {
             "what": what,
             "bits": tables[i].bits,
+            "power": tables[i].power,
             "exact": tables[i].exact,
             "true_bits": tables[i].true_bits,
             **one.result(),
@@ -146,14 +155,14 @@ def main() -> None:
         f"{name}: vocabulary of {original.shape[0]} x {original.shape[1]}, everything else in float32. "
         f"{len(windows)} windows of {arguments.length} tokens of {Path(arguments.text).name}, perplexity of the original "
         f"{rows[0]['reference_perplexity']:.3f}; calibration: {len(calibration)} windows of {Path(arguments.calibration).name}, "
-        "token frequencies from all of it.",
+        "token frequencies from all of it. *Power*: a row counts in the fit of a column's codebook by its chance to this power.",
         "",
-        "| quantized | code width | exact rows | true bits | perplexity | KL (nats) | top-1 |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| quantized | code width | power | exact rows | true bits | perplexity | KL (nats) | top-1 |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {row['what']} | {row['bits']:g} | {row['exact']:.1%} | {row['true_bits']:.3f} | {row['perplexity']:.3f} | "
-        f"{row['kl']:.4f} | {row['top1']:.1%} |"
+        f"| {row['what']} | {row['bits']:g} | {row['power']:g} | {row['exact']:.1%} | "
+        f"{row['true_bits']:.3f} | {row['perplexity']:.3f} | {row['kl']:.4f} | {row['top1']:.1%} |"
         for row in rows
     ]
     text = "\n".join(lines) + "\n"

@@ -39,24 +39,28 @@ def write(path: Path, seconds: float, rate: int = RATE, channels: int = 1, seed:
     return path
 
 
+def read(path: Path, captured: CapturedModel, samples: int | None) -> list[dict[str, torch.Tensor]]:
+    return read_speech(path, captured.source.folder, captured.example_inputs["input_features"].shape[1], samples)
+
+
 def test_recordings_are_cut_into_what_the_model_hears(whisper: CapturedModel, tmp_path: Path) -> None:
     write(tmp_path / "b.wav", 2.5)
     (tmp_path / "more").mkdir()
     write(tmp_path / "more" / "a.FLAC".lower(), 0.5, channels=2)
     (tmp_path / "notes.txt").write_text("no audio")
-    batches = read_speech(tmp_path, whisper, samples=10)
+    batches = read(tmp_path, whisper, 10)
     assert len(batches) == 4  # three seconds of one, half a second of the other
     assert all(batch["input_features"].shape == (1, 8, 100) for batch in batches)
     assert len({batch["input_features"].numpy().tobytes() for batch in batches}) == 4
-    assert len(read_speech(tmp_path, whisper, samples=2)) == 2
-    assert len(read_speech(tmp_path / "b.wav", whisper, samples=10)) == 3
+    assert len(read(tmp_path, whisper, 2)) == 2
+    assert len(read(tmp_path / "b.wav", whisper, None)) == 3
 
 
 def test_channels_are_averaged(whisper: CapturedModel, tmp_path: Path) -> None:
     left, right = np.random.default_rng(0).standard_normal((2, RATE)) * 0.1
     soundfile.write(tmp_path / "two.wav", np.stack([left, right], 1), RATE, subtype="FLOAT")
     soundfile.write(tmp_path / "one.wav", (left + right) / 2, RATE, subtype="FLOAT")
-    two, one = (read_speech(tmp_path / f"{name}.wav", whisper, 1)[0]["input_features"] for name in ("two", "one"))
+    two, one = (read(tmp_path / f"{name}.wav", whisper, 1)[0]["input_features"] for name in ("two", "one"))
     assert torch.allclose(two, one, atol=1e-4)
 
 
@@ -124,13 +128,13 @@ def test_bad_recordings_are_named(whisper: CapturedModel, tmp_path: Path) -> Non
         (write(tmp_path / "empty.wav", 0), "empty.wav' is empty"),
     ):
         with pytest.raises(CalibrationError, match=message):
-            read_speech(path, whisper, 1)
+            read(path, whisper, 1)
     (tmp_path / "bad.wav").write_bytes(b"RIFF and no more")
     with pytest.raises(CalibrationError, match=r"bad.wav' cannot be read"):
-        read_speech(tmp_path / "bad.wav", whisper, 1)
+        read(tmp_path / "bad.wav", whisper, 1)
     (tmp_path / "none").mkdir()
     with pytest.raises(CalibrationError, match=r"none' holds no audio file \(.wav, .flac"):
-        read_speech(tmp_path / "none", whisper, 1)
+        read(tmp_path / "none", whisper, 1)
     with pytest.raises(CalibrationError, match="calibrate it with recordings"):
         load_calibration(whisper, Config())
 
@@ -140,4 +144,4 @@ def test_without_soundfile_the_way_out_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "soundfile", None)
     with pytest.raises(CalibrationError, match=r"pip install soundfile\); a .npz file of 'input_features' does not"):
-        read_speech(write(tmp_path / "a.wav", 1), whisper, 1)
+        read(write(tmp_path / "a.wav", 1), whisper, 1)

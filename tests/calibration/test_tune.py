@@ -117,7 +117,7 @@ def test_language_model(tiny_llama: Path) -> None:
     assert tables
     before = {name: done.layer for name, done in compilation.sites.items()}
     sizes = {name: done.bits for name, done in compilation.sites.items()}
-    settings = TuneSettings(steps=10, check=5, rate=1e-2)
+    settings = TuneSettings(steps=20, check=5, rate=1e-2)
     first = compilation.tune(settings=settings)
     assert first.after < 0.95 * first.before
     for name, layer in before.items():
