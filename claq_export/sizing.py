@@ -134,6 +134,10 @@ class Sizing:
                     settings = replace(settings, bits=float(width or max(WIDTHS)), widths=None, shares=None)
                 elif bits is not None:
                     settings = replace(settings, bits=max(bits, width or min(WIDTHS)))
+                if not site.nodes and "frequency_power" not in self.config.algorithm:
+                    # Beside exact rows a table that is only looked up gains next to nothing, and tokens unlike those of the
+                    # calibration data lose (docs/algorithm.md).
+                    settings = replace(settings, frequency_power=0.0)
                 chosen[site.name] = settings
         return chosen
 

@@ -46,7 +46,7 @@ class LayerSettings:
         row_weights: ``"uniform"``: every normalised weight counts alike in a column's k-means; ``"energy"``: by its
             row's squared scale, which is the layer's output error.
         frequency_power: rows of a vocabulary count in a column's k-means by their chance in text to this power, 0 to 1
-            (vocabulary.py); 0: all alike.
+            (vocabulary.py); 0: all alike. An export leaves those of tables that are only looked up alike, unless it is set.
         kmeans: ``"lloyd"``, ``"coarse"`` or ``"optimal"``; see kmeans.py.
         kmeans_iterations: most Lloyd steps a column.
         damping: share of the mean diagonal added to the Hessian's diagonal.

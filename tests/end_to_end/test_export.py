@@ -263,8 +263,7 @@ def test_no_calibration_is_said_loudly(
 
 def test_calibration_lowers_the_output_error(one_block_bert: Path, text: Path, tmp_path: Path) -> None:
     def error(calibration: str | Path) -> float:
-        # What is verified are random tokens, while a table's codebooks are fitted to those of the text.
-        config = claq_export.Config(bits=2, calibration=calibration, samples=32, embedding_bits=0)
+        config = claq_export.Config(bits=2, calibration=calibration, samples=32)
         result = claq_export.export(one_block_bert, out=tmp_path / "m.onnx", config=config)
         assert result.verification is not None
         return result.verification.fidelity["last_hidden_state"].rms

@@ -245,6 +245,35 @@ def test_tables_get_bits_by_what_their_errors_cost(tmp_path: Path, importance: b
         assert loud.true_bits == pytest.approx(quiet.true_bits, rel=0.05)
 
 
+@pytest.mark.parametrize("tie", [False, True])
+def test_rows_of_heads_count_by_use(tie: bool) -> None:
+    """Tokens of the calibration data are closer in a tied table; in one that is only looked up if that is asked for."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 40, (8, 64))
+
+    def error(**options: object) -> tuple[float, float]:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Embedding(700, 96), nn.Linear(96, 96), nn.Linear(96, 700, bias=False)).eval()
+        with torch.no_grad():
+            model[0].weight[:40] = model[0].weight[:40].abs()  # distributed otherwise than rows that are not used
+        if tie:
+            model[2].weight = model[0].weight
+        original = model[0].weight.detach().clone()
+        config = claq_export.Config(bits=2, embedding_bits=2, exact_tokens=0.0, calibration=[ids], **options)  # type: ignore[arg-type]
+        claq_export.quantize(model, (ids,), config)
+        lost = (model[0](torch.arange(700)) - original).square().mean(1)
+        return float(lost[:40].mean()), float(lost[40:].mean())
+
+    alike, default, asked = (
+        error(algorithm={"frequency_power": 0.0}),
+        error(),
+        error(algorithm={"frequency_power": 0.5}),
+    )
+    assert asked[0] < 0.9 * alike[0]
+    assert asked[1] > alike[1]
+    assert default == (asked if tie else alike)
+
+
 def test_a_budget_narrows_tables(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(4000, 64), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)).eval()
