@@ -3,7 +3,7 @@ tokens that the model itself would write."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -113,15 +113,32 @@ def greedy_tokens(captured: CapturedModel, encoded: Mapping[str, torch.Tensor], 
     """
     run = Generation(captured.file_graphs, encoded)
     batch = next(iter(encoded.values())).shape[0]
-    last = torch.full((batch, 1), captured.start_token_id)
-    written = [last]
-    ended = torch.zeros(batch, dtype=torch.bool)
-    ends = torch.tensor(captured.end_token_ids, dtype=torch.int64)
-    lengths = torch.ones(batch, dtype=torch.int64)
-    while len(written) < limit and not bool(ended.all()):
-        last = run.step(last)[:, -1:].argmax(-1)
-        written.append(last)
-        ended |= torch.isin(last[:, 0], ends)
-        lengths += (~ended).to(torch.int64)
-    tokens = torch.cat(written, 1)
-    return [row[: int(length)] for row, length in zip(tokens, lengths, strict=True)]
+    tokens, real = greedy(run.step, batch, captured.start_token_id, captured.end_token_ids, limit)
+    return [row[kept] for row, kept in zip(tokens, real, strict=True)]
+
+
+def greedy(
+    step: Callable[[torch.Tensor], torch.Tensor], rows: int, start: int, ends: Sequence[int], limit: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The start token and what is written after it, the likeliest token at each step.
+
+    Args:
+        step: reads the last token, int64 ``[rows, 1]``, and gives logits ``[rows, ..., vocabulary]``.
+        rows: how many sequences are written side by side.
+        start: the token that they begin with.
+        ends: tokens that end one.
+        limit: most tokens.
+
+    Returns:
+        int64 ``[rows, tokens]``, and bool of that shape: which of them come before the end.
+    """
+    last = torch.full((rows, 1), start)
+    tokens, real = last, torch.ones(rows, 1, dtype=torch.bool)
+    stops = torch.tensor(list(ends), dtype=torch.int64)
+    while tokens.shape[1] < limit:
+        last = step(last)[:, -1:].argmax(-1)
+        goes_on = real[:, -1:] & ~torch.isin(last, stops)
+        if not bool(goes_on.any()):
+            break
+        tokens, real = torch.cat([tokens, last], 1), torch.cat([real, goes_on], 1)
+    return tokens, real

@@ -190,9 +190,7 @@ class CalibrationStage:
         """
         if not site.lookups:
             return None
-        counted = self._frequency.get(site.out_features)
-        if counted is None or not counted.any():
-            counted = torch.zeros(site.out_features, dtype=torch.int64)
+        counted = self._frequency.get(site.out_features, torch.zeros(site.out_features, dtype=torch.int64))
         return Lookups(
             token_probability(counted),
             int(counted.sum()) or text,

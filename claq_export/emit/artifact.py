@@ -58,6 +58,11 @@ def has_parts(out: Path) -> bool:
     return all(part_path(out, part).is_file() for part in PARTS)
 
 
+def written_models(out: Path) -> list[Path]:
+    """The model files of an export to ``out``: those of an encoder-decoder if they are there, else ``out`` itself."""
+    return [part_path(out, part) for part in PARTS] if has_parts(out) else [out]
+
+
 def model_files(out: Path) -> list[Path]:
     """All model files that an export to ``out`` may write."""
     return [part_path(out, part) for part in ("", *PARTS)]

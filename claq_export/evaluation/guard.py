@@ -18,16 +18,16 @@ import torch
 from ..capture import load_pretrained
 from ..capture.captured import PARTS
 from ..capture.tasks import TASKS, TaskModel
-from ..emit.artifact import has_parts, part_path
+from ..emit.artifact import has_parts, written_models
 from ..errors import ConfigError, FormatError, ModelError
 from ..format import metadata
 from ..format.checkpoint import load_checkpoint
 from ..inputs import OnnxFile
-from .language import agreement, divergence, language_quality, read_text, token_windows
+from .language import LogitsComparison, language_quality, read_text, token_windows
 from .layers import LayerError, layer_errors
 from .models import OnnxModel, TorchModel, open_model, runtime_library, window_length
 from .output import json_value
-from .sentences import sentence_quality
+from .sentences import SENTENCES_AT_ONCE, padded_batches, sentence_quality
 from .seq2seq import OnnxSeq2Seq, TorchSeq2Seq, encoder_inputs, seq2seq_quality
 
 LIMITS: Mapping[str, tuple[str, bool]] = {
@@ -42,9 +42,6 @@ LIMITS: Mapping[str, tuple[str, bool]] = {
 
 _CONTEXT = 512
 """Tokens a window where nothing else is asked for."""
-
-_SENTENCES_AT_ONCE = 16
-_SENTENCE_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -176,7 +173,7 @@ def guard(
     lines = lines[: None if windows is None else 4 * windows]
     if path.suffix == ".onnx":
         # Refused here, with the tensor's name, before ONNX Runtime maps anything.
-        for file in _model_files(path):
+        for file in written_models(path):
             OnnxFile(file, FormatError)
         opened = OnnxSeq2Seq if TASKS[task].seq2seq else OnnxModel
         candidate: Any = opened(path, runtime_library(library), threads)
@@ -205,23 +202,26 @@ def guard(
         }
 
         def run() -> None:
-            sentence_quality(reference, tokenizer, sentences=lines[: 2 * _SENTENCES_AT_ONCE], reference=reference)
+            sentence_quality(reference, tokenizer, sentences=lines[: 2 * SENTENCES_AT_ONCE], reference=reference)
 
     elif TASKS[task].seq2seq:
         samples = None if windows is None else 4 * windows
-        batches = encoder_inputs(model, tokenizer, lines=lines, audio=audio, samples=samples)
-        measures = seq2seq_quality(candidate, model, batches)
-
-        reads, (writes, _) = batches[0], TorchSeq2Seq(model).written(batches[0])
+        writer = TorchSeq2Seq(model)
+        written = [
+            (encoded, *writer.written(encoded))
+            for encoded in encoder_inputs(model, tokenizer, lines=lines, audio=audio, samples=samples)
+        ]
+        measures = seq2seq_quality(candidate, writer, written)
 
         def run() -> None:
-            TorchSeq2Seq(model).decoder_logits(reads, writes)
+            encoded, tokens, _ = written[0]
+            writer.decoder_logits(encoded, tokens)
 
     else:
         measures = _logits_quality(candidate, model, tokenizer, lines)
 
         def run() -> None:
-            _logits_quality(TorchModel(model.model), model, tokenizer, lines[: 2 * _SENTENCES_AT_ONCE])
+            _logits_quality(TorchModel(model.model), model, tokenizer, lines[: 2 * SENTENCES_AT_ONCE])
 
     checks = []
     for name, allowed in limits.items():
@@ -255,47 +255,22 @@ def _artifact_path(path: Path) -> Path:
     return path
 
 
-def _model_files(path: Path) -> list[Path]:
-    return [part_path(path, part) for part in PARTS] if has_parts(path) else [path]
-
-
 def _recorded_task(path: Path) -> str | None:
     if path.suffix == ".onnx":
-        return OnnxFile(_model_files(path)[0], FormatError).metadata.get(metadata.TASK) or None
+        return OnnxFile(written_models(path)[0], FormatError).metadata.get(metadata.TASK) or None
     recorded = load_checkpoint(path).config.get("task")
     return recorded if isinstance(recorded, str) else None
 
 
 def _logits_quality(candidate: Any, model: TaskModel, tokenizer: Any, lines: Sequence[str]) -> dict[str, float]:
     """KL divergence and first-rank agreement of class or token distributions, over sentences (padding left out)."""
-    if not lines:
-        raise ConfigError("no sentences to measure")
-    divergences: list[torch.Tensor] = []
-    agreements: list[torch.Tensor] = []
-    length = min(_SENTENCE_TOKENS, model.max_sequence or _SENTENCE_TOKENS)
-    for start in range(0, len(lines), _SENTENCES_AT_ONCE):
-        texts = list(lines[start : start + _SENTENCES_AT_ONCE])
-        encoded = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    comparison = LogitsComparison()
+    for encoded in padded_batches(tokenizer, lines, model.max_sequence):
         tokens, mask = encoded["input_ids"], encoded["attention_mask"]
         with torch.no_grad():
-            output = model.model(input_ids=tokens, attention_mask=mask, return_dict=True)
-        p = output.logits.float().log_softmax(-1)
-        logits = _logits(candidate, tokens, mask)
-        q = logits.float().log_softmax(-1)
-        if p.shape != q.shape:
-            raise ConfigError(f"artifact and original give logits of shape {list(q.shape)} and {list(p.shape)}")
-        kl = divergence(p, q)
-        same = agreement(output.logits, logits)
-        keep = mask.bool() if kl.dim() == 2 else torch.ones_like(kl, dtype=torch.bool)
-        divergences.append(kl[keep])
-        agreements.append(same[keep])
-    kl = torch.cat(divergences)
-    return {
-        "sentences": float(len(lines)),
-        "kl_mean": float(kl.mean()),
-        "kl_p99": float(kl.quantile(0.99)),
-        "top1_agreement": float(torch.cat(agreements).mean()),
-    }
+            original = model.model(input_ids=tokens, attention_mask=mask, return_dict=True).logits
+        comparison.add(original, _logits(candidate, tokens, mask), mask.bool() if original.dim() == 3 else None)
+    return {"sentences": float(len(lines)), **comparison.measures()}
 
 
 def _logits(candidate: OnnxModel | TorchModel, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -227,3 +227,39 @@ def agreement(original: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     (most, first), (expected, wanted) = logits.max(-1), original.max(-1)
     ranked = most.isfinite() & expected.isfinite()
     return torch.where(ranked, (first == wanted).double(), math.nan)
+
+
+class LogitsComparison:
+    """KL divergence and first-rank agreement of an artifact with its original, position by position as logits come."""
+
+    def __init__(self) -> None:
+        self._divergences: list[torch.Tensor] = []
+        self._agreements: list[torch.Tensor] = []
+
+    def add(self, original: torch.Tensor, logits: torch.Tensor, counted: torch.Tensor | None = None) -> None:
+        """Compare logits ``[..., V]``.
+
+        Args:
+            original, logits: of the original and of the artifact.
+            counted: bool ``[...]``: which positions count; None: all.
+
+        Raises:
+            ConfigError: the shapes differ.
+        """
+        if original.shape != logits.shape:
+            raise ConfigError(
+                f"artifact and original give logits of shape {list(logits.shape)} and {list(original.shape)}"
+            )
+        kl = divergence(original.float().log_softmax(-1), logits.float().log_softmax(-1))
+        same = agreement(original, logits)
+        self._divergences.append(kl.flatten() if counted is None else kl[counted])
+        self._agreements.append(same.flatten() if counted is None else same[counted])
+
+    def measures(self) -> dict[str, float]:
+        """Mean and 99th percentile of the divergence, and the share of positions that agree, by name."""
+        kl = torch.cat(self._divergences)
+        return {
+            "kl_mean": float(kl.mean()),
+            "kl_p99": float(kl.quantile(0.99)),
+            "top1_agreement": float(torch.cat(self._agreements).mean()),
+        }

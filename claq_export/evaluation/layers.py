@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from ..algorithm import measure
-from ..capture.captured import PARTS
-from ..emit.artifact import has_parts, part_path
+from ..emit.artifact import written_models
 from ..emit.function import LAYER_OPERATORS
 from ..errors import FormatError
 from ..format import metadata
@@ -80,7 +79,7 @@ def artifact_layers(path: Path) -> Iterator[ArtifactLayer]:
     """
     if path.suffix == ".onnx":
         seen: set[str] = set()
-        for file in [part_path(path, part) for part in PARTS] if has_parts(path) else [path]:
+        for file in written_models(path):
             for entry in _onnx_layers(file):
                 if entry.name not in seen:
                     seen.add(entry.name)

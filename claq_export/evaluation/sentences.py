@@ -17,7 +17,10 @@ from ..errors import ConfigError
 from .models import EncoderModel, sequence_limit
 
 _LONGEST = 256
-"""Tokens of a sentence that are embedded."""
+"""Tokens of a sentence that are read."""
+
+SENTENCES_AT_ONCE = 16
+"""A batch where nothing depends on its size."""
 
 _COLUMNS = ("sentence1", "sentence2", "score")
 
@@ -51,6 +54,25 @@ class SentenceQuality:
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def padded_batches(tokenizer: Any, sentences: Sequence[str], limit: int | None) -> Iterator[Any]:
+    """Tokens and mask of sentences, a few at a time, as the tokenizer gives them.
+
+    Args:
+        tokenizer: of transformers.
+        sentences: in the order of the batches.
+        limit: most tokens that the model takes, None: any number; of a sentence the first 256 are read at most.
+
+    Raises:
+        ConfigError: there are no sentences.
+    """
+    if not sentences:
+        raise ConfigError("no sentences to measure")
+    longest = min(_LONGEST, limit or _LONGEST)
+    for start in range(0, len(sentences), SENTENCES_AT_ONCE):
+        texts = list(sentences[start : start + SENTENCES_AT_ONCE])
+        yield tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
 
 
 def embed(

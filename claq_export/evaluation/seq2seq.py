@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ..cached_seq2seq import greedy
 from ..calibration.pairs import TOKENS_WRITTEN
 from ..calibration.speech import read_speech
 from ..capture.captured import ENCODER, FIRST_STEP
@@ -17,11 +18,10 @@ from ..capture.tasks import DECODER_TOKENS, SPECTRUM, TaskModel
 from ..emit.artifact import has_parts, part_path
 from ..errors import ConfigError, ModelError
 from ..onnx_session import check_threads, load_session
-from .language import agreement, divergence
+from .language import LogitsComparison
+from .sentences import padded_batches
 
-_SENTENCES_AT_ONCE = 16
 _RECORDINGS_AT_ONCE = 4
-_SENTENCE_TOKENS = 256
 
 Inputs = Mapping[str, torch.Tensor]
 """What an encoder reads: ``input_ids`` and ``attention_mask [B, S]``, or ``input_features [B, mel bins, frames]``."""
@@ -57,21 +57,20 @@ class TorchSeq2Seq:
         """
         limit = min(limit, self._model.max_sequence or limit)
         rows = next(iter(encoded.values())).shape[0]
-        tokens = torch.full((rows, 1), self._model.start_token_id)
-        real = torch.ones(rows, 1, dtype=torch.bool)
-        ends = torch.tensor(self._model.end_token_ids, dtype=torch.int64)
         with torch.no_grad():
-            hidden, cache, new = self._encode(encoded), None, tokens
-            while tokens.shape[1] < limit:
-                result = decode(self._model.model, hidden, encoded.get("attention_mask"), new, cache)
-                best = result.logits[:, -1:].argmax(-1)
-                goes_on = real[:, -1:] & ~torch.isin(best, ends)
-                if not bool(goes_on.any()):
-                    break
-                tokens, real = torch.cat([tokens, best], 1), torch.cat([real, goes_on], 1)
+            hidden = self._encode(encoded)
+            read, cache = torch.zeros(rows, 0, dtype=torch.int64), None
+
+            def step(new: torch.Tensor) -> torch.Tensor:
+                nonlocal read, cache
+                read = torch.cat([read, new], 1)
+                unread = read if cache is None else new
+                result = decode(self._model.model, hidden, encoded.get("attention_mask"), unread, cache)
                 cache = getattr(result, "past_key_values", None)
-                new = tokens if cache is None else best
-        return tokens, real
+                logits: torch.Tensor = result.logits
+                return logits
+
+            return greedy(step, rows, self._model.start_token_id, self._model.end_token_ids, limit)
 
     def _encode(self, encoded: Inputs) -> torch.Tensor:
         hidden: torch.Tensor = self._encoder(*(encoded[name] for name in self._encoder.input_names))
@@ -124,7 +123,7 @@ def _as(value: np.ndarray, onnx_type: str) -> np.ndarray:
 
 
 def encoder_inputs(
-    model: TaskModel, tokenizer: Any, *, lines: Sequence[str] | None, audio: str | Path | None, samples: int | None
+    model: TaskModel, tokenizer: Any, *, lines: Sequence[str], audio: str | Path | None, samples: int | None
 ) -> list[dict[str, torch.Tensor]]:
     """Batches of what the model's encoder reads.
 
@@ -133,7 +132,7 @@ def encoder_inputs(
         tokenizer: its tokenizer, for ``lines``.
         lines: sentences, for a model that reads text.
         audio: a recording or a folder of them, for one that hears speech.
-        samples: how many sentences or pieces of recordings at most; None = all.
+        samples: how many pieces of recordings at most; None = all.
 
     Raises:
         ConfigError: the model reads the other of the two, or there is nothing to read.
@@ -152,43 +151,28 @@ def encoder_inputs(
         return [{SPECTRUM: part} for part in spectra.split(_RECORDINGS_AT_ONCE)]
     if tokenizer is None:
         raise ConfigError("the original has no tokenizer, so a text cannot be measured")
-    chosen = list(lines or [])[:samples]
-    if not chosen:
-        raise ConfigError("no sentences to measure")
-    length = min(_SENTENCE_TOKENS, model.max_sequence or _SENTENCE_TOKENS)
-    batches = []
-    for start in range(0, len(chosen), _SENTENCES_AT_ONCE):
-        texts = chosen[start : start + _SENTENCES_AT_ONCE]
-        encoded = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        batches.append({name: encoded[name] for name in model.input_names if name in encoded})
-    return batches
+    batches = padded_batches(tokenizer, lines, model.max_sequence)
+    return [{name: encoded[name] for name in model.input_names if name in encoded} for encoded in batches]
 
 
-def seq2seq_quality(candidate: Seq2SeqModel, original: TaskModel, batches: Sequence[Inputs]) -> dict[str, float]:
+def seq2seq_quality(
+    candidate: Seq2SeqModel, original: Seq2SeqModel, written: Sequence[tuple[Inputs, torch.Tensor, torch.Tensor]]
+) -> dict[str, float]:
     """KL divergence and first-rank agreement at each token that the original writes, its end included.
+
+    Args:
+        candidate, original: what is compared.
+        written: what encoders read, and what the original wrote for it (:meth:`TorchSeq2Seq.written`).
 
     Raises:
         ConfigError: the logits are of another vocabulary.
     """
-    reference = TorchSeq2Seq(original)
-    divergences: list[torch.Tensor] = []
-    agreements: list[torch.Tensor] = []
-    samples = 0
-    for encoded in batches:
-        tokens, real = reference.written(encoded)
-        expected, found = (model.decoder_logits(encoded, tokens).float() for model in (reference, candidate))
-        if expected.shape != found.shape:
-            raise ConfigError(
-                f"artifact and original give logits of shape {list(found.shape)} and {list(expected.shape)}"
-            )
-        divergences.append(divergence(expected[real].log_softmax(-1), found[real].log_softmax(-1)))
-        agreements.append(agreement(expected[real], found[real]))
-        samples += len(tokens)
-    kl = torch.cat(divergences)
+    comparison = LogitsComparison()
+    for encoded, tokens, real in written:
+        expected, found = (model.decoder_logits(encoded, tokens) for model in (original, candidate))
+        comparison.add(expected, found, real)
     return {
-        "samples": float(samples),
-        "tokens": float(len(kl)),
-        "kl_mean": float(kl.mean()),
-        "kl_p99": float(kl.quantile(0.99)),
-        "top1_agreement": float(torch.cat(agreements).mean()),
+        "samples": float(sum(len(tokens) for _, tokens, _ in written)),
+        "tokens": float(sum(int(real.sum()) for _, _, real in written)),
+        **comparison.measures(),
     }
