@@ -257,10 +257,11 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-3": {"bits": 3},
     "ours-2.5": {"bits": 2.5},
     "ours-3.5": {"bits": 3.5},
-    "ours-4.1-guided": {"bits": 4.1, "guided": True},
-    "ours-3.1-guided": {"bits": 3.1, "guided": True},
-    "ours-2.25-guided": {"bits": 2.25, "guided": True},
-    "ours-4-guided": {"bits": 4, "guided": True},
+    "ours-4-unguided": {"bits": 4, "guided": False},
+    "ours-3-unguided": {"bits": 3, "guided": False},
+    "ours-4.1-unguided": {"bits": 4.1, "guided": False},
+    "ours-3.1-unguided": {"bits": 3.1, "guided": False},
+    "ours-2.25-unguided": {"bits": 2.25, "guided": False},
 }
 """Settings of the product; everything else at its default. A fraction is a budget of true bits."""
 
@@ -303,7 +304,8 @@ def product(name: str, changes: dict[str, Any], tuned: TuneSettings | None = Non
         with ProgressReporter(quiet=True, log_path=log) as reporter:
             compilation = Budgeting(captured, config, reporter, {})
             compilation.profile_path = (
-                bench.work / f"profile-r{REVISION}-{len(bench.calibration)}{'-guided' * config.guided}.pickle"
+                bench.work
+                / f"profile-r{REVISION}-{len(bench.calibration)}{'-unguided' * (config.guided is False)}.pickle"
             )
             layers = bench.work / f"{name}.layers"
             try:
@@ -331,8 +333,8 @@ def ours(tuned: TuneSettings) -> list[Candidate]:
     found = [
         Candidate(
             name,
-            "claq (this project, guided)" if changes.get("guided") else "claq (this project)",
-            f"claq --bits {changes['bits']}" + " --guided" * bool(changes.get("guided")),
+            "claq (this project)" if changes.get("guided", True) else "claq (this project, --no-guided)",
+            f"claq --bits {changes['bits']}" + " --no-guided" * (not changes.get("guided", True)),
             product(name, changes),
             changes,
         )

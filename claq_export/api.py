@@ -298,7 +298,7 @@ def export(
         cache=cache,
         trust_remote_code=trust_remote_code,
         lazy=memory is not None,
-        reread=memory is None and report is None and not config.needs_whole_model,
+        reread=memory is None and report is None and config.tune is None,
         dtype=config.torch_dtype,
     )
     compilation = Compilation(captured, config, reporter, used_state(module, captured), keep_records=report is not None)
@@ -638,7 +638,7 @@ def _report_data(compilation: Compilation, result: ExportResult) -> ReportData:
         layers=compilation.records,
         size_before=result.original_bytes,
         size_after=result.artifact_bytes,
-        config=compilation.config.to_json(),
+        config=compilation.settings(),
         quality=quality,
         seconds=sum(result.seconds.values()),
         versions={"claq": claq_export.__version__, "torch": torch.__version__},

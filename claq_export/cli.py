@@ -162,9 +162,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     bits.add_argument(
         "--guided",
-        action="store_true",
-        help="weigh every calibration token by the squared gradient of the model's output at each layer, for a backward pass "
-        "over all calibration data; helps language models where all columns have one width (default: off)",
+        action=argparse.BooleanOptionalAction,
+        help="weigh every calibration token by the squared gradient of the model's output at each layer, for a forward and a "
+        "backward pass over all calibration data (default: on; off with --memory, torchrun, a preset or no calibration)",
     )
     bits.add_argument(
         "--tune",
@@ -230,7 +230,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--samples",
         type=int,
         metavar="N",
-        help="calibration samples at most (default: 128; for encoders 512 single sentences of claq's own text)",
+        help="calibration samples at most (default: 128; 64 for decoders guided by gradients; for encoders 512 single sentences "
+        "of claq's own text)",
     )
     data.add_argument(
         "--sequence-length",

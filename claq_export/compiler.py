@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -180,7 +181,9 @@ class Compilation:
         """
         if self._batches is None and self.config.calibration != NO_CALIBRATION:
             with self.timed("calibration data"):
-                self._batches = load_calibration(self.captured, self.config, self.reporter, whole=self.memory is None)
+                self._batches = load_calibration(
+                    self.captured, self.config, self.reporter, whole=self.memory is None, guided=self._guides()
+                )
         return self._batches
 
     def quantize(self, work: Path | None = None, resume: bool | None = None) -> None:
@@ -236,7 +239,7 @@ class Compilation:
                 spill = stack.enter_context(ActivationSpill(budget, self.scratch))
             stack.enter_context(self.timed("quantization"))
             walk = self.walk or partial(NodeWalk, spill=spill, device=None if on_cpu else torch.device(devices[0]))
-            guide = None if batches is None or not self.config.guided else self._guidance(batches)
+            guide = None if batches is None else self._guidance(batches)
             stage = CalibrationStage(
                 self.captured.graph_module,
                 plan.sites,
@@ -250,7 +253,7 @@ class Compilation:
                 release=self.memory is not None,
                 keep_dense=keep_dense,
                 peers=self.peers,
-                token_importance=None if guide is None else guide.tokens,
+                guidance=guide,
             )
             plans = None
             if self.config.budgeted:
@@ -307,7 +310,8 @@ class Compilation:
         self, stage: CalibrationStage, batches: Sequence[Batch] | None, guide: Guidance | None = None
     ) -> list[LayerProfile]:
         """What every column of every layer would gain from bits and outliers; the same for all budgets."""
-        return stage.profile(batches, self._importance(batches) if guide is None else guide.importance)
+        importance = self._importance(batches) if guide is None or not self.config.importance else guide.importance
+        return stage.profile(batches, importance)
 
     def _exact_rows(self, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
         """Rows of tables that will be stored exactly, by name."""
@@ -315,27 +319,58 @@ class Compilation:
         frequency = token_frequency(self.captured.graph_module, sites, batches)
         return exact_rows(sites, frequency, self.sizing.table_settings())
 
-    def _guidance(self, batches: Sequence[Batch]) -> Guidance:
-        """Gradients of all calibration tokens.
+    def settings(self) -> dict[str, Any]:
+        """The configuration as JSON values, with what was decided where it leaves that open."""
+        return {**self.config.to_json(), "guided": self._guides()}
+
+    @property
+    def _alone(self) -> bool:
+        """Whether this process has the whole model and all calibration data, as gradients need them."""
+        return self.memory is None and self.peers.size == 1
+
+    def _guides(self, alone: bool | None = None) -> bool:
+        """Whether gradients of all calibration tokens are to be had; ``alone``: None: as it is."""
+        if self.config.guided is not None:
+            return self.config.guided
+        alone = self._alone if alone is None else alone
+        calibrated = self.config.calibration != NO_CALIBRATION
+        return alone and calibrated and self.captured.task is not None and self.config.preset is None
+
+    def _guidance(self, batches: Sequence[Batch]) -> Guidance | None:
+        """Gradients of all calibration tokens; None where they are not wanted, or neither asked for nor to be had.
 
         Raises:
-            ConfigError: the model is not in memory as a whole, or the tokens are shared out over processes.
-            CalibrationError: the model has no gradient.
+            ConfigError: they are asked for, and the model is not in memory as a whole, or tokens are shared out over processes.
+            CalibrationError: they are asked for, and the model has none.
         """
-        if self.memory is not None or self.peers.size > 1:
+        asked = self.config.guided
+        if not self._guides():
+            if asked is None and self._guides(alone=True):
+                self.reporter.warn(
+                    "with a limit on memory, or with several processes, calibration tokens count by their norms, not by "
+                    "gradients; --no-guided asks for the same"
+                )
+            return None
+        if not self._alone:
             raise ConfigError(
                 "--guided needs the whole model in memory and one process; leave it out with --memory or torchrun"
             )
-        with self.timed("gradients"):
-            return guidance(
-                self.captured.graph_module,
-                self.plan.sites,
-                batches,
-                task=self.captured.task,
-                seed=self.config.seed,
-                reporter=self.reporter,
-                exact=self._exact_rows(batches),
-            )
+        try:
+            with self.timed("gradients"):
+                return guidance(
+                    self.captured.graph_module,
+                    self.plan.sites,
+                    batches,
+                    task=self.captured.task,
+                    seed=self.config.seed,
+                    reporter=self.reporter,
+                    exact=self._exact_rows(batches),
+                )
+        except CalibrationError as error:
+            if asked:
+                raise
+            self.reporter.warn(f"calibration tokens count by their norms, not by gradients: {error}")
+            return None
 
     def _importance(self, batches: Sequence[Batch] | None) -> Importance | None:
         """What an error of each layer's outputs counts, by gradients; None where they are not wanted or not to be had."""
@@ -398,7 +433,7 @@ class Compilation:
             ]
 
     def _fingerprint(self, batches: Sequence[Batch] | None) -> dict[str, str]:
-        settings = {key: value for key, value in self.config.to_json().items() if key not in _NOT_IN_FINGERPRINT}
+        settings = {key: value for key, value in self.settings().items() if key not in _NOT_IN_FINGERPRINT}
         # Without a budget importance has no effect, and neither with a limit on memory.
         settings["importance"] = self.config.budgeted and self.config.importance and self.memory is None
         if self.config.size is not None:
@@ -457,7 +492,7 @@ class Compilation:
         }
         return {
             "claq.version": claq_export.__version__,
-            "claq.config": json.dumps(self.config.to_json(), sort_keys=True),
+            "claq.config": json.dumps(self.settings(), sort_keys=True),
             "claq.true_bits": f"{self.true_bits:.4f}",
             "claq.nominal_bits": f"{self.nominal_bits:.4f}",
             "claq.source": Path(self.captured.source.path).name,
@@ -528,7 +563,7 @@ class Compilation:
                 out.parent,
                 {name: done.layer for name, done in self.sites.items()},
                 state,
-                {**self.config.to_json(), "task": self.emitted[0].task or ""},
+                {**self.settings(), "task": self.emitted[0].task or ""},
                 parts={name: done.site.parts for name, done in self.sites.items()},
                 accuracy_level=self.config.torch_accuracy_level,
                 transposed=self.transposed,

@@ -25,6 +25,9 @@ NO_CALIBRATION = "none"
 DEFAULT_SAMPLES = 128
 """Calibration samples where no number is given."""
 
+GUIDED_SAMPLES = 64
+"""The same for decoders whose calibration is guided, which takes as long for each sample as two of others."""
+
 DEFAULT_SENTENCES = 512
 """The same for encoders on the packaged text, where a sample is one sentence; see ``docs/algorithm.md``."""
 
@@ -86,13 +89,15 @@ class Config:
         importance: with a budget, weigh each layer's error by the gradient of the model's output with respect to it (a
             few backward passes over calibration samples); False: by its size relative to the layer's own output.
         guided: weigh every calibration token in the Hessians by the squared gradient of the model's output at the layer
-            (GuidedQuant) in the place of ``token_clip``, for a backward pass over all calibration data. Helps language models
-            where all columns have one width (``docs/algorithm.md``).
+            (GuidedQuant) in the place of ``token_clip``, for a forward and a backward pass over all calibration data
+            (``docs/algorithm.md``). None: for Hugging Face models, where the whole model may be in memory and one process
+            calibrates.
         preset: a configuration of the paper by name (:mod:`claq_export.algorithm.presets`); sets ``bits``,
             ``outliers``, ``reservation`` and ``token_clip``, and leaves out all that goes beyond the paper.
         calibration: a text, JSONL or Parquet file; an iterable of texts or of model inputs; ``"default"`` for the
             text that the package carries; ``"none"`` for no calibration.
-        samples: calibration samples at most. None: 128, but 512 for an encoder on the packaged text, which it is given sentence
+        samples: calibration samples at most. None: 128, but 64 for a decoder whose calibration is ``guided`` (each takes twice
+            the time), and 512 for an encoder on the packaged text, which it is given sentence
             by sentence.
         sequence_length: tokens a sample; by default what the model takes, at most 128 for encoders and 1024 for
             decoders.
@@ -137,7 +142,7 @@ class Config:
     head_bits: int | None = None
     exact_tokens: float = EXACT_TOKENS
     importance: bool = True
-    guided: bool = False
+    guided: bool | None = None
     preset: str | None = None
     calibration: str | Path | Iterable[Any] = DEFAULT_CALIBRATION
     samples: int | None = None
@@ -277,12 +282,6 @@ class Config:
     def hessian_clip(self) -> float | None:
         """``token_clip`` of the Hessians; the paper's presets leave tokens as they are."""
         return PAPER_TOKEN_CLIP if self.preset is not None else self.token_clip
-
-    @property
-    def needs_whole_model(self) -> bool:
-        """Whether gradients are wanted, for which all unquantized weights must be in memory at once."""
-        weighed = self.budgeted and self.importance and self.calibration != NO_CALIBRATION
-        return self.tune is not None or self.guided or weighed
 
     def layer_settings(self) -> LayerSettings:
         """What the algorithm is told for each layer."""

@@ -29,6 +29,9 @@ from .vocabulary import token_probability
 _ROWS_AT_ONCE = 256
 _ERROR_ROWS = 512
 
+_LEAST_WEIGHT = 0.01
+"""Of a row in the k-means, as a share of the mean over rows."""
+
 _ORDINARY = 2.0**32
 """Weights whose largest is neither above this nor below its inverse have squares that float32 holds."""
 
@@ -114,7 +117,7 @@ def quantize_layer(
         settings: every switch.
         plan: widths and outliers of each column; None: :func:`plan_columns`.
         row_importance: non-negative ``[N]``: what a squared error of each output counts (mean squared gradient of
-            the loss, as in SqueezeLLM and GuidedQuant), multiplied to the row weights of the k-means fits; None = 1.
+            the loss, as in SqueezeLLM and GuidedQuant), for ``row_weights`` of the settings; None: not known.
         row_frequency: non-negative ``[N]``: how often each row of a vocabulary is used, for ``exact_rows`` and
             ``frequency_power`` of the settings; None: no row is kept exactly, and all count alike.
 
@@ -142,10 +145,8 @@ def quantize_layer(
     cholesky = perf_counter() - tick
 
     scale = row_scales(wanted, settings.row_scale)
-    if row_frequency is not None and settings.frequency_power:
-        chance = token_probability(row_frequency) ** settings.frequency_power
-        row_importance = chance if row_importance is None else row_importance.to(chance) * chance
-    scale, state, descent_seconds = _quantize_rows(wanted, scale, hessian, feedback, plan, settings, row_importance)
+    weights = _row_weights(scale, settings, row_importance, row_frequency)
+    scale, state, descent_seconds = _quantize_rows(wanted, scale, hessian, feedback, plan, settings, weights)
     layer = _store(state, scale, plan)
     if row_frequency is not None and settings.exact_rows:
         layer = keep_rows(layer, original, most_frequent(row_frequency, settings.exact_rows))
@@ -174,14 +175,13 @@ def _quantize_rows(
     feedback: Feedback | None,
     plan: ColumnPlan,
     settings: LayerSettings,
-    row_importance: torch.Tensor | None,
+    row_weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, QuantizedColumns, float]:
-    """The loop, then the sweeps, on the rows that are not all zero. Returns row scales ``[N]`` and the state of
-    those rows."""
+    """The loop, then the sweeps, on the rows that are not all zero, each of which counts by its weight ``[N]`` in the
+    k-means. Returns row scales ``[N]`` and the state of those rows."""
     alive = torch.nonzero(scale).flatten()
     divisor = scale[alive].to(torch.float32)
-    importance = _row_weights(divisor, alive, settings, row_importance)
-    coder = ColumnCoder(settings, None if importance is None else importance.cpu().numpy())
+    coder = ColumnCoder(settings, None if row_weights is None else row_weights[alive].cpu().numpy())
     bits, reserve = plan.bits.tolist(), plan.reserve.clamp(max=max(0, len(alive) - 1)).tolist()
     if not len(alive):
         return scale, QuantizedColumns([], wanted.device), 0.0
@@ -223,14 +223,24 @@ def _normalised(
 
 
 def _row_weights(
-    divisor: torch.Tensor, alive: torch.Tensor, settings: LayerSettings, row_importance: torch.Tensor | None
+    scale: torch.Tensor,
+    settings: LayerSettings,
+    row_importance: torch.Tensor | None,
+    row_frequency: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """What a row's squared error counts in normalised units, float64; None = all alike."""
-    weights = divisor.to(torch.float64).square() if settings.row_weights == "energy" else None
-    if row_importance is None:
-        return weights
-    importance = row_importance.to(device=divisor.device, dtype=torch.float64)[alive]
-    return importance if weights is None else weights * importance
+    """What a row's squared error counts in the k-means, in units of its ``scale`` ``[N]``: float64 ``[N]``; None: all alike."""
+    energy = scale.to(torch.float64).square()
+    weights = None
+    if settings.row_weights == "energy":
+        weights = energy
+    elif settings.row_weights == "importance" and row_importance is not None:
+        weights = (energy * row_importance.to(energy)).sqrt()
+        # An output without a gradient (a ReLU that was never above zero) may matter in other text.
+        weights = weights + _LEAST_WEIGHT * weights.mean() if weights.any() else None
+    if row_frequency is not None and settings.frequency_power:
+        chance = token_probability(row_frequency).to(energy) ** settings.frequency_power
+        weights = chance if weights is None else weights * chance
+    return weights
 
 
 def _store(state: QuantizedColumns, scale: torch.Tensor, plan: ColumnPlan) -> QuantizedLinear:

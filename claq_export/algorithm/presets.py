@@ -2,10 +2,9 @@
 
 A name is the paper's bit count. The nominal bits of a preset (docs/format.md) equal it: the mean index width, and
 for each reserved weight the 16 bits of its value less the index bits it frees. Presets leave out everything that
-goes beyond the paper: no row scale, plain Lloyd, columns ranked by the outlier order. Known defects of the authors'
-    code are not imitated: the reserved
-share is what is really kept, ratios follow the true column, reserved weights take no part in the fit. The paper leaves
-calibration tokens as they are: use :data:`PAPER_TOKEN_CLIP` for its Hessians.
+goes beyond the paper: no row scale, plain Lloyd, columns ranked by the outlier order. Known defects of the authors' code
+are not imitated: the reserved share is what is really kept, ratios follow the true column, reserved weights take no part in
+the fit. The paper leaves calibration tokens as they are: use :data:`PAPER_TOKEN_CLIP` for its Hessians.
 """
 
 from __future__ import annotations

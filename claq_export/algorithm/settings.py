@@ -13,7 +13,7 @@ RANKINGS = ("outlier_order", "saliency", "loss")
 ROW_SCALES = ("none", "rms", "mean", "max", "balanced")
 RESERVATIONS = ("fixed", "dynamic", "saliency")
 CHOICES = ("sides", "magnitude")
-ROW_WEIGHTS = ("uniform", "energy")
+ROW_WEIGHTS = ("uniform", "energy", "importance")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class LayerSettings:
             ``"balanced"`` (RMS after columns were brought to unit RMS, iterated) or ``"none"`` (one number for all
             rows).
         row_weights: ``"uniform"``: every normalised weight counts alike in a column's k-means; ``"energy"``: by its
-            row's squared scale, which is the layer's output error.
+            row's squared scale, which is the layer's output error; ``"importance"``: by the square root of that times the
+            squared gradient at the row's output, where gradients are known, else alike.
         frequency_power: rows of a vocabulary count in a column's k-means by their chance in text to this power, 0 to 1
             (vocabulary.py); 0: all alike. An export leaves those of tables that are only looked up alike, unless it is set.
         kmeans: ``"lloyd"``, ``"coarse"`` or ``"optimal"``; see kmeans.py.
@@ -71,7 +72,7 @@ class LayerSettings:
     outlier_choice: str = "magnitude"
     fit_outliers: bool = False
     row_scale: str = "rms"
-    row_weights: str = "uniform"
+    row_weights: str = "importance"
     frequency_power: float = 0.5
     kmeans: str = "coarse"
     kmeans_iterations: int = 100

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..deferred import materialize
 from ..errors import CalibrationError, first_line
 from ..passes.attributes import get_attribute
 from .data import Batch
@@ -103,7 +104,11 @@ class _Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "get_attr":
             value = get_attribute(self.module, str(n.target))
-            return value.detach() if isinstance(value, torch.Tensor) else value
+            if not isinstance(value, torch.Tensor):
+                return value
+            # Weights of the caller's linears are the caller's; a stand-in for one is not read.
+            theirs = all(user in self._linears for user in n.users)
+            return value.detach() if theirs else materialize(value.detach())
         if n.op != "call_function":
             return super().run_node(n)
         if n.target is not _LINEAR and n in self._linears:
@@ -148,7 +153,8 @@ def pieces(
 ) -> list[Batch]:
     """Samples one at a time; those of a decoder cut to ``tokens`` tokens, each piece a sequence of its own.
 
-    A rest that fills no piece is left out, unless the ``whole`` sample is asked for; so is what holds nothing but padding.
+    A rest that fills no piece is left out, unless ``whole`` samples are asked for: then short texts go together, too. What
+    holds nothing but padding is left out.
 
     Batches of models without a known task stay as they are: nothing says which axis is which.
     """
@@ -157,8 +163,12 @@ def pieces(
     found: list[Batch] = []
     for batch in batches:
         count = min(len(value) for value in batch.values())
-        for row in range(count):
-            sample = {name: value[row : row + 1] if len(value) == count else value for name, value in batch.items()}
+        together = 1
+        if whole and task != "text-generation" and "input_ids" in batch:
+            together = max(1, tokens // max(1, batch["input_ids"].shape[1]))
+        for row in range(0, count, together):
+            rows = slice(row, row + together)
+            sample = {name: value[rows] if len(value) == count else value for name, value in batch.items()}
             if task != "text-generation" or "input_ids" not in sample:
                 found.append(sample)
                 continue

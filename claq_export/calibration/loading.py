@@ -10,7 +10,7 @@ import torch
 
 from ..capture import CapturedModel
 from ..capture.tasks import DECODER_TOKENS, SPECTRUM
-from ..config import DEFAULT_CALIBRATION, DEFAULT_SAMPLES, DEFAULT_SENTENCES, Config
+from ..config import DEFAULT_CALIBRATION, DEFAULT_SAMPLES, DEFAULT_SENTENCES, GUIDED_SAMPLES, Config
 from ..errors import CalibrationError
 from ..inputs import names_in_npz
 from ..passes.attributes import get_attribute
@@ -39,7 +39,12 @@ _TEXTS_A_SAMPLE = 100
 
 
 def load_calibration(
-    captured: CapturedModel, config: Config, reporter: ProgressReporter | None = None, *, whole: bool = True
+    captured: CapturedModel,
+    config: Config,
+    reporter: ProgressReporter | None = None,
+    *,
+    whole: bool = True,
+    guided: bool = False,
 ) -> list[Batch]:
     """The calibration batches ``config`` asks for.
 
@@ -48,11 +53,13 @@ def load_calibration(
         config: the settings.
         reporter: told of that; silent by default.
         whole: whether the model's weights may all be in memory.
+        guided: whether gradients of all samples will be taken.
 
     Raises:
         CalibrationError: the data cannot be read, is not enough, or does not fit the model.
     """
-    batches = _load(captured, config)
+    usual = GUIDED_SAMPLES if guided and captured.task == "text-generation" else DEFAULT_SAMPLES
+    batches = _load(captured, config, config.samples or usual)
     _check_lookups(captured, batches)
     if is_pair_of_sequences(captured):
         size = config.batch_size or _SAMPLES_A_BATCH
@@ -88,8 +95,8 @@ def _check_lookups(captured: CapturedModel, batches: Sequence[Batch]) -> None:
                 )
 
 
-def _load(captured: CapturedModel, config: Config) -> list[Batch]:
-    source, samples = config.calibration, config.samples or DEFAULT_SAMPLES
+def _load(captured: CapturedModel, config: Config, samples: int) -> list[Batch]:
+    source = config.calibration
     if not isinstance(source, (str, Path)):
         # A stream may never end: no more is taken than the samples can be drawn from.
         items = iter(source)
@@ -120,7 +127,8 @@ def _load(captured: CapturedModel, config: Config) -> list[Batch]:
     if captured.task != "text-generation":
         # What encoders are given at inference is mostly short; see docs/algorithm.md for what that brings.
         documents = [sentence for text in documents for sentence in split_sentences(text)]
-        samples = config.samples or (DEFAULT_SAMPLES if is_pair_of_sequences(captured) else DEFAULT_SENTENCES)
+        if config.samples is None and not is_pair_of_sequences(captured):
+            samples = DEFAULT_SENTENCES
     return _batches_of_texts(documents, captured, config, samples)
 
 

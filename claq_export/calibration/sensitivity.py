@@ -9,10 +9,12 @@ import torch
 from torch import fx
 from torch.nn.functional import embedding
 
-from ..algorithm.importance import OutputImportance, projected_loss, sampled_loss
+from ..algorithm.importance import OutputImportance, fisher_loss, projected_loss
+from ..deferred import materialize
 from ..errors import CalibrationError, first_line
 from ..passes import LinearSite
 from ..passes.plan import LINEAR_ROLE
+from ..process_memory import trim_freed_memory
 from .data import Batch
 from .gradients import DISTRIBUTIONS, DifferentiableGraph, LinearFunction, fast_dtype, multiply, pieces
 from .padding import real_rows, real_tokens
@@ -69,9 +71,9 @@ def output_importance(
         graph_module: captured graph after the passes.
         sites: linears and tables, at least one; all products with a weight and all lookups count.
         batches: calibration inputs; at most :data:`SAMPLES` pieces, evenly spaced, are used.
-        task: decides the loss: log-likelihood of labels drawn from the model where the first output is a
-            distribution, else a random projection of all outputs.
-        seed: of labels and projections.
+        task: decides the loss: the Fisher information of the first output where that is a distribution, else a random
+            projection of all outputs.
+        seed: of the draws.
         reporter: told of every sample.
         exact: int64, rows of a table that are stored exactly, by site name.
 
@@ -175,11 +177,13 @@ def _backward_passes(
         return real_rows(value.shape, real)  # of the sample that is in flight
 
     for site in sites:
-        weight = site.weight(graph_module).detach().to(dtype)
+        # Where a model's files give its weights again, these are all of them that is in memory.
+        stored = site.weight(graph_module).detach()
+        weight = materialize(stored).to(dtype)
         for node in site.nodes:
             linears[node] = _watched(site.name, weight, collected.outputs, counted)
         for node in site.lookups:
-            linears[node] = _watched_lookups(site, graph_module, collected, counted)
+            linears[node] = _watched_lookups(site.name, weight, stored.dtype, collected, counted)
     graph = DifferentiableGraph(graph_module, linears, dtype)
     generator = torch.Generator(device=device).manual_seed(seed)
     reporter.start_layers(len(samples), "gradients")
@@ -191,7 +195,7 @@ def _backward_passes(
                 if not outputs:
                     raise CalibrationError("gradients cannot be had: the model returns no floating tensor")
                 if task in DISTRIBUTIONS:
-                    loss = sampled_loss(outputs[0], generator, counted(outputs[0]))
+                    loss = fisher_loss(outputs[0], generator, counted(outputs[0]))
                 else:
                     losses = [projected_loss(output, generator, counted(output)) for output in outputs]
                     loss = torch.stack(losses).sum()
@@ -199,6 +203,8 @@ def _backward_passes(
                     loss.backward()
                 except RuntimeError as error:
                     raise CalibrationError(f"gradients cannot be had: {first_line(error)}") from error
+            outputs.clear()
+            trim_freed_memory()
             reporter.layer(f"sample {number + 1}", phase="gradients")
     finally:
         reporter.finish_layers()
@@ -222,19 +228,19 @@ def _watched(
 
 
 def _watched_lookups(
-    site: LinearSite,
-    graph_module: fx.GraphModule,
+    name: str,
+    table: torch.Tensor,
+    dtype: torch.dtype,
     collected: _Collected,
     counted: Callable[[torch.Tensor], torch.Tensor | None],
 ) -> LinearFunction:
-    table = site.weight(graph_module).detach()
-    rounded = torch.ones(site.out_features, dtype=torch.bool, device=table.device)
-    if site.name in collected.exact:
-        rounded[collected.exact[site.name].to(table.device)] = False
+    rounded = torch.ones(len(table), dtype=torch.bool, device=table.device)
+    if name in collected.exact:
+        rounded[collected.exact[name].to(table.device)] = False
 
     def run(indices: torch.Tensor) -> torch.Tensor:
-        y = embedding(indices, table)
+        y = embedding(indices, table).to(dtype)
         own, real = rounded[indices].flatten(), counted(y)
-        return collected.looked_up.watch(site.name, y, own if real is None else own & real)
+        return collected.looked_up.watch(name, y, own if real is None else own & real)
 
     return run

@@ -35,7 +35,7 @@ from .devices import Devices
 from .padding import real_rows, real_tokens
 from .peers import Peers
 from .progress import ProgressReporter
-from .sensitivity import Importance
+from .sensitivity import Guidance, Importance
 from .store import LayerStore
 from .vocabulary import exact_rows, token_frequency
 from .walk import NodeWalk, RowLookup, WalkMaker, ancestors
@@ -81,9 +81,9 @@ class CalibrationStage:
         store: finished layers of an interrupted run; None = start afresh and keep nothing.
         walk: makes the walk over the graph, which may take others along.
         peers: the processes that share the work; None = this one alone.
-        token_importance: float32 ``[T]`` by site name: what each calibration token counts in the Hessian of the site's input,
-            in the place of ``token_clip`` (:class:`~claq_export.calibration.sensitivity.Guidance`), padding left out; None, or a
-            site that is not in it or does not read one row a token: all alike, clipped. For a process alone.
+        guidance: what each calibration token counts in the Hessian of a site's input, in the place of ``token_clip``, and each
+            of its outputs in the k-means; None: tokens alike, clipped, as for a site that it says nothing of, or one that does
+            not read one row a token; outputs alike. For a process alone.
         release: leave finished layers in ``store`` and keep stand-ins of their large tensors.
         keep_dense: keep the graph's weights; False: let go of each when its layer is finished and no walk needs it.
     """
@@ -103,7 +103,7 @@ class CalibrationStage:
         release: bool = False,
         keep_dense: bool = True,
         peers: Peers | None = None,
-        token_importance: Mapping[str, torch.Tensor] | None = None,
+        guidance: Guidance | None = None,
     ) -> None:
         self._module = graph_module
         self._new_walk = walk
@@ -119,7 +119,8 @@ class CalibrationStage:
         self._release = release
         self._keep_dense = keep_dense
         self._peers = peers or Peers()
-        self._token_importance = dict(token_importance or {})
+        self._token_importance = {} if guidance is None else guidance.tokens
+        self._row_importance = {} if guidance is None else guidance.importance.rows
         self._readers: defaultdict[fx.Node, list[LinearSite]] = defaultdict(list)
         for site in self._sites:
             for node in site.nodes:
@@ -482,8 +483,12 @@ class CalibrationStage:
             if plan is None:
                 plan = plan_columns(weight, hessian, settings, self._counts.get(site.name))
             # A linear may happen to have as many outputs as the vocabulary has rows.
-            frequency = self._frequency.get(site.out_features) if site.name in self._table_settings else None
-            return quantize_layer(weight, hessian, settings, plan=plan, row_frequency=frequency)
+            table = site.name in self._table_settings
+            frequency = self._frequency.get(site.out_features) if table else None
+            importance = None if table else self._row_importance.get(site.name)
+            return quantize_layer(
+                weight, hessian, settings, plan=plan, row_importance=importance, row_frequency=frequency
+            )
 
         with _full_precision(device):
             result = _naming(site, quantize)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from claq_export.algorithm.importance import OutputImportance, projected_loss, sampled_loss
+from claq_export.algorithm.importance import OutputImportance, fisher_loss, projected_loss
 from claq_export.errors import CalibrationError
 
 
@@ -28,7 +28,7 @@ def test_predicts_the_divergence_of_a_perturbed_model() -> None:
     inputs = torch.randn(4000, 8)
     generator = torch.Generator().manual_seed(2)
     with OutputImportance({"layer": layer}) as importance:
-        sampled_loss(head(torch.tanh(layer(inputs))), generator).backward()
+        fisher_loss(head(torch.tanh(layer(inputs))), generator).backward()
     weight = importance.result()["layer"]
     noise = 0.02 * torch.randn(4000, 16) * torch.linspace(0, 2, 16)
     with torch.no_grad():
@@ -37,6 +37,17 @@ def test_predicts_the_divergence_of_a_perturbed_model() -> None:
         divergence = float((before.exp() * (before - after)).sum(-1).mean())
     predicted = float(0.5 * (weight * noise.double().square().mean(dim=0)).sum())
     assert predicted == pytest.approx(divergence, rel=0.2)
+
+
+def test_signs_draw_the_covariance_of_a_distribution() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(5).log_softmax(0)
+    logits = scores.expand(200_000, 5).clone().requires_grad_()
+    fisher_loss(logits, torch.Generator().manual_seed(3)).backward()
+    assert logits.grad is not None
+    drawn, p = logits.grad.double(), scores.exp().double()
+    torch.testing.assert_close(drawn.T @ drawn / len(drawn), torch.diag(p) - p.outer(p), rtol=0, atol=2e-3)
+    assert not logits.grad.eq(logits.grad[0]).all()
 
 
 def test_rows_that_do_not_count_are_left_out() -> None:
@@ -49,7 +60,7 @@ def test_rows_that_do_not_count_are_left_out() -> None:
         loss(head(hidden), torch.Generator().manual_seed(1), real).backward()
         return importance.result(["layer"])["layer"]
 
-    for loss in (sampled_loss, projected_loss):
+    for loss in (fisher_loss, projected_loss):
         alone = importance_of(loss, inputs.reshape(6, 3)[counted], None)
         torch.testing.assert_close(importance_of(loss, inputs, counted), alone)
 

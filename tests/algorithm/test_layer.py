@@ -337,6 +337,21 @@ def test_asymmetric_target_matches_the_unquantized_output_better() -> None:
     assert miss(aware) < 0.98 * miss(plain)
 
 
+@pytest.mark.parametrize("kind", ["uniform", "nothing matters"])
+def test_row_importance_may_say_nothing(kind: str) -> None:
+    weight, hessian = problem(100, 64)
+    plain = quantize_layer(weight, hessian, LayerSettings(bits=2)).layer
+    given = torch.zeros(100) if kind == "nothing matters" else torch.rand(100)
+    settings = LayerSettings(bits=2, row_weights="uniform" if kind == "uniform" else "importance")
+    same = quantize_layer(weight, hessian, settings, row_importance=given).layer
+    assert torch.equal(same.codes, plain.codes)
+    some = torch.zeros(100)
+    some[3] = 1.0
+    decoded = quantize_layer(weight, hessian, LayerSettings(bits=2), row_importance=some).layer.dequantize()
+    assert float((decoded - weight)[3].square().mean()) < float((plain.dequantize() - weight)[3].square().mean())
+    assert float((decoded - weight).square().mean()) < 4 * float((plain.dequantize() - weight).square().mean())
+
+
 def test_row_importance_shifts_error_to_unimportant_rows() -> None:
     weight, hessian = problem(100, 64)
     importance = torch.ones(100)

@@ -9,11 +9,18 @@ import torch
 from torch import nn
 
 from claq_export.algorithm import Hessian, LayerSettings, quantize_layer
-from claq_export.algorithm.importance import OutputImportance, projected_loss, sampled_loss
+from claq_export.algorithm.importance import OutputImportance, fisher_loss, projected_loss
 from claq_export.api import capture
 from claq_export.calibration.gradients import DifferentiableGraph, fast_dtype, multiply, pieces
 from claq_export.calibration.progress import ProgressReporter
-from claq_export.calibration.sensitivity import SAMPLES, evenly_spaced, guidance, output_importance
+from claq_export.calibration.sensitivity import (
+    SAMPLES,
+    Guidance,
+    Importance,
+    evenly_spaced,
+    guidance,
+    output_importance,
+)
 from claq_export.calibration.stage import CalibrationStage
 from claq_export.capture import capture_module
 from claq_export.errors import CalibrationError
@@ -59,7 +66,7 @@ def test_importance_is_that_of_the_modules(tiny_llama: Path, monkeypatch: pytest
     with OutputImportance(modules) as expected:
         for batch in batches:
             for row in range(2):
-                sampled_loss(model(input_ids=batch["input_ids"][row : row + 1]).logits, generator).backward()
+                fisher_loss(model(input_ids=batch["input_ids"][row : row + 1]).logits, generator).backward()
     rows = expected.result()
     assert len(modules) > len(sites)
     for site in sites:
@@ -118,7 +125,7 @@ def test_hessians_weigh_tokens_as_the_guidance_says(known: str) -> None:
         token_clip=2.0,
         devices=["cpu"],
         reporter=ProgressReporter(quiet=True),
-        token_importance=given,
+        guidance=Guidance(Importance({}, {}), given),
     )
     found = stage.run(batches)[site.name]
     weighted = known == "every token"
@@ -143,6 +150,8 @@ def test_decoder_samples_are_cut_into_sequences_of_their_own(tiny_llama: Path) -
     whole = pieces(batches, "text-generation", tokens=8, whole=True)
     assert torch.equal(torch.cat([piece["input_ids"][0] for piece in whole]), tokens.flatten())
     assert [piece["input_ids"].shape for piece in pieces(batches, "feature-extraction", tokens=8)] == [(1, 21)] * 2
+    together = pieces(batches, "feature-extraction", tokens=50, whole=True)
+    assert [piece["input_ids"].shape for piece in together] == [(2, 21)]
     assert pieces(batches, None) == batches
 
 

@@ -11,12 +11,12 @@ import torch
 from tiny_models import sentences
 from torch import nn
 
-from claq_export.api import capture
+from claq_export.api import capture, export
 from claq_export.calibration.progress import ProgressReporter
 from claq_export.cli import main
 from claq_export.compiler import Compilation
 from claq_export.config import Config
-from claq_export.errors import ConfigError
+from claq_export.errors import CalibrationError, ConfigError
 
 
 class Reporter(ProgressReporter):
@@ -133,12 +133,90 @@ def test_guided_hessians_see_the_tokens_that_matter(bits: float) -> None:
     assert error(guided=True) < 0.5 * error(guided=False)
 
 
-def test_the_command_line_exports_a_guided_model(tiny_llama: Path, tmp_path: Path) -> None:
+def quantized(source: Any, task: str | None, batches: Any, **settings: Any) -> tuple[Compilation, Reporter]:
+    captured, _ = capture(source, task=task) if task else capture(source, (batches[0],))
+    reporter = Reporter()
+    done = Compilation(captured, Config(calibration=batches, **settings), reporter)
+    done.quantize_sites()
+    return done, reporter
+
+
+def same_codes(one: Compilation, other: Compilation) -> bool:
+    return all(torch.equal(done.layer.codes, other.sites[name].layer.codes) for name, done in one.sites.items())
+
+
+@pytest.mark.parametrize(
+    ("source", "task"), [("tiny_llama", "text-generation"), ("tiny_bert", "feature-extraction"), ("net", None)]
+)
+def test_models_of_hugging_face_are_guided_by_default(
+    source: str, task: str | None, request: pytest.FixtureRequest
+) -> None:
+    model, data = (Net().eval(), [torch.randn(8, 96) for _ in range(4)]) if task is None else (None, sentences(40))
+    model = request.getfixturevalue(source) if model is None else model
+    given, options = (model, task, data), {"samples": 8, "bits": 3}
+    usual, guided, unguided = (
+        quantized(*given, **options, **settings)[0] for settings in ({}, {"guided": True}, {"guided": False})
+    )
+    assert same_codes(usual, unguided if task is None else guided)
+    assert not same_codes(guided, unguided)
+    assert [done.settings()["guided"] for done in (usual, guided, unguided)] == [task is not None, True, False]
+
+
+def test_outputs_that_matter_are_fitted_closer() -> None:
+    """Error feedback leaves no output out, but a column's codebook belongs to all rows."""
+
+    class Uneven(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(64, 128)
+            self.register_buffer("matters", torch.where(torch.arange(128) < 16, 10.0, 0.1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) * self.matters
+
+    batches = [torch.randn(32, 64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    errors = []
+    for row_weights in ("importance", "uniform"):
+        done, _ = quantized(Uneven().eval(), None, batches, guided=True, bits=2, algorithm={"row_weights": row_weights})
+        (site,) = done.sites.values()
+        difference = site.layer.dequantize() - Uneven().layer.weight.detach()
+        errors.append(float(difference[:16].square().mean()))
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_a_limit_on_memory_leaves_guidance_out_and_says_so(tiny_llama: Path, tmp_path: Path) -> None:
+    for guided, warned in ((None, 1), (False, 0)):
+        reporter = Reporter()
+        config = Config(calibration=sentences(20), samples=2, sequence_length=16, guided=guided)
+        export(tiny_llama, out=tmp_path / "m.onnx", config=config, memory=64 << 30, cache=False, reporter=reporter)
+        assert ["count by their norms" in warning for warning in reporter.warnings] == [True] * warned
+        assert json.loads((tmp_path / "claq.json").read_text(encoding="utf-8"))["config"]["guided"] is False
+
+
+def test_without_a_gradient_guidance_is_left_out_unless_it_is_asked_for(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_gradient(*_: Any, **__: Any) -> None:
+        raise CalibrationError("gradients cannot be had: of a comparison there is none")
+
+    monkeypatch.setattr("claq_export.compiler.guidance", no_gradient)
+    given, options = (tiny_bert, "feature-extraction", sentences(20)), {"samples": 4, "bits": 3}
+    usual, reporter = quantized(*given, **options)
+    assert [warning for warning in reporter.warnings if "of a comparison there is none" in warning]
+    assert same_codes(usual, quantized(*given, **options, guided=False)[0])
+    with pytest.raises(CalibrationError, match="of a comparison"):
+        quantized(*given, **options, guided=True)
+
+
+@pytest.mark.parametrize("option", ["--guided", "--no-guided"])
+def test_the_command_line_exports_a_guided_model(tiny_llama: Path, tmp_path: Path, option: str) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(sentences(64)), encoding="utf-8")
     options = ["--calibration", str(text), "--samples", "4", "--sequence-length", "32", "--quiet"]
-    assert main([str(tiny_llama), "--out", str(tmp_path / "model.onnx"), "--guided", *options]) == 0
-    assert json.loads((tmp_path / "claq.json").read_text(encoding="utf-8"))["config"]["guided"] is True
+    assert main([str(tiny_llama), "--out", str(tmp_path / "model.onnx"), option, *options]) == 0
+    config = json.loads((tmp_path / "claq.json").read_text(encoding="utf-8"))["config"]
+    assert config["guided"] is (option == "--guided")
 
 
 def test_guidance_needs_data_and_is_not_the_papers() -> None:

@@ -53,7 +53,9 @@ def same_artifacts(a: Path, b: Path) -> None:
 def test_the_same_artifact_with_and_without_a_limit(tmp_path, everything_deferred, monkeypatch):
     source = save_tiny_llama(tmp_path / "model")
     shard(source)
-    config = claq_export.Config(bits=4, calibration=sentences(40), samples=6, sequence_length=32, batch_size=2)
+    config = claq_export.Config(
+        bits=4, calibration=sentences(40), samples=6, sequence_length=32, batch_size=2, guided=False
+    )
     claq_export.export(source, out=tmp_path / "whole" / "model.onnx", config=config, verify=False, cache=False)
     put = ActivationSpill.put
     spilled = []
@@ -79,7 +81,7 @@ def test_a_budget_is_weighed_by_gradients_without_a_limit_alone(tmp_path, everyt
             found.append(message)
 
     source = save_tiny_llama(tmp_path / "model")
-    settings = {"bits": 3.5, "calibration": sentences(20), "samples": 4, "sequence_length": 16}
+    settings = {"bits": 3.5, "calibration": sentences(20), "samples": 4, "sequence_length": 16, "guided": False}
     for importance, warned in ((False, 0), (True, 1)):
         config = claq_export.Config(importance=importance, **settings)
         found = []

@@ -38,7 +38,10 @@ def calibration(count: int = 4) -> list[dict[str, torch.Tensor]]:
 
 
 def settings(**changes) -> claq_export.Config:
-    return claq_export.Config(**{"bits": 4, "calibration": calibration(), "outliers": 0.005, **changes})
+    """Those that an export of a folder and a module in Python have in common: gradients are for the first by default."""
+    return claq_export.Config(
+        **{"bits": 4, "calibration": calibration(), "outliers": 0.005, "guided": False, **changes}
+    )
 
 
 @pytest.fixture(scope="module")
