@@ -13,7 +13,7 @@ from .layer import ColumnPlan, LayerResult, plan_columns, quantize_layer
 from .presets import PRESETS, preset_settings
 from .settings import LayerSettings
 
-REVISION = "4"
+REVISION = "5"
 """Raised with every change that gives other layers for the same model, data and settings: a work folder in which a run of another
 revision stopped is not gone on with."""
 

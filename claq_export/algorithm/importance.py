@@ -17,7 +17,6 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import CalibrationError
 
-
 _ROWS_AT_ONCE = 32
 """Rows of logits and of their gradients that are worked on together: of a large vocabulary each takes much memory."""
 
