@@ -355,9 +355,12 @@ class Compilation:
             raise ConfigError(
                 "--guided needs the whole model in memory and one process; leave it out with --memory or torchrun"
             )
+        found = None if self.store is None else self.store.load_guidance()
+        if found is not None:
+            return found
         try:
             with self.timed("gradients"):
-                return guidance(
+                found = guidance(
                     self.captured.graph_module,
                     self.plan.sites,
                     batches,
@@ -371,6 +374,9 @@ class Compilation:
                 raise
             self.reporter.warn(f"calibration tokens count by their norms, not by gradients: {error}")
             return None
+        if self.store is not None:
+            self.store.save_guidance(found)
+        return found
 
     def _importance(self, batches: Sequence[Batch] | None) -> Importance | None:
         """What an error of each layer's outputs counts, by gradients; None where they are not wanted or not to be had."""

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..errors import FormatError, OutputError
 from ..format.files import lock_file, write_atomically
 from ..format.layer import QuantizedLinear
 from ..inputs import SafetensorsFile, read_json_object
+from .sensitivity import Guidance, Importance
 
 _MARKER = "claq-run.json"
 _LOCK = "claq-run.lock"
@@ -33,10 +34,14 @@ _LOCK = "claq-run.lock"
 
 _PLANS = "plans.safetensors"
 
-_FINISHED = re.compile(r"(?:[0-9a-f]{24}|plans)\.safetensors")
-"""Names of what a run keeps here: layers, and the outcome of a bit budget."""
+_GRADIENTS = "gradients.safetensors"
 
-_DISCARDED = re.compile(rf"{_FINISHED.pattern}|(?:[0-9a-f]{{24}}|plans)\.tmp|\.{re.escape(_MARKER)}\.\d+\.tmp")
+_FINISHED = re.compile(r"(?:[0-9a-f]{24}|plans|gradients)\.safetensors")
+"""Names of what a run keeps here: layers, the outcome of a bit budget, gradients."""
+
+_DISCARDED = re.compile(
+    rf"{_FINISHED.pattern}|(?:[0-9a-f]{{24}}|plans|gradients)\.tmp|\.{re.escape(_MARKER)}\.\d+\.tmp"
+)
 """The same, and what a process that was killed left half-written. Nothing else in the folder is claq's to delete."""
 
 
@@ -147,7 +152,41 @@ class LayerStore:
 
     def load_plans(self) -> dict[str, ColumnPlan] | None:
         """What :meth:`save_plans` recorded; None if nothing was, or the file is damaged."""
-        path = self.folder / _PLANS
+        found = self._read(_PLANS, ("bits", "reserve"))
+        if found is None:
+            return None
+        return {name: ColumnPlan(bits, found["reserve"][name]) for name, bits in found["bits"].items()}
+
+    def save_plans(self, plans: Mapping[str, ColumnPlan]) -> None:
+        """Record the outcome of a bit budget, so that its walk over the model is not repeated.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        kinds = {
+            "bits": {name: plan.bits for name, plan in plans.items()},
+            "reserve": {name: plan.reserve for name, plan in plans.items()},
+        }
+        self._save(_PLANS, kinds, "the bit budget")
+
+    def load_guidance(self) -> Guidance | None:
+        """What :meth:`save_guidance` recorded; None if nothing was, or the file is damaged."""
+        found = self._read(_GRADIENTS, ("rows", "columns", "tokens"))
+        return None if found is None else Guidance(Importance(found["rows"], found["columns"]), found["tokens"])
+
+    def save_guidance(self, guidance: Guidance) -> None:
+        """Record gradients, so that the passes over all calibration data are not repeated.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        importance = guidance.importance
+        kinds = {"rows": importance.rows, "columns": importance.columns, "tokens": guidance.tokens}
+        self._save(_GRADIENTS, kinds, "gradients")
+
+    def _read(self, file_name: str, kinds: Sequence[str]) -> dict[str, dict[str, torch.Tensor]] | None:
+        """What :meth:`_save` recorded in this run; None if nothing was, or the file is damaged."""
+        path = self.folder / file_name
         if not path.exists():
             return None
         try:
@@ -156,24 +195,20 @@ class LayerStore:
             if record["fingerprint"] != self._fingerprint:
                 return None
             return {
-                name: ColumnPlan(file.read(f"{i}.bits"), file.read(f"{i}.reserve"))
-                for i, name in enumerate(record["names"])
+                kind: {name: file.read(f"{i}.{kind}") for i, name in enumerate(record["names"][kind])} for kind in kinds
             }
         except (FormatError, KeyError, TypeError, json.JSONDecodeError):
             return None
 
-    def save_plans(self, plans: Mapping[str, ColumnPlan]) -> None:
-        """Record the outcome of a bit budget, so that its walk over the model is not repeated.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
-        tensors: dict[str, torch.Tensor] = {}
-        for i, plan in enumerate(plans.values()):
-            tensors |= {f"{i}.bits": plan.bits.cpu().contiguous(), f"{i}.reserve": plan.reserve.cpu().contiguous()}
-        self._write(
-            self.folder / _PLANS, tensors, {"names": list(plans), "fingerprint": self._fingerprint}, "the bit budget"
-        )
+    def _save(self, file_name: str, kinds: Mapping[str, Mapping[str, torch.Tensor]], what: str) -> None:
+        """Record tensors by their kinds and the names of layers."""
+        tensors = {
+            f"{i}.{kind}": tensor.cpu().contiguous()
+            for kind, by_name in kinds.items()
+            for i, tensor in enumerate(by_name.values())
+        }
+        names = {kind: list(by_name) for kind, by_name in kinds.items()}
+        self._write(self.folder / file_name, tensors, {"names": names, "fingerprint": self._fingerprint}, what)
 
     def _write(self, path: Path, tensors: dict[str, torch.Tensor], record: dict[str, Any], what: str) -> None:
         temporary = path.with_suffix(".tmp")

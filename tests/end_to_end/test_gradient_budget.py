@@ -209,6 +209,28 @@ def test_without_a_gradient_guidance_is_left_out_unless_it_is_asked_for(
         quantized(*given, **options, guided=True)
 
 
+def test_gradients_are_kept_for_a_run_that_goes_on(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiled() -> Compilation:
+        captured, _ = capture(tiny_llama, task="text-generation")
+        config = Config(calibration=sentences(20), samples=2, sequence_length=16, bits=3.5)
+        return Compilation(captured, config, ProgressReporter(quiet=True))
+
+    first, again = compiled(), compiled()
+    first.quantize_sites(tmp_path / "work")
+    first.store.close()
+    # As after a kill while the second layer was quantized: gradients and the budget are there, layers are not.
+    for path in (tmp_path / "work").glob("*.safetensors"):
+        if path.stem not in ("gradients", "plans"):
+            path.unlink()
+    monkeypatch.setattr("claq_export.compiler.guidance", None)  # would fail
+    again.quantize_sites(tmp_path / "work")
+    assert same_codes(first, again)
+    again.store.remove()
+    assert not (tmp_path / "work").exists()
+
+
 @pytest.mark.parametrize("option", ["--guided", "--no-guided"])
 def test_the_command_line_exports_a_guided_model(tiny_llama: Path, tmp_path: Path, option: str) -> None:
     text = tmp_path / "text.txt"
