@@ -257,6 +257,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-3": {"bits": 3},
     "ours-2.5": {"bits": 2.5},
     "ours-3.5": {"bits": 3.5},
+    "ours-4.5": {"bits": 4.5},
     "ours-4-unguided": {"bits": 4, "guided": False},
     "ours-3-unguided": {"bits": 3, "guided": False},
     "ours-4.1-unguided": {"bits": 4.1, "guided": False},

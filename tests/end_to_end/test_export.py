@@ -46,7 +46,7 @@ def artifact(tiny_bert: Path, text: Path, tmp_path_factory: pytest.TempPathFacto
     log = out.parent.parent / "log.jsonl"
     assert run_cli(tiny_bert, out, text, "--bits", "3", "--outliers", "0.01", "--log", str(log)) == 0
     events = [json.loads(line) for line in log.read_text().splitlines()]
-    layers = [event for event in events if event["event"] == "layer"]
+    layers = [event for event in events if event["event"] == "layer" and "phase" not in event]
     assert len(layers) == 10  # words and positions, two blocks of q+k+v, attention output, up, down
     assert all(0 < event["error"] < 1 for event in layers)
     return out
