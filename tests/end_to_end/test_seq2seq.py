@@ -178,7 +178,7 @@ def test_verify_compares_what_comes_after_the_originals_tokens(
     alone = guard(checkpoint_alone(exported, tmp_path / "alone"), t5, text, {"max_kl": 10.0})
     assert alone.measures["kl_mean"] == pytest.approx(report.measures["kl_mean"], rel=1e-2, abs=1e-8)
     single = tmp_path / "single" / "model.onnx"
-    options = ["--calibration", str(pairs), "--no-cache", "--accuracy", "fp32", "--no-verify", "--quiet"]
+    options = ["--calibration", str(pairs), "--no-cache", "--no-guided", "--accuracy", "fp32", "--no-verify", "--quiet"]
     assert main([str(t5), "--out", str(single), *options]) == 0
     with float32_arithmetic():
         uncached = guard(single, t5, text, {"max_kl": 10.0}, layers=False)
