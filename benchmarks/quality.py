@@ -246,6 +246,8 @@ def paper() -> list[Candidate]:
     ]
 
 
+UNGUIDED = "claq (this project, --no-guided)"
+
 ABLATION = "ablation"
 """Family of the rows that have a table of their own and no line in the plot."""
 
@@ -334,7 +336,7 @@ def ours(tuned: TuneSettings) -> list[Candidate]:
     found = [
         Candidate(
             name,
-            "claq (this project)" if changes.get("guided", True) else "claq (this project, --no-guided)",
+            "claq (this project)" if changes.get("guided", True) else UNGUIDED,
             f"claq --bits {changes['bits']}" + " --no-guided" * (not changes.get("guided", True)),
             product(name, changes),
             changes,
@@ -449,14 +451,16 @@ def markdown(rows: Sequence[dict[str, Any]], title: str, missing: Sequence[str])
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path, baseline: float) -> None:
-    """Perplexity over true bits, one line a family."""
+    """Perplexity over true bits, one line a family, through those of its points that no smaller one, and none that is hardly
+    larger, is better than. Rows without gradients are in the table alone."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8.4, 5.2), dpi=150)
-    families = sorted({r["family"] for r in rows} - {ABLATION}, key=lambda f: (not f.startswith("claq ("), f))
+    left_out = {ABLATION, UNGUIDED}
+    families = sorted({r["family"] for r in rows} - left_out, key=lambda f: (not f.startswith("claq (this"), f))
     colours = pyplot.get_cmap("tab10").colors
     for number, family in enumerate(families):
         points = sorted(
@@ -465,20 +469,24 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, baseline: float) -> None:
         if not points:
             continue
         own = family.startswith("claq (")
-        axes.plot(
-            *zip(*points, strict=True),
-            marker="o" if own else "osD^vPX*"[number % 8],
-            linewidth=2.6 if own else 1.2,
-            markersize=7 if own else 5,
-            color="black" if own else colours[number % 10],
-            linestyle="--" if own and number else "-",
-            markerfacecolor="white" if own and number else None,
-            label=family,
-            zorder=3 if own else 2,
-        )
+        style: dict[str, Any] = {
+            "marker": "o" if own else "osD^vPX*"[number % 8],
+            "linewidth": 2.6 if own else 1.2,
+            "markersize": 7 if own else 5,
+            "color": "black" if own else colours[number % 10],
+            "linestyle": "--" if own and number else "-",
+            "markerfacecolor": "white" if own and number else None,
+            "zorder": 3 if own else 2,
+        }
+        best = [p for i, p in enumerate(points) if all(p[1] < smaller[1] for smaller in points[:i])]
+        best = [p for p in best if not any(q[0] - p[0] < 0.05 and q[1] < p[1] for q in best if q[0] > p[0])]
+        axes.plot(*zip(*best, strict=True), label=family, **style)
+        others = [p for p in points if p not in best]
+        if others:
+            axes.plot(*zip(*others, strict=True), **(style | {"linestyle": "none"}))
     axes.axhline(baseline, color="grey", linestyle="--", linewidth=1)
     axes.text(
-        axes.get_xlim()[1], baseline, f" unquantized {baseline:.2f}", va="bottom", ha="right", color="grey", fontsize=8
+        axes.get_xlim()[0], baseline, f" unquantized {baseline:.2f}", va="bottom", ha="left", color="grey", fontsize=8
     )
     axes.set_yscale("log")
     ticks = [t for t in (30, 40, 50, 70, 100, 200, 500, 1000, 2000) if t <= axes.get_ylim()[1]]
