@@ -10,12 +10,12 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
@@ -55,6 +55,8 @@ from .report import LayerRecord, layer_record
 from .sizing import PlannedLayer, Sizing
 
 _log = logging.getLogger(__name__)
+
+_Found = TypeVar("_Found", Guidance, Importance)
 
 _NOT_IN_FINGERPRINT = ("accuracy", "calibration", "tune", "opset", "last_logits", "dtype")
 """Settings that finished layers do not depend on, or not always; calibration data counts by its content, not its file's name."""
@@ -313,11 +315,23 @@ class Compilation:
         importance = self._importance(batches) if guide is None or not self.config.importance else guide.importance
         return stage.profile(batches, importance)
 
-    def _exact_rows(self, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
-        """Rows of tables that will be stored exactly, by name."""
-        sites = self.plan.sites
-        frequency = token_frequency(self.captured.graph_module, sites, batches)
-        return exact_rows(sites, frequency, self.sizing.table_settings())
+    def _gradients(self, take: Callable[..., _Found], batches: Sequence[Batch]) -> _Found:
+        """What ``take`` (:func:`guidance` or :func:`output_importance`) finds in this model.
+
+        Raises:
+            CalibrationError: the model has no gradient.
+        """
+        graph_module, sites = self.captured.graph_module, self.plan.sites
+        frequency = token_frequency(graph_module, sites, batches)
+        return take(
+            graph_module,
+            sites,
+            batches,
+            task=self.captured.task,
+            seed=self.config.seed,
+            reporter=self.reporter,
+            exact=exact_rows(sites, frequency, self.sizing.table_settings()),
+        )
 
     def settings(self) -> dict[str, Any]:
         """The configuration as JSON values, with what was decided where it leaves that open."""
@@ -328,13 +342,15 @@ class Compilation:
         """Whether this process has the whole model and all calibration data, as gradients need them."""
         return self.memory is None and self.peers.size == 1
 
-    def _guides(self, alone: bool | None = None) -> bool:
-        """Whether gradients of all calibration tokens are to be had; ``alone``: None: as it is."""
-        if self.config.guided is not None:
-            return self.config.guided
-        alone = self._alone if alone is None else alone
+    @property
+    def _guidable(self) -> bool:
+        """Whether this is a model that gradients guide where nothing is said."""
         calibrated = self.config.calibration != NO_CALIBRATION
-        return alone and calibrated and self.captured.task is not None and self.config.preset is None
+        return calibrated and self.captured.task is not None and self.config.preset is None
+
+    def _guides(self) -> bool:
+        """Whether gradients of all calibration tokens are to be taken."""
+        return self._alone and self._guidable if self.config.guided is None else self.config.guided
 
     def _guidance(self, batches: Sequence[Batch]) -> Guidance | None:
         """Gradients of all calibration tokens; None where they are not wanted, or neither asked for nor to be had.
@@ -345,7 +361,7 @@ class Compilation:
         """
         asked = self.config.guided
         if not self._guides():
-            if asked is None and self._guides(alone=True):
+            if asked is None and self._guidable:
                 self.reporter.warn(
                     "with a limit on memory, or with several processes, calibration tokens count by their norms, not by "
                     "gradients; --no-guided asks for the same"
@@ -360,15 +376,7 @@ class Compilation:
             return found
         try:
             with self.timed("gradients"):
-                found = guidance(
-                    self.captured.graph_module,
-                    self.plan.sites,
-                    batches,
-                    task=self.captured.task,
-                    seed=self.config.seed,
-                    reporter=self.reporter,
-                    exact=self._exact_rows(batches),
-                )
+                found = self._gradients(guidance, batches)
         except CalibrationError as error:
             if asked:
                 raise
@@ -390,15 +398,7 @@ class Compilation:
             return None
         try:
             with self.timed("importance"):
-                return output_importance(
-                    self.captured.graph_module,
-                    self.plan.sites,
-                    batches,
-                    task=self.captured.task,
-                    seed=self.config.seed,
-                    reporter=self.reporter,
-                    exact=self._exact_rows(batches),
-                )
+                return self._gradients(output_importance, batches)
         except CalibrationError as error:
             self.reporter.warn(f"the budget weighs each layer's error relative to its own output: {error}")
             return None
