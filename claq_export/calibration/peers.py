@@ -26,6 +26,12 @@ from ..errors import CalibrationError
 from ..format.layer import QuantizedLinear
 from .data import Batch
 
+if dist.is_available():
+    # Functions of this module have the default group of the time of its import as default argument. Imported while there is
+    # a group (torch.export does), they keep it alive, with threads that destroy_process_group would have ended; one
+    # that then drops a tensor while the interpreter ends aborts the process.
+    import torch.distributed.nn
+
 
 def is_one_of_several() -> bool:
     """Whether ``torchrun`` started several processes; some shells and schedulers set ``RANK`` alone."""
@@ -33,7 +39,7 @@ def is_one_of_several() -> bool:
 
 
 def _end_group() -> None:
-    """Without it gloo's threads, if still running when the process ends, abort it."""
+    """Gloo's threads, if still running when the process ends, may abort it."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -75,6 +75,23 @@ for few in (True, False):
 print(*(" ".join(map(str, values)) for values in found), sep=";")
 """
 
+_ENDED = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import os
+import torch
+from claq_export.calibration.peers import Peers, _end_group
+def threads():
+    names = [open(f"/proc/self/task/{number}/comm").read() for number in os.listdir("/proc/self/task")]
+    return sum("gloo" in name for name in names)
+peers = Peers.from_environment()
+peers.tell("values")
+torch.export.export(torch.nn.Linear(4, 4), (torch.ones(2, 4),))
+running = threads()
+_end_group()
+print(running, threads())
+"""
+
 
 def run(out: Path, size: int, devices: str = "cpu", verify: bool = False) -> list[str]:
     """Export in ``size`` processes; what each printed last."""
@@ -123,6 +140,15 @@ def test_hessians_are_summed_over_processes(summed, number, tokens):
     expected, got = (torch.tensor([float(word) for word in line.split()]) for line in (alone, first))
     assert got[0] == expected[0] == {"few": 40, "many": 512}[tokens]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
+def test_threads_of_a_group_end_with_it():
+    """One that still ran when the interpreter ended could abort the process, after the artifact was written."""
+    for output in in_processes(_ENDED, 2):
+        running, left = map(int, output.split())
+        assert running > 0
+        assert left == 0
 
 
 @pytest.fixture(scope="module")
