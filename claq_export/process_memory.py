@@ -6,8 +6,16 @@ import ctypes
 import gc
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
+
+RETURNED_FROM = 1 << 20
+"""Bytes of the smallest block that :func:`return_freed_memory` has given back at once."""
+
+_returns = False
+"""Whether this process was told to."""
 
 
 def return_freed_memory() -> None:
@@ -16,9 +24,32 @@ def return_freed_memory() -> None:
     Left to itself glibc raises that size to 32 MB as such blocks are freed, and keeps what lies between blocks in use.
     Other C libraries have no such setting and are left alone.
     """
+    global _returns
+    _returns = True
+    _return_from(RETURNED_FROM)
+
+
+@contextmanager
+def returned_from(nbytes: int) -> Iterator[None]:
+    """Give back smaller freed blocks meanwhile, where :func:`return_freed_memory` was called; else nothing is changed.
+
+    For work on many blocks of about that size that live long: what lies between them would stay resident until the process
+    ends. Each block costs page faults.
+    """
+    if not _returns:
+        yield
+        return
+    _return_from(nbytes)
+    try:
+        yield
+    finally:
+        _return_from(RETURNED_FROM)
+
+
+def _return_from(nbytes: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(_M_MMAP_THRESHOLD, nbytes)
 
 
 def collect_garbage() -> None:

@@ -27,6 +27,7 @@ from .format.layer import QuantizedLinear
 from .inputs import OnnxFile
 from .kernels import use_backend
 from .onnx_session import float32_arithmetic, open_session, uses_bfloat16
+from .process_memory import trim_freed_memory
 from .verify_layers import WHOLE_UP_TO, folding_bytes, layer_outputs
 
 Inputs = Mapping[str, torch.Tensor]
@@ -418,6 +419,7 @@ def _check_nan(
 
 
 def _session(path: Path, run: str, library: Path | None) -> tuple[onnxruntime.InferenceSession, float]:
+    trim_freed_memory()  # opening one takes the most of a verification, and what went before left holes
     start = time.perf_counter()
     try:
         session = open_session(path, library)

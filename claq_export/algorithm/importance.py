@@ -141,7 +141,7 @@ def fisher_loss(logits: torch.Tensor, generator: torch.Generator, counted: torch
         p = rows[part].detach().float().softmax(dim=-1)
         v = p.sqrt().mul_(_signs(p.shape, generator, p.device))
         counts[part] = v.sub_(p.mul_(v.sum(dim=-1, keepdim=True)))
-    return (rows * counts).sum()
+    return torch.dot(rows.flatten(), counts.flatten())
 
 
 def _signs(shape: torch.Size, generator: torch.Generator, device: torch.device) -> torch.Tensor:
