@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 
-RETURNED_FROM = 1 << 20
+_RETURNED_FROM = 1 << 20
 """Bytes of the smallest block that :func:`return_freed_memory` has given back at once."""
 
 _returns = False
@@ -26,7 +26,7 @@ def return_freed_memory() -> None:
     """
     global _returns
     _returns = True
-    _return_from(RETURNED_FROM)
+    _return_from(_RETURNED_FROM)
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def returned_from(nbytes: int) -> Iterator[None]:
     try:
         yield
     finally:
-        _return_from(RETURNED_FROM)
+        _return_from(_RETURNED_FROM)
 
 
 def _return_from(nbytes: int) -> None:
