@@ -232,7 +232,7 @@ def main() -> None:
     for preset in PAPER:
         if wanted(f"paper-{preset}"):
             values = dataclasses.asdict(preset_settings(preset))
-            settings = dataclasses.replace(config, token_clip=PAPER_TOKEN_CLIP, algorithm=values)
+            settings = dataclasses.replace(config, token_clip=PAPER_TOKEN_CLIP, algorithm=values, **LINEARS)
             label = f"CLAQ as in the paper, preset {preset}"
             keep(f"paper-{preset}", label, measure_export(arguments.model, tokenizer, settings, pairs, reference))
     for name, (label, quantize) in PEERS.items():
