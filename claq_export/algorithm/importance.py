@@ -141,6 +141,7 @@ def fisher_loss(logits: torch.Tensor, generator: torch.Generator, counted: torch
         p = rows[part].detach().float().softmax(dim=-1)
         v = p.sqrt().mul_(_signs(p.shape, generator, p.device))
         counts[part] = v.sub_(p.mul_(v.sum(dim=-1, keepdim=True)))
+    # Not a sum over products, which would be as large as the logits once more.
     return torch.dot(rows.flatten(), counts.flatten())
 
 

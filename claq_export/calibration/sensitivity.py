@@ -23,7 +23,7 @@ from .progress import ProgressReporter
 SAMPLES = 24
 """Pieces of at most 256 tokens that are enough: the budget depends on a mean over all tokens of all of them."""
 
-_RETURNED_FROM = 1 << 19
+_BLOCKS_RETURNED_FROM = 1 << 19
 """Bytes from which freed memory goes back to the operating system during a backward pass. What autograd keeps of a piece of a
 small model are blocks just below a megabyte, and they left the heap in holes that the rest of an export did not fill."""
 
@@ -194,7 +194,7 @@ def _backward_passes(
     try:
         for number, sample in enumerate(samples):
             real = _on(device, real_tokens(sample))
-            with torch.enable_grad(), returned_from(_RETURNED_FROM):
+            with torch.enable_grad(), returned_from(_BLOCKS_RETURNED_FROM):
                 outputs = graph(sample)
                 if not outputs:
                     raise CalibrationError("gradients cannot be had: the model returns no floating tensor")
