@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import CalibrationError
 
-_ROWS_AT_ONCE = 32
-"""Rows of logits and of their gradients that are worked on together: of a large vocabulary each takes much memory."""
+_VALUES_AT_ONCE = 1 << 18
+"""Values of logits and of gradients that are worked on together, a megabyte of float32."""
 
 
 class OutputImportance:
@@ -29,7 +29,8 @@ class OutputImportance:
 
         with OutputImportance({"fc": model.fc}) as importance:
             for batch in batches:
-                fisher_loss(model(batch).logits, generator).backward()
+                logits = model(batch).logits
+                logits.backward(fisher_gradient(logits, generator))
         rows = importance.result()["fc"]
 
     Args:
@@ -77,9 +78,9 @@ class OutputImportance:
         if not len(rows):
             return  # an expert that this pass routes no token to
         added = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-        for part in rows.split(_ROWS_AT_ONCE):
+        for part in rows.split(_rows_at_once(rows)):
             squares = part.to(torch.float32).square()
-            added += squares.sum(dim=0, dtype=torch.float64)
+            added += squares.sum(dim=0)
             if self._by_token is not None:
                 self._by_token.setdefault(name, []).append(squares.mean(dim=1))
         self._sums[name] = self._sums[name] + added if name in self._sums else added
@@ -120,29 +121,33 @@ class OutputImportance:
         return {name: self._sums[name] / self._tokens[name] for name in wanted}
 
 
-def fisher_loss(logits: torch.Tensor, generator: torch.Generator, counted: torch.Tensor | None = None) -> torch.Tensor:
-    """A sum of ``logits`` whose squared gradients are, on average over the draw, the Fisher information of the distribution.
+def fisher_gradient(
+    logits: torch.Tensor, generator: torch.Generator, counted: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Where to begin a backward pass at ``logits``, so that squared gradients are, on average over the draw, the Fisher
+    information of the distribution.
 
     With p = softmax of a row that is diag(p) - p p^T, the covariance of v = sqrt(p) * e - p (sqrt(p) . e) for random signs e:
-    the row counts by v. Labels drawn from the model, the usual way, have the same mean; but where it is sure of a word, nearly
-    all of them have no gradient and a rare one a large one (the squared gradients of a token under two draws differ by
+    the row's gradient is v. Labels drawn from the model, the usual way, have the same mean; but where it is sure of a word,
+    nearly all of them have no gradient and a rare one a large one (the squared gradients of a token under two draws differ by
     a factor of 1.60 in the median, with signs of 1.42; SmolLM2-135M).
 
     Args:
         logits: ``[..., classes]``.
         generator: of the signs, on the device of ``logits``.
         counted: bool ``[T]``: which rows of ``logits`` are tokens, not padding; None: all.
+
+    Returns:
+        as ``logits``; zeros in rows that do not count.
     """
-    rows = logits.reshape(-1, logits.shape[-1])
-    rows = rows if counted is None else rows[counted]
-    counts = torch.empty_like(rows.detach())
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)
-        p = rows[part].detach().float().softmax(dim=-1)
+    rows = logits.detach().reshape(-1, logits.shape[-1])
+    gradient = torch.empty_like(rows) if counted is None else torch.zeros_like(rows)
+    places = torch.arange(len(rows), device=rows.device) if counted is None else counted.nonzero().flatten()
+    for some in places.split(_rows_at_once(rows)):
+        p = rows[some].float().softmax(dim=-1)
         v = p.sqrt().mul_(_signs(p.shape, generator, p.device))
-        counts[part] = v.sub_(p.mul_(v.sum(dim=-1, keepdim=True)))
-    # Not a sum over products, which would be as large as the logits once more.
-    return torch.dot(rows.flatten(), counts.flatten())
+        gradient[some] = v.sub_(p.mul_(v.sum(dim=-1, keepdim=True))).to(gradient.dtype)
+    return gradient.view(logits.shape)
 
 
 def _signs(shape: torch.Size, generator: torch.Generator, device: torch.device) -> torch.Tensor:
@@ -153,10 +158,10 @@ def _signs(shape: torch.Size, generator: torch.Generator, device: torch.device) 
     return bits.flatten(1)[:, :classes].to(torch.int8).mul_(2).sub_(1)
 
 
-def projected_loss(
+def projected_gradient(
     output: torch.Tensor, generator: torch.Generator, counted: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``output`` times random signs, summed; the squared gradients are those of the squared output error.
+    """Random signs to begin a backward pass with at ``output``; squared gradients are those of the squared output error.
 
     For models whose output is a vector to be preserved (embeddings), not a distribution.
 
@@ -164,7 +169,20 @@ def projected_loss(
         output: ``[..., features]``.
         generator: of the signs, on the device of ``output``.
         counted: bool ``[T]``: which rows of ``output`` are tokens, not padding; None: all.
+
+    Returns:
+        as ``output``; zeros in rows that do not count.
     """
-    rows = output if counted is None else output.reshape(-1, output.shape[-1])[counted]
-    signs = torch.randint(0, 2, rows.shape, generator=generator, device=output.device).to(output) * 2 - 1
-    return (rows * signs).sum()
+    rows = output.detach() if counted is None else output.detach().reshape(-1, output.shape[-1])
+    shape = rows.shape if counted is None else rows[counted].shape
+    signs = torch.randint(0, 2, shape, generator=generator, device=output.device).to(output) * 2 - 1
+    if counted is None:
+        return signs
+    gradient = torch.zeros_like(rows)
+    gradient[counted] = signs
+    return gradient.view(output.shape)
+
+
+def _rows_at_once(rows: torch.Tensor) -> int:
+    """How many rows ``[T, features]`` to work on together, so that float32 copies of them stay in a processor's cache."""
+    return max(1, _VALUES_AT_ONCE // rows.shape[-1])

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.nn.functional import embedding
 
-from ..algorithm.importance import OutputImportance, fisher_loss, projected_loss
+from ..algorithm.importance import OutputImportance, fisher_gradient, projected_gradient
 from ..deferred import materialize
 from ..errors import CalibrationError, first_line
 from ..passes import LinearSite
@@ -198,13 +198,12 @@ def _backward_passes(
                 outputs = graph(sample)
                 if not outputs:
                     raise CalibrationError("gradients cannot be had: the model returns no floating tensor")
-                if task in DISTRIBUTIONS:
-                    loss = fisher_loss(outputs[0], generator, counted(outputs[0]))
-                else:
-                    losses = [projected_loss(output, generator, counted(output)) for output in outputs]
-                    loss = torch.stack(losses).sum()
+                distribution = task in DISTRIBUTIONS
+                draw = fisher_gradient if distribution else projected_gradient
+                # All but the ones that depend on no layer; if there is no other, the backward pass says so.
+                outputs = outputs[:1] if distribution else [x for x in outputs if x.requires_grad] or outputs
                 try:
-                    loss.backward()
+                    torch.autograd.backward(outputs, [draw(x, generator, counted(x)) for x in outputs])
                 except RuntimeError as error:
                     raise CalibrationError(f"gradients cannot be had: {first_line(error)}") from error
             outputs.clear()

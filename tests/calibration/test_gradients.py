@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from claq_export.algorithm import Hessian, LayerSettings, quantize_layer
-from claq_export.algorithm.importance import OutputImportance, fisher_loss, projected_loss
+from claq_export.algorithm.importance import OutputImportance, fisher_gradient, projected_gradient
 from claq_export.api import capture
 from claq_export.calibration.gradients import DifferentiableGraph, fast_dtype, multiply, pieces
 from claq_export.calibration.progress import ProgressReporter
@@ -66,7 +66,8 @@ def test_importance_is_that_of_the_modules(tiny_llama: Path, monkeypatch: pytest
     with OutputImportance(modules) as expected:
         for batch in batches:
             for row in range(2):
-                fisher_loss(model(input_ids=batch["input_ids"][row : row + 1]).logits, generator).backward()
+                logits = model(input_ids=batch["input_ids"][row : row + 1]).logits
+                logits.backward(fisher_gradient(logits, generator))
     rows = expected.result()
     assert len(modules) > len(sites)
     for site in sites:
@@ -259,7 +260,8 @@ def test_what_is_looked_up_is_weighed_too(monkeypatch: pytest.MonkeyPatch) -> No
         ).columns["table"]
 
     values = model.table(ids).detach().requires_grad_()
-    projected_loss(model.head(values), torch.Generator().manual_seed(0)).backward()
+    output = model.head(values)
+    output.backward(projected_gradient(output, torch.Generator().manual_seed(0)))
     squared = values.grad[0].double().square()
     torch.testing.assert_close(importance({}), squared.mean(0))
     # Of rows that are stored exactly no error counts: here the second and third token.
