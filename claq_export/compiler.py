@@ -47,7 +47,7 @@ from .format import metadata
 from .format.checkpoint import quantized_stacks, save_checkpoint
 from .format.files import check_writable
 from .lowering import before_fusing, layers_in, lower
-from .passes import PassContext, Pipeline, Plan, planning_pipeline
+from .passes import PassContext, Pipeline, Plan, planning_pipeline, takes_buffers
 from .passes.select_linears import layer_name
 from .preflight import Preflight, predict_resources
 from .process_memory import collect_garbage
@@ -506,7 +506,11 @@ class Compilation:
             metadata.TASK: graph.task or "",
             metadata.PARTS: json.dumps(parts),
             metadata.TRANSPOSED: json.dumps(sorted(self.transposed & held)),
-        }
+        } | ({metadata.CACHE_BUFFERS: "1"} if self._takes_buffers(graph) else {})
+
+    def _takes_buffers(self, graph: CapturedModel) -> bool:
+        """In 16 bits attention is ONNX's own operator, which makes a longer cache at each step."""
+        return graph.dtype == torch.float32 and takes_buffers(graph.graph_module.graph)
 
     @property
     def emitted(self) -> tuple[CapturedModel, ...]:

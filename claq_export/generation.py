@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from .cache_buffers import PAST, PRESENT, CacheBuffers, past_inputs, takes_buffers
 from .errors import ConfigError, ModelError
 from .onnx_session import check_threads, load_session
-
-PAST = "past_key_values."
-PRESENT = "present."
 
 
 @dataclass
@@ -131,6 +130,10 @@ class Generator:
         library: custom-operator library to register, or None.
         threads: intra-op threads; 0 = ONNX Runtime's default.
 
+    Attributes:
+        in_place: whether :meth:`tokens` keeps the cache in buffers that each step writes into; set it to False for a longer
+            cache from each step.
+
     Raises:
         ConfigError: a negative number of threads.
         ModelError: the file is not there, cannot be loaded, or has no cache.
@@ -152,13 +155,14 @@ class Generator:
         self.session = load_session(self.path, self.library, self.threads)
         self._inputs = {value.name: value for value in self.session.get_inputs()}
         self._outputs = [value.name for value in self.session.get_outputs()]
-        past = [name for name in self._inputs if name.startswith(PAST)]
+        past = past_inputs(self.session)
         if "input_ids" not in self._inputs or "logits" not in self._outputs or not past:
             raise ModelError(
                 f"{self.path} does not generate: it has no key/value cache (inputs {', '.join(list(self._inputs)[:4])}); "
                 "export a text-generation model without --no-cache"
             )
         self._presents = [PRESENT + name.removeprefix(PAST) for name in past]
+        self.in_place = self.library is not None and takes_buffers(self.session)
         missing = [name for name in self._presents if name not in self._outputs]
         if missing:
             raise ModelError(f"{self.path} takes a cache but does not return {missing[0]!r}")
@@ -184,6 +188,22 @@ class Generator:
             ModelError: while tokens are drawn: ONNX Runtime refuses them, or the model's logits are NaN.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop))
+        step = self._step_in_place() if self.in_place else self._step_with_copies()
+        self.timing = Timing(prompt_tokens=len(prompt))
+        return sampling.draw(step, prompt, self.timing, self.path)
+
+    def _step_in_place(self) -> Callable[[Sequence[int]], npt.NDArray[Any]]:
+        """What reads the next tokens of a sequence."""
+        cache = CacheBuffers(self.session)
+
+        def step(new: Sequence[int]) -> npt.NDArray[Any]:
+            inputs = self._token_inputs(np.array([new], np.int64), cache.length)
+            with self._naming(cache.length):
+                return cache.run(inputs)
+
+        return step
+
+    def _step_with_copies(self) -> Callable[[Sequence[int]], npt.NDArray[Any]]:
         past = self.empty_cache()
         length = 0
 
@@ -193,8 +213,7 @@ class Generator:
             length += len(new)
             return logits
 
-        self.timing = Timing(prompt_tokens=len(prompt))
-        return sampling.draw(step, prompt, self.timing, self.path)
+        return step
 
     def empty_cache(self, batch: int = 1) -> list[Any]:
         """Keys and values of no token, one ``OrtValue`` an input."""
@@ -219,19 +238,29 @@ class Generator:
         Returns:
             logits ``[batch, sequence, vocabulary]`` and the longer cache.
         """
+        named = self._token_inputs(tokens, length)
+        feed = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in named.items()}
+        feed |= dict(zip((name for name in self._inputs if name.startswith(PAST)), past, strict=True))
+        with self._naming(length):
+            logits, *state = self.session.run_with_ort_values(["logits", *self._presents], feed)
+        return logits.numpy(), state
+
+    def _token_inputs(self, tokens: npt.NDArray[np.int64], length: int) -> dict[str, npt.NDArray[np.int64]]:
+        """The inputs of the model that tell of new tokens, after ``length`` others."""
         batch, sequence = tokens.shape
         named = {
             "input_ids": tokens,
             "attention_mask": np.ones((batch, length + sequence), np.int64),
             "position_ids": np.broadcast_to(np.arange(length, length + sequence), (batch, sequence)).copy(),
         }
-        feed = {name: ort.OrtValue.ortvalue_from_numpy(named[name]) for name in named if name in self._inputs}
-        feed |= dict(zip((name for name in self._inputs if name.startswith(PAST)), past, strict=True))
+        return {name: value for name, value in named.items() if name in self._inputs}
+
+    @contextmanager
+    def _naming(self, length: int) -> Iterator[None]:
         try:
-            logits, *state = self.session.run_with_ort_values(["logits", *self._presents], feed)
-        except Exception as error:  # as above
+            yield
+        except Exception as error:  # ONNX Runtime's exceptions share no other base class
             raise ModelError(f"{self.path} fails after {length} tokens: {error}") from error
-        return logits.numpy(), state
 
 
 def _pick(logits: npt.NDArray[Any], temperature: float, top_p: float, random: np.random.Generator) -> int:

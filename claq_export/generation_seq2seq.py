@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from .cache_buffers import PAST, PRESENT
 from .capture.captured import PARTS
 from .emit.artifact import has_parts, part_path
 from .errors import ModelError
-from .generation import PAST, PRESENT, Sampling, Timing
+from .generation import Sampling, Timing
 from .onnx_session import check_threads, load_session
 
 

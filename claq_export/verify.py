@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
+from .cache_buffers import run_in_place, takes_buffers
 from .deferred import DEFER_FROM, logical_bytes, materialize
 from .errors import VerificationError
 from .format.layer import QuantizedLinear
@@ -225,7 +227,10 @@ def verify_artifact(
             unrounded, seconds = _session(path, "runtime, fp32", library_file)
         found = _compare(path, "runtime, fp32", unrounded, names, feeds, compared, allowed)
         runs["runtime, fp32"] = Run("runtime, fp32", seconds, math.nan, found)
+        _check_in_place(path, unrounded, names, feeds, compared, allowed)
         del unrounded
+    elif "runtime" in sessions:
+        _check_in_place(path, sessions["runtime"][0], names, feeds, compared, limits["runtime"])
     if by_layer:
         assert library_file is not None
         runs["stock"] = _layer_by_layer(path, library_file)
@@ -463,6 +468,20 @@ def _feed(session: onnxruntime.InferenceSession, inputs: Inputs) -> dict[str, np
     return {name: _array(tensor) for name, tensor in inputs.items() if name in wanted}
 
 
+def _check_in_place(
+    path: Path,
+    session: onnxruntime.InferenceSession,
+    names: list[str],
+    samples: Sequence[Inputs],
+    expected: list[list[npt.NDArray[Any]]],
+    limits: Mapping[str, float],
+) -> None:
+    """The same outputs come out where the cache is in buffers, of a file that takes them."""
+    if takes_buffers(session):
+        in_place = partial(run_in_place, session)
+        _compare(path, "runtime, cache in place", session, names, samples, expected, limits, in_place)
+
+
 def _compare(
     path: Path,
     run: str,
@@ -471,12 +490,15 @@ def _compare(
     samples: Sequence[Inputs],
     expected: list[list[npt.NDArray[Any]]],
     limits: Mapping[str, float] | None,
+    call: Callable[[list[str], dict[str, npt.NDArray[Any]]], list[npt.NDArray[Any]]] | None = None,
 ) -> dict[str, Deviation]:
-    """Deviations of a session's outputs, each checked against its limit; against that of int8 arithmetic without ``limits``."""
+    """Deviations of a session's outputs, each checked against its limit; against that of int8 arithmetic without ``limits``.
+    ``call`` runs the session in another way than its own ``run``."""
+    call = call or session.run
     results: list[list[npt.NDArray[Any]]] = []
     for inputs in samples:
         try:
-            results.append(session.run(names, _feed(session, inputs)))
+            results.append(call(names, _feed(session, inputs)))
         except Exception as error:
             sizes = {name: list(tensor.shape) for name, tensor in inputs.items()}
             raise VerificationError(f"{run}: {path} fails on inputs {sizes}: {error}") from error

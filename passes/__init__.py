@@ -9,6 +9,7 @@ from ..format.layer import QuantizedLinear
 from .additive_masks import AdditiveMasks
 from .base import ContractError, Pass, PassContext, PassResult
 from .canonicalize_linears import CanonicalizeLinears
+from .count_cached_tokens import CountCachedTokens, takes_buffers
 from .fuse_attention import FuseAttention
 from .fuse_epilogues import FuseEpilogues
 from .fuse_gelu import FuseGelu
@@ -28,6 +29,7 @@ __all__ = [
     "AdditiveMasks",
     "CanonicalizeLinears",
     "ContractError",
+    "CountCachedTokens",
     "FuseAttention",
     "FuseEpilogues",
     "FuseGelu",
@@ -53,12 +55,13 @@ __all__ = [
     "fusing_pipeline",
     "lowering_pipeline",
     "planning_pipeline",
+    "takes_buffers",
 ]
 
 
 def decoder_pipeline() -> Pipeline:
     """The passes that put one operator in the place of many in a decoder with a cache."""
-    return Pipeline([FuseRmsNorm(), FuseRotary(), FuseAttention(), RemoveUnused()])
+    return Pipeline([FuseRmsNorm(), FuseRotary(), FuseAttention(), CountCachedTokens(), RemoveUnused()])
 
 
 def lowering_pipeline(layers: Mapping[str, QuantizedLinear], accuracy_level: int, for_file: bool = True) -> Pipeline:

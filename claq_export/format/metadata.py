@@ -8,3 +8,6 @@ PARTS = "claq.parts"
 
 TRANSPOSED = "claq.transposed"
 """JSON: sorted list of the layers whose weight the original model stores as ``[in_features, out_features]``."""
+
+CACHE_BUFFERS = "claq.cache_buffers"
+"""``1`` where past keys and values may be buffers with room for more tokens that each step writes into (with claq-runtime)."""

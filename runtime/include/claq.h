@@ -132,6 +132,9 @@ typedef struct claq_attention_desc {
   float* y;                /* out [batch, rows, heads, value_size] */
   float* present_key;      /* out [batch, kv_heads, tokens, key_size]: cached and new keys; NULL, as past is 0 then: not wanted */
   float* present_value;    /* out [batch, kv_heads, tokens, value_size] */
+  int64_t capacity;        /* not 0: the cache has room for so many tokens, at least `tokens`, past and present alike: both are
+                              [batch, kv_heads, capacity, size], of which the first `past` and `tokens` are read and written. Then
+                              present_key may be past_key, and present_value past_value: cached tokens stay where they are. */
 } claq_attention_desc;
 
 /* Where a mask is lower than the largest of its row by 1e30 or more, the token has no weight and may not be read: values there that

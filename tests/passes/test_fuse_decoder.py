@@ -23,6 +23,7 @@ from claq_export.passes import (
     Pipeline,
     RemoveNoops,
     decoder_pipeline,
+    takes_buffers,
 )
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -135,6 +136,8 @@ def test_families(config: object, norms: int, rotations: int, attentions: int) -
     found = [targets.count(op) for op in (decoder_ops.rms_norm, decoder_ops.rotary, decoder_ops.cached_attention)]
     assert found == [norms, rotations, attentions]
     assert torch.ops.aten.scaled_dot_product_attention.default not in targets
+    # Nothing but attention depends on the length of the cache, which may be a buffer's.
+    assert takes_buffers(captured.graph_module.graph)
     if isinstance(config, MistralConfig):
         # Projections write heads last, rotation and attention read them so: nothing is turned or reshaped between them.
         # (Before the first normalization stand the angles, which some versions of transformers transpose.)

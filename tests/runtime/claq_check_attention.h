@@ -13,6 +13,8 @@
 struct TestAttention {
   int64_t batch, kv_heads, groups, rows, past, tokens, key_size, value_size;
   bool cached;
+  int64_t capacity;  // of buffers; 0: none
+  bool in_place;     // the past's buffers are those of the present
   int64_t mask_batch, mask_head, mask_row;
   // Exactly as many elements as the interface says, on the heap, so that an access past an end is seen.
   std::vector<float> query, key, value, mask, past_key, past_value, y, present_key, present_value;
@@ -38,20 +40,25 @@ struct TestAttention {
     desc.mask_row = mask_row;
     desc.y = y.data();
     if (cached) {
-      desc.past_key = past_key.data();
-      desc.past_value = past_value.data();
+      desc.past_key = in_place ? present_key.data() : past_key.data();
+      desc.past_value = in_place ? present_value.data() : past_value.data();
       desc.present_key = present_key.data();
       desc.present_value = present_value.data();
+      desc.capacity = capacity;
     }
     return desc;
   }
 
+  // Tokens that a head of the past, and of the present, has room for.
+  int64_t past_room() const { return capacity ? capacity : past; }
+  int64_t room() const { return capacity ? capacity : tokens; }
+
   float key_at(int64_t b, int64_t h, int64_t t, int64_t i) const {
-    if (t < past) return past_key[static_cast<size_t>(((b * kv_heads + h) * past + t) * key_size + i)];
+    if (t < past) return past_key[static_cast<size_t>(((b * kv_heads + h) * past_room() + t) * key_size + i)];
     return key[static_cast<size_t>(((b * (tokens - past) + t - past) * kv_heads + h) * key_size + i)];
   }
   float value_at(int64_t b, int64_t h, int64_t t, int64_t i) const {
-    if (t < past) return past_value[static_cast<size_t>(((b * kv_heads + h) * past + t) * value_size + i)];
+    if (t < past) return past_value[static_cast<size_t>(((b * kv_heads + h) * past_room() + t) * value_size + i)];
     return value[static_cast<size_t>(((b * (tokens - past) + t - past) * kv_heads + h) * value_size + i)];
   }
 };
@@ -66,6 +73,8 @@ inline TestAttention random_attention(std::mt19937& random) {
   a.cached = below(3) > 0;
   a.past = a.cached ? below(150) : 0;
   a.tokens = a.cached ? a.past + a.rows : below(150);
+  a.capacity = a.cached && below(2) ? a.tokens + below(20) : 0;
+  a.in_place = a.capacity && below(2);
   a.key_size = 1 + below(40);
   a.value_size = 1 + below(40);
   const auto fill = [&](std::vector<float>& values, int64_t count) {
@@ -86,11 +95,18 @@ inline TestAttention random_attention(std::mt19937& random) {
     const int64_t hidden = below(3);
     for (float& value : a.mask) value = below(3) < hidden ? -1.7e38f : value;
   }
-  fill(a.past_key, a.batch * a.kv_heads * a.past * a.key_size);
-  fill(a.past_value, a.batch * a.kv_heads * a.past * a.value_size);
+  fill(a.past_key, a.batch * a.kv_heads * a.past_room() * a.key_size);
+  fill(a.past_value, a.batch * a.kv_heads * a.past_room() * a.value_size);
+  // What lies behind the tokens of a buffer is not to be read.
+  for (int64_t pair = 0; pair < a.batch * a.kv_heads; ++pair) {
+    for (int64_t t = a.past; t < a.past_room(); ++t) {
+      std::fill_n(a.past_key.begin() + (pair * a.past_room() + t) * a.key_size, a.key_size, std::nanf(""));
+      std::fill_n(a.past_value.begin() + (pair * a.past_room() + t) * a.value_size, a.value_size, std::nanf(""));
+    }
+  }
   a.y.resize(static_cast<size_t>(a.batch * a.rows * heads * a.value_size));
-  a.present_key.resize(static_cast<size_t>(a.cached ? a.batch * a.kv_heads * a.tokens * a.key_size : 0));
-  a.present_value.resize(static_cast<size_t>(a.cached ? a.batch * a.kv_heads * a.tokens * a.value_size : 0));
+  a.present_key.resize(static_cast<size_t>(a.cached ? a.batch * a.kv_heads * a.room() * a.key_size : 0));
+  a.present_value.resize(static_cast<size_t>(a.cached ? a.batch * a.kv_heads * a.room() * a.value_size : 0));
   return a;
 }
 
@@ -129,7 +145,7 @@ inline double attention_error(const TestAttention& a) {
   for (int64_t b = 0; a.cached && b < a.batch; ++b) {
     for (int64_t h = 0; h < a.kv_heads; ++h) {
       for (int64_t t = 0; t < a.tokens; ++t) {
-        const int64_t at = (b * a.kv_heads + h) * a.tokens + t;
+        const int64_t at = (b * a.kv_heads + h) * a.room() + t;
         for (int64_t i = 0; i < a.key_size; ++i) {
           if (a.present_key[static_cast<size_t>(at * a.key_size + i)] != a.key_at(b, h, t, i)) return 1e9;
         }
@@ -149,6 +165,10 @@ void check_attention(std::mt19937& random, const std::vector<std::string>& kerne
     setenv("CLAQ_KERNEL", kernel.c_str(), 1);
     for (const int64_t threads : {0, 3}) {
       std::fill(a.y.begin(), a.y.end(), -1.0f);
+      if (a.in_place) {
+        a.present_key = a.past_key;
+        a.present_value = a.past_value;
+      }
       const claq_attention_desc desc = a.desc();
       char message[256] = "";
       const claq_status status = claq_attend(&desc, threads ? claq_pool_parallel_for : nullptr, reinterpret_cast<void*>(threads), message, sizeof message);
@@ -207,5 +227,19 @@ void check_bad_attention(std::mt19937& random, Expect expect) {
   refused("key_size", [](claq_attention_desc& d) { d.key_size = -1; });
   refused("value", [](claq_attention_desc& d) { d.value = nullptr; });
   refused("present_value", [](claq_attention_desc& d) { d.present_key = d.y; d.present_value = nullptr; });
+  refused("capacity", [](claq_attention_desc& d) { d.tokens += 2; d.capacity = d.tokens - 1; });
+  refused("capacity", [](claq_attention_desc& d) { d.capacity = -1; });
+  // The present in the memory of the past: keys alone, and without buffers.
+  refused("present_key", [](claq_attention_desc& d) {
+    d.past = 0;
+    d.capacity = d.tokens + 1;
+    d.past_key = d.present_key = d.present_value = d.y;
+    d.past_value = nullptr;
+  });
+  refused("present_key", [](claq_attention_desc& d) {
+    d.capacity = 0;
+    d.past_key = d.present_key = d.y;
+    d.past_value = d.present_value = d.y;
+  });
   refused("past_key", [](claq_attention_desc& d) { d.past = 1; d.tokens = 5; d.past_key = nullptr; });
 }

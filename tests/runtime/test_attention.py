@@ -264,6 +264,69 @@ def test_an_empty_batch(rows: int, past: int) -> None:
     assert [part.shape for part in found] == [(0, rows, 16), (0, 2, past + rows, 8), (0, 2, past + rows, 4)]
 
 
+class Buffers:
+    """A cache in memory that a session writes into."""
+
+    def __init__(self, past: dict[str, Array], room: int) -> None:
+        self.arrays = {}
+        for name, value in past.items():
+            self.arrays[name] = np.full((*value.shape[:2], room, value.shape[3]), np.nan, np.float32)
+            self.arrays[name][:, :, : value.shape[2]] = value
+
+    def run(self, shared: ort.InferenceSession, feeds: dict[str, Array]) -> Array:
+        binding = shared.io_binding()
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, value)
+        for name, array in self.arrays.items():
+            value = ort.OrtValue.ortvalue_from_numpy(array)
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(name.replace("past", "present"), value)
+        binding.bind_output("y")
+        shared.run_with_iobinding(binding)
+        return binding.get_outputs()[-1].numpy()
+
+
+@pytest.mark.parametrize("kernel", claq_runtime.kernels())
+def test_a_cache_in_place(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt, single tokens and several at once, in buffers that hold NaN where there is no token yet."""
+    monkeypatch.setenv("CLAQ_KERNEL", kernel)
+    random = np.random.default_rng(6)
+    for heads, kv_heads, size, value_size, first in ((9, 3, 64, 64, 1), (4, 2, 33, 16, 70), (2, 2, 8, 5, 2)):
+        shared = session(model(heads, kv_heads, 0.2, 2))
+        sizes = {"batch": 2, "size": size, "value_size": value_size}
+        past = {
+            name: np.zeros((2, kv_heads, 0, width), np.float32)
+            for name, width in (("past_key", size), ("past_value", value_size))
+        }
+        buffers, length = Buffers(past, 150), 0
+        for rows in (first, 1, 1, 5, 40, 1, 150 - first - 48):  # the last fills them
+            feeds = random_feeds(random, kv_heads, heads // kv_heads, rows=rows, past=0, **sizes)
+            feeds |= past | {"mask": causal(rows, length)}
+            wanted = written_out(feeds, heads, kv_heads, 0.2)
+            found = buffers.run(shared, {name: feeds[name] for name in INPUTS[:4]})
+            np.testing.assert_allclose(found, wanted[0], rtol=2e-5, atol=2e-5, err_msg=f"{rows} after {length}")
+            length += rows
+            past = {name: value.astype(np.float32) for name, value in zip(past, wanted[1:], strict=True)}
+            for name, value in past.items():
+                np.testing.assert_array_equal(buffers.arrays[name][:, :, :length], value)
+                assert np.isnan(buffers.arrays[name][:, :, length:]).all()
+        assert length == 150
+        # No room is left: the outputs that are bound are too short.
+        feeds = random_feeds(random, kv_heads, heads // kv_heads, rows=1, past=0, **sizes) | {"mask": causal(1, length)}
+        with pytest.raises(Exception, match="present_key"):
+            buffers.run(shared, {name: feeds[name] for name in INPUTS[:4]})
+
+
+def test_a_mask_without_the_new_tokens_is_refused_where_the_cache_is_not_in_place() -> None:
+    feeds = random_feeds(np.random.default_rng(8), 2, 2, batch=1, rows=2, past=6, size=4, value_size=4)
+    feeds["mask"] = np.zeros((1, 1, 2, 6), np.float32)
+    with pytest.raises(
+        Exception,
+        match=r"mask: has shape \[1, 1, 2, 6\], expected what broadcasts to \[1, 4, 2, 8\], or present_key and present_value",
+    ):
+        session(model(4, 2, 1.0)).run(None, feeds)
+
+
 WRONG = {
     "query": ((1, 2, 15), "query"),
     "key": ((1, 3, 8), "key"),

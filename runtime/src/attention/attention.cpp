@@ -38,6 +38,9 @@ void validate(const claq_attention_desc& a) {
   check(!asked || a.past == a.tokens || (a.key && a.value), "key or value: is NULL");
   check(!a.present_key == !a.present_value, "present_key and present_value: expected both or neither");
   check(a.past == 0 || (a.past_key && a.past_value && a.present_key), "past_key, past_value or present_key: is NULL, but there is a past");
+  const bool same_keys = a.present_key && a.present_key == a.past_key, same_values = a.present_value && a.present_value == a.past_value;
+  check(a.capacity > 0 ? same_keys == same_values : !same_keys && !same_values,
+        "present_key and present_value: are the past's, expected both with a capacity, or neither");
 }
 
 // Keys or values of one head, or the part of them that begins at a token.
@@ -110,7 +113,14 @@ class Mean {
 class Run {
  public:
   Run(const claq_attention_desc& a, const Loops& loops, const Host& host)
-      : a_(a), host_(host), loops_(loops), pairs_(a.batch * a.kv_heads), groups_(a.heads / a.kv_heads) {}
+      : a_(a),
+        host_(host),
+        loops_(loops),
+        pairs_(a.batch * a.kv_heads),
+        groups_(a.heads / a.kv_heads),
+        past_room_(a.capacity ? a.capacity : a.past),
+        room_(a.capacity ? a.capacity : a.tokens),
+        in_place_(a.present_key && a.present_key == a.past_key) {}
 
   void run() {
     if (a_.rows < kFewRows) few_rows();
@@ -122,13 +132,17 @@ class Run {
 
   // Where a token comes from: the past, or the new ones.
   Rows source(const float* past, const float* fresh, int64_t size, int64_t pair, int64_t token) const {
-    if (token < a_.past) return {past + (pair * a_.past + token) * size, size};
+    if (token < a_.past) return {past + (pair * past_room_ + token) * size, size};
     const int64_t stride = a_.kv_heads * size;
     return {fresh + (pair / a_.kv_heads * (a_.tokens - a_.past) + token - a_.past) * stride + pair % a_.kv_heads * size, stride};
   }
-  // Where it goes; null without a cache.
+  // Where it is in the cache that is returned; null without one.
   float* place(float* present, int64_t size, int64_t pair, int64_t token) const {
-    return present ? present + (pair * a_.tokens + token) * size : nullptr;
+    return present ? present + (pair * room_ + token) * size : nullptr;
+  }
+  // Where it is to be copied to; null if it is there, or without a cache.
+  float* copy_to(float* present, int64_t size, int64_t pair, int64_t token) const {
+    return in_place_ && token < a_.past ? nullptr : place(present, size, pair, token);
   }
   // Where it is read once it has been copied.
   Rows rows(const float* fresh, float* present, int64_t size, int64_t pair, int64_t token) const {
@@ -139,7 +153,7 @@ class Run {
   // Copies tokens [first, last) of a pair into the cache that is returned, if one is.
   void copy(int64_t pair, int64_t first, int64_t last) const {
     const auto some = [&](const float* past, const float* fresh, float* present, int64_t size) {
-      for (int64_t t = first; present && t < last; ++t) {
+      for (int64_t t = in_place_ ? std::max(first, a_.past) : first; present && t < last; ++t) {
         std::memcpy(place(present, size, pair, t), source(past, fresh, size, pair, t).data, static_cast<size_t>(size) * sizeof(float));
       }
     };
@@ -213,13 +227,13 @@ class Run {
       each_part([&](int64_t token, int64_t count) {
         const Rows key = source(a_.past_key, a_.key, a_.key_size, pair, token);
         loops_.scores(query, rows, key.data, key.stride, count, a_.key_size, scores + token - t, stride,
-                      place(a_.present_key, a_.key_size, pair, token));
+                      copy_to(a_.present_key, a_.key_size, pair, token));
       });
       mean.weigh(loops_, scores, stride, end - t, a_.scale, [&](int64_t r) { return mask(batch, head + r % groups_, r / groups_, t); });
       each_part([&](int64_t token, int64_t count) {
         const Rows value = source(a_.past_value, a_.value, a_.value_size, pair, token);
         loops_.mean(scores + token - t, stride, rows, value.data, value.stride, count, a_.value_size, mean.total(),
-                    place(a_.present_value, a_.value_size, pair, token));
+                    copy_to(a_.present_value, a_.value_size, pair, token));
       });
     }
   }
@@ -340,6 +354,8 @@ class Run {
   const Host& host_;
   const Loops& loops_;
   const int64_t pairs_, groups_;
+  const int64_t past_room_, room_;  // tokens that a head of the past, and of what is returned, has room for
+  const bool in_place_;             // both are the same memory
 };
 
 }  // namespace
@@ -359,7 +375,7 @@ void check_sizes(const claq_attention_desc& a) {
     int64_t value;
     int64_t smallest;
   } sizes[] = {{"batch", a.batch, 0},   {"heads", a.heads, 1},       {"kv_heads", a.kv_heads, 1},    {"rows", a.rows, 0},
-               {"tokens", a.tokens, 0}, {"key_size", a.key_size, 0}, {"value_size", a.value_size, 0}};
+               {"tokens", a.tokens, 0}, {"key_size", a.key_size, 0}, {"value_size", a.value_size, 0}, {"capacity", a.capacity, 0}};
   for (const auto& size : sizes) {
     if (size.value < size.smallest || size.value > kLargestAttentionSize) {
       throw InvalidArgument(std::string(size.name) + ": is " + std::to_string(size.value) + ", expected " + std::to_string(size.smallest) +
@@ -368,8 +384,9 @@ void check_sizes(const claq_attention_desc& a) {
   }
   check(a.heads % a.kv_heads == 0, "heads: expected a positive multiple of kv_heads");
   check(a.past >= 0 && a.past <= a.tokens, "past: expected 0 to tokens");
+  check(a.capacity == 0 || a.capacity >= a.tokens, "capacity: expected 0, or tokens or more");
   double products = 1;
-  for (const int64_t size : {a.batch, a.heads, a.rows, a.tokens, std::max(a.key_size, a.value_size)}) {
+  for (const int64_t size : {a.batch, a.heads, a.rows, std::max(a.tokens, a.capacity), std::max(a.key_size, a.value_size)}) {
     products *= static_cast<double>(std::max<int64_t>(size, 1));
   }
   check(products <= kMostProducts, "batch, heads, rows, tokens, key_size or value_size: is too large beside the others");

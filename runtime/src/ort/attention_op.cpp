@@ -127,6 +127,12 @@ void compute(const Kernel& kernel, OrtKernelContext* context) {
     a.past = shapes[kPastKey].data()[2];
     expect(kPastKey, {a.batch, a.kv_heads, a.past, a.key_size});
     expect(kPastValue, {a.batch, a.kv_heads, a.past, a.value_size});
+    // A mask over no more tokens than the past has room for: the past is a buffer, and the new ones go into it.
+    const int64_t seen = shapes[kMask].empty() ? 0 : shapes[kMask].back();
+    if (fresh > 0 && fresh <= seen && seen <= a.past) {
+      a.capacity = a.past;
+      a.past = seen - fresh;
+    }
   }
   a.tokens = static_cast<int64_t>(static_cast<uint64_t>(a.past) + static_cast<uint64_t>(fresh));  // of no data: may be negative then
   try {
@@ -150,8 +156,15 @@ void compute(const Kernel& kernel, OrtKernelContext* context) {
   };
   a.y = output(0, {a.batch, a.rows, a.heads * a.value_size});
   if (cached) {
-    a.present_key = output(1, {a.batch, a.kv_heads, a.tokens, a.key_size});
-    a.present_value = output(2, {a.batch, a.kv_heads, a.tokens, a.value_size});
+    const int64_t room = a.capacity ? a.capacity : a.tokens;
+    a.present_key = output(1, {a.batch, a.kv_heads, room, a.key_size});
+    a.present_value = output(2, {a.batch, a.kv_heads, room, a.value_size});
+    // Whoever forgot the new tokens in the mask has bound no such buffers.
+    if (a.capacity && (a.present_key != a.past_key || a.present_value != a.past_value)) {
+      const Shape whole{a.batch, a.heads, a.rows, a.capacity + fresh};
+      refuse(cached, kMask, shapes[kMask],
+             "what broadcasts to " + text_of(whole) + ", or present_key and present_value bound to the memory of past_key and past_value");
+    }
   }
   with_session_threads(api, context, [&](const Host& host) { attend(a, *kernel.loops, host); });
 }

@@ -1,0 +1,111 @@
+"""A key/value cache in buffers that a session writes into, instead of a longer copy of all tokens at each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from .format import metadata
+
+PAST = "past_key_values."
+PRESENT = "present."
+
+_FEWEST = 256
+_TOKENS = 2  # axis of keys and values
+
+
+def past_inputs(session: ort.InferenceSession) -> dict[str, tuple[int, int]]:
+    """Name of each past key and value of a session -> heads and size of a head."""
+    return {
+        value.name: (value.shape[1], value.shape[3]) for value in session.get_inputs() if value.name.startswith(PAST)
+    }
+
+
+def takes_buffers(session: ort.InferenceSession) -> bool:
+    """Whether a session with claq-runtime takes :class:`CacheBuffers`, by what the file says of itself."""
+    return session.get_modelmeta().custom_metadata_map.get(metadata.CACHE_BUFFERS) == "1"
+
+
+class CacheBuffers:
+    """Keys and values of the tokens read so far, in float32 buffers with room for more.
+
+    Past and present of a step are bound to the same buffers, and the operator ``ClaqCachedAttention`` then writes the new
+    tokens behind those that are there; how many these are the attention mask tells.
+
+    Args:
+        session: with claq-runtime, of a file that :func:`takes_buffers`.
+        batch: sequences.
+
+    Attributes:
+        length: tokens in the cache.
+        room: tokens that there is room for.
+    """
+
+    def __init__(self, session: ort.InferenceSession, batch: int = 1) -> None:
+        self._session = session
+        self._batch = batch
+        self._heads = past_inputs(session)
+        self._buffers: dict[str, npt.NDArray[np.float32]] = {}
+        self.length = self.room = 0
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens in all, where there is not, and for as many again."""
+        if tokens <= self.room:
+            return
+        self.room = max(_FEWEST, 2 * tokens)
+        for name, (heads, size) in self._heads.items():
+            # Pages that no token was written to take no memory yet.
+            larger = np.zeros((self._batch, heads, self.room, size), np.float32)
+            if self.length:
+                larger[:, :, : self.length] = self._buffers[name][:, :, : self.length]
+            self._buffers[name] = larger
+
+    def fill(self, past: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        """Take the place of a cache that was made elsewhere: keys and values ``[batch, heads, tokens, size]`` by input name."""
+        length = next(iter(past.values())).shape[_TOKENS]
+        self.reserve(max(1, length))
+        for name, value in past.items():
+            self._buffers[name][:, :, :length] = value
+        self.length = length
+
+    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+        """Read further tokens.
+
+        Args:
+            inputs: all of the session's but the past; the attention mask is as long as the cache will be.
+
+        Returns:
+            logits ``[batch, sequence, vocabulary]``.
+        """
+        new = inputs["input_ids"].shape[1]
+        self.reserve(self.length + new)
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_cpu_input(name, value)
+        for name, buffer in self._buffers.items():
+            shared = ort.OrtValue.ortvalue_from_numpy(buffer)
+            binding.bind_ortvalue_input(name, shared)
+            binding.bind_ortvalue_output(PRESENT + name.removeprefix(PAST), shared)
+        binding.bind_output("logits")
+        self._session.run_with_iobinding(binding)
+        self.length += new
+        return binding.get_outputs()[-1].numpy()  # type: ignore[no-any-return]
+
+    def tokens(self, name: str) -> npt.NDArray[np.float32]:
+        """Keys or values of the tokens read so far ``[batch, heads, length, size]``, by the name of their input."""
+        return self._buffers[name][:, :, : self.length]
+
+
+def run_in_place(
+    session: ort.InferenceSession, names: Sequence[str], inputs: Mapping[str, npt.NDArray[Any]]
+) -> list[npt.NDArray[Any]]:
+    """What ``session.run(names, inputs)`` gives, by buffers."""
+    past = {name: value for name, value in inputs.items() if name.startswith(PAST)}
+    cache = CacheBuffers(session, len(inputs["input_ids"]))
+    cache.fill(past)
+    logits = cache.run({name: value for name, value in inputs.items() if name not in past})
+    return [logits if name == "logits" else cache.tokens(PAST + name.removeprefix(PRESENT)) for name in names]
