@@ -38,6 +38,7 @@ from onnx import numpy_helper
 import claq_export
 import claq_runtime
 from claq_export.emit.function import CACHED_ATTENTION
+from claq_export.format import metadata
 from claq_export.format.checkpoint import load_checkpoint
 from claq_export.generation import Generator
 from claq_export.modules import ClaqLinear
@@ -151,6 +152,9 @@ def as_nbits(folder: Path, target: Path, stacked: bool, keep_attention: bool = F
             nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+    if not keep_attention:  # ONNX's operator takes no buffers
+        properties = {prop.key: prop.value for prop in model.metadata_props if prop.key != metadata.CACHE_BUFFERS}
+        onnx.helper.set_model_props(model, properties)
     used = {name for node in nodes for name in node.input}
     kept = [value for value in model.graph.initializer if value.name in used]
     del model.graph.initializer[:]
@@ -230,11 +234,11 @@ def each(values: Iterable[object]) -> list[float]:
     return times
 
 
-def llama_runs(path: Path, prompt: list[int], long: list[int], count: int, threads: int) -> tuple[Run, Run]:
-    """Decode and prefill of llama.cpp, in seconds a step, as functions."""
+def llama_tokens(path: Path, room: int, batch: int, threads: int) -> Callable[[list[int], int], Iterator[int]]:
+    """llama.cpp's likeliest tokens after a prompt, as a function; at most ``room`` tokens, a prompt in pieces of ``batch``."""
     from llama_cpp import Llama, llama_get_logits_ith
 
-    model = Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, n_batch=len(long), verbose=False)
+    model = Llama(str(path), n_ctx=room, n_threads=threads, n_threads_batch=threads, n_batch=batch, verbose=False)
 
     def likeliest() -> int:
         # As the other runtimes are asked for it; llama.cpp's chain of samplers would take longer.
@@ -248,6 +252,12 @@ def llama_runs(path: Path, prompt: list[int], long: list[int], count: int, threa
             new = [likeliest()]
             yield new[0]
 
+    return tokens
+
+
+def llama_runs(path: Path, prompt: list[int], long: list[int], count: int, threads: int) -> tuple[Run, Run]:
+    """Decode and prefill of llama.cpp, in seconds a step, as functions."""
+    tokens = llama_tokens(path, 1024, len(long), threads)
     return lambda: each(tokens(prompt, count))[1:], lambda: each(tokens(long, 1))
 
 

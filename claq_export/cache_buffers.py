@@ -14,6 +14,7 @@ from .format import metadata
 PAST = "past_key_values."
 PRESENT = "present."
 
+_LOGITS = "logits"
 _FEWEST = 256
 _TOKENS = 2  # axis of keys and values
 
@@ -26,8 +27,19 @@ def past_inputs(session: ort.InferenceSession) -> dict[str, tuple[int, int]]:
 
 
 def takes_buffers(session: ort.InferenceSession) -> bool:
-    """Whether a session with claq-runtime takes :class:`CacheBuffers`, by what the file says of itself."""
-    return session.get_modelmeta().custom_metadata_map.get(metadata.CACHE_BUFFERS) == "1"
+    """Whether a session with claq-runtime takes :class:`CacheBuffers`, by what the file says of itself.
+
+    Not where claq-runtime has found a GPU: it leaves attention to ONNX Runtime there, which makes a longer cache.
+    """
+    if session.get_modelmeta().custom_metadata_map.get(metadata.CACHE_BUFFERS) != "1":
+        return False
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return True
+    try:
+        import claq_runtime
+    except ImportError:  # a library from elsewhere cannot be asked
+        return False
+    return not claq_runtime.cuda()[0]
 
 
 class CacheBuffers:
@@ -50,6 +62,8 @@ class CacheBuffers:
         self._batch = batch
         self._heads = past_inputs(session)
         self._buffers: dict[str, npt.NDArray[np.float32]] = {}
+        self._binding = session.io_binding()
+        self._binding.bind_output(_LOGITS)  # the first output
         self.length = self.room = 0
 
     def reserve(self, tokens: int) -> None:
@@ -63,6 +77,9 @@ class CacheBuffers:
             if self.length:
                 larger[:, :, : self.length] = self._buffers[name][:, :, : self.length]
             self._buffers[name] = larger
+            shared = ort.OrtValue.ortvalue_from_numpy(larger)
+            self._binding.bind_ortvalue_input(name, shared)
+            self._binding.bind_ortvalue_output(PRESENT + name.removeprefix(PAST), shared)
 
     def fill(self, past: Mapping[str, npt.NDArray[np.float32]]) -> None:
         """Take the place of a cache that was made elsewhere: keys and values ``[batch, heads, tokens, size]`` by input name."""
@@ -83,17 +100,13 @@ class CacheBuffers:
         """
         new = inputs["input_ids"].shape[1]
         self.reserve(self.length + new)
-        binding = self._session.io_binding()
         for name, value in inputs.items():
-            binding.bind_cpu_input(name, value)
-        for name, buffer in self._buffers.items():
-            shared = ort.OrtValue.ortvalue_from_numpy(buffer)
-            binding.bind_ortvalue_input(name, shared)
-            binding.bind_ortvalue_output(PRESENT + name.removeprefix(PAST), shared)
-        binding.bind_output("logits")
-        self._session.run_with_iobinding(binding)
+            self._binding.bind_cpu_input(name, value)
+        # Of other sizes at each step; what is bound already would be written into.
+        self._binding.bind_output(_LOGITS)
+        self._session.run_with_iobinding(self._binding)
         self.length += new
-        return binding.get_outputs()[-1].numpy()  # type: ignore[no-any-return]
+        return self._binding.get_outputs()[0].numpy()  # type: ignore[no-any-return]
 
     def tokens(self, name: str) -> npt.NDArray[np.float32]:
         """Keys or values of the tokens read so far ``[batch, heads, length, size]``, by the name of their input."""
@@ -108,4 +121,4 @@ def run_in_place(
     cache = CacheBuffers(session, len(inputs["input_ids"]))
     cache.fill(past)
     logits = cache.run({name: value for name, value in inputs.items() if name not in past})
-    return [logits if name == "logits" else cache.tokens(PAST + name.removeprefix(PRESENT)) for name in names]
+    return [logits if name == _LOGITS else cache.tokens(PAST + name.removeprefix(PRESENT)) for name in names]

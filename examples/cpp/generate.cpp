@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <fstream>
+#include <iterator>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -37,6 +39,13 @@ Value tensor(void* allocator, const std::vector<int64_t>& shape, ElementType typ
   return value;
 }
 
+// Whether the file says so of itself; with the headers of a release ask for the model's metadata instead.
+bool takes_buffers(const char* path) {
+  std::ifstream file(path, std::ios::binary);
+  const std::string content{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  return content.find("claq.cache_buffers") != std::string::npos;
+}
+
 int main(int argc, char** argv) {
   if (argc < 5) {
     std::fprintf(stderr, "usage: %s MODEL LIBCLAQ NEW_TOKENS TOKEN...\n", argv[0]);
@@ -51,7 +60,13 @@ int main(int argc, char** argv) {
   call(kCreateSession, env, static_cast<const char*>(argv[1]), options, &session);
   call(kGetAllocatorWithDefaultOptions, &allocator);
 
-  // Inputs are input_ids, attention_mask, perhaps position_ids, and the cache; outputs logits and the longer cache.
+  std::vector<int64_t> tokens;
+  for (int i = 4; i < argc; ++i) tokens.push_back(std::atoll(argv[i]));
+  // With libclaq the cache stays in place: buffers with room for all tokens are inputs and outputs. Else each run makes a longer one.
+  const bool in_place = *argv[2] && takes_buffers(argv[1]);
+  const int64_t room = in_place ? static_cast<int64_t>(tokens.size()) + std::atoll(argv[3]) : 0;
+
+  // Inputs are input_ids, attention_mask, perhaps position_ids, and the cache; outputs logits and the cache with the new tokens.
   size_t count = 0;
   call(kSessionGetInputCount, session, &count);
   std::vector<const char*> inputs;
@@ -70,19 +85,17 @@ int main(int argc, char** argv) {
     call(kCastTypeInfoToTensorInfo, type, &info);
     call(kGetDimensions, info, shape, size_t{4});
     present.push_back("present" + std::string(name).substr(past.size()));
-    cache.push_back(tensor<float>(allocator, {1, shape[1], 0, shape[3]}, kFloat, {}));
+    cache.push_back(tensor<float>(allocator, {1, shape[1], room, shape[3]}, kFloat, {}));
   }
   std::vector<const char*> outputs{"logits"};
   for (const auto& name : present) outputs.push_back(name.c_str());
 
-  std::vector<int64_t> tokens;
-  for (int i = 4; i < argc; ++i) tokens.push_back(std::atoll(argv[i]));
   int64_t length = 0;
   for (int step = 0; step < std::atoi(argv[3]); ++step) {
     const int64_t added = static_cast<int64_t>(tokens.size());
     std::vector<int64_t> mask(length + added, 1), positions(added);
     std::iota(positions.begin(), positions.end(), length);
-    std::vector<Value> feed;
+    std::vector<Value> feed, results(1, nullptr);
     size_t used = 0;
     for (const std::string name : inputs) {
       if (name == "input_ids") feed.push_back(tensor(allocator, {1, added}, kInt64, tokens));
@@ -90,10 +103,13 @@ int main(int argc, char** argv) {
       else if (name == "position_ids") feed.push_back(tensor(allocator, {1, added}, kInt64, positions));
       else feed.push_back(cache[used++]);
     }
-    std::vector<Value> results(outputs.size(), nullptr);
+    if (in_place) results.insert(results.end(), cache.begin(), cache.end());
+    results.resize(outputs.size(), nullptr);
     call(kRun, session, static_cast<const void*>(nullptr), inputs.data(), static_cast<const Value*>(feed.data()), feed.size(),
          outputs.data(), outputs.size(), results.data());
-    for (Value value : feed) release(kReleaseValue, value);
+    for (Value value : feed) {
+      if (!in_place || std::find(cache.begin(), cache.end(), value) == cache.end()) release(kReleaseValue, value);
+    }
     cache.assign(results.begin() + 1, results.end());
 
     float* logits = nullptr;

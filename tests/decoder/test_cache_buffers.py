@@ -100,6 +100,14 @@ def test_not_without_the_library(decoder_artifact: Path) -> None:
     assert list(generator.tokens([2, 40], 5)) == list(generator_of(decoder_artifact).tokens([2, 40], 5))
 
 
+def test_not_where_attention_is_left_to_a_gpu(decoder_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: providers)
+    for usable in (True, False):
+        monkeypatch.setattr(claq_runtime, "cuda", lambda usable=usable: (usable, ""))
+        assert generator_of(decoder_artifact).in_place is not usable
+
+
 @pytest.mark.parametrize("setting", [{"opset": 18}, {"dtype": "float16"}], ids=str)
 def test_files_that_do_not_take_buffers_say_nothing_of_them(
     tiny_llama: Path, setting: dict[str, object], tmp_path: Path

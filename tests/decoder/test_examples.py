@@ -83,18 +83,16 @@ def test_optimum_embeds(artifact_encoder: Path) -> None:
     assert lines[0].startswith("1.000")
 
 
-def test_genai(endless: Path, expected: tuple[list[int], list[int], str]) -> None:
+@pytest.mark.parametrize("in_place", [False, True], ids=["copied", "in place"])
+def test_genai(endless: Path, expected: tuple[list[int], list[int], str], in_place: bool) -> None:
     python = interpreter("onnxruntime_genai", "CLAQ_GENAI_PYTHON")
     prompt, tokens, _ = expected
     # GenAI's tokenizer does not know the test model's WordPiece; the tokens themselves are what is compared.
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'examples')!r}); from pathlib import Path; import numpy as np;"
-        "import onnxruntime_genai as og; import generate_genai;"
-        f"model = generate_genai.open_model(Path({str(endless)!r})); p = og.GeneratorParams(model);"
-        f"p.set_search_options(max_length={len(prompt) + NEW_TOKENS}, do_sample=False); g = og.Generator(model, p);"
-        f"g.append_tokens(np.array({prompt}, np.int32));\n"
-        "while not g.is_done(): g.generate_next_token()\n"
-        "print(*g.get_sequence(0))"
+        f"import generate_genai; model, may = generate_genai.open_model(Path({str(endless)!r}));"
+        "import importlib.util; assert may == bool(importlib.util.find_spec('claq_runtime'));"
+        f"print(*generate_genai.likeliest(model, {in_place} and may, np.array({prompt}, np.int32), {len(tokens)}))"
     )
     result = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -25,6 +25,7 @@ from claq_export.passes import (
     decoder_pipeline,
     takes_buffers,
 )
+from claq_export.passes.additive_masks import set_attention_mask
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GATED = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
@@ -146,6 +147,22 @@ def test_families(config: object, norms: int, rotations: int, attentions: int) -
     for inputs, expected in zip(samples, before, strict=True):
         for have, want in zip(captured.run(inputs), expected, strict=True):
             torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_of_one_number_for_all_tokens_is_left_alone() -> None:
+    from transformers import LlamaConfig
+
+    captured = captured_decoder(LlamaConfig(**GATED))
+    graph = captured.graph_module.graph
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            with graph.inserting_before(node):
+                mask = graph.call_function(torch.ops.aten.zeros.default, ([1, 1, 1, 1],))
+            mask.meta["val"] = torch.zeros(1, 1, 1, 1)
+            set_attention_mask(node, mask)
+    records = decoder_pipeline().run(captured.graph_module, PassContext(task="text-generation"))
+    assert "its mask has one number for all tokens" in notes_of(records)
+    assert not takes_buffers(graph)
 
 
 def test_cache_that_others_read_too_is_left_alone() -> None:
