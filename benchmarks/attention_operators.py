@@ -152,8 +152,8 @@ def main() -> None:
             f"Runtime {ort.__version__}, {options.threads} threads, load average {load:.0f} at the start. Time of a "
             "layer, tenth percentile.",
             "",
-            "| new, cached | ClaqCachedAttention | the same, cache in place | Attention (opset 23) | GroupQueryAttention "
-            "| the same, cache in place |",
+            "| new, cached | ClaqCachedAttention | cache in place "
+            "| Attention (opset 23) | GroupQueryAttention | cache in place |",
             "|---|---|---|---|---|---|",
             *rows,
             "",

@@ -156,7 +156,7 @@ def draw_decoding(axes: Axes, documents: Sequence[dict[str, Any]]) -> None:
         axes.bar_label(bars, [f"{speed:.0f}" for speed in speeds], fontsize=8.5, padding=3)
     axes.set_yticks(np.arange(len(documents)), [machine.name.replace(" ", "\n", 1) for machine in MACHINES])
     axes.invert_yaxis()
-    axes.set_xlim(0, 270)
+    axes.set_xlim(0, 230)
     axes.set_xlabel("tokens a second")
     axes.set_title("SmolLM2-135M decoding, two threads (higher is better)", fontsize=11)
     axes.legend(fontsize=8.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, columnspacing=1)
