@@ -24,7 +24,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,16 +206,21 @@ def agreement(folder: Path, prompt: list[int], count: int, threads: int) -> dict
 Run = Callable[[], list[float]]
 
 
-def interleaved(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """What each run returns (seconds a step), sorted; runs take turns, each turn begins with another, the first warms up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for turn in range(rounds + 1):
+def turns(names: Sequence[str], count: int) -> Iterator[tuple[int, str]]:
+    """All names ``count`` times over, with the number of the turn; each turn begins with another."""
+    for turn in range(count):
         first = turn % len(names)
         for name in (*names[first:], *names[:first]):
-            seconds = runs[name]()
-            if turn:
-                times[name] += seconds
+            yield turn, name
+
+
+def interleaved(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+    """What each run returns (seconds a step), sorted; runs take turns, the first of which warms up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn, name in turns(list(runs), rounds + 1):
+        seconds = runs[name]()
+        if turn:
+            times[name] += seconds
     return {name: sorted(values) for name, values in times.items()}
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from cpu_matmul import cpu_name
-from decoder import as_nbits, each, llama_tokens, written_at_once
+from decoder import as_nbits, each, llama_tokens, turns, written_at_once
 
 import claq_runtime
 from claq_export.generation import Generator
@@ -57,15 +57,13 @@ def measure(runs: dict[str, Tokens], prompt: list[int], count: int, rounds: int)
     """Medians: milliseconds of a new token, seconds of the prompt."""
     steps: dict[str, list[float]] = {name: [] for name in runs}
     prompts: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            first, *others = each(runs[name](prompt, count))
-            prompts[name].append(first)
-            steps[name] += others
+    for _, name in turns(list(runs), rounds):
+        first, *others = each(runs[name](prompt, count))
+        prompts[name].append(first)
+        steps[name] += others
     return {
         name: {"token_ms": 1000 * statistics.median(steps[name]), "prompt_s": statistics.median(prompts[name])}
-        for name in names
+        for name in runs
     }
 
 

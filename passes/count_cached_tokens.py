@@ -11,7 +11,7 @@ from ..kernels import decoder_ops
 from .base import Pass, PassContext, PassResult
 
 _SIZE = torch.ops.aten.sym_size.int
-_TOKENS_AXIS = 2  # of keys and values [batch, heads, tokens, size]
+_BATCH, _TOKENS = 0, 2  # axes of keys and values [batch, heads, tokens, size]
 
 
 class CountCachedTokens(Pass):
@@ -27,7 +27,7 @@ class CountCachedTokens(Pass):
     def run(self, gm: fx.GraphModule, context: PassContext) -> PassResult:
         inputs = {str(node.target): node for node in gm.graph.nodes if node.op == "placeholder"}
         mask, tokens = inputs.get("attention_mask"), inputs.get("input_ids")
-        lengths = [user for past in past_inputs(gm.graph) for user in past.users if _is_length(user)]
+        lengths = [user for past in past_inputs(gm.graph) for user in past.users if _is_size(user, _TOKENS)]
         if mask is None or tokens is None or not lengths:
             return PassResult(gm, False, ("nothing depends on the length of the cache, or there is no mask",))
         with gm.graph.inserting_before(list(inputs.values())[-1].next):
@@ -54,11 +54,9 @@ def takes_buffers(graph: fx.Graph) -> bool:
     size of their batch."""
     pasts = past_inputs(graph)
     return bool(pasts) and all(
-        user.target is decoder_ops.cached_attention or (user.target is _SIZE and user.args[1] == 0)
-        for past in pasts
-        for user in past.users
+        user.target is decoder_ops.cached_attention or _is_size(user, _BATCH) for past in pasts for user in past.users
     )
 
 
-def _is_length(node: fx.Node) -> bool:
-    return bool(node.target is _SIZE and node.args[1] == _TOKENS_AXIS)
+def _is_size(node: fx.Node, axis: int) -> bool:
+    return bool(node.target is _SIZE and node.args[1] == axis)

@@ -107,7 +107,7 @@ def _fuse(graph: fx.Graph, node: fx.Node) -> None:
     mask = attention_mask(node)
     if not isinstance(mask, fx.Node) or not shape_of(mask) or not mask.meta["val"].is_floating_point():
         raise Mismatch("it has no mask of numbers to add")
-    if str(shape_of(mask)[-1]) == "1":
+    if same_sizes(shape_of(mask)[-1:], (1,)):
         # The operator tells by the mask how many tokens a cache in place has.
         raise Mismatch("its mask has one number for all tokens")
     query = operand(node, 0, None, "its query is no value of the graph")

@@ -141,7 +141,7 @@ def fisher_gradient(
         as ``logits``; zeros in rows that do not count.
     """
     rows = logits.detach().reshape(-1, logits.shape[-1])
-    gradient = torch.empty_like(rows) if counted is None else torch.zeros_like(rows)
+    gradient = torch.zeros_like(rows)
     places = torch.arange(len(rows), device=rows.device) if counted is None else counted.nonzero().flatten()
     for some in places.split(_rows_at_once(rows)):
         p = rows[some].float().softmax(dim=-1)
@@ -173,14 +173,13 @@ def projected_gradient(
     Returns:
         as ``output``; zeros in rows that do not count.
     """
-    rows = output.detach() if counted is None else output.detach().reshape(-1, output.shape[-1])
-    shape = rows.shape if counted is None else rows[counted].shape
+    shape = output.shape if counted is None else (int(counted.sum()), output.shape[-1])
     signs = torch.randint(0, 2, shape, generator=generator, device=output.device).to(output) * 2 - 1
     if counted is None:
         return signs
-    gradient = torch.zeros_like(rows)
-    gradient[counted] = signs
-    return gradient.view(output.shape)
+    gradient = output.new_zeros(output.shape)
+    gradient.view(-1, output.shape[-1])[counted] = signs
+    return gradient
 
 
 def _rows_at_once(rows: torch.Tensor) -> int:
