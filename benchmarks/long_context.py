@@ -1,12 +1,13 @@
 """Decoding after prompts of thousands of tokens: claq with its cache in place and copied, beside MatMulNBits and llama.cpp.
 
     claq-export SMOLLM2 --out smol/model.onnx --last-logits
-    python benchmarks/long_context.py smol [--lengths 16 512 2000 4000 7500] [--gguf Q4_K_M.gguf Q4_0.gguf] [--write NAME]
+    claq-export SMOLLM2 --out smol16/model.onnx --last-logits --cache-dtype float16
+    python benchmarks/long_context.py smol [--narrow smol16] [--gguf Q4_K_M.gguf Q4_0.gguf] [--write NAME]
 
 Each system reads the prompt and generates ``--new-tokens``; they take turns, and each turn begins with another. The peer
 ``MatMulNBits`` is the graph of ``decoder.py``, sibling linears stacked, with ONNX Runtime's own ``Attention``, which makes a
-longer cache at each step. llama.cpp runs where llama-cpp-python is installed and a file given; its cache is float16, that of the
-others float32.
+longer cache at each step. llama.cpp runs where llama-cpp-python is installed and a file given; its cache is float16, as that of
+``--narrow`` is; that of the others is float32.
 """
 
 from __future__ import annotations
@@ -33,17 +34,27 @@ RESULTS = Path(__file__).parent / "results"
 Tokens = Callable[[list[int], int], Iterator[int]]
 
 
-def systems(folder: Path, work: Path, gguf: list[Path], room: int, threads: int) -> dict[str, Tokens]:
+def systems(
+    folder: Path, narrow: Path | None, work: Path, gguf: list[Path], room: int, threads: int
+) -> dict[str, Tokens]:
     """What generates tokens after a prompt, by name; ``room`` is for the longest."""
     library = Path(claq_runtime.library_path())
-    for file in folder.glob("model.onnx*"):
-        written_at_once(file, work)
-    in_place, copied = (Generator(work / "model.onnx", library, threads) for _ in range(2))
-    if not in_place.in_place:
-        raise SystemExit(f"{folder} does not take buffers for its cache")
+
+    def generator(source: Path, name: str) -> Generator:
+        place = work / name
+        place.mkdir(exist_ok=True)
+        for file in source.glob("model.onnx*"):
+            written_at_once(file, place)
+        made = Generator(place / "model.onnx", library, threads)
+        if not made.in_place:
+            raise SystemExit(f"{source} does not take buffers for its cache")
+        return made
+
+    in_place, copied = generator(folder, "float32"), generator(folder, "float32")
     copied.in_place = False
     nbits = Generator(as_nbits(folder, work / "nbits.onnx", True), library, threads)
-    found: dict[str, Tokens] = {
+    found: dict[str, Tokens] = {} if narrow is None else {"claq, float16": generator(narrow, "float16").tokens}
+    found |= {
         "claq, in place": in_place.tokens,
         "claq, copied": copied.tokens,
         "MatMulNBits": nbits.tokens,
@@ -88,6 +99,7 @@ def table(document: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a language model exported by claq-export")
+    parser.add_argument("--narrow", type=Path, help="the same model with a cache in float16")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 512, 2000, 4000, 7500])
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
@@ -109,7 +121,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as scratch:
         room = max(options.lengths) + options.new_tokens
-        runs = systems(options.folder, Path(scratch), options.gguf, room, options.threads)
+        runs = systems(options.folder, options.narrow, Path(scratch), options.gguf, room, options.threads)
         for length in options.lengths:
             document["lengths"][length] = measure(runs, draw[:length], options.new_tokens, options.rounds)
             print(length, document["lengths"][length], flush=True)

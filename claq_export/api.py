@@ -31,10 +31,10 @@ from .capture import (
     let_go_of_weights,
     load_pretrained,
 )
-from .capture.precision import check_finite, check_range, check_weights, in_dtype, inputs_in_dtype
+from .capture.precision import check_cache_range, check_finite, check_range, check_weights, in_dtype, inputs_in_dtype
 from .capture.tasks import DECODER_TOKENS
 from .compiler import Compilation, emit_captured, used_state
-from .config import Config
+from .config import Config, check_for_cache
 from .deferred import weight_bytes
 from .emit.artifact import Artifact, part_path
 from .emit.staging import StagedExport
@@ -302,8 +302,7 @@ def export(
         dtype=config.torch_dtype,
     )
     compilation = Compilation(captured, config, reporter, used_state(module, captured), keep_records=report is not None)
-    if config.last_logits and compilation.emitted[0].task != CACHED_TASK:
-        raise ConfigError("last_logits is for language models with a key/value cache; this graph has none")
+    check_for_cache(config, compilation.emitted[0].task == CACHED_TASK)
     compilation.memory, compilation.scratch = memory, out.parent
     compilation.peers = peers
     verify = verify and peers.rank == 0
@@ -492,9 +491,11 @@ class _Recorded:
 
     def __init__(self, captured: CapturedModel, samples: Sequence[Mapping[str, torch.Tensor]]) -> None:
         self._outputs = {self._key(inputs): captured.run(inputs) for inputs in samples}
-        if captured.dtype != torch.float32:
-            for inputs, outputs in zip(samples, self._outputs.values(), strict=True):
+        for inputs, outputs in zip(samples, self._outputs.values(), strict=True):
+            if captured.dtype != torch.float32:
                 check_finite(captured, outputs, dict(inputs))
+            elif captured.cache_dtype != torch.float32:
+                check_cache_range(captured, outputs)
 
     @staticmethod
     def _key(inputs: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
@@ -533,7 +534,7 @@ def _verified(compilation: Compilation, out: Path, checks: Sequence[_Check]) -> 
     compilation.reporter.stage("verifying the artifact in ONNX Runtime")
     reports = {}
     with compilation.timed("verification"):
-        exact = [in_float32(graph, captured) if graph.dtype != torch.float32 else graph for graph in emitted]
+        exact = [graph if graph.cache_dtype == torch.float32 else in_float32(graph, captured) for graph in emitted]
         if compilation.cached:
             # With the graph without cache, in which nothing is fused.
             _check_cache(captured, exact, [check.samples for check in checks])

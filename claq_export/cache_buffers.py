@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,25 @@ _FEWEST = 256
 _TOKENS = 2  # axis of keys and values
 
 
-def past_inputs(session: ort.InferenceSession) -> dict[str, tuple[int, int]]:
-    """Name of each past key and value of a session -> heads and size of a head."""
+@dataclass(frozen=True)
+class PastInput:
+    """A past key or value of a session: heads, size of a head, and type."""
+
+    heads: int
+    size: int
+    dtype: type[np.floating[Any]]
+
+    def empty(self, batch: int, tokens: int = 0) -> npt.NDArray[Any]:
+        """Zeros ``[batch, heads, tokens, size]``."""
+        return np.zeros((batch, self.heads, tokens, self.size), self.dtype)
+
+
+def past_inputs(session: ort.InferenceSession) -> dict[str, PastInput]:
+    """The past keys and values of a session, by name."""
     return {
-        value.name: (value.shape[1], value.shape[3]) for value in session.get_inputs() if value.name.startswith(PAST)
+        value.name: PastInput(value.shape[1], value.shape[3], np.float16 if "float16" in value.type else np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith(PAST)
     }
 
 
@@ -43,7 +59,7 @@ def takes_buffers(session: ort.InferenceSession) -> bool:
 
 
 class CacheBuffers:
-    """Keys and values of the tokens read so far, in float32 buffers with room for more.
+    """Keys and values of the tokens read so far, in buffers with room for more, of the type the file says.
 
     Past and present of a step are bound to the same buffers, and the operator ``ClaqCachedAttention`` then writes the new
     tokens behind those that are there; how many these are the attention mask tells.
@@ -60,8 +76,8 @@ class CacheBuffers:
     def __init__(self, session: ort.InferenceSession, batch: int = 1) -> None:
         self._session = session
         self._batch = batch
-        self._heads = past_inputs(session)
-        self._buffers: dict[str, npt.NDArray[np.float32]] = {}
+        self._past = past_inputs(session)
+        self._buffers: dict[str, npt.NDArray[Any]] = {}
         self._binding = session.io_binding()
         self._binding.bind_output(_LOGITS)  # the first output
         self.length = self.room = 0
@@ -71,9 +87,9 @@ class CacheBuffers:
         if tokens <= self.room:
             return
         self.room = max(_FEWEST, 2 * tokens)
-        for name, (heads, size) in self._heads.items():
+        for name, past in self._past.items():
             # Pages that no token was written to take no memory yet.
-            larger = np.zeros((self._batch, heads, self.room, size), np.float32)
+            larger = past.empty(self._batch, self.room)
             if self.length:
                 larger[:, :, : self.length] = self._buffers[name][:, :, : self.length]
             self._buffers[name] = larger
@@ -81,7 +97,7 @@ class CacheBuffers:
             self._binding.bind_ortvalue_input(name, shared)
             self._binding.bind_ortvalue_output(PRESENT + name.removeprefix(PAST), shared)
 
-    def fill(self, past: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    def fill(self, past: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take the place of a cache that was made elsewhere: keys and values ``[batch, heads, tokens, size]`` by input name."""
         length = next(iter(past.values())).shape[_TOKENS]
         self.reserve(max(1, length))
@@ -108,7 +124,7 @@ class CacheBuffers:
         self.length += new
         return self._binding.get_outputs()[0].numpy()  # type: ignore[no-any-return]
 
-    def tokens(self, name: str) -> npt.NDArray[np.float32]:
+    def tokens(self, name: str) -> npt.NDArray[Any]:
         """Keys or values of the tokens read so far ``[batch, heads, length, size]``, by the name of their input."""
         return self._buffers[name][:, :, : self.length]
 

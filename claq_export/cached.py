@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .capture import CapturedModel
+from .capture import PAST_INPUTS, CapturedModel
 from .errors import VerificationError
 from .kernels import use_backend
 
@@ -37,7 +37,7 @@ def decoding_inputs(captured: CapturedModel) -> list[dict[str, torch.Tensor]]:
     past = {
         name: tensor[:, :, :0].expand(tokens.shape[0], -1, -1, -1)
         for name, tensor in captured.example_inputs.items()
-        if name.startswith("past_key_values")
+        if name.startswith(PAST_INPUTS)
     }
     steps = []
     for _ in range(1 + DECODE_STEPS):
@@ -105,7 +105,7 @@ def _difference(whole: CapturedModel, cached: CapturedModel, steps: list[dict[st
     past = {
         name: value.to(cached.example_inputs[name].dtype)
         for name, value in steps[0].items()
-        if name.startswith("past_key_values")
+        if name.startswith(PAST_INPUTS)
     }
     parts: list[torch.Tensor] = []
     columns: list[int] = []

@@ -58,7 +58,7 @@ _log = logging.getLogger(__name__)
 
 _Found = TypeVar("_Found", Guidance, Importance)
 
-_NOT_IN_FINGERPRINT = ("accuracy", "calibration", "tune", "opset", "last_logits", "dtype")
+_NOT_IN_FINGERPRINT = ("accuracy", "calibration", "tune", "opset", "last_logits", "cache_dtype", "dtype")
 """Settings that finished layers do not depend on, or not always; calibration data counts by its content, not its file's name."""
 
 
@@ -128,6 +128,7 @@ class Compilation:
                         self._planning(fuse_siblings=False),
                         fuse=self.config.opset >= DECODER_OPSET,
                         last_logits=self.config.last_logits,
+                        cache_dtype=torch.float16 if self.config.narrow_cache else None,
                     )
                 for graph, plan in self._planned_files():
                     share_stacked_weights(graph, plan, context.plan, self.captured.graph_module)

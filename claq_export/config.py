@@ -46,6 +46,7 @@ FILE_ACCURACY = "int8"
 TORCH_ACCURACY = "fp32"
 """The same of layers in PyTorch, where results are compared with other PyTorch code, and with the file."""
 
+CACHE_DTYPES = ("float32", "float16")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """Types that the emitted graph may compute in."""
 
@@ -63,6 +64,7 @@ _EXPECTED = {
     "include": "a name pattern or a list of them",
     "exclude": "a name pattern or a list of them",
     "accuracy": f"one of {', '.join(ACCURACY_LEVELS)} or None",
+    "cache_dtype": f"one of {', '.join(CACHE_DTYPES)} or None",
     "dtype": f"one of {', '.join(DTYPES)}",
     "algorithm": "a dictionary of settings by name",
     "devices": "a sequence of at least one name (cpu, cuda, cuda:1, ...)",
@@ -123,6 +125,8 @@ class Config:
             normalization as one operator each (ONNX Runtime 1.23 and later), 18 spells them out (slower).
         last_logits: a causal language model with cache returns the logits of the last new token alone, all that generation
             needs: a prompt is read faster. False: of all new tokens, as optimum's graphs do and perplexity needs.
+        cache_dtype: of a causal language model's key/value cache: ``"float16"`` takes half the memory, and at contexts of
+            thousands of tokens much less time a token; the arithmetic stays float32. None: that of the graph.
         dtype: of the emitted graph's inputs, outputs, activations and unquantized weights: ``"float32"``, ``"float16"`` or
             ``"bfloat16"``, whatever the model's own files hold. Calibration and quantization are in float32 always.
         devices: where the model runs for calibration (the first) and layers are quantized (all of them), for example
@@ -159,6 +163,7 @@ class Config:
     accuracy: str | None = None
     opset: int = DECODER_OPSET
     last_logits: bool = False
+    cache_dtype: str | None = None
     dtype: str = "float32"
     devices: tuple[str, ...] = ("cpu",)
     algorithm: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -210,6 +215,12 @@ class Config:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.dtype != "float32" and self.opset != DECODER_OPSET:
             raise ConfigError(f"opset {self.opset} is for graphs in float32; leave it out, or dtype {self.dtype!r}")
+        if self.cache_dtype not in (None, *CACHE_DTYPES):
+            raise ConfigError(f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {self.cache_dtype!r}")
+        if self.cache_dtype not in (None, self.dtype) and self.dtype != "float32":
+            raise ConfigError(
+                f"in a graph of dtype {self.dtype!r} so is the cache; leave cache_dtype {self.cache_dtype!r} out"
+            )
         _check_devices(self.devices)
         if self.layer_settings().outliers and self.budgeted:
             raise ConfigError(
@@ -252,6 +263,11 @@ class Config:
     def torch_dtype(self) -> torch.dtype:
         """``dtype`` as PyTorch has it."""
         return DTYPES[self.dtype]
+
+    @property
+    def narrow_cache(self) -> bool:
+        """Whether the cache is to be in float16 where the graph is not."""
+        return self.dtype == "float32" and self.cache_dtype == "float16"
 
     @property
     def budgeted(self) -> bool:
@@ -303,6 +319,17 @@ class Config:
         values["floors"], values["algorithm"] = dict(self.floors), dict(self.algorithm)
         del values["devices"]
         return values
+
+
+def check_for_cache(config: Config, cached: bool) -> None:
+    """Refuse settings of a key/value cache for a graph that is no causal language model with one.
+
+    Raises:
+        ConfigError: there is one; the message names it.
+    """
+    for name in ("last_logits", "cache_dtype"):
+        if getattr(config, name) and not cached:
+            raise ConfigError(f"{name} is for language models with a key/value cache; this graph has none")
 
 
 def _check_devices(names: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .capture import CACHED, ENCODER, CapturedModel
+from .capture import CACHED, ENCODER, PAST_INPUTS, CapturedModel
 from .capture.precision import inputs_in_dtype
 from .deferred import is_deferred
 from .errors import CaptureError
@@ -24,6 +24,7 @@ from .passes import (
     AdditiveMasks,
     FuseSiblings,
     LastLogits,
+    NarrowCache,
     PassContext,
     Pipeline,
     Plan,
@@ -33,7 +34,12 @@ from .passes.attributes import get_attribute, replace_tensor
 
 
 def plan_file_graphs(
-    graphs: Sequence[CapturedModel], plan: Plan, planning: Pipeline, fuse: bool, last_logits: bool = False
+    graphs: Sequence[CapturedModel],
+    plan: Plan,
+    planning: Pipeline,
+    fuse: bool,
+    last_logits: bool = False,
+    cache_dtype: torch.dtype | None = None,
 ) -> list[Plan]:
     """Plan the files' graphs as the quantized graph was planned, sibling linears not stacked yet.
 
@@ -43,6 +49,7 @@ def plan_file_graphs(
         planning: the passes that made that plan, but for the stacking.
         fuse: with a cache, put one operator in the place of many (attention, rotary positions, normalization).
         last_logits: with a cache, let it return the logits of the last new token alone.
+        cache_dtype: of the cache, where that is not the dtype of the graph.
 
     Raises:
         CaptureError: the graphs do not have the same layers, or what makes the logits cannot be given one token.
@@ -70,6 +77,9 @@ def plan_file_graphs(
                 )
         if cached and fuse:
             decoder_pipeline().run(graph.graph_module, context)
+        if cached and cache_dtype is not None:
+            Pipeline([NarrowCache(cache_dtype)]).run(graph.graph_module, context)
+            graph.example_inputs = _with_cache_in(graph.example_inputs, cache_dtype)
     return plans
 
 
@@ -126,14 +136,14 @@ def release_weights(captured: CapturedModel, plan: Plan) -> None:
 
 
 def in_float32(captured: CapturedModel, exact: CapturedModel) -> CapturedModel:
-    """A lowered graph of another dtype with all its arithmetic in float32: what that dtype's rounding is measured by.
+    """A lowered graph of another dtype, or with a cache of one, with everything in float32: what its rounding is measured by.
 
     Args:
         captured: the file's graph.
         exact: the graph that was quantized; where its tensors are those of ``captured`` before the cast, they are used.
     """
     gm = captured.graph_module
-    dtype = captured.dtype
+    dtype = captured.dtype if captured.dtype != torch.float32 else captured.cache_dtype
     graph = copy.deepcopy(gm.graph)
     kept = _format_tensors(graph)
     wide = fx.GraphModule(gm, graph)
@@ -154,6 +164,10 @@ def in_float32(captured: CapturedModel, exact: CapturedModel) -> CapturedModel:
         example_inputs=inputs_in_dtype(dict(captured.example_inputs), torch.float32),
         dtype=torch.float32,
     )
+
+
+def _with_cache_in(inputs: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: value.to(dtype) if name.startswith(PAST_INPUTS) else value for name, value in inputs.items()}
 
 
 def _context(captured: CapturedModel) -> PassContext:

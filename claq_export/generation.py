@@ -155,13 +155,13 @@ class Generator:
         self.session = load_session(self.path, self.library, self.threads)
         self._inputs = {value.name: value for value in self.session.get_inputs()}
         self._outputs = [value.name for value in self.session.get_outputs()]
-        past = past_inputs(self.session)
-        if "input_ids" not in self._inputs or "logits" not in self._outputs or not past:
+        self._past = past_inputs(self.session)
+        if "input_ids" not in self._inputs or "logits" not in self._outputs or not self._past:
             raise ModelError(
                 f"{self.path} does not generate: it has no key/value cache (inputs {', '.join(list(self._inputs)[:4])}); "
                 "export a text-generation model without --no-cache"
             )
-        self._presents = [PRESENT + name.removeprefix(PAST) for name in past]
+        self._presents = [PRESENT + name.removeprefix(PAST) for name in self._past]
         self.in_place = self.library is not None and takes_buffers(self.session)
         missing = [name for name in self._presents if name not in self._outputs]
         if missing:
@@ -217,13 +217,7 @@ class Generator:
 
     def empty_cache(self, batch: int = 1) -> list[Any]:
         """Keys and values of no token, one ``OrtValue`` an input."""
-        values = []
-        for name, value in self._inputs.items():
-            if name.startswith(PAST):
-                heads, size = value.shape[1], value.shape[3]
-                dtype = np.float16 if "float16" in value.type else np.float32
-                values.append(ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, 0, size), dtype)))
-        return values
+        return [ort.OrtValue.ortvalue_from_numpy(past.empty(batch)) for past in self._past.values()]
 
     def step(
         self, tokens: npt.NDArray[np.int64], length: int, past: Sequence[Any]
@@ -240,7 +234,7 @@ class Generator:
         """
         named = self._token_inputs(tokens, length)
         feed = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in named.items()}
-        feed |= dict(zip((name for name in self._inputs if name.startswith(PAST)), past, strict=True))
+        feed |= dict(zip(self._past, past, strict=True))
         with self._naming(length):
             logits, *state = self.session.run_with_ort_values(["logits", *self._presents], feed)
         return logits.numpy(), state

@@ -52,13 +52,14 @@ def _cached_attention(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     queries = query.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    keys = torch.cat([past_key, key.unflatten(-1, (kv_heads, -1)).transpose(1, 2)], 2)
-    values = torch.cat([past_value, value.unflatten(-1, (kv_heads, -1)).transpose(1, 2)], 2)
+    new_keys, new_values = (each.unflatten(-1, (kv_heads, -1)).transpose(1, 2) for each in (key, value))
+    keys = torch.cat([past_key, new_keys.to(past_key.dtype)], 2)
+    values = torch.cat([past_value, new_values.to(past_value.dtype)], 2)
     groups = num_heads // kv_heads
     result = torch.nn.functional.scaled_dot_product_attention(
         queries,
-        keys.repeat_interleave(groups, 1),
-        values.repeat_interleave(groups, 1),
+        keys.to(query.dtype).repeat_interleave(groups, 1),
+        values.to(query.dtype).repeat_interleave(groups, 1),
         attn_mask=mask,
         scale=scale,
     )
@@ -138,4 +139,7 @@ cached_attention = torch.ops.claq.cached_attention.default
 ``query[batch, sequence, num_heads * head]``, ``key`` and ``value`` ``[batch, sequence, kv_heads * head]``, ``mask`` is
 added to the scores and broadcasts to ``[batch, num_heads, sequence, past + sequence]``; ``past_key`` and ``past_value``
 are ``[batch, kv_heads, past, head]``. Returns ``[batch, sequence, num_heads * head]`` and the longer cache.
+
+Where the cache is of a narrower type than the query, so is the longer one; new keys and values are rounded to it before they are
+used. The arithmetic is in the query's type.
 """

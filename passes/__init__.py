@@ -18,6 +18,7 @@ from .fuse_rotary import FuseRotary
 from .fuse_siblings import FuseSiblings
 from .fuse_uncached_attention import FuseUncachedAttention
 from .last_logits import LastLogits
+from .narrow_cache import NarrowCache
 from .pipeline import PassRecord, Pipeline
 from .plan import LinearSite, Plan, PlanRow, Skipped
 from .remove_noops import RemoveNoops
@@ -39,6 +40,7 @@ __all__ = [
     "FuseUncachedAttention",
     "LastLogits",
     "LinearSite",
+    "NarrowCache",
     "Pass",
     "PassContext",
     "PassRecord",

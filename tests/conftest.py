@@ -92,15 +92,24 @@ def decoder_artifact(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory)
 
     In float32 arithmetic, so that every runtime gives the same tokens.
     """
+    return _export_decoder(tiny_llama, tmp_path_factory.mktemp("decoder"))
+
+
+@pytest.fixture(scope="session")
+def narrow_artifact(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same layers with a cache in float16."""
+    return _export_decoder(tiny_llama, tmp_path_factory.mktemp("narrow"), "--cache-dtype", "float16")
+
+
+def _export_decoder(model: Path, folder: Path, *options: str) -> Path:
     from tiny_models import sentences
 
     from claq_export.cli import main
 
-    folder = tmp_path_factory.mktemp("decoder")
-    text = folder.parent / "decoder.txt"
+    text = folder.parent / f"{folder.name}.txt"
     text.write_text("\n".join(sentences(64)), encoding="utf-8")
-    options = ["--calibration", str(text), "--samples", "4", "--sequence-length", "32", "--quiet"]
-    assert main([str(tiny_llama), "--out", str(folder / "model.onnx"), "--accuracy", "fp32", *options]) == 0
+    common = ["--calibration", str(text), "--samples", "4", "--sequence-length", "32", "--accuracy", "fp32", "--quiet"]
+    assert main([str(model), "--out", str(folder / "model.onnx"), *common, *options]) == 0
     return folder
 
 

@@ -69,6 +69,7 @@ _FILES_ONLY = {
     "dtype": "is that of an exported graph; torch.compile keeps the module's (cast it: module.half())",
     "opset": "is that of an exported file; torch.compile writes none, leave it out",
     "last_logits": "is for an exported file; torch.compile keeps what the module returns, leave it out",
+    "cache_dtype": "is for an exported file; torch.compile keeps the module's own cache, leave it out",
 }
 """Settings without a meaning here, and what to do instead."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .captured import CACHED, ENCODER, CapturedModel, Source, graph_digest, text_inputs
+from .captured import CACHED, ENCODER, PAST_INPUTS, CapturedModel, Source, graph_digest, text_inputs
 from .decoder import CACHED_TASK, capture_decoder
 from .module import capture_module
 from .pretrained import capture_pretrained, load_pretrained
@@ -14,6 +14,7 @@ __all__ = [
     "CACHED",
     "CACHED_TASK",
     "ENCODER",
+    "PAST_INPUTS",
     "TASKS",
     "CapturedModel",
     "Source",

@@ -20,6 +20,9 @@ ENCODER, FIRST_STEP, NEXT_STEP = PARTS = ("encoder", "decoder", "decoder_with_pa
 CACHED = "-with-past"
 """What optimum adds to the name of a task whose graphs have a cache."""
 
+PAST_INPUTS = "past_key_values"
+"""What the names of cached keys and values begin with, as optimum has them."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -121,6 +124,12 @@ class CapturedModel:
     def cached(self) -> bool:
         """Whether this is a graph with a key/value cache, or one of several that share one."""
         return (self.task or "").endswith(CACHED)
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of the keys and values that the graph takes and returns; the graph's own without a cache."""
+        cached = (value.dtype for name, value in self.example_inputs.items() if name.startswith(PAST_INPUTS))
+        return next(cached, self.dtype)
 
     @property
     def emitted(self) -> tuple[CapturedModel, ...]:

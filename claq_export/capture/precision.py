@@ -141,6 +141,20 @@ def check_finite(captured: CapturedModel, outputs: tuple[torch.Tensor, ...], inp
     raise ModelError(f"the model's activations overflow {name_of(dtype)},{where}; {advice(dtype)}")
 
 
+def check_cache_range(captured: CapturedModel, outputs: tuple[torch.Tensor, ...]) -> None:
+    """See that the keys and values that a graph returned fit into a cache that is narrower than its arithmetic.
+
+    Raises:
+        ModelError: one does not; the message names it.
+    """
+    for name, output in zip(captured.output_names, outputs, strict=True):
+        if output.dtype == captured.cache_dtype != captured.dtype and not bool(output.isfinite().all()):
+            raise ModelError(
+                f"{captured.file_names.get(name, name)} of the model overflows a cache in {name_of(output.dtype)}; "
+                "leave --cache-dtype out"
+            )
+
+
 def advice(dtype: torch.dtype) -> str:
     """What to do about a value that a dtype cannot hold."""
     if dtype == torch.float16:

@@ -1,7 +1,7 @@
 """Decoder operators in the file: ``claq::rms_norm`` and its kin become the ONNX operators of opset 23.
 
-Attention in float32 becomes ``com.claq::ClaqCachedAttention``, whose function is the ONNX operator: claq-runtime has a kernel for
-the CPU. In 16 bits, which is for GPUs, it is the ONNX operator itself.
+Attention in float32 becomes ``com.claq::ClaqCachedAttention``, whose function is the ONNX operator, to a cache in float16 between
+casts: claq-runtime has a kernel for the CPU. In 16 bits, which is for GPUs, it is the ONNX operator itself.
 """
 
 from __future__ import annotations
@@ -26,26 +26,31 @@ _DOMAIN = "claq.decoder"
 _FLOAT, _INT = onnx.defs.OpSchema.AttrType.FLOAT, onnx.defs.OpSchema.AttrType.INT
 
 
+_PAST = 4  # input of attention
+_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
+
+
 def _operator(
-    name: str, inputs: int, outputs: int, domain: str = _DOMAIN, **attributes: onnx.defs.OpSchema.AttrType
+    name: str, inputs: str, outputs: str, domain: str = _DOMAIN, **attributes: onnx.defs.OpSchema.AttrType
 ) -> values.Op:
+    """An operator whose inputs and outputs have these types, a letter each."""
     parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
     schema = onnx.defs.OpSchema(
         name,
         domain,
         1,
-        inputs=[parameter(f"input_{index}", "T") for index in range(inputs)],
-        outputs=[parameter(f"output_{index}", "T") for index in range(outputs)],
-        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "")],
+        inputs=[parameter(f"input_{index}", kind) for index, kind in enumerate(inputs)],
+        outputs=[parameter(f"output_{index}", kind) for index, kind in enumerate(outputs)],
+        type_constraints=[(kind, _FLOATS, "") for kind in sorted({*inputs, *outputs})],
         attributes=[attribute(key, kind, required=True) for key, kind in attributes.items()],
     )
     return values.Op(values.Opset(domain, 1), name, schema)
 
 
-_rms_norm = _operator("RMSNormalization", 2, 1, axis=_INT, epsilon=_FLOAT)
-_rotary = _operator("RotaryEmbedding", 3, 1, num_heads=_INT, rotary_embedding_dim=_INT)
+_rms_norm = _operator("RMSNormalization", "TT", "T", axis=_INT, epsilon=_FLOAT)
+_rotary = _operator("RotaryEmbedding", "TTT", "T", num_heads=_INT, rotary_embedding_dim=_INT)
 _attention, _claq_attention = (
-    _operator(name, 6, 3, domain, q_num_heads=_INT, kv_num_heads=_INT, scale=_FLOAT)
+    _operator(name, "TTTTCC", "TCC", domain, q_num_heads=_INT, kv_num_heads=_INT, scale=_FLOAT)
     for name, domain in (("Attention", _DOMAIN), (CACHED_ATTENTION, DOMAIN))
 )
 
@@ -75,6 +80,14 @@ def decoder_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         decoder_ops.rotary: _translate_rotary,
         decoder_ops.cached_attention: _translate_attention,
     }
+
+
+def has_narrow_cache(model: ir.Model) -> bool:
+    """Whether attention reads a cache of another type than the query's."""
+    return any(
+        node.op_type == CACHED_ATTENTION and node.inputs[_PAST].dtype != node.inputs[0].dtype  # type: ignore[union-attr]
+        for node in model.graph
+    )
 
 
 def settle_decoder(model: ir.Model) -> bool:

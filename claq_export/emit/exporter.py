@@ -30,7 +30,7 @@ from claq_export.passes import AdditiveMasks, PassContext
 
 from .artifact import Artifact, SharedData
 from .complex_values import complex_axes_on_real_views
-from .decoder import decoder_translations, settle_decoder
+from .decoder import decoder_translations, has_narrow_cache, settle_decoder
 from .function import DOMAIN, LAYER_OPERATORS, OPSET, functions_of
 from .fused_forms import fused_forms
 from .shapes import settle_reshapes
@@ -108,7 +108,9 @@ def emit_onnx(
         graph.ir_version = DECODER_IR_VERSION if decoder else IR_VERSION
         graph.metadata_props.clear()
         graph.metadata_props.update({key: metadata[key] for key in sorted(metadata)} if metadata else {})
-        functions = functions_of(node.op_type for node in graph.graph if node.domain == DOMAIN)
+        functions = functions_of(
+            (node.op_type for node in graph.graph if node.domain == DOMAIN), narrow_cache=has_narrow_cache(graph)
+        )
         if decoder:
             for function in functions:
                 _set_opset(function, graph.opset_imports[""])

@@ -350,6 +350,25 @@ def ClaqCachedAttention(
     return y, present_key, present_value
 
 
+@script(_claq, default_opset=op23)
+def NarrowCachedAttention(
+    query, key, value, mask, past_key, past_value, q_num_heads: int, kv_num_heads: int, scale: float
+):
+    # What is new counts as it will when it is cached.
+    y, present_key, present_value = op23.Attention(
+        query,
+        op23.CastLike(op23.CastLike(key, past_key), query),
+        op23.CastLike(op23.CastLike(value, past_value), query),
+        mask,
+        op23.CastLike(past_key, query),
+        op23.CastLike(past_value, query),
+        q_num_heads=q_num_heads,
+        kv_num_heads=kv_num_heads,
+        scale=scale,
+    )
+    return y, op23.CastLike(present_key, past_key), op23.CastLike(present_value, past_value)
+
+
 _FORMAT = "W in the claq format, version 1 (docs/format.md)"
 
 # Of each operator that holds a layer what follows the product, if it multiplies by W, and its meaning.
@@ -373,7 +392,8 @@ ATTENTION = "ClaqAttention"
 """Attention in float32 without a cache: queries, keys and values, heads last, and a mask to add."""
 
 CACHED_ATTENTION = "ClaqCachedAttention"
-"""``Attention`` of opset 23 in float32 with a cache: as :data:`ATTENTION`, and the past; it gives the longer cache too."""
+"""``Attention`` of opset 23 in float32 to a cache in float32 or float16: as :data:`ATTENTION`, and the past; it gives the
+longer cache too."""
 
 _ATTENTIONS = {
     ATTENTION: (ClaqAttention, "Attention"),
@@ -382,11 +402,20 @@ _ATTENTIONS = {
 
 
 @cache
-def claq_function(operator: str) -> bytes:
-    """An operator's function as a serialized ``onnx.FunctionProto`` of domain ``com.claq``, opset 18, where needed 23."""
+def claq_function(operator: str, narrow_cache: bool = False) -> bytes:
+    """An operator's function as a serialized ``onnx.FunctionProto`` of domain ``com.claq``, opset 18, where needed 23.
+
+    Args:
+        operator: its name.
+        narrow_cache: that of :data:`CACHED_ATTENTION` for caches of any type. The usual one has no casts, of which ONNX Runtime
+            keeps those in front of an output even if they change nothing.
+    """
     if operator in _ATTENTIONS:
         function, meaning = _ATTENTIONS[operator]
+        if operator == CACHED_ATTENTION and narrow_cache:
+            function = NarrowCachedAttention
         proto = function.to_function_proto()
+        proto.name = operator
         proto.doc_string = f"{meaning}, in standard operators."
         return _self_contained(proto)
     epilogue, meaning = _LAYERS[operator]
@@ -398,10 +427,19 @@ def claq_function(operator: str) -> bytes:
     return _self_contained(proto)
 
 
-def functions_of(operators: Iterable[str]) -> list[onnx.FunctionProto]:
-    """The functions that a model with nodes of these operators needs; ``ClaqMatMul`` is always among them."""
+def functions_of(operators: Iterable[str], narrow_cache: bool = False) -> list[onnx.FunctionProto]:
+    """The functions that a model with nodes of these operators needs; ``ClaqMatMul`` is always among them.
+
+    Args:
+        operators: their names.
+        narrow_cache: the model has a key/value cache in another type than its arithmetic.
+    """
     used = {"ClaqMatMul", *operators}
-    return [onnx.FunctionProto.FromString(claq_function(name)) for name in (*_LAYERS, *_ATTENTIONS) if name in used]
+    return [
+        onnx.FunctionProto.FromString(claq_function(name, narrow_cache))
+        for name in (*_LAYERS, *_ATTENTIONS)
+        if name in used
+    ]
 
 
 def _append(proto: onnx.FunctionProto, epilogue: onnx.FunctionProto) -> None:

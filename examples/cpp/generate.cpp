@@ -30,10 +30,10 @@ void call(Slot slot, Args... args) {
 void release(Slot slot, void* object) { reinterpret_cast<void (*)(void*)>(api->slots[slot])(object); }
 
 template <typename T>
-Value tensor(void* allocator, const std::vector<int64_t>& shape, ElementType type, const std::vector<T>& data) {
+Value tensor(void* allocator, const std::vector<int64_t>& shape, int type, const std::vector<T>& data) {
   Value value = nullptr;
   void* memory = nullptr;
-  call(kCreateTensorAsOrtValue, allocator, shape.data(), shape.size(), static_cast<int>(type), &value);
+  call(kCreateTensorAsOrtValue, allocator, shape.data(), shape.size(), type, &value);
   call(kGetTensorMutableData, value, &memory);
   std::copy(data.begin(), data.end(), static_cast<T*>(memory));
   return value;
@@ -81,11 +81,13 @@ int main(int argc, char** argv) {
     void* type = nullptr;
     const void* info = nullptr;
     int64_t shape[4];
+    int element = 0;  // float32, or float16 of a file made with --cache-dtype float16
     call(kSessionGetInputTypeInfo, session, i, &type);
     call(kCastTypeInfoToTensorInfo, type, &info);
     call(kGetDimensions, info, shape, size_t{4});
+    call(kGetTensorElementType, info, &element);
     present.push_back("present" + std::string(name).substr(past.size()));
-    cache.push_back(tensor<float>(allocator, {1, shape[1], room, shape[3]}, kFloat, {}));
+    cache.push_back(tensor<float>(allocator, {1, shape[1], room, shape[3]}, element, {}));
   }
   std::vector<const char*> outputs{"logits"};
   for (const auto& name : present) outputs.push_back(name.c_str());

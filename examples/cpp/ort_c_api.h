@@ -29,6 +29,7 @@ enum Slot {
   kCreateTensorAsOrtValue = 48,
   kGetTensorMutableData = 51,
   kCastTypeInfoToTensorInfo = 55,
+  kGetTensorElementType = 60,
   kGetDimensions = 62,
   kGetTensorTypeAndShape = 65,
   kGetAllocatorWithDefaultOptions = 78,

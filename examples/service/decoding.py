@@ -33,15 +33,17 @@ class Decoder:
         end = settings.get("eos_token_id")
         self.end = set(end) if isinstance(end, list) else {end}
         self.context = settings.get("max_position_embeddings", 2048)
-        inputs = {value.name: value.shape for value in self.session.get_inputs()}
+        inputs = {value.name: value for value in self.session.get_inputs()}
         self.takes_positions = "position_ids" in inputs
-        self.cache = {name: (shape[1], shape[3]) for name, shape in inputs.items() if name.startswith(PAST)}
+        self.cache = {name: value for name, value in inputs.items() if name.startswith(PAST)}
 
     def tokens(self, prompt: list[int], count: int) -> Iterator[int]:
         """The likeliest next token, at most ``count`` times; the text's end is not yielded."""
         binding = self.session.io_binding()
-        for name, (heads, size) in self.cache.items():
-            binding.bind_cpu_input(name, np.zeros((1, heads, 0, size), np.float32))
+        for name, value in self.cache.items():
+            _, heads, _, size = value.shape
+            dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+            binding.bind_cpu_input(name, np.zeros((1, heads, 0, size), dtype))
         new, length = prompt, 0
         for _ in range(count):
             binding.bind_cpu_input("input_ids", np.array([new], np.int64))

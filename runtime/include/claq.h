@@ -106,8 +106,9 @@ CLAQ_API void claq_openmp_parallel_for(void* context, void (*task)(void* data, s
 
 /* ---- attention ---------------------------------------------------------------------------------------------------------
  *
- * y = softmax(scale * query key^T + mask) value, all float32 and contiguous, where query head h reads key and value head
- * h / (heads / kv_heads). The keys are `past` cached ones and `tokens` - `past` new ones. */
+ * y = softmax(scale * query key^T + mask) value, all contiguous, where query head h reads key and value head
+ * h / (heads / kv_heads). The keys are `past` cached ones and `tokens` - `past` new ones. The cache is float32 or float16, all else
+ * float32; new keys and values are rounded to float16 before they are used then, as they will be when they are cached. */
 
 typedef struct claq_attention_desc {
   size_t struct_size; /* sizeof(claq_attention_desc) */
@@ -127,11 +128,12 @@ typedef struct claq_attention_desc {
   int64_t mask_batch;
   int64_t mask_head;
   int64_t mask_row;
-  const float* past_key;   /* [batch, kv_heads, past, key_size]; NULL where past is 0 */
-  const float* past_value; /* [batch, kv_heads, past, value_size] */
+  int32_t cache_dtype;     /* claq_dtype of the next two and of present_key and present_value: float32 or float16 */
+  const void* past_key;    /* [batch, kv_heads, past, key_size]; NULL where past is 0 */
+  const void* past_value;  /* [batch, kv_heads, past, value_size] */
   float* y;                /* out [batch, rows, heads, value_size] */
-  float* present_key;      /* out [batch, kv_heads, tokens, key_size]: cached and new keys; NULL, as past is 0 then: not wanted */
-  float* present_value;    /* out [batch, kv_heads, tokens, value_size] */
+  void* present_key;       /* out [batch, kv_heads, tokens, key_size]: cached and new keys; NULL, as past is 0 then: not wanted */
+  void* present_value;     /* out [batch, kv_heads, tokens, value_size] */
   int64_t capacity;        /* not 0: the cache has room for so many tokens, at least `tokens`, past and present alike: both are
                               [batch, kv_heads, capacity, size], of which the first `past` and `tokens` are read and written. Then
                               present_key may be past_key, and present_value past_value: cached tokens stay where they are. */

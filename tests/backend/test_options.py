@@ -36,6 +36,7 @@ from claq_export.errors import CalibrationError, ConfigError
         ({"observe_bytes": "1"}, "^observe_bytes must be a whole number, got '1'$"),
         ({"opset": 23}, "^opset is that of an exported file"),
         ({"last_logits": True}, "^last_logits is for an exported file"),
+        ({"cache_dtype": "float16"}, "^cache_dtype is for an exported file"),
         ({"dtype": "float16"}, "^dtype is that of an exported graph"),
         ({"tokenizer": 1, "observe": 3}, "^tokenizer is for calibration on text, .* observe"),
         ({"tokenizer": 1, "weights": "out"}, "^tokenizer is for calibration on text, .* weights"),

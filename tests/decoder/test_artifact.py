@@ -225,6 +225,48 @@ def test_last_logits_generate_the_same_tokens(
     assert main([str(one_block_llama), *common, str(tmp_path / "whole.onnx"), "--no-cache"]) == ConfigError.exit_code
 
 
+def test_a_cache_in_float16_generates_the_same_tokens(
+    tiny_llama: Path, decoder_artifact: Path, narrow_artifact: Path, tmp_path: Path
+) -> None:
+    from claq_export.evaluation.models import OnnxModel
+
+    old = tmp_path / "old" / "model.onnx"
+    common = ["--calibration", "none", "--quiet", "--opset", "18", "--cache-dtype", "float16", "--out", str(old)]
+    assert main([str(tiny_llama), *common]) == 0
+    tokens = list(Generator(decoder_artifact).tokens(PROMPTS[0], NEW_TOKENS))
+    for path in (narrow_artifact / "model.onnx", old):
+        session = ort.InferenceSession(str(path))
+        cache = [v for v in (*session.get_inputs(), *session.get_outputs()) if v.name.startswith(("past", "present"))]
+        assert {value.type for value in cache} == {"tensor(float16)"}
+        assert session.get_outputs()[0].type == "tensor(float)"
+        assert list(Generator(path).tokens(PROMPTS[0], NEW_TOKENS)) == tokens
+    assert {entry.key: entry.value for entry in onnx.load(str(old)).metadata_props}.get("claq.cache_buffers") is None
+    # Of the same layers all but the rounding of keys and values is the same.
+    ids = torch.tensor([PROMPTS[0]])
+    found, wanted = (OnnxModel(folder / "model.onnx").logits(ids) for folder in (narrow_artifact, decoder_artifact))
+    assert 0 < float((found - wanted).abs().max() / wanted.abs().max()) < 1e-3
+    listed, narrow = (json.loads((folder / "claq.json").read_text()) for folder in (decoder_artifact, narrow_artifact))
+    assert listed["layers"] == narrow["layers"]
+    assert narrow["config"]["cache_dtype"] == "float16"
+
+
+def test_keys_beyond_float16_are_refused_before_quantization(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.model.layers[1].self_attn.k_proj.weight.data.mul_(1e6)
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    out = tmp_path / "out" / "model.onnx"
+    options = ["--calibration", "none", "--quiet", "--cache-dtype", "float16", "--out", str(out)]
+    assert main([str(folder), *options]) == ModelError.exit_code
+    assert "present.1.key of the model overflows a cache in float16; leave --cache-dtype" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_each_layer_runs_alone_with_and_without_the_library(decoder_artifact: Path) -> None:
     library = Path(pytest.importorskip("claq_runtime").library_path())
     path = decoder_artifact / "model.onnx"

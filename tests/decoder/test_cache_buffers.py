@@ -23,10 +23,15 @@ def generator_of(folder: Path, library: bool = True) -> Generator:
     return Generator(folder, Path(claq_runtime.library_path()) if library else None)
 
 
+@pytest.fixture(scope="module", params=["float32", "float16"])
+def artifact(request: pytest.FixtureRequest) -> Path:
+    """A model with a cache in float32, and one with a cache in float16."""
+    folder: Path = request.getfixturevalue("decoder_artifact" if request.param == "float32" else "narrow_artifact")
+    return folder
+
+
 @pytest.mark.parametrize("prompt", [[2], [2, 40, 41, 42, 43, 44]], ids=len)
-def test_the_same_tokens_while_buffers_grow(
-    decoder_artifact: Path, prompt: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_tokens_while_buffers_grow(artifact: Path, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_buffers, "_FEWEST", 2)
     rooms = []
     reserve = CacheBuffers.reserve
@@ -36,7 +41,7 @@ def test_the_same_tokens_while_buffers_grow(
         rooms.append(self.room)
 
     monkeypatch.setattr(CacheBuffers, "reserve", watched)
-    generator = generator_of(decoder_artifact)
+    generator = generator_of(artifact)
     assert generator.in_place
     found = list(generator.tokens(prompt, 20))
     assert len(set(rooms)) > 2 or len(prompt) > 1
@@ -46,14 +51,11 @@ def test_the_same_tokens_while_buffers_grow(
     assert len(rooms) == 20
 
 
-def test_a_batch_padded_on_the_left_and_several_tokens_at_once(decoder_artifact: Path) -> None:
-    session = generator_of(decoder_artifact).session
+def test_a_batch_padded_on_the_left_and_several_tokens_at_once(artifact: Path) -> None:
+    session = generator_of(artifact).session
     names = [value.name for value in session.get_outputs()]
     random = np.random.default_rng(0)
-    past = {
-        name: np.zeros((2, heads, 0, size), np.float32)
-        for name, (heads, size) in cache_buffers.past_inputs(session).items()
-    }
+    past = {name: kept.empty(2) for name, kept in cache_buffers.past_inputs(session).items()}
     mask = np.array([[0, 0, 1, 1], [1, 1, 1, 1]])
     for new in (4, 1, 1, 3):
         mask = np.concatenate([mask, np.ones((2, new), np.int64)], 1) if next(iter(past.values())).size else mask

@@ -66,8 +66,8 @@ def expected(decoder_artifact: Path) -> tuple[list[int], list[int], str]:
     return prompt, tokens, tokenizer.decode(prompt + tokens)
 
 
-def test_onnxruntime(decoder_artifact: Path, expected: tuple[list[int], list[int], str]) -> None:
-    text = run(sys.executable, "generate_onnxruntime.py", str(decoder_artifact), PROMPT, str(NEW_TOKENS))
+def test_onnxruntime(endless: Path, expected: tuple[list[int], list[int], str]) -> None:
+    text = run(sys.executable, "generate_onnxruntime.py", str(endless), PROMPT, str(NEW_TOKENS))
     assert text == expected[2]
 
 
@@ -121,12 +121,13 @@ def test_cpp(endless: Path, tmp_path: Path, expected: tuple[list[int], list[int]
     assert [int(token) for token in result.stdout.split()] == tokens
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["all logits", "last logits"])
-def endless(request: pytest.FixtureRequest, decoder_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["all logits", "last logits", "float16 cache"])
+def endless(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the artifact whose text does not end at the token that the random model likes best; its graph returns all
-    logits or the last ones alone."""
-    folder = shutil.copytree(decoder_artifact, tmp_path_factory.mktemp("endless") / "model")
-    if request.param:
+    logits or the last ones alone, its cache is in float32 or float16."""
+    source = request.getfixturevalue("narrow_artifact" if request.param == "float16 cache" else "decoder_artifact")
+    folder = Path(shutil.copytree(source, tmp_path_factory.mktemp("endless") / "model"))
+    if request.param == "last logits":
         keep_last_logits(folder / "model.onnx")
     for name in ("config.json", "generation_config.json", "genai_config.json"):
         settings = json.loads((folder / name).read_text())

@@ -410,6 +410,8 @@ def test_contradictions_are_refused_before_the_model_is_read(
         (["--bits", "3.5", "--floor", "zzz=3"], 2, "--floor zzz=3: no layer to quantize matches"),
         (["--dry-run", "--exclude", "*"], 2, "there is no layer to quantize"),
         (["--dry-run", "--last-logits"], 2, "last_logits is for language models"),
+        (["--dry-run", "--cache-dtype", "float16"], 2, "cache_dtype is for language models"),
+        (["--dry-run", "--cache-dtype", "float32", "--dtype", "bfloat16"], 2, "leave cache_dtype 'float32' out"),
         (["--dry-run", "--calibration", "missing.txt"], 5, "'missing.txt' does not exist"),
         (["--dry-run", "--report", "text.txt/r.html"], 7, "'text.txt' is not writable"),
     ],

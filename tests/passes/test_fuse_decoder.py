@@ -6,12 +6,11 @@ import operator
 
 import pytest
 import torch
+from tiny_decoders import GATED, SIZES, captured_decoder
 from torch import fx, nn
 
 from claq_export.capture import capture_module
-from claq_export.capture.decoder import capture_decoder
 from claq_export.capture.graph import is_check
-from claq_export.capture.tasks import TaskModel
 from claq_export.kernels import decoder_ops
 from claq_export.passes import (
     AdditiveMasks,
@@ -27,9 +26,6 @@ from claq_export.passes import (
 )
 from claq_export.passes.additive_masks import set_attention_mask
 
-SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-GATED = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
-
 
 def traced(module: nn.Module, *example: torch.Tensor) -> fx.GraphModule:
     dim = torch.export.Dim.AUTO
@@ -44,17 +40,6 @@ def traced(module: nn.Module, *example: torch.Tensor) -> fx.GraphModule:
 
 def notes_of(records: list) -> str:
     return "\n".join(note for record in records for note in record.notes)
-
-
-def captured_decoder(config: object):
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.uniform_(-0.3, 0.3)
-    return capture_decoder(TaskModel(model, "text-generation"))
 
 
 class Norm(nn.Module):

@@ -291,7 +291,8 @@ int main() {
   for (int i = 0; i < 20; ++i) check_gather(random);
   for (int i = 0; i < 4; ++i) check_concurrency(random);
   check_bad_layers(random);
-  for (int i = 0; i < 30; ++i) check_attention(random, kernels, expect);
+  for (int i = 0; i < 30; ++i) check_attention<float>(random, kernels, expect);
+  for (int i = 0; i < 30; ++i) check_attention<uint16_t>(random, kernels, expect);
   check_empty_attention(expect);
   check_bad_attention(random, expect);
   for (int i = 0; i < 60; ++i) check_quantization(random, kernels, expect);

@@ -9,7 +9,15 @@
 #include <vector>
 
 #include "claq.h"
+#include "../../runtime/src/half.h"
 
+// A key or value as a cache holds it.
+inline uint16_t to_cache(float number, uint16_t) { return claq::float_to_half(number); }
+inline float to_cache(float number, float) { return number; }
+inline float from_cache(uint16_t bits) { return claq::half_to_float(bits); }
+inline float from_cache(float number) { return number; }
+
+template <class Cache>
 struct TestAttention {
   int64_t batch, kv_heads, groups, rows, past, tokens, key_size, value_size;
   bool cached;
@@ -17,7 +25,8 @@ struct TestAttention {
   bool in_place;     // the past's buffers are those of the present
   int64_t mask_batch, mask_head, mask_row;
   // Exactly as many elements as the interface says, on the heap, so that an access past an end is seen.
-  std::vector<float> query, key, value, mask, past_key, past_value, y, present_key, present_value;
+  std::vector<float> query, key, value, mask, y;
+  std::vector<Cache> past_key, past_value, present_key, present_value;
 
   claq_attention_desc desc() {
     claq_attention_desc desc{};
@@ -39,6 +48,7 @@ struct TestAttention {
     desc.mask_head = mask_head;
     desc.mask_row = mask_row;
     desc.y = y.data();
+    desc.cache_dtype = sizeof(Cache) == 2 ? CLAQ_FLOAT16 : CLAQ_FLOAT32;
     if (cached) {
       desc.past_key = in_place ? present_key.data() : past_key.data();
       desc.past_value = in_place ? present_value.data() : past_value.data();
@@ -54,33 +64,35 @@ struct TestAttention {
   int64_t room() const { return capacity ? capacity : tokens; }
 
   float key_at(int64_t b, int64_t h, int64_t t, int64_t i) const {
-    if (t < past) return past_key[static_cast<size_t>(((b * kv_heads + h) * past_room() + t) * key_size + i)];
-    return key[static_cast<size_t>(((b * (tokens - past) + t - past) * kv_heads + h) * key_size + i)];
+    if (t < past) return from_cache(past_key[static_cast<size_t>(((b * kv_heads + h) * past_room() + t) * key_size + i)]);
+    return rounded(key[static_cast<size_t>(((b * (tokens - past) + t - past) * kv_heads + h) * key_size + i)]);
   }
   float value_at(int64_t b, int64_t h, int64_t t, int64_t i) const {
-    if (t < past) return past_value[static_cast<size_t>(((b * kv_heads + h) * past_room() + t) * value_size + i)];
-    return value[static_cast<size_t>(((b * (tokens - past) + t - past) * kv_heads + h) * value_size + i)];
+    if (t < past) return from_cache(past_value[static_cast<size_t>(((b * kv_heads + h) * past_room() + t) * value_size + i)]);
+    return rounded(value[static_cast<size_t>(((b * (tokens - past) + t - past) * kv_heads + h) * value_size + i)]);
   }
+  static float rounded(float number) { return from_cache(to_cache(number, Cache{})); }
 };
 
-inline TestAttention random_attention(std::mt19937& random) {
+template <class Cache>
+TestAttention<Cache> random_attention(std::mt19937& random) {
   const auto below = [&](int64_t limit) { return static_cast<int64_t>(random() % static_cast<uint64_t>(limit)); };
-  TestAttention a{};
+  TestAttention<Cache> a{};
   a.batch = 1 + below(3);
   a.kv_heads = 1 + below(3);
   a.groups = 1 + below(3);
   a.rows = 1 + below(below(2) ? 6 : 60);
-  a.cached = below(3) > 0;
+  a.cached = sizeof(Cache) == 2 || below(3) > 0;
   a.past = a.cached ? below(150) : 0;
   a.tokens = a.cached ? a.past + a.rows : below(150);
   a.capacity = a.cached && below(2) ? a.tokens + below(20) : 0;
   a.in_place = a.capacity && below(2);
   a.key_size = 1 + below(40);
   a.value_size = 1 + below(40);
-  const auto fill = [&](std::vector<float>& values, int64_t count) {
+  const auto fill = [&](auto& values, int64_t count) {
     std::normal_distribution<float> normal;
     values.resize(static_cast<size_t>(count));
-    for (float& value : values) value = normal(random);
+    for (auto& value : values) value = to_cache(normal(random), std::decay_t<decltype(value)>{});
   };
   const int64_t heads = a.kv_heads * a.groups, fresh = a.tokens - a.past;
   fill(a.query, a.batch * a.rows * heads * a.key_size);
@@ -100,8 +112,8 @@ inline TestAttention random_attention(std::mt19937& random) {
   // What lies behind the tokens of a buffer is not to be read.
   for (int64_t pair = 0; pair < a.batch * a.kv_heads; ++pair) {
     for (int64_t t = a.past; t < a.past_room(); ++t) {
-      std::fill_n(a.past_key.begin() + (pair * a.past_room() + t) * a.key_size, a.key_size, std::nanf(""));
-      std::fill_n(a.past_value.begin() + (pair * a.past_room() + t) * a.value_size, a.value_size, std::nanf(""));
+      std::fill_n(a.past_key.begin() + (pair * a.past_room() + t) * a.key_size, a.key_size, to_cache(std::nanf(""), Cache{}));
+      std::fill_n(a.past_value.begin() + (pair * a.past_room() + t) * a.value_size, a.value_size, to_cache(std::nanf(""), Cache{}));
     }
   }
   a.y.resize(static_cast<size_t>(a.batch * a.rows * heads * a.value_size));
@@ -111,7 +123,8 @@ inline TestAttention random_attention(std::mt19937& random) {
 }
 
 // The largest difference from attention written out in double.
-inline double attention_error(const TestAttention& a) {
+template <class Cache>
+double attention_error(const TestAttention<Cache>& a) {
   double worst = 0;
   const int64_t heads = a.kv_heads * a.groups;
   std::vector<double> weight(static_cast<size_t>(a.tokens));
@@ -147,10 +160,10 @@ inline double attention_error(const TestAttention& a) {
       for (int64_t t = 0; t < a.tokens; ++t) {
         const int64_t at = (b * a.kv_heads + h) * a.room() + t;
         for (int64_t i = 0; i < a.key_size; ++i) {
-          if (a.present_key[static_cast<size_t>(at * a.key_size + i)] != a.key_at(b, h, t, i)) return 1e9;
+          if (from_cache(a.present_key[static_cast<size_t>(at * a.key_size + i)]) != a.key_at(b, h, t, i)) return 1e9;
         }
         for (int64_t i = 0; i < a.value_size; ++i) {
-          if (a.present_value[static_cast<size_t>(at * a.value_size + i)] != a.value_at(b, h, t, i)) return 1e9;
+          if (from_cache(a.present_value[static_cast<size_t>(at * a.value_size + i)]) != a.value_at(b, h, t, i)) return 1e9;
         }
       }
     }
@@ -158,9 +171,9 @@ inline double attention_error(const TestAttention& a) {
   return worst;
 }
 
-template <class Expect>
+template <class Cache, class Expect>
 void check_attention(std::mt19937& random, const std::vector<std::string>& kernels, Expect expect) {
-  TestAttention a = random_attention(random);
+  TestAttention<Cache> a = random_attention<Cache>(random);
   for (const std::string& kernel : kernels) {
     setenv("CLAQ_KERNEL", kernel.c_str(), 1);
     for (const int64_t threads : {0, 3}) {
@@ -175,7 +188,7 @@ void check_attention(std::mt19937& random, const std::vector<std::string>& kerne
       expect(status == CLAQ_OK, "attention: " + std::string(message));
       const double error = attention_error(a);
       expect(error < 1e-4, "attention by " + kernel + ": " + std::to_string(a.rows) + " rows, " + std::to_string(a.past) + " of " +
-                               std::to_string(a.tokens) + " tokens cached, error " + std::to_string(error));
+                               std::to_string(a.tokens) + " tokens cached in " + std::to_string(sizeof(Cache)) + " bytes, error " + std::to_string(error));
     }
   }
   unsetenv("CLAQ_KERNEL");
@@ -193,6 +206,7 @@ void check_empty_attention(Expect expect) {
       desc.batch = batch;
       desc.heads = desc.kv_heads = 1;
       desc.rows = rows;
+      desc.cache_dtype = CLAQ_FLOAT32;
       desc.tokens = desc.past = batch ? 0 : 3;
       desc.key_size = desc.value_size = 4;
       desc.query = query.data();
@@ -208,7 +222,7 @@ void check_empty_attention(Expect expect) {
 
 template <class Expect>
 void check_bad_attention(std::mt19937& random, Expect expect) {
-  TestAttention a = random_attention(random);
+  TestAttention<float> a = random_attention<float>(random);
   const auto refused = [&](const char* name, auto change) {
     claq_attention_desc desc = a.desc();
     change(desc);
@@ -240,6 +254,13 @@ void check_bad_attention(std::mt19937& random, Expect expect) {
     d.capacity = 0;
     d.past_key = d.present_key = d.y;
     d.past_value = d.present_value = d.y;
+  });
+  refused("cache_dtype", [](claq_attention_desc& d) { d.cache_dtype = CLAQ_BFLOAT16; });
+  refused("cache_dtype", [](claq_attention_desc& d) { d.cache_dtype = 0; });
+  refused("present_key", [](claq_attention_desc& d) {
+    d.cache_dtype = CLAQ_FLOAT16;
+    d.past = 0;
+    d.past_key = d.past_value = d.present_key = d.present_value = nullptr;
   });
   refused("past_key", [](claq_attention_desc& d) { d.past = 1; d.tokens = 5; d.past_key = nullptr; });
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +17,16 @@ from claq_export.emit.function import ATTENTION, CACHED_ATTENTION, claq_function
 
 claq_runtime = pytest.importorskip("claq_runtime")
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
 INPUTS = ("query", "key", "value", "mask", "past_key", "past_value")
 OUTPUTS = ("y", "present_key", "present_value")
 HIDDEN = float(np.finfo(np.float32).min / 2)
 """What the exporter adds where a mask says no."""
 
 
-def model(heads: int, kv_heads: int, scale: float, mask_rank: int = 4, cached: bool = True) -> bytes:
+def model(
+    heads: int, kv_heads: int, scale: float, mask_rank: int = 4, cached: bool = True, cache: type[Any] = np.float32
+) -> bytes:
     """One node; without a cache every head has keys of its own."""
     ranks = {"query": 3, "key": 3, "value": 3, "mask": mask_rank, "y": 3}
     inputs, outputs = (INPUTS, OUTPUTS) if cached else (INPUTS[:4], OUTPUTS[:1])
@@ -32,12 +35,13 @@ def model(heads: int, kv_heads: int, scale: float, mask_rank: int = 4, cached: b
 
     def value(name: str) -> onnx.ValueInfoProto:
         axes = [f"{name}_{axis}" for axis in range(ranks.get(name, 4))]
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, axes)
+        kind = cache if name.startswith(("past", "present")) else np.float32
+        return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(kind)), axes)
 
     node = helper.make_node(operator, inputs, outputs, "node", domain="com.claq", scale=scale, **counts)
     graph = helper.make_graph([node], "attention", [value(name) for name in inputs], [value(name) for name in outputs])
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.claq", 1)]
-    functions = [onnx.FunctionProto.FromString(claq_function(operator))]
+    functions = [onnx.FunctionProto.FromString(claq_function(operator, narrow_cache=cache != np.float32))]
     return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10).SerializeToString()
 
 
@@ -73,6 +77,11 @@ def written_out(feeds: dict[str, Array], heads: int, kv_heads: int, scale: float
     return [result.reshape(batch, rows, -1), keys, values]
 
 
+def rounded(feeds: dict[str, Array], cache: type[Any]) -> dict[str, Array]:
+    """What counts of inputs whose new keys and values go into a cache of this type."""
+    return feeds | {name: feeds[name].astype(cache) for name in ("key", "value")}
+
+
 def causal(rows: int, past: int, padding: int = 0) -> Array:
     """The mask of a decoder whose first tokens may be padding: their own rows see nothing."""
     token = np.arange(past + rows)
@@ -80,7 +89,9 @@ def causal(rows: int, past: int, padding: int = 0) -> Array:
     return np.where(seen, np.float32(0), np.float32(HIDDEN))
 
 
-def random_feeds(random: np.random.Generator, kv_heads: int, groups: int, **sizes: int) -> dict[str, Array]:
+def random_feeds(
+    random: np.random.Generator, kv_heads: int, groups: int, cache: type[Any] = np.float32, **sizes: int
+) -> dict[str, Array]:
     batch, rows, past, size, value_size = (sizes[name] for name in ("batch", "rows", "past", "size", "value_size"))
     shapes = {
         "query": (batch, rows, kv_heads * groups * size),
@@ -89,7 +100,8 @@ def random_feeds(random: np.random.Generator, kv_heads: int, groups: int, **size
         "past_key": (batch, kv_heads, past, size),
         "past_value": (batch, kv_heads, past, value_size),
     }
-    return {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    feeds = {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    return {name: value.astype(cache) if name.startswith("past") else value for name, value in feeds.items()}
 
 
 def random_mask(random: np.random.Generator, batch: int, heads: int, rows: int, tokens: int) -> Array:
@@ -107,9 +119,13 @@ def random_mask(random: np.random.Generator, batch: int, heads: int, rows: int, 
     return mask
 
 
+caches = pytest.mark.parametrize("cache", [np.float32, np.float16], ids=lambda cache: cache.__name__)
+
+
+@caches
 @pytest.mark.parametrize("kernel", claq_runtime.kernels())
 @pytest.mark.parametrize("seed", range(3))
-def test_random_shapes(kernel: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_shapes(kernel: str, seed: int, cache: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLAQ_KERNEL", kernel)
     random = np.random.default_rng(seed)
     for case in range(25):
@@ -122,15 +138,16 @@ def test_random_shapes(kernel: str, seed: int, monkeypatch: pytest.MonkeyPatch) 
             "size": int(random.choice([1, 4, 8, 16, 24, 33, 64, 80, 128])),
             "value_size": int(random.choice([1, 5, 8, 16, 31, 64, 96])),
         }
-        feeds = random_feeds(random, kv_heads, groups, **sizes)
+        feeds = random_feeds(random, kv_heads, groups, cache, **sizes)
         feeds["mask"] = random_mask(random, batch, kv_heads * groups, rows, sizes["past"] + rows)
         scale = float(random.uniform(0.05, 1))
-        content = model(kv_heads * groups, kv_heads, scale, feeds["mask"].ndim)
+        content = model(kv_heads * groups, kv_heads, scale, feeds["mask"].ndim, cache=cache)
         found = session(content, threads=1 + case % 2).run(None, feeds)
-        wanted = written_out(feeds, kv_heads * groups, kv_heads, scale)
+        wanted = written_out(rounded(feeds, cache), kv_heads * groups, kv_heads, scale)
         np.testing.assert_allclose(found[0], wanted[0], rtol=2e-5, atol=2e-5, err_msg=str(sizes))
-        np.testing.assert_array_equal(found[1], wanted[1].astype(np.float32))
-        np.testing.assert_array_equal(found[2], wanted[2].astype(np.float32))
+        for have, want in zip(found[1:], wanted[1:], strict=True):
+            assert have.dtype == cache
+            np.testing.assert_array_equal(have, want.astype(cache))
 
 
 @pytest.mark.parametrize("kernel", claq_runtime.kernels())
@@ -164,12 +181,13 @@ def test_nothing_to_look_at_or_to_ask(rows: int, tokens: int) -> None:
     np.testing.assert_array_equal(found, np.full((2, rows, 8), min(tokens, 1), np.float32))
 
 
+@caches
 @pytest.mark.parametrize(("rows", "past"), [(1, 80), (5, 0), (40, 0), (300, 100)])
-def test_the_function_is_the_same(rows: int, past: int) -> None:
+def test_the_function_is_the_same(rows: int, past: int, cache: type[Any]) -> None:
     random = np.random.default_rng(rows)
-    feeds = random_feeds(random, 3, 3, batch=2, rows=rows, past=past, size=64, value_size=64)
+    feeds = random_feeds(random, 3, 3, cache, batch=2, rows=rows, past=past, size=64, value_size=64)
     feeds["mask"] = causal(rows, past)[None, None]
-    content = model(9, 3, 0.125)
+    content = model(9, 3, 0.125, cache=cache)
     for found, wanted in zip(session(content).run(None, feeds), session(content, False).run(None, feeds), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
@@ -270,7 +288,7 @@ class Buffers:
     def __init__(self, past: dict[str, Array], room: int) -> None:
         self.arrays = {}
         for name, value in past.items():
-            self.arrays[name] = np.full((*value.shape[:2], room, value.shape[3]), np.nan, np.float32)
+            self.arrays[name] = np.full((*value.shape[:2], room, value.shape[3]), np.nan, value.dtype)
             self.arrays[name][:, :, : value.shape[2]] = value
 
     def run(self, shared: ort.InferenceSession, feeds: dict[str, Array]) -> Array:
@@ -286,27 +304,28 @@ class Buffers:
         return binding.get_outputs()[-1].numpy()
 
 
+@caches
 @pytest.mark.parametrize("kernel", claq_runtime.kernels())
-def test_a_cache_in_place(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_in_place(kernel: str, cache: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt, single tokens and several at once, in buffers that hold NaN where there is no token yet."""
     monkeypatch.setenv("CLAQ_KERNEL", kernel)
     random = np.random.default_rng(6)
     for heads, kv_heads, size, value_size, first in ((9, 3, 64, 64, 1), (4, 2, 33, 16, 70), (2, 2, 8, 5, 2)):
-        shared = session(model(heads, kv_heads, 0.2, 2))
+        shared = session(model(heads, kv_heads, 0.2, 2, cache=cache))
         sizes = {"batch": 2, "size": size, "value_size": value_size}
         past = {
-            name: np.zeros((2, kv_heads, 0, width), np.float32)
+            name: np.zeros((2, kv_heads, 0, width), cache)
             for name, width in (("past_key", size), ("past_value", value_size))
         }
         buffers, length = Buffers(past, 150), 0
         for rows in (first, 1, 1, 5, 40, 1, 150 - first - 48):  # the last fills them
             feeds = random_feeds(random, kv_heads, heads // kv_heads, rows=rows, past=0, **sizes)
             feeds |= past | {"mask": causal(rows, length)}
-            wanted = written_out(feeds, heads, kv_heads, 0.2)
+            wanted = written_out(rounded(feeds, cache), heads, kv_heads, 0.2)
             found = buffers.run(shared, {name: feeds[name] for name in INPUTS[:4]})
             np.testing.assert_allclose(found, wanted[0], rtol=2e-5, atol=2e-5, err_msg=f"{rows} after {length}")
             length += rows
-            past = {name: value.astype(np.float32) for name, value in zip(past, wanted[1:], strict=True)}
+            past = {name: value.astype(cache) for name, value in zip(past, wanted[1:], strict=True)}
             for name, value in past.items():
                 np.testing.assert_array_equal(buffers.arrays[name][:, :, :length], value)
                 assert np.isnan(buffers.arrays[name][:, :, length:]).all()
@@ -315,6 +334,27 @@ def test_a_cache_in_place(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
         feeds = random_feeds(random, kv_heads, heads // kv_heads, rows=1, past=0, **sizes) | {"mask": causal(1, length)}
         with pytest.raises(Exception, match="present_key"):
             buffers.run(shared, {name: feeds[name] for name in INPUTS[:4]})
+
+
+def test_keys_that_a_cache_in_float16_cannot_hold_are_infinite_in_library_and_function() -> None:
+    feeds = random_feeds(np.random.default_rng(9), 1, 1, np.float16, batch=1, rows=2, past=3, size=8, value_size=8)
+    feeds["key"][0, 1, 2], feeds["value"][0, 0, 5] = 7e4, 1e-8
+    feeds["mask"] = causal(2, 3)[None, None]
+    content = model(1, 1, 1.0, cache=np.float16)
+    for library in (True, False):
+        _, keys, values = session(content, library).run(None, feeds)
+        assert np.isinf(keys[0, 0, 4, 2])
+        assert np.isfinite(keys).sum() == keys.size - 1
+        assert values[0, 0, 3, 5] == 0
+
+
+def test_a_cache_of_two_types_is_refused() -> None:
+    content = onnx.ModelProto.FromString(model(1, 1, 1.0))
+    (value,) = (value for value in content.graph.input if value.name == "past_value")
+    value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    del content.functions[:]
+    with pytest.raises(Exception, match="ClaqCachedAttention"):
+        session(content.SerializeToString())
 
 
 def test_a_mask_without_the_new_tokens_is_refused_where_the_cache_is_not_in_place() -> None:

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <type_traits>
 
 #include "../family.h"
 #include "../round_up.h"
@@ -37,6 +38,8 @@ void validate(const claq_attention_desc& a) {
   check(!asked || (a.y && a.query), "query or y: is NULL");
   check(!asked || a.past == a.tokens || (a.key && a.value), "key or value: is NULL");
   check(!a.present_key == !a.present_value, "present_key and present_value: expected both or neither");
+  check(a.cache_dtype == CLAQ_FLOAT32 || a.cache_dtype == CLAQ_FLOAT16, "cache_dtype: expected float32 or float16");
+  check(a.cache_dtype == CLAQ_FLOAT32 || a.present_key, "present_key: is NULL, expected a cache in float16");
   check(a.past == 0 || (a.past_key && a.past_value && a.present_key), "past_key, past_value or present_key: is NULL, but there is a past");
   const bool same_keys = a.present_key && a.present_key == a.past_key, same_values = a.present_value && a.present_value == a.past_value;
   check(a.capacity > 0 ? same_keys == same_values : !same_keys && !same_values,
@@ -44,8 +47,9 @@ void validate(const claq_attention_desc& a) {
 }
 
 // Keys or values of one head, or the part of them that begins at a token.
+template <class Element>
 struct Rows {
-  const float* data;
+  const Element* data;
   int64_t stride;
 };
 
@@ -110,7 +114,12 @@ class Mean {
   int64_t rows_, value_size_;
 };
 
+// Of a cache of floats, or of the bits of float16: what is new is rounded into such a cache first and read there, so that a token counts
+// the same when it is new and later.
+template <class Element>
 class Run {
+  static constexpr bool kSingle = std::is_same_v<Element, float>;
+
  public:
   Run(const claq_attention_desc& a, const Loops& loops, const Host& host)
       : a_(a),
@@ -130,35 +139,58 @@ class Run {
  private:
   // ---- keys and values: `pair` counts heads of keys over the batch -------------------------------------------------------
 
-  // Where a token comes from: the past, or the new ones.
-  Rows source(const float* past, const float* fresh, int64_t size, int64_t pair, int64_t token) const {
-    if (token < a_.past) return {past + (pair * past_room_ + token) * size, size};
-    const int64_t stride = a_.kv_heads * size;
-    return {fresh + (pair / a_.kv_heads * (a_.tokens - a_.past) + token - a_.past) * stride + pair % a_.kv_heads * size, stride};
-  }
-  // Where it is in the cache that is returned; null without one.
-  float* place(float* present, int64_t size, int64_t pair, int64_t token) const {
-    return present ? present + (pair * room_ + token) * size : nullptr;
-  }
-  // Where it is to be copied to; null if it is there, or without a cache.
-  float* copy_to(float* present, int64_t size, int64_t pair, int64_t token) const {
-    return in_place_ && token < a_.past ? nullptr : place(present, size, pair, token);
-  }
-  // Where it is read once it has been copied.
-  Rows rows(const float* fresh, float* present, int64_t size, int64_t pair, int64_t token) const {
-    if (present) return {place(present, size, pair, token), size};
-    return source(nullptr, fresh, size, pair, token);
+  // Keys or values: `fresh` are the new ones.
+  struct Tensors {
+    const Element* past;
+    const float* fresh;
+    Element* present;
+    int64_t size;
+  };
+  Tensors keys() const { return {static_cast<const Element*>(a_.past_key), a_.key, static_cast<Element*>(a_.present_key), a_.key_size}; }
+  Tensors values() const {
+    return {static_cast<const Element*>(a_.past_value), a_.value, static_cast<Element*>(a_.present_value), a_.value_size};
   }
 
-  // Copies tokens [first, last) of a pair into the cache that is returned, if one is.
-  void copy(int64_t pair, int64_t first, int64_t last) const {
-    const auto some = [&](const float* past, const float* fresh, float* present, int64_t size) {
-      for (int64_t t = in_place_ ? std::max(first, a_.past) : first; present && t < last; ++t) {
-        std::memcpy(place(present, size, pair, t), source(past, fresh, size, pair, t).data, static_cast<size_t>(size) * sizeof(float));
-      }
-    };
-    some(a_.past_key, a_.key, a_.present_key, a_.key_size);
-    some(a_.past_value, a_.value, a_.present_value, a_.value_size);
+  // A new token as it was given.
+  Rows<float> given(const Tensors& of, int64_t pair, int64_t token) const {
+    const int64_t stride = a_.kv_heads * of.size;
+    return {of.fresh + (pair / a_.kv_heads * (a_.tokens - a_.past) + token - a_.past) * stride + pair % a_.kv_heads * of.size, stride};
+  }
+  // Where a token comes from: the past or the new ones, or of these what was rounded into the cache.
+  Rows<Element> source(const Tensors& of, int64_t pair, int64_t token) const {
+    if (token < a_.past) return {of.past + (pair * past_room_ + token) * of.size, of.size};
+    if constexpr (kSingle) return given(of, pair, token);
+    else return {place(of, pair, token), of.size};
+  }
+  // Where it is in the cache that is returned; null without one.
+  Element* place(const Tensors& of, int64_t pair, int64_t token) const {
+    return of.present ? of.present + (pair * room_ + token) * of.size : nullptr;
+  }
+  // Where it is to be copied to when it is read; null if it is there, or without a cache.
+  Element* copy_to(const Tensors& of, int64_t pair, int64_t token) const {
+    return token < a_.past ? (in_place_ ? nullptr : place(of, pair, token)) : kSingle ? place(of, pair, token) : nullptr;
+  }
+  // Where it is read once it has been copied.
+  Rows<Element> rows(const Tensors& of, int64_t pair, int64_t token) const {
+    if (of.present) return {place(of, pair, token), of.size};
+    return source(of, pair, token);
+  }
+
+  // Copies those of the tokens [first, last) of a pair that are new into the cache that is returned, if one is.
+  void copy_new(const Tensors& of, int64_t pair, int64_t first, int64_t last) const {
+    for (int64_t t = std::max(first, a_.past); of.present && t < last; ++t) {
+      const float* const from = given(of, pair, t).data;
+      if constexpr (kSingle) std::memcpy(place(of, pair, t), from, static_cast<size_t>(of.size) * sizeof(float));
+      else loops_.narrow(from, of.size, place(of, pair, t));
+    }
+  }
+  // All of the tokens [first, last) likewise.
+  void copy(const Tensors& of, int64_t pair, int64_t first, int64_t last) const {
+    const int64_t cached = std::min(last, a_.past) - first;
+    if (cached > 0 && of.present && !in_place_) {
+      std::memcpy(place(of, pair, first), source(of, pair, first).data, static_cast<size_t>(cached * of.size) * sizeof(Element));
+    }
+    copy_new(of, pair, first, last);
   }
 
   const float* mask(int64_t batch, int64_t head, int64_t row, int64_t token) const {
@@ -170,7 +202,9 @@ class Run {
   void few_rows() const {
     const int64_t rows = a_.rows * groups_, work = pairs_ * a_.tokens;
     if (rows == 0) {  // there is only a cache to hand on
-      for (int64_t pair = 0; pair < pairs_; ++pair) copy(pair, 0, a_.tokens);
+      for (int64_t pair = 0; pair < pairs_; ++pair) {
+        for (const Tensors& each : {keys(), values()}) copy(each, pair, 0, a_.tokens);
+      }
       return;
     }
     if (work == 0) {
@@ -206,8 +240,17 @@ class Run {
     }
   }
 
+  const attention::CacheLoops<Element>& cache_loops() const {
+    if constexpr (kSingle) return loops_.single;
+    else return loops_.half;
+  }
+
   // Copies and adds tokens [first, last) of a pair, for all rows of the heads that read it.
   void add_tokens(int64_t pair, int64_t first, int64_t last, Mean mean) const {
+    const Tensors all_keys = keys(), all_values = values();
+    if constexpr (!kSingle) {
+      for (const Tensors& each : {all_keys, all_values}) copy_new(each, pair, first, last);
+    }
     const int64_t rows = a_.rows * groups_, batch = pair / a_.kv_heads, head = pair % a_.kv_heads * groups_;
     const int64_t stride = round_up(kFewTokens, loops_.panel) + loops_.panel;  // scores are written in whole vectors
     Workspace workspace(Workspace::bytes_for<float>(rows * a_.key_size) + Workspace::bytes_for<float>(rows * stride));
@@ -225,15 +268,15 @@ class Run {
         if (middle < end) use(middle, end - middle);
       };
       each_part([&](int64_t token, int64_t count) {
-        const Rows key = source(a_.past_key, a_.key, a_.key_size, pair, token);
-        loops_.scores(query, rows, key.data, key.stride, count, a_.key_size, scores + token - t, stride,
-                      copy_to(a_.present_key, a_.key_size, pair, token));
+        const Rows<Element> key = source(all_keys, pair, token);
+        cache_loops().scores(query, rows, key.data, key.stride, count, a_.key_size, scores + token - t, stride,
+                             copy_to(all_keys, pair, token));
       });
       mean.weigh(loops_, scores, stride, end - t, a_.scale, [&](int64_t r) { return mask(batch, head + r % groups_, r / groups_, t); });
       each_part([&](int64_t token, int64_t count) {
-        const Rows value = source(a_.past_value, a_.value, a_.value_size, pair, token);
-        loops_.mean(scores + token - t, stride, rows, value.data, value.stride, count, a_.value_size, mean.total(),
-                    copy_to(a_.present_value, a_.value_size, pair, token));
+        const Rows<Element> value = source(all_values, pair, token);
+        cache_loops().mean(scores + token - t, stride, rows, value.data, value.stride, count, a_.value_size, mean.total(),
+                           copy_to(all_values, pair, token));
       });
     }
   }
@@ -244,13 +287,29 @@ class Run {
   int64_t blocks() const { return (a_.rows + kBlockRows - 1) / kBlockRows; }
   int64_t panel_floats() const { return loops_.panel * a_.key_size; }
 
+  // What many rows read of a pair.
+  struct Prepared {
+    float* keys;    // turned [panels, key_size, panel]
+    float* values;  // [tokens, value_size]; null: they are read where they are
+  };
+  int64_t wide_floats() const { return kSingle ? 0 : a_.tokens * a_.value_size; }
+  size_t prepared_bytes(int64_t pairs) const {
+    return Workspace::bytes_for<float>(pairs * panels() * panel_floats()) + Workspace::bytes_for<float>(pairs * wide_floats());
+  }
+  Prepared take_prepared(Workspace& workspace, int64_t pairs) const {
+    float* const turned = workspace.take<float>(pairs * panels() * panel_floats());
+    return {turned, kSingle ? nullptr : workspace.take<float>(pairs * wide_floats())};
+  }
+  Prepared of_pair(const Prepared& all, int64_t pair) const {
+    return {all.keys + pair * panels() * panel_floats(), all.values ? all.values + pair * wide_floats() : nullptr};
+  }
+
   void many_rows() const {
     const int64_t sets_b = a_.mask_batch ? a_.batch : 1, sets_h = a_.mask_head ? a_.heads : 1;
     const int64_t seen_count = a_.mask ? sets_b * sets_h * blocks() * panels() : 0;
     // With pairs for all threads each task has one and its panels stay in its cache; else all panels are made first.
     const bool by_pair = pairs_ >= task_count(host_, 1.0, std::numeric_limits<int64_t>::max());
-    const int64_t turned_count = by_pair ? 0 : pairs_ * panels() * panel_floats();
-    Workspace workspace(Workspace::bytes_for<uint8_t>(seen_count) + Workspace::bytes_for<float>(turned_count));
+    Workspace workspace(Workspace::bytes_for<uint8_t>(seen_count) + (by_pair ? 0 : prepared_bytes(pairs_)));
     uint8_t* seen = a_.mask ? workspace.take<uint8_t>(seen_count) : nullptr;
     const int64_t seen_tasks = a_.mask ? sets_b * sets_h * blocks() : 0;
     const auto look = [&](int64_t task) {
@@ -265,41 +324,50 @@ class Run {
     if (by_pair) {
       for_each(host_, seen_tasks, look);
       for_each(host_, pairs_, [&](int64_t pair) {
-        Workspace own(Workspace::bytes_for<float>(panels() * panel_floats()));
-        float* turned = own.take<float>(panels() * panel_floats());
-        prepare(pair, 0, panels(), turned);
+        Workspace own(prepared_bytes(1));
+        const Prepared prepared = take_prepared(own, 1);
+        prepare(pair, 0, panels(), prepared);
         for (int64_t g = 0; g < groups_; ++g) {
           const int64_t head = pair % a_.kv_heads * groups_ + g;
           for (int64_t block = 0; block < blocks(); ++block) {
-            multiply(pair, head, block, turned, seen_by(pair / a_.kv_heads, head, block));
+            multiply(pair, head, block, prepared, seen_by(pair / a_.kv_heads, head, block));
           }
         }
       });
       return;
     }
-    float* turned = workspace.take<float>(turned_count);
+    const Prepared prepared = take_prepared(workspace, pairs_);
     const int64_t pieces = std::max<int64_t>(1, panels() / 2);  // of a pair's panels
     for_each(host_, seen_tasks + pairs_ * pieces, [&](int64_t task) {
       if (task < seen_tasks) return look(task);
       const int64_t pair = (task - seen_tasks) / pieces, piece = (task - seen_tasks) % pieces;
-      prepare(pair, panels() * piece / pieces, panels() * (piece + 1) / pieces, turned + pair * panels() * panel_floats());
+      prepare(pair, panels() * piece / pieces, panels() * (piece + 1) / pieces, of_pair(prepared, pair));
     });
     // Rows see what is before them, so the last blocks take longest: they go first.
     const int64_t heads = a_.batch * a_.heads;
     for_each(host_, heads * blocks(), [&](int64_t task) {
       const int64_t block = blocks() - 1 - task / heads, batch = task % heads / a_.heads, head = task % a_.heads;
       const int64_t pair = batch * a_.kv_heads + head / groups_;
-      multiply(pair, head, block, turned + pair * panels() * panel_floats(), seen_by(batch, head, block));
+      multiply(pair, head, block, of_pair(prepared, pair), seen_by(batch, head, block));
     });
   }
 
-  // Copies panels [first, last) of a pair's keys and values into the cache, and turns the keys.
-  void prepare(int64_t pair, int64_t first, int64_t last, float* turned) const {
+  // Copies panels [first, last) of a pair's keys and values into the cache, turns the keys, and widens both where they are not floats.
+  void prepare(int64_t pair, int64_t first, int64_t last, const Prepared& prepared) const {
+    Workspace workspace(kSingle ? 0 : Workspace::bytes_for<float>(panel_floats()));
+    [[maybe_unused]] float* const wide = kSingle ? nullptr : workspace.take<float>(panel_floats());
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t t = panel * loops_.panel, end = std::min(a_.tokens, t + loops_.panel);
-      copy(pair, t, end);
-      const Rows key = rows(a_.key, a_.present_key, a_.key_size, pair, t);
-      loops_.turn(key.data, key.stride, end - t, a_.key_size, turned + panel * panel_floats());
+      for (const Tensors& each : {keys(), values()}) copy(each, pair, t, end);
+      float* const turned = prepared.keys + panel * panel_floats();
+      const Rows<Element> key = rows(keys(), pair, t);
+      if constexpr (kSingle) {
+        loops_.turn(key.data, key.stride, end - t, a_.key_size, turned);
+      } else {
+        loops_.widen(key.data, (end - t) * a_.key_size, wide);
+        loops_.turn(wide, a_.key_size, end - t, a_.key_size, turned);
+        loops_.widen(place(values(), pair, t), (end - t) * a_.value_size, prepared.values + t * a_.value_size);
+      }
     }
   }
 
@@ -317,7 +385,13 @@ class Run {
     }
   }
 
-  void multiply(int64_t pair, int64_t head, int64_t block, const float* turned, const uint8_t* seen) const {
+  // Values of a pair from a token on, as floats.
+  Rows<float> wide_values(const Prepared& prepared, int64_t pair, int64_t token) const {
+    if constexpr (kSingle) return rows(values(), pair, token);
+    else return {prepared.values + token * a_.value_size, a_.value_size};
+  }
+
+  void multiply(int64_t pair, int64_t head, int64_t block, const Prepared& prepared, const uint8_t* seen) const {
     const int64_t first = block * kBlockRows, count = std::min(kBlockRows, a_.rows - first), batch = pair / a_.kv_heads;
     const int64_t most = std::max<int64_t>(1, kBlockTokens / loops_.panel), stride = most * loops_.panel;
     const int64_t size = Mean::size(count, a_.value_size);
@@ -335,11 +409,11 @@ class Run {
       while (end < panels() && end - panel < most && (!seen || seen[end])) ++end;
       const int64_t t = panel * loops_.panel, tokens = std::min(a_.tokens, end * loops_.panel) - t;
       for (int64_t p = panel; p < end; ++p) {
-        loops_.product(false, query, a_.heads * a_.key_size, count, turned + p * panel_floats(), loops_.panel, a_.key_size, loops_.panel,
+        loops_.product(false, query, a_.heads * a_.key_size, count, prepared.keys + p * panel_floats(), loops_.panel, a_.key_size, loops_.panel,
                        scores + (p - panel) * loops_.panel, stride);
       }
       mean.weigh(loops_, scores, stride, tokens, a_.scale, [&](int64_t r) { return mask(batch, head, first + r, t); });
-      const Rows value = rows(a_.value, a_.present_value, a_.value_size, pair, t);
+      const Rows<float> value = wide_values(prepared, pair, t);
       loops_.product(true, scores, stride, count, value.data, value.stride, tokens, a_.value_size, mean.total(), a_.value_size);
       panel = end;
     }
@@ -394,7 +468,9 @@ void check_sizes(const claq_attention_desc& a) {
 
 void attend(const claq_attention_desc& attention, const Loops& loops, const Host& host) {
   validate(attention);
-  if (attention.batch > 0) Run(attention, loops, host).run();
+  if (attention.batch == 0) return;
+  if (attention.cache_dtype == CLAQ_FLOAT16) Run<uint16_t>(attention, loops, host).run();
+  else Run<float>(attention, loops, host).run();
 }
 
 }  // namespace claq

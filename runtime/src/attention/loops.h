@@ -6,19 +6,30 @@
 
 namespace claq::attention {
 
+// What reads keys and values as they are in memory: float, or the bits of float16.
+template <class Element>
+struct CacheLoops {
+  // scores[r * stride + t] = query[r * size ...] . keys[t * key_stride ...] for t < tokens, rounded up to a vector. Keys are written
+  // to `copy` [tokens, size] on the way if it is not null.
+  void (*scores)(const float* query, int64_t rows, const Element* keys, int64_t key_stride, int64_t tokens, int64_t size, float* scores,
+                 int64_t stride, Element* copy);
+
+  // total[r * size + i] += sum over t < tokens of weights[r * stride + t] * values[t * value_stride + i]; values are written to
+  // `copy` [tokens, size] likewise.
+  void (*mean)(const float* weights, int64_t stride, int64_t rows, const Element* values, int64_t value_stride, int64_t tokens,
+               int64_t size, float* total, Element* copy);
+};
+
 struct Loops {
   // Tokens in a panel of turned keys; rows of scores are padded to a multiple of it.
   int64_t panel;
 
-  // scores[r * stride + t] = query[r * size ...] . keys[t * key_stride ...] for t < tokens, rounded up to a vector. Keys are written
-  // to `copy` [tokens, size] on the way if it is not null.
-  void (*scores)(const float* query, int64_t rows, const float* keys, int64_t key_stride, int64_t tokens, int64_t size, float* scores,
-                 int64_t stride, float* copy);
+  CacheLoops<float> single;
+  CacheLoops<uint16_t> half;
 
-  // total[r * size + i] += sum over t < tokens of weights[r * stride + t] * values[t * value_stride + i]; values are written to
-  // `copy` [tokens, size] likewise.
-  void (*mean)(const float* weights, int64_t stride, int64_t rows, const float* values, int64_t value_stride, int64_t tokens,
-               int64_t size, float* total, float* copy);
+  // Conversions of `count` numbers from and to the bits of float16, to nearest.
+  void (*widen)(const uint16_t* from, int64_t count, float* to);
+  void (*narrow)(const float* from, int64_t count, uint16_t* to);
 
   // turned[i * panel + t] = keys[t * key_stride + i] for t < tokens, 0 for the rest of the panel.
   void (*turn)(const float* keys, int64_t key_stride, int64_t tokens, int64_t size, float* turned);

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <utility>
 
+#include "../half_vectors.h"
 #include "../vectors.h"
 #include "loops.h"
 
@@ -22,6 +23,10 @@ constexpr int kScoreRows = kLanes == 16 ? 4 : 2;   // of scores, kScoreTokens ve
 constexpr int kScoreTokens = 4;
 
 inline Vector broadcast(float value) { return value - Vector{}; }
+
+// Copies a vector that was loaded from there.
+inline void copy_lanes(const float*, float* to, Vector loaded) { store(to, loaded); }
+inline void copy_lanes(const uint16_t* from, uint16_t* to, Vector) { std::memcpy(to, from, CLAQ_LANES * sizeof(uint16_t)); }
 
 // Adds lanes that are a distance apart, those of two vectors into one: lanes with that bit of their number come from the second.
 template <int Distance, int... Lane>
@@ -47,32 +52,32 @@ inline Vector sum_each(const float* from) {
 }
 
 // The addresses of `Count` rows from `first` on, and where their copies go; the last row stands for those behind it.
-template <int Count>
+template <class Element, int Count>
 struct Places {
-  Places(const float* data, int64_t stride, float* copies, int64_t size, int64_t first, int64_t count) {
+  Places(const Element* data, int64_t stride, Element* copies, int64_t size, int64_t first, int64_t count) {
     for (int i = 0; i < Count; ++i) {
       const int64_t row = first + i < count ? first + i : count - 1;
       from[i] = data + row * stride;
       to[i] = copies ? copies + row * size : nullptr;
     }
   }
-  const float* from[Count];
-  float* to[Count];
+  const Element* from[Count];
+  Element* to[Count];
 };
 
-template <int Count, bool Copies>
-void score_rows(const float* query, const float* keys, int64_t key_stride, int64_t tokens, int64_t size, float* scores, int64_t stride,
-                float* copy) {
+template <class Element, int Count, bool Copies>
+void score_rows(const float* query, const Element* keys, int64_t key_stride, int64_t tokens, int64_t size, float* scores, int64_t stride,
+                Element* copy) {
   const int64_t whole = size / kLanes * kLanes;
   for (int64_t t0 = 0; t0 < tokens; t0 += kLanes) {
     alignas(64) float parts[Count][kLanes][kLanes];
     for (int64_t t = 0; t < kLanes; t += kScoreTokens) {
-      const Places<kScoreTokens> key(keys, key_stride, copy, size, t0 + t, tokens);
+      const Places<Element, kScoreTokens> key(keys, key_stride, copy, size, t0 + t, tokens);
       Vector sums[Count][kScoreTokens] = {};
       for (int64_t k = 0; k < whole; k += kLanes) {
         for (int i = 0; i < kScoreTokens; ++i) {
           const Vector some = load(key.from[i] + k);
-          if constexpr (Copies) store(key.to[i] + k, some);
+          if constexpr (Copies) copy_lanes(key.from[i] + k, key.to[i] + k, some);
           for (int r = 0; r < Count; ++r) sums[r][i] += some * load(query + r * size + k);
         }
       }
@@ -82,8 +87,8 @@ void score_rows(const float* query, const float* keys, int64_t key_stride, int64
       // Features that fill no vector are added to the first lanes.
       for (int64_t k = whole; k < size; ++k) {
         for (int i = 0; i < kScoreTokens; ++i) {
-          const float one = key.from[i][k];
-          if constexpr (Copies) key.to[i][k] = one;
+          const float one = load_one(key.from[i] + k);
+          if constexpr (Copies) key.to[i][k] = key.from[i][k];
           for (int r = 0; r < Count; ++r) parts[r][t + i][k - whole] += one * query[r * size + k];
         }
       }
@@ -92,8 +97,9 @@ void score_rows(const float* query, const float* keys, int64_t key_stride, int64
   }
 }
 
-void scores(const float* query, int64_t rows, const float* keys, int64_t key_stride, int64_t tokens, int64_t size, float* scores,
-            int64_t stride, float* copy) {
+template <class Element>
+void scores(const float* query, int64_t rows, const Element* keys, int64_t key_stride, int64_t tokens, int64_t size, float* scores,
+            int64_t stride, Element* copy) {
   int64_t r = 0;
   const auto run = [&](auto plain, auto copies, int64_t count) {
     for (; r + count <= rows; r += count) {
@@ -101,11 +107,11 @@ void scores(const float* query, int64_t rows, const float* keys, int64_t key_str
     }
   };
   if constexpr (kScoreRows == 4) {
-    run(score_rows<4, false>, score_rows<4, true>, 4);
-    run(score_rows<3, false>, score_rows<3, true>, 3);
+    run(score_rows<Element, 4, false>, score_rows<Element, 4, true>, 4);
+    run(score_rows<Element, 3, false>, score_rows<Element, 3, true>, 3);
   }
-  run(score_rows<2, false>, score_rows<2, true>, 2);
-  run(score_rows<1, false>, score_rows<1, true>, 1);
+  run(score_rows<Element, 2, false>, score_rows<Element, 2, true>, 2);
+  run(score_rows<Element, 1, false>, score_rows<Element, 1, true>, 1);
 }
 
 void turn(const float* keys, int64_t key_stride, int64_t tokens, int64_t size, float* turned) {
@@ -165,17 +171,18 @@ void product(bool add, const float* a, int64_t a_stride, int64_t rows, const flo
   }
 }
 
-template <int Count, int Vectors, bool Copies>
-void mean_tile(const float* weights, int64_t stride, const float* values, int64_t value_stride, int64_t tokens, int64_t size, float* total,
-               float* copy) {
+template <class Element, int Count, int Vectors, bool Copies>
+void mean_tile(const float* weights, int64_t stride, const Element* values, int64_t value_stride, int64_t tokens, int64_t size,
+               float* total, Element* copy) {
   Vector sums[Count][Vectors];
   for (int r = 0; r < Count; ++r) {
     for (int v = 0; v < Vectors; ++v) sums[r][v] = load(total + r * size + v * kLanes);
   }
   for (int64_t t = 0; t < tokens; ++t) {
     for (int v = 0; v < Vectors; ++v) {
-      const Vector value = load(values + t * value_stride + v * kLanes);
-      if constexpr (Copies) store(copy + t * size + v * kLanes, value);
+      const Element* const from = values + t * value_stride + v * kLanes;
+      const Vector value = load(from);
+      if constexpr (Copies) copy_lanes(from, copy + t * size + v * kLanes, value);
       for (int r = 0; r < Count; ++r) sums[r][v] += weights[r * stride + t] * value;
     }
   }
@@ -184,37 +191,38 @@ void mean_tile(const float* weights, int64_t stride, const float* values, int64_
   }
 }
 
-template <int Count, bool Copies>
-void mean_rows(const float* weights, int64_t stride, const float* values, int64_t value_stride, int64_t tokens, int64_t size, float* total,
-               float* copy) {
+template <class Element, int Count, bool Copies>
+void mean_rows(const float* weights, int64_t stride, const Element* values, int64_t value_stride, int64_t tokens, int64_t size,
+               float* total, Element* copy) {
   constexpr int kMost = kLanes == 16 ? 4 : 2;
   int64_t i = 0;
   const auto run = [&](auto step, int64_t count) {
     for (; i + count <= size; i += count) step(weights, stride, values + i, value_stride, tokens, size, total + i, Copies ? copy + i : copy);
   };
-  run(mean_tile<Count, kMost, Copies>, kMost * kLanes);
-  run(mean_tile<Count, 1, Copies>, kLanes);
+  run(mean_tile<Element, Count, kMost, Copies>, kMost * kLanes);
+  run(mean_tile<Element, Count, 1, Copies>, kLanes);
   for (int64_t t = 0; i < size && t < tokens; ++t) {
     for (int64_t j = i; j < size; ++j) {
-      const float value = values[t * value_stride + j];
-      if constexpr (Copies) copy[t * size + j] = value;
+      const float value = load_one(values + t * value_stride + j);
+      if constexpr (Copies) copy[t * size + j] = values[t * value_stride + j];
       for (int r = 0; r < Count; ++r) total[r * size + j] += weights[r * stride + t] * value;
     }
   }
 }
 
-void mean(const float* weights, int64_t stride, int64_t rows, const float* values, int64_t value_stride, int64_t tokens, int64_t size,
-          float* total, float* copy) {
+template <class Element>
+void mean(const float* weights, int64_t stride, int64_t rows, const Element* values, int64_t value_stride, int64_t tokens, int64_t size,
+          float* total, Element* copy) {
   int64_t r = 0;
   const auto run = [&](auto plain, auto copies, int64_t count) {
     for (; r + count <= rows; r += count) {
       (copy && r == 0 ? copies : plain)(weights + r * stride, stride, values, value_stride, tokens, size, total + r * size, copy);
     }
   };
-  run(mean_rows<4, false>, mean_rows<4, true>, 4);
-  run(mean_rows<3, false>, mean_rows<3, true>, 3);
-  run(mean_rows<2, false>, mean_rows<2, true>, 2);
-  run(mean_rows<1, false>, mean_rows<1, true>, 1);
+  run(mean_rows<Element, 4, false>, mean_rows<Element, 4, true>, 4);
+  run(mean_rows<Element, 3, false>, mean_rows<Element, 3, true>, 3);
+  run(mean_rows<Element, 2, false>, mean_rows<Element, 2, true>, 2);
+  run(mean_rows<Element, 1, false>, mean_rows<Element, 1, true>, 1);
 }
 
 constexpr float kMinusInfinity = -__builtin_inff();
@@ -306,7 +314,23 @@ float exponentials(float* scores, int64_t tokens, float largest) {
   return sum;
 }
 
-constexpr Loops kLoops = {kPanel, scores, mean, turn, product, add_mask, largest, reaches, exponentials};
+void widen(const uint16_t* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = load_one(from + i);
+}
+
+void narrow(const float* from, int64_t count, uint16_t* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  for (; i < count; ++i) store_one(to + i, from[i]);
+}
+
+template <class Element>
+constexpr CacheLoops<Element> kCacheLoops = {scores<Element>, mean<Element>};
+
+constexpr Loops kLoops = {kPanel, kCacheLoops<float>, kCacheLoops<uint16_t>, widen,   narrow,  turn,
+                          product, add_mask,           largest,               reaches, exponentials};
 
 }  // namespace
 }  // namespace claq::attention

@@ -16,6 +16,7 @@ constexpr const char* kNames[kCachedInputs] = {"query", "key", "value", "mask", 
 
 struct AttentionOp : CustomOp {
   bool cached;
+  int cache_type;
 };
 
 const AttentionOp& own(const CustomOp* op) { return *static_cast<const AttentionOp*>(op); }
@@ -90,14 +91,17 @@ void compute(const Kernel& kernel, OrtKernelContext* context) {
   const Api& api = kernel.api;
   const bool cached = kernel.cached;
   Shape shapes[kCachedInputs];
-  const float* data[kCachedInputs] = {};
+  const void* data[kCachedInputs] = {};
+  claq_dtype cache_type = CLAQ_FLOAT32;
   for (size_t i = 0; i < (cached ? kCachedInputs : kUncachedInputs); ++i) {
     const OrtValue* value = nullptr;
     check(api.input(context, i, &value));
-    shapes[i] = describe(api, value, kNames[i], name_of(cached)).shape;
+    const TensorInfo described = describe(api, value, kNames[i], name_of(cached));
+    shapes[i] = described.shape;
+    if (i == kPastKey) cache_type = static_cast<claq_dtype>(described.type);
     void* at = nullptr;
     check(api.tensor_data(value, &at));
-    data[i] = static_cast<const float*>(at);
+    data[i] = at;
   }
   claq_attention_desc a{};
   a.struct_size = sizeof a;
@@ -140,11 +144,13 @@ void compute(const Kernel& kernel, OrtKernelContext* context) {
   } catch (const InvalidArgument& error) {
     throw InvalidArgument(std::string(name_of(cached)) + ": " + error.what());
   }
+  const auto floats = [&](size_t input) { return static_cast<const float*>(data[input]); };
   std::vector<float> expanded;
-  read_mask(cached, shapes[kMask], data[kMask], a, expanded);
-  a.query = data[kQuery];
-  a.key = data[kKey];
-  a.value = data[kValue];
+  read_mask(cached, shapes[kMask], floats(kMask), a, expanded);
+  a.query = floats(kQuery);
+  a.key = floats(kKey);
+  a.value = floats(kValue);
+  a.cache_dtype = cache_type;
   a.past_key = data[kPastKey];
   a.past_value = data[kPastValue];
   const auto output = [&](size_t index, const Shape& shape) {
@@ -152,9 +158,9 @@ void compute(const Kernel& kernel, OrtKernelContext* context) {
     void* at = nullptr;
     check(api.output(context, index, shape.data(), shape.size(), &result));
     check(api.tensor_data(result, &at));
-    return static_cast<float*>(at);
+    return at;
   };
-  a.y = output(0, {a.batch, a.rows, a.heads * a.value_size});
+  a.y = static_cast<float*>(output(0, {a.batch, a.rows, a.heads * a.value_size}));
   if (cached) {
     const int64_t room = a.capacity ? a.capacity : a.tokens;
     a.present_key = output(1, {a.batch, a.kv_heads, room, a.key_size});
@@ -169,16 +175,17 @@ void compute(const Kernel& kernel, OrtKernelContext* context) {
   with_session_threads(api, context, [&](const Host& host) { attend(a, *kernel.loops, host); });
 }
 
-AttentionOp make_op(bool cached) {
+AttentionOp make_op(bool cached, int cache_type) {
   AttentionOp op{};
   op.cached = cached;
+  op.cache_type = cache_type;
   op.version = kOrtApiVersion;
   op.GetName = [](const CustomOp* self) { return name_of(own(self).cached); };
   op.GetExecutionProviderType = [](const CustomOp*) { return "CPUExecutionProvider"; };
   op.GetInputTypeCount = [](const CustomOp* self) -> size_t { return own(self).cached ? kCachedInputs : kUncachedInputs; };
-  op.GetInputType = [](const CustomOp*, size_t) -> int { return kFloat32; };
+  op.GetInputType = [](const CustomOp* self, size_t index) { return index >= kPastKey ? own(self).cache_type : kFloat32; };
   op.GetOutputTypeCount = [](const CustomOp* self) -> size_t { return own(self).cached ? 3 : 1; };
-  op.GetOutputType = [](const CustomOp*, size_t) -> int { return kFloat32; };
+  op.GetOutputType = [](const CustomOp* self, size_t index) { return index > 0 ? own(self).cache_type : kFloat32; };
   describe_common(op);
   op.CreateKernelV2 = [](const CustomOp* self, const OrtApi* table, const OrtKernelInfo* info, void** out) {
     const Api api(table);
@@ -195,9 +202,9 @@ AttentionOp make_op(bool cached) {
 
 }  // namespace
 
-const std::array<const CustomOp*, 2>& attention_ops() {
-  static const AttentionOp plain = make_op(false), cached = make_op(true);
-  static const std::array<const CustomOp*, 2> ops{&plain, &cached};
+const std::array<const CustomOp*, 3>& attention_ops() {
+  static const AttentionOp plain = make_op(false, kFloat32), cached = make_op(true, kFloat32), half_cached = make_op(true, kFloat16);
+  static const std::array<const CustomOp*, 3> ops{&plain, &cached, &half_cached};
   return ops;
 }
 

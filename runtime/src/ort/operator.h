@@ -226,6 +226,6 @@ const std::vector<TypedOp>& cpu_ops();
 const std::vector<TypedOp>& cuda_ops();
 
 // ClaqAttention and ClaqCachedAttention on the CPU, likewise.
-const std::array<const CustomOp*, 2>& attention_ops();
+const std::array<const CustomOp*, 3>& attention_ops();
 
 }  // namespace claq::ort
