@@ -337,7 +337,7 @@ def _token_by_token(session: Any, model: Any, inputs: Any) -> float:
     tokens, mask = _some_tokens(3, 21, slice(0, 6))
     names = [value.name for value in session.get_outputs()]
     past = {
-        name: np.zeros((3, value.shape[1], 0, value.shape[3]), np.float32)
+        name: np.zeros((3, value.shape[1], 0, value.shape[3]), np.float16 if "float16" in value.type else np.float32)
         for name, value in inputs.items()
         if name.startswith("past_key_values")
     }

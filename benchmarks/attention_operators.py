@@ -24,14 +24,13 @@ import onnx
 import onnxruntime as ort
 from cpu_matmul import cpu_name
 from onnx import TensorProto, helper
+from settled import settled_turn
 
 import claq_runtime
 
 HEADS, KV_HEADS, SIZE, LAYERS, CAPACITY = 9, 3, 64, 8, 8192
 LENGTHS = ((1, 16), (1, 64), (1, 512), (1, 2000), (1, 8000), (512, 0))
 """New tokens and cached tokens."""
-SETTLE, TURN = 0.03, 0.05
-"""Seconds of a turn that are not timed, and that are."""
 
 
 def model(kind: str, cache: type[Any] = np.float32) -> onnx.ModelProto:
@@ -111,20 +110,6 @@ def step(session: ort.InferenceSession, new: int, cached: int, shared: bool) -> 
     return run
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Seconds that a run takes."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def settled(run: Callable[[], object]) -> None:
-    """Runs until the threads of the session before have stopped spinning, which until then take the place of this one's."""
-    end = time.perf_counter() + SETTLE
-    while time.perf_counter() < end:
-        run()
-
-
 def measure(threads: int, seconds: float) -> list[str]:
     """Rows of the table."""
     options = ort.SessionOptions()
@@ -152,8 +137,7 @@ def measure(threads: int, seconds: float) -> list[str]:
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(times["Attention"]) < 20:
             for name, run in runs.items():
-                settled(run)
-                times[name] += [timed(run) for _ in range(max(1, int(TURN / timed(run))))]
+                times[name] += settled_turn(run)
         cells = [sorted(values)[len(values) // 10] / LAYERS * 1e6 for values in times.values()]
         rows.append(f"| {new}, {cached} | " + " | ".join(f"{cell:,.0f} µs" for cell in cells) + " |")
         print(rows[-1], flush=True)

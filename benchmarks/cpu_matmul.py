@@ -13,6 +13,10 @@ several times within one session run, each with weights of its own, because a se
 million weights of the default they stay in a second-level cache, and on two threads the first operators wait for the
 second thread to wake: with 64 million, as many as a small model has, most weights come from beyond and both threads are
 awake. Such a report is cpu_matmul_KERNEL_64m.
+
+With --awake an operator runs again and again for a turn, the beginning of which is not timed, and its session's threads spin
+between runs as they do by default: nothing waits for a thread to wake, as between the operators of a model that runs. Such a
+report is cpu_matmul_KERNEL_awake; it has no swept caches.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ import numpy as np
 import onnxruntime
 from hide_cpu_features import hidden_features
 from onnx import TensorProto, helper, numpy_helper
+from settled import settled_turn
 
 import claq_runtime
 
@@ -71,7 +76,7 @@ def random_claq(rng: np.random.Generator, k: int, n: int, bits: int, outliers: f
 
 
 def build_session(
-    kind: tuple, k: int, n: int, copies: int, threads: int, seed: int = 0
+    kind: tuple, k: int, n: int, copies: int, threads: int, seed: int = 0, awake: bool = False
 ) -> tuple[onnxruntime.InferenceSession, float]:
     """A session of `copies` operators on one input, and the bytes of one operator's weights."""
     rng = np.random.default_rng(seed)
@@ -118,11 +123,40 @@ def build_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # A session's idle threads spin for a while; here the next session would find its cores taken.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if not awake:  # a session's idle threads spin for a while: the next session would find its cores taken
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     claq_runtime.register(options)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session, sum(array.nbytes for array in tensors.values())
+
+
+def bound_inputs(sessions: dict, x: np.ndarray) -> dict:
+    """A binding for each session, run once."""
+    bindings = {}
+    for kind, session in sessions.items():
+        binding = session.io_binding()
+        binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x))
+        for output in session.get_outputs():
+            n = output.shape[1]
+            y = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((x.shape[0], n), np.float32))
+            binding.bind_ortvalue_output(output.name, y)
+        bindings[kind] = binding
+        session.run_with_iobinding(binding)
+    return bindings
+
+
+def awake_medians(
+    sessions: dict, x: np.ndarray, copies: int, seconds: float, threads: int, least_rounds: int = 5
+) -> tuple[dict, dict]:
+    """Median seconds of one operator in each session, in settled turns; nothing is known of swept caches."""
+    bindings = bound_inputs(sessions, x)
+    times: dict = {kind: [] for kind in sessions}
+    start, rounds = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds or rounds < least_rounds:
+        rounds += 1
+        for kind, session in sessions.items():
+            times[kind] += settled_turn(lambda session=session, kind=kind: session.run_with_iobinding(bindings[kind]))
+    return {kind: float(np.median(values)) / copies for kind, values in times.items()}, {}
 
 
 def interleaved_medians(
@@ -134,16 +168,7 @@ def interleaved_medians(
     """
     clock = time.thread_time if threads == 1 else time.perf_counter
     warm_runs = 2 if x.shape[0] <= 16 else 0
-    bindings = {}
-    for kind, session in sessions.items():
-        binding = session.io_binding()
-        binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x))
-        for output in session.get_outputs():
-            n = output.shape[1]
-            y = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((x.shape[0], n), np.float32))
-            binding.bind_ortvalue_output(output.name, y)
-        bindings[kind] = binding
-        session.run_with_iobinding(binding)
+    bindings = bound_inputs(sessions, x)
     warm: dict = {kind: [] for kind in sessions}
     cold: dict = {kind: [] for kind in sessions}
     start = time.perf_counter()
@@ -197,7 +222,9 @@ def processor_name() -> str:
     return platform.processor()
 
 
-def measure(shape: str, threads: int, rows: list[int], seconds: float, bandwidth: float, millions: int) -> list[dict]:
+def measure(
+    shape: str, threads: int, rows: list[int], seconds: float, bandwidth: float, millions: int, awake: bool
+) -> list[dict]:
     k, n = (int(part) for part in shape.split("x"))
     copies = max(1, millions * 1_000_000 // (k * n))
     kinds = [("matmul",), *PEERS[4], *PEERS[2]]
@@ -205,19 +232,19 @@ def measure(shape: str, threads: int, rows: list[int], seconds: float, bandwidth
     kinds += [("claq", bits, 4, 0.01) for bits in (4, 3, 2)]
     sessions, sizes = {}, {}
     for kind in kinds:
-        sessions[kind], sizes[kind] = build_session(kind, k, n, copies, threads)
+        sessions[kind], sizes[kind] = build_session(kind, k, n, copies, threads, awake=awake)
+    timing = awake_medians if awake else interleaved_medians
     results = []
     for m in rows:
         x = np.random.default_rng(m).normal(size=(m, k)).astype(np.float32)
-        medians, cold = interleaved_medians(sessions, x, copies, seconds, threads)
+        medians, cold = timing(sessions, x, copies, seconds, threads)
         for bits in (4, 3, 2):
             peers = PEERS[PEER_BITS[bits]]
             best = min(peers, key=lambda kind: medians[kind])
-            best_cold = min(peers, key=lambda kind: cold[kind])
             int8, exact = medians[("claq", bits, 4, 0.0)], medians[("claq", bits, 0, 0.0)]
             # Between two sessions alone: a tenth of the time is asked about, and of many sessions few rounds fit into it.
             pair = {outliers: sessions[("claq", bits, 4, outliers)] for outliers in (0.0, 0.01)}
-            plain, reserved = interleaved_medians(pair, x, copies, seconds / 4, threads, least_rounds=9)[0].values()
+            plain, reserved = timing(pair, x, copies, seconds / 4, threads, least_rounds=9)[0].values()
             results.append(
                 {
                     "shape": shape,
@@ -229,20 +256,20 @@ def measure(shape: str, threads: int, rows: list[int], seconds: float, bandwidth
                     "matmul_ms": medians[("matmul",)] * 1e3,
                     "claq_float_ms": exact * 1e3,
                     "ratio_to_nbits": int8 / medians[best],
-                    "cold_ratio_to_nbits": cold[("claq", bits, 4, 0.0)] / cold[best_cold],
                     "ratio_to_matmul": int8 / medians[("matmul",)],
                     "float_ratio_to_matmul": exact / medians[("matmul",)],
                     "outlier_cost": reserved / plain - 1,
-                    "percent_of_copy_bandwidth": 100
-                    * sizes[("claq", bits, 4, 0.0)]
-                    / cold[("claq", bits, 4, 0.0)]
-                    / bandwidth,
                 }
             )
+            swept = ""
+            if cold:
+                own = cold[("claq", bits, 4, 0.0)]
+                results[-1]["cold_ratio_to_nbits"] = own / min(cold[kind] for kind in peers)
+                results[-1]["percent_of_copy_bandwidth"] = 100 * sizes[("claq", bits, 4, 0.0)] / own / bandwidth
+                swept = f" (cold {results[-1]['cold_ratio_to_nbits']:.2f})"
             print(
                 f"{shape:>11} threads {threads} M={m:<4} {bits} bits: claq {int8 * 1e3:8.3f} ms, "
-                f"nbits {medians[best] * 1e3:8.3f} ms, ratio {results[-1]['ratio_to_nbits']:.2f} "
-                f"(cold {results[-1]['cold_ratio_to_nbits']:.2f}); "
+                f"nbits {medians[best] * 1e3:8.3f} ms, ratio {results[-1]['ratio_to_nbits']:.2f}{swept}; "
                 f"float32: claq {exact * 1e3:8.3f}, matmul {medians[('matmul',)] * 1e3:8.3f}, "
                 f"ratio {results[-1]['float_ratio_to_matmul']:.2f}; outliers {results[-1]['outlier_cost']:+.0%}",
                 flush=True,
@@ -276,6 +303,8 @@ def summary(results: list[dict], rows: list[int], threads: int) -> list[str]:
             ("float32: time / MatMul", "float_ratio_to_matmul", 0.0),
             ("time with 1 % outliers / without", "outlier_cost", 1.0),
         ):
+            if not all(value in entry for entry in results):
+                continue
             cells = []
             for m in rows:
                 found = [
@@ -299,7 +328,8 @@ def report(document: dict) -> str:
         f"ONNX Runtime {document['onnxruntime']}, claq-runtime {document['claq_runtime']}, kernels "
         f"{document['kernel']}. Times are medians of interleaved runs; a ratio below 1 means that claq is faster. "
         "MatMulNBits is the faster of block 32 and 128 at accuracy_level 4; 3 bits are compared with its 4 bits. "
-        f"A session has {document['millions']} million weights, or one operator if that has more.",
+        f"A session has {document['millions']} million weights, or one operator if that has more."
+        + (" Threads are awake, as in a model that runs." if document["awake"] else ""),
         "",
     ]
     for threads in document["threads"]:
@@ -314,8 +344,9 @@ def report(document: dict) -> str:
                 ("Time of ClaqMatMul (float32) / float32 MatMul:", "float_ratio_to_matmul", "{:.2f}"),
                 ("Added time of 1 % outliers (int8):", "outlier_cost", "{:+.0%}"),
             ):
-                lines += [title, "", *table(results, rows, threads, bits, value, form), ""]
-            if 1 in rows:
+                if all(value in entry for entry in results):
+                    lines += [title, "", *table(results, rows, threads, bits, value, form), ""]
+            if 1 in rows and not document["awake"]:
                 lines += [
                     f"Weights read per second at M=1 with swept caches, as percent of the copy bandwidth "
                     f"({document['copy_bandwidth'][str(threads)] / 1e9:.1f} GB/s):",
@@ -337,6 +368,7 @@ def main() -> None:
     parser.add_argument(
         "--weights", type=int, default=MILLIONS_IN_SESSION, metavar="MILLIONS", help="weights in a session, in millions"
     )
+    parser.add_argument("--awake", action="store_true", help="time operators while their session's threads are awake")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"), help="folder of the report, or -")
     parser.add_argument(
         "--keep",
@@ -358,12 +390,14 @@ def main() -> None:
         "claq_runtime": claq_runtime.__version__,
         "kernel": kernel_name(),
         "millions": arguments.weights,
+        "awake": arguments.awake,
         "rows": rows,
         "threads": threads,
         "copy_bandwidth": {str(t): bandwidth[t] for t in threads},
         "results": [],
     }
     suffix = "" if arguments.weights == MILLIONS_IN_SESSION else f"_{arguments.weights}m"
+    suffix += "_awake" if arguments.awake else ""
     path = Path(arguments.out) / f"cpu_matmul_{report_name()}{suffix}.json"
     if arguments.keep:
         before = json.loads(path.read_text())
@@ -372,7 +406,9 @@ def main() -> None:
         document["copy_bandwidth"] = {**before["copy_bandwidth"], **document["copy_bandwidth"]}
     for t in threads:
         for shape in arguments.shapes.split(","):
-            document["results"] += measure(shape, t, rows, arguments.seconds, bandwidth[t], arguments.weights)
+            document["results"] += measure(
+                shape, t, rows, arguments.seconds, bandwidth[t], arguments.weights, arguments.awake
+            )
             # Written after each shape: a run of all of them takes long.
             if arguments.out != "-":
                 path.parent.mkdir(parents=True, exist_ok=True)
