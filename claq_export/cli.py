@@ -381,7 +381,7 @@ def run_export(options: argparse.Namespace) -> None:
     from .process_memory import return_freed_memory
     from .run_paths import check_paths
     from .standard_output import to_standard_output
-    from .summary import print_result
+    from .summary import print_result, print_tip
 
     if options.out is None and not options.dry_run:
         raise ConfigError("--out FILE is needed (or --dry-run)")
@@ -420,6 +420,8 @@ def run_export(options: argparse.Namespace) -> None:
     if first:
         with to_standard_output():
             print_result(console, result)
+            if memory is None and not is_one_of_several():
+                print_tip(console, config, result)
 
 
 def _config(options: argparse.Namespace) -> Config:
