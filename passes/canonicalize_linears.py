@@ -17,6 +17,7 @@ from torch import fx
 from .attributes import fetch, free_name, get_attribute, set_tensor
 from .base import ContractError, Pass, PassContext, PassResult
 from .constants import Constant, is_constant_expression, resolve, same_layout
+from .matching import RESHAPES
 
 _aten = torch.ops.aten
 LINEAR = _aten.linear.default
@@ -256,18 +257,15 @@ def _rewrite_addmm(rewriter: _Rewriter, node: fx.Node) -> fx.Node | NoMatch:
     return _unflatten(rewriter, linear)
 
 
-_RESHAPES = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default}
-
-
 def _unflatten(rewriter: _Rewriter, linear: fx.Node) -> fx.Node:
     """``view(linear(view(x, [-1, K])), [*, N])`` -> ``linear(x)`` where the recorded shapes prove it equal."""
     flat = linear.args[0]
     assert isinstance(flat, fx.Node)
-    if flat.target not in _RESHAPES or len(linear.users) != 1:
+    if flat.target not in RESHAPES or len(linear.users) != 1:
         return linear
     restore = next(iter(linear.users))
     x = flat.args[0]
-    if restore.target not in _RESHAPES or not isinstance(x, fx.Node):
+    if restore.target not in RESHAPES or not isinstance(x, fx.Node):
         return linear
     outer, inner = restore.meta.get("val"), x.meta.get("val")
     product, flattened = linear.meta.get("val"), flat.meta.get("val")

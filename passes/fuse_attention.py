@@ -14,6 +14,7 @@ from ..kernels import decoder_ops
 from .additive_masks import ATTENTION, attention_mask
 from .base import Pass, PassContext, PassResult
 from .matching import (
+    RESHAPES,
     Mismatch,
     heads_first,
     heads_last,
@@ -149,7 +150,7 @@ def _stream(value: fx.Node, heads: int) -> _Stream:
     node = skip_copies(value)
     if node is not value:
         reader = value
-    if node.target in (_aten.reshape.default, _aten.view.default):
+    if node.target in RESHAPES:
         flat = node
         expanded = skip_copies(operand(flat, 0, None, "its keys or values are no cache"))
         if expanded.target is not _aten.expand.default:
@@ -178,7 +179,7 @@ def replace_result(node: fx.Node, by_head: fx.Node, flat: fx.Node) -> None:
     """Let users of an attention's result ``node`` read ``by_head``, or ``flat`` where they read it heads last anyway."""
     for user in list(node.users):
         turned = user
-        while turned.target in (_aten.reshape.default, _aten.view.default) and len(turned.users) == 1:
+        while turned.target in RESHAPES and len(turned.users) == 1:
             if not same_sizes(shape_of(turned), shape_of(node)):
                 break
             turned = next(iter(turned.users))
@@ -187,10 +188,7 @@ def replace_result(node: fx.Node, by_head: fx.Node, flat: fx.Node) -> None:
                 merged = last
                 if merged.target in (_aten.contiguous.default, _aten.clone.default) and len(merged.users) == 1:
                     merged = next(iter(merged.users))
-                if merged.target in (
-                    _aten.reshape.default,
-                    _aten.view.default,
-                    _aten.flatten.using_ints,
-                ) and same_sizes(shape_of(merged), shape_of(flat)):
+                reshaped = merged.target in RESHAPES or merged.target is _aten.flatten.using_ints
+                if reshaped and same_sizes(shape_of(merged), shape_of(flat)):
                     merged.replace_all_uses_with(flat)
     node.replace_all_uses_with(by_head)

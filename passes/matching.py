@@ -14,6 +14,8 @@ from .base import PassResult
 _aten = torch.ops.aten
 _CASTS = {_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten._to_copy.default}
 _COPIES = {_aten.contiguous.default, _aten.clone.default, _aten.alias.default}
+RESHAPES = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default}
+"""Of a graph with in-place operators, which is functionalized, a reshape is an ``_unsafe_view`` of a clone."""
 _SPLITS = {_aten.view.default, _aten.reshape.default, _aten.unflatten.int}
 
 

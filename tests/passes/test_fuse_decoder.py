@@ -104,10 +104,15 @@ def families() -> list:
     ]
 
 
+@pytest.mark.parametrize("functional", [False, True], ids=["as traced", "functionalized"])
 @pytest.mark.parametrize(("config", "norms", "rotations", "attentions"), families())
-def test_families(config: object, norms: int, rotations: int, attentions: int) -> None:
+def test_families(
+    config: object, norms: int, rotations: int, attentions: int, functional: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import MistralConfig
 
+    if functional:  # as a graph with operators in place is, such as transformers 4 has
+        monkeypatch.setattr("claq_export.capture.module.writes_in_place", lambda _: True)
     captured = captured_decoder(config)
     prefill = {
         name: tensor[:, :, :0] if tensor.dim() == 4 else tensor[:, -3:]
