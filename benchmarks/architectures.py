@@ -334,13 +334,11 @@ def _token_by_token(session: Any, model: Any, inputs: Any) -> float:
     """A padded batch and five greedy steps with the cache, against the model without one."""
     import torch
 
+    from claq_export.cache_buffers import past_inputs
+
     tokens, mask = _some_tokens(3, 21, slice(0, 6))
     names = [value.name for value in session.get_outputs()]
-    past = {
-        name: np.zeros((3, value.shape[1], 0, value.shape[3]), np.float16 if "float16" in value.type else np.float32)
-        for name, value in inputs.items()
-        if name.startswith("past_key_values")
-    }
+    past = {name: kept.empty(3) for name, kept in past_inputs(session).items()}
     new, worst = tokens, 0.0
     for _ in range(6):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
